@@ -1,1 +1,38 @@
-//! Placeholder.
+//! Answers for the words and rules of devsplice: what a request is, what a layer may answer, how a
+//! stack routes. No I/O, no threads, no dependencies.
+//!
+//! A driver author needs [`Layer`], [`Map`] and [`Driver`]; `use devsplice_core::prelude::*;`.
+#![forbid(unsafe_code)]
+
+pub mod args;
+pub mod check;
+pub mod errno;
+pub mod error;
+pub mod io;
+pub mod layer;
+pub mod limits;
+pub mod map;
+pub mod route;
+pub mod size;
+pub mod stack;
+
+pub use args::{Args, Key, Kind};
+pub use errno::Errno;
+pub use error::{Error, ErrorKind, Result};
+pub use io::{Extent, Io, Op};
+pub use layer::{Arity, Driver, Layer, Lower, Source};
+pub use limits::{Dma, Limits};
+pub use map::{Map, Port};
+pub use route::{Piece, Place, Route};
+pub use stack::{BackendId, NodeId, Stack, StackBuilder};
+
+/// What a layer's file imports.
+pub mod prelude {
+    pub use crate::args::{Args, Key, Kind};
+    pub use crate::errno::Errno;
+    pub use crate::error::{Error, ErrorKind, Result};
+    pub use crate::io::{Extent, Io, Op};
+    pub use crate::layer::{Arity, Driver, Layer, Lower};
+    pub use crate::limits::Limits;
+    pub use crate::map::{Map, Port};
+}

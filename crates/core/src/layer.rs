@@ -1,0 +1,84 @@
+//! Answers for what a driver is: a layer that says where data goes, and how it is made.
+
+use crate::args::{Args, Key};
+use crate::errno::Errno;
+use crate::error::Result;
+use crate::io::Io;
+use crate::limits::Limits;
+use crate::map::{Map, Port};
+
+/// Decides where data goes. Never sees it, so a stack of these copies nothing by construction.
+pub trait Layer: Send + Sync {
+    /// Called once, before the first request: checks what lies below, reads metadata if the layer
+    /// keeps any there, and says what the layer offers above.
+    ///
+    /// # Errors
+    /// If the layer cannot work over these devices.
+    fn open(&mut self, below: &mut dyn Lower) -> Result<Limits>;
+
+    /// Where the first bytes of `io` go. Pure and immediate: no I/O, no allocation, no waiting.
+    /// `io` lies within the offered size and is aligned to the offered block; it is never a flush.
+    ///
+    /// # Errors
+    /// The request fails with the number.
+    fn map(&self, io: Io) -> Result<Map, Errno>;
+
+    /// Where a flush goes: by default to every lower device. Positions and lengths are 0.
+    ///
+    /// # Errors
+    /// The flush fails with the number.
+    fn flush(&self) -> Result<Map, Errno> {
+        Ok(Map::All { len: 0, at: 0 })
+    }
+}
+
+/// What lies below a layer while it opens.
+pub trait Lower {
+    /// What each lower device is and can do, in the order of the ports.
+    fn limits(&self) -> &[Limits];
+
+    /// Reads metadata, blocking. Position and length must be multiples of that device's block.
+    ///
+    /// # Errors
+    /// As the device reports them; `EINVAL` for a bad range.
+    fn read(&mut self, port: Port, at: u64, into: &mut [u8]) -> Result<(), Errno>;
+}
+
+/// How many devices a layer lies over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Arity {
+    /// None: the layer is a bottom.
+    None,
+    /// Exactly one.
+    One,
+    /// One or more.
+    Many,
+}
+
+/// A driver as users name it: what it is called, what it takes, how to make one.
+#[derive(Clone, Copy)]
+pub struct Driver {
+    /// As typed.
+    pub name: &'static str,
+    /// One line for help texts.
+    pub about: &'static str,
+    /// How many devices it lies over.
+    pub below: Arity,
+    /// The keys it takes.
+    pub keys: &'static [Key],
+    /// Makes one from checked arguments.
+    pub make: fn(&Args) -> Result<Box<dyn Layer>>,
+}
+
+/// A kind of bottom as users name it: a file, memory. How it is opened is its crate's affair.
+#[derive(Clone, Copy, Debug)]
+pub struct Source {
+    /// As typed.
+    pub name: &'static str,
+    /// One line for help texts.
+    pub about: &'static str,
+    /// The keys it takes.
+    pub keys: &'static [Key],
+    /// The key that `name:TEXT` and `name(TEXT)` give without naming it.
+    pub main_key: Option<&'static str>,
+}

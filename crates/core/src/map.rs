@@ -1,0 +1,64 @@
+//! Answers for what a layer may say about a request: where its first bytes go.
+
+/// Which of a layer's lower devices, counted from 0 in the order of the stack expression.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Port(pub u8);
+
+/// Where the first `len` bytes of an [`Io`](crate::Io) go. The router asks again for the rest.
+///
+/// Further answers (a miss that needs metadata, allocation tickets, codecs) arrive with the layers
+/// that need them; see docs/decisions/001.md.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Map {
+    /// The same pages, unread, at `at` of a lower device.
+    To {
+        /// Bytes that this answer is for: 1 to the request's length.
+        len: u64,
+        /// Which lower device.
+        port: Port,
+        /// First byte there.
+        at: u64,
+    },
+    /// As `To`, but no earlier than `wait_ns` from now.
+    After {
+        /// Bytes that this answer is for.
+        len: u64,
+        /// Which lower device.
+        port: Port,
+        /// First byte there.
+        at: u64,
+        /// Nanoseconds.
+        wait_ns: u64,
+    },
+    /// The same pages to every lower device: a mirror's write, or any layer's flush.
+    All {
+        /// Bytes that this answer is for.
+        len: u64,
+        /// First byte, the same on each lower device.
+        at: u64,
+    },
+    /// Nothing below: a read sees zeros; whatever else succeeds without effect.
+    Zero {
+        /// Bytes that this answer is for.
+        len: u64,
+    },
+}
+
+impl Map {
+    /// The bytes that the answer is for.
+    #[must_use]
+    pub const fn len(&self) -> u64 {
+        match *self {
+            Map::To { len, .. }
+            | Map::After { len, .. }
+            | Map::All { len, .. }
+            | Map::Zero { len } => len,
+        }
+    }
+
+    /// Whether the answer is for no bytes, which only a flush's may be.
+    #[must_use]
+    pub const fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}

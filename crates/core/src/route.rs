@@ -1,0 +1,354 @@
+//! Answers for the way of a request down a stack: a loop that asks layers, never a recursion.
+//!
+//! A route is resumable: it can stop after any piece (the engine does, when its table is full) and
+//! holds all it needs in a fixed array.
+
+use crate::check;
+use crate::errno::Errno;
+use crate::io::{Extent, Io, Op};
+use crate::map::Map;
+use crate::stack::{BackendId, MAX_DEPTH, Node, NodeId, Stack, What, lower};
+
+/// Each layer on the way down leaves at most the rest of its request and one fan-out behind.
+const MAX_FRAMES: usize = 2 * MAX_DEPTH + 1;
+
+/// Where a piece goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// A bottom of the stack.
+    Backend(BackendId),
+    /// Nowhere: a read sees zeros, anything else is done.
+    Zero,
+}
+
+/// A part of a request with one destination.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// Where it goes.
+    pub place: Place,
+    /// First byte there.
+    pub at: u64,
+    /// First byte of the request that it carries.
+    pub part: u64,
+    /// Bytes; 0 for a flush.
+    pub len: u64,
+    /// Nanoseconds to wait before it is sent.
+    pub wait_ns: u64,
+}
+
+/// What is still to be routed: a range of a place, or the rest of a fan-out.
+#[derive(Clone, Copy)]
+struct Frame {
+    at: u64,
+    len: u64,
+    part: u64,
+    wait_ns: u64,
+    node: NodeId,
+    /// The next port of a fan-out from `node`; `WHOLE` for a request to `node` itself.
+    port: u16,
+}
+
+const WHOLE: u16 = u16::MAX;
+
+/// A request on its way down a stack.
+pub struct Route {
+    op: Op,
+    fua: bool,
+    depth: u8,
+    frames: [Frame; MAX_FRAMES],
+}
+
+impl Route {
+    #[inline]
+    pub(crate) fn new(io: Io, root: NodeId) -> Route {
+        let Extent { at, len } = io.extent;
+        let first = Frame { at, len, part: 0, wait_ns: 0, node: root, port: WHOLE };
+        Route { op: io.op, fua: io.fua, depth: 1, frames: [first; MAX_FRAMES] }
+    }
+
+    /// Starts over with another request, without touching what need not change.
+    #[inline]
+    pub fn restart(&mut self, stack: &Stack, io: Io) {
+        let Extent { at, len } = io.extent;
+        self.op = io.op;
+        self.fua = io.fua;
+        self.depth = 1;
+        self.frames[0] = Frame { at, len, part: 0, wait_ns: 0, node: stack.root(), port: WHOLE };
+    }
+
+    /// Whether every piece was handed out.
+    #[must_use]
+    #[inline]
+    pub fn is_done(&self) -> bool {
+        self.depth == 0
+    }
+
+    /// Gives up the rest of the request.
+    pub fn abandon(&mut self) {
+        self.depth = 0;
+    }
+
+    /// The next piece, an error that a layer answered, or `None` at the end.
+    ///
+    /// # Panics
+    /// If a layer breaks its contract; see [`check`].
+    #[inline]
+    pub fn next(&mut self, stack: &Stack) -> Option<Result<Piece, Errno>> {
+        self.next_in(&stack.nodes)
+    }
+
+    pub(crate) fn next_in(&mut self, nodes: &[Node]) -> Option<Result<Piece, Errno>> {
+        let mut frame = self.pop()?;
+        loop {
+            let node = &nodes[usize::from(frame.node.0)];
+            let (layer, ports) = match &node.what {
+                What::Backend(id) => return Some(Ok(piece(Place::Backend(*id), &frame))),
+                What::Layer { layer, ports } => (layer, ports),
+            };
+            if frame.port != WHOLE {
+                let Some(next) = self.fan(nodes, frame, ports) else {
+                    frame = self.pop()?;
+                    continue;
+                };
+                frame = next;
+                continue;
+            }
+            let extent = Extent { at: frame.at, len: frame.len };
+            let answer = match self.op {
+                Op::Flush => layer.flush(),
+                op => layer.map(Io { op, extent, fua: self.fua }),
+            };
+            let answer = match answer {
+                Ok(answer) => answer,
+                Err(errno) => return Some(Err(errno)),
+            };
+            let len = self.keep_rest(&node.name, &mut frame, answer.len());
+            let (port, at, wait_ns) = match answer {
+                Map::To { port, at, .. } => (port, at, 0),
+                Map::After { port, at, wait_ns, .. } => (port, at, wait_ns),
+                Map::All { at, .. } => {
+                    frame.at = at;
+                    frame.port = 0;
+                    continue;
+                }
+                Map::Zero { .. } => return Some(Ok(piece(Place::Zero, &frame))),
+            };
+            frame.node = lower(nodes, node, ports, (port, Extent { at, len }));
+            frame.at = at;
+            frame.wait_ns = frame.wait_ns.saturating_add(wait_ns);
+        }
+    }
+
+    /// Shortens `frame` to the answered prefix and keeps what is behind it for later.
+    #[inline]
+    fn keep_rest(&mut self, layer: &str, frame: &mut Frame, len: u64) -> u64 {
+        if matches!(self.op, Op::Flush) {
+            return 0;
+        }
+        check::prefix(layer, frame.len, len);
+        if len < frame.len {
+            let rest = Frame {
+                at: frame.at + len,
+                len: frame.len - len,
+                part: frame.part + len,
+                ..*frame
+            };
+            self.push(rest);
+            frame.len = len;
+        }
+        len
+    }
+
+    /// The next leg of a fan-out; keeps the legs behind it for later.
+    fn fan(&mut self, nodes: &[Node], frame: Frame, ports: &[NodeId]) -> Option<Frame> {
+        let child = *ports.get(usize::from(frame.port))?;
+        self.push(Frame { port: frame.port + 1, ..frame });
+        let node = &nodes[usize::from(frame.node.0)];
+        let below = &nodes[usize::from(child.0)].limits;
+        check::destination(&node.name, Extent { at: frame.at, len: frame.len }, below);
+        Some(Frame { node: child, port: WHOLE, ..frame })
+    }
+
+    #[inline]
+    fn pop(&mut self) -> Option<Frame> {
+        self.depth = self.depth.checked_sub(1)?;
+        Some(self.frames[usize::from(self.depth)])
+    }
+
+    #[inline]
+    fn push(&mut self, frame: Frame) {
+        // The builder bounds the depth of a stack, so the array cannot run over.
+        self.frames[usize::from(self.depth)] = frame;
+        self.depth += 1;
+    }
+}
+
+#[inline]
+fn piece(place: Place, frame: &Frame) -> Piece {
+    let Frame { at, len, part, wait_ns, .. } = *frame;
+    Piece { place, at, part, len, wait_ns }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Result as Control;
+    use crate::layer::{Layer, Lower};
+    use crate::limits::Limits;
+    use crate::map::Port;
+    use crate::stack::StackBuilder;
+
+    /// Answers at most `chunk` bytes at a time, as `kind` says.
+    struct Fake {
+        chunk: u64,
+        kind: fn(Io, u64) -> Result<Map, Errno>,
+    }
+
+    impl Layer for Fake {
+        fn open(&mut self, below: &mut dyn Lower) -> Control<Limits> {
+            let size = below.limits().iter().map(|l| l.size).min().unwrap_or(1 << 20);
+            Limits::stack(below.limits(), size)
+        }
+        fn map(&self, io: Io) -> Result<Map, Errno> {
+            (self.kind)(io, io.extent.len.min(self.chunk))
+        }
+    }
+
+    fn to(io: Io, len: u64) -> Result<Map, Errno> {
+        Ok(Map::To { len, port: Port(0), at: io.extent.at })
+    }
+
+    fn all(io: Io, len: u64) -> Result<Map, Errno> {
+        Ok(Map::All { len, at: io.extent.at })
+    }
+
+    fn over(kind: fn(Io, u64) -> Result<Map, Errno>, chunk: u64, legs: usize) -> Stack {
+        let mut builder = StackBuilder::new();
+        let mut ports = Vec::new();
+        for _ in 0..legs {
+            let (leg, _) = builder.backend("leg", Limits::ideal(1 << 20)).unwrap();
+            // A layer below each leg, so that a fan-out is nested in more routing.
+            let fake = Box::new(Fake { chunk: 1024, kind: to });
+            ports.push(builder.layer("sub", fake, &[leg], &mut |_, _, _| Ok(())).unwrap());
+        }
+        let fake = Box::new(Fake { chunk, kind });
+        let top = builder.layer("top", fake, &ports, &mut |_, _, _| Ok(())).unwrap();
+        builder.finish(top)
+    }
+
+    fn pieces(stack: &Stack, io: Io) -> Vec<Result<Piece, Errno>> {
+        let mut route = stack.route(io);
+        std::iter::from_fn(|| route.next(stack)).collect()
+    }
+
+    #[test]
+    fn pieces_of_a_prefix_answer_tile_the_request() {
+        let stack = over(to, 1536, 1);
+        let got = pieces(&stack, Io::new(Op::Read, 512, 4096));
+        let mut part = 0;
+        for piece in got {
+            let piece = piece.unwrap();
+            assert_eq!((piece.part, piece.at), (part, 512 + part));
+            part += piece.len;
+        }
+        assert_eq!(part, 4096);
+    }
+
+    #[test]
+    fn a_fan_out_sends_each_byte_to_each_leg_once() {
+        let stack = over(all, 2048, 3);
+        let mut seen = [[0u8; 8]; 3];
+        for piece in pieces(&stack, Io::new(Op::Write, 0, 4096)) {
+            let piece = piece.unwrap();
+            let Place::Backend(id) = piece.place else { panic!("zero") };
+            assert_eq!(piece.at, piece.part);
+            for block in piece.part / 512..(piece.part + piece.len) / 512 {
+                seen[usize::from(id.0)][usize::try_from(block).unwrap()] += 1;
+            }
+        }
+        assert_eq!(seen, [[1; 8]; 3]);
+    }
+
+    #[test]
+    fn a_flush_reaches_every_bottom_once() {
+        let stack = over(to, 512, 5);
+        let got = pieces(&stack, Io::new(Op::Flush, 0, 0));
+        let mut ids: Vec<_> = got
+            .into_iter()
+            .map(|piece| match piece.unwrap() {
+                Piece { place: Place::Backend(id), len: 0, .. } => id.0,
+                other => panic!("{other:?}"),
+            })
+            .collect();
+        ids.sort_unstable();
+        assert_eq!(ids, [0, 1, 2, 3, 4]);
+    }
+
+    #[test]
+    fn an_error_answer_comes_out_in_its_place() {
+        let stack =
+            over(|io, len| if io.extent.at < 1024 { to(io, len) } else { Err(Errno::EIO) }, 512, 1);
+        let got = pieces(&stack, Io::new(Op::Read, 0, 2048));
+        assert!(got[0].is_ok() && got[1].is_ok());
+        assert_eq!(got[2], Err(Errno::EIO));
+    }
+
+    #[test]
+    #[should_panic(expected = "layer top broke its contract")]
+    fn an_answer_behind_the_lower_device_is_a_broken_contract() {
+        let stack = over(|_, len| Ok(Map::To { len, port: Port(0), at: 1 << 20 }), 512, 1);
+        pieces(&stack, Io::new(Op::Read, 0, 512));
+    }
+
+    #[test]
+    #[should_panic(expected = "it has no port 7")]
+    fn an_answer_to_a_port_that_is_not_there_is_a_broken_contract() {
+        let stack = over(|io, len| Ok(Map::To { len, port: Port(7), at: io.extent.at }), 512, 1);
+        pieces(&stack, Io::new(Op::Read, 0, 512));
+    }
+
+    #[test]
+    fn waits_add_up_on_the_way_down() {
+        let late =
+            |io: Io, len| Ok(Map::After { len, port: Port(0), at: io.extent.at, wait_ns: 5 });
+        let mut builder = StackBuilder::new();
+        let (leg, _) = builder.backend("leg", Limits::ideal(1 << 20)).unwrap();
+        let mut top = leg;
+        for _ in 0..3 {
+            let fake = Box::new(Fake { chunk: u64::MAX, kind: late });
+            top = builder.layer("late", fake, &[top], &mut |_, _, _| Ok(())).unwrap();
+        }
+        let stack = builder.finish(top);
+        assert_eq!(pieces(&stack, Io::new(Op::Read, 0, 512))[0].unwrap().wait_ns, 15);
+    }
+
+    #[test]
+    fn the_deepest_stack_with_the_most_splits_fits_the_frames() {
+        let mut builder = StackBuilder::new();
+        let (mut top, _) = builder.backend("leg", Limits::ideal(1 << 20)).unwrap();
+        for depth in 0..crate::stack::MAX_DEPTH {
+            let kind = if depth % 2 == 0 { all } else { to };
+            let fake = Box::new(Fake { chunk: 512 << depth, kind });
+            top = builder.layer("x", fake, &[top], &mut |_, _, _| Ok(())).unwrap();
+        }
+        let one_more = Box::new(Fake { chunk: 512, kind: to });
+        let error = builder.layer("x", one_more, &[top], &mut |_, _, _| Ok(())).err();
+        assert!(error.unwrap().to_string().contains("above one another"));
+        let stack = builder.finish(top);
+        let len: u64 = 1 << 20;
+        let got = pieces(&stack, Io::new(Op::Write, 0, len));
+        assert_eq!(got.into_iter().map(|p| p.unwrap().len).sum::<u64>(), len);
+    }
+
+    #[test]
+    fn a_device_below_two_layers_is_refused() {
+        let mut builder = StackBuilder::new();
+        let (leg, _) = builder.backend("disk", Limits::ideal(1 << 20)).unwrap();
+        let mut add = |ports: &[NodeId]| {
+            let fake = Box::new(Fake { chunk: 512, kind: to });
+            builder.layer("x", fake, ports, &mut |_, _, _| Ok(()))
+        };
+        add(&[leg]).unwrap();
+        assert!(add(&[leg]).is_err());
+    }
+}
