@@ -1,1 +1,18 @@
-//! Placeholder.
+//! Answers for requests in flight: takes them from exports, routes them, splices their pieces,
+//! finishes them whole or failed. Generic over the ring that moves data; no system calls.
+#![forbid(unsafe_code)]
+
+pub mod counts;
+pub mod export;
+pub mod flights;
+mod gather;
+pub mod jobs;
+pub mod queue;
+pub mod ring;
+pub mod watch;
+
+pub use counts::{Counts, RingCounts, Shared};
+pub use export::{Export, Inbox, Request};
+pub use queue::{Lane, Worker};
+pub use ring::{Completion, Event, FileId, Pages, Part, Ring, Splice, To};
+pub use watch::Stuck;

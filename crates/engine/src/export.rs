@@ -1,0 +1,65 @@
+//! Answers for the front end as the engine sees it: a source of requests that wants them finished.
+
+use std::collections::VecDeque;
+
+use devsplice_core::{Errno, Io, Result};
+
+use crate::ring::{Completion, Pages, Ring};
+
+/// A request that a front end received.
+#[derive(Clone, Copy, Debug)]
+pub struct Request {
+    /// Which of the export's slots it takes: below [`Export::depth`], free until it is finished.
+    pub tag: u16,
+    /// What and where.
+    pub io: Io,
+    /// Its memory, for reads and writes.
+    pub pages: Pages,
+}
+
+/// Requests that have arrived and not been started; bounded by the exports' depths.
+#[derive(Debug, Default)]
+pub struct Inbox {
+    requests: VecDeque<(u16, Request)>,
+}
+
+impl Inbox {
+    pub(crate) fn with_capacity(requests: usize) -> Inbox {
+        Inbox { requests: VecDeque::with_capacity(requests) }
+    }
+
+    /// Hands a request to the engine.
+    pub fn push(&mut self, lane: u16, request: Request) {
+        debug_assert!(self.requests.len() < self.requests.capacity(), "more requests than tags");
+        self.requests.push_back((lane, request));
+    }
+
+    pub(crate) fn pop(&mut self) -> Option<(u16, Request)> {
+        self.requests.pop_front()
+    }
+}
+
+/// One queue of a front end.
+pub trait Export<R: Ring>: Send {
+    /// Most requests in flight; tags are below it.
+    fn depth(&self) -> u16;
+
+    /// Asks for the first requests. `lane` is what this export's events carry.
+    ///
+    /// # Errors
+    /// If the front end refuses.
+    fn arm(&mut self, ring: &mut R, lane: u16) -> Result<()>;
+
+    /// Takes one of the export's own events; puts what it brings into `inbox`.
+    ///
+    /// # Errors
+    /// If the front end is broken beyond this request; the device stops then.
+    fn event(&mut self, ring: &mut R, completion: Completion, inbox: &mut Inbox) -> Result<()>;
+
+    /// Ends a request: everything it asked for is done, or it failed. All splices of its pages are
+    /// over. The tag is free afterwards.
+    fn finish(&mut self, ring: &mut R, tag: u16, io: &Io, result: Result<(), Errno>);
+
+    /// Whether no further request can come.
+    fn is_closed(&self) -> bool;
+}

@@ -1,0 +1,299 @@
+//! Answers for the life of requests on one I/O thread: events in, routing, splices, finish.
+//!
+//! [`Worker::turn`] is the whole of it: take a batch of events, start what arrived, enter once.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use devsplice_core::{Errno, Op, Result, Stack};
+
+use crate::counts::{Counts, Shared};
+use crate::export::{Export, Inbox, Request};
+use crate::flights::{self, Flights, Next};
+use crate::gather::Gather;
+use crate::jobs::Job;
+use crate::ring::{Event, FileId, Ring};
+use crate::watch::{OnStuck, Stuck, TICK_KEY, TICK_NS, Watch};
+
+/// Pieces routed for one request before others get their turn: a discard of a whole device over a
+/// narrow stripe has millions.
+const PIECES_A_PASS: u32 = 1024;
+
+/// One queue of an export with the stack that serves it.
+pub struct Lane<R: Ring> {
+    export: Box<dyn Export<R>>,
+    stack: Arc<Stack>,
+    /// The ring's names for the stack's bottoms, in their order.
+    files: Box<[FileId]>,
+    jobs: Box<[Job]>,
+}
+
+impl<R: Ring> Lane<R> {
+    /// # Panics
+    /// If `files` are not as many as the stack has bottoms.
+    #[must_use]
+    pub fn new(export: Box<dyn Export<R>>, stack: Arc<Stack>, files: Box<[FileId]>) -> Lane<R> {
+        assert_eq!(files.len(), usize::from(stack.backend_count()), "a file for each bottom");
+        let jobs = (0..export.depth()).map(|_| Job::idle(&stack)).collect();
+        Lane { export, stack, files, jobs }
+    }
+}
+
+/// An I/O thread's work: a ring and the lanes that it serves.
+pub struct Worker<R: Ring> {
+    ring: R,
+    lanes: Box<[Lane<R>]>,
+    flights: Flights,
+    inbox: Inbox,
+    /// Requests with pieces left to route, in the order they came to wait.
+    waiting: VecDeque<(u16, u16)>,
+    busy: u32,
+    counts: Counts,
+    shared: Arc<Shared>,
+    watch: Watch,
+}
+
+impl<R: Ring> Worker<R> {
+    /// `flight_count` bounds the splices in flight and is at least 1. `stuck_seconds` is when a
+    /// request is reported to `on_stuck`; 0 for never.
+    pub fn new(
+        ring: R,
+        lanes: Vec<Lane<R>>,
+        flight_count: u32,
+        shared: Arc<Shared>,
+        (stuck_seconds, on_stuck): (u32, OnStuck),
+    ) -> Worker<R> {
+        let tags: usize = lanes.iter().map(|lane| lane.jobs.len()).sum();
+        Worker {
+            ring,
+            lanes: lanes.into(),
+            flights: Flights::new(flight_count.max(1)),
+            inbox: Inbox::with_capacity(tags),
+            waiting: VecDeque::with_capacity(tags),
+            busy: 0,
+            counts: Counts::default(),
+            shared,
+            watch: Watch { tick: 0, armed: false, limit: stuck_seconds, on_stuck },
+        }
+    }
+
+    /// Asks every export for its first requests.
+    ///
+    /// # Errors
+    /// If an export or the ring refuses.
+    pub fn arm(&mut self) -> Result<()> {
+        for (index, lane) in self.lanes.iter_mut().enumerate() {
+            lane.export.arm(&mut self.ring, u16::try_from(index).unwrap_or(u16::MAX))?;
+        }
+        self.ring.enter(false)
+    }
+
+    /// Serves until every export is closed and every request finished.
+    ///
+    /// # Errors
+    /// If the ring or an export fails; nothing is served any more then.
+    pub fn run(&mut self) -> Result<()> {
+        while self.turn()? {}
+        Ok(())
+    }
+
+    /// One batch: what has happened, what it leads to, one call into the kernel. Whether there is
+    /// more to come.
+    ///
+    /// # Errors
+    /// If the ring or an export fails.
+    pub fn turn(&mut self) -> Result<bool> {
+        while let Some(event) = self.ring.next() {
+            match event {
+                Event::Splice { key, result } => self.landed(key, result),
+                Event::Timer { key: TICK_KEY } => self.tick(),
+                Event::Timer { key } => self.send(key),
+                Event::Export { lane, completion } => {
+                    let export = &mut self.lanes[usize::from(lane)].export;
+                    export.event(&mut self.ring, completion, &mut self.inbox)?;
+                }
+            }
+        }
+        for _ in 0..self.waiting.len() {
+            self.resume();
+        }
+        while let Some((lane, request)) = self.inbox.pop() {
+            self.start(lane, request);
+        }
+        self.counts.set_ring(self.ring.counts());
+        self.shared.publish(&self.counts);
+        if self.busy == 0 && self.lanes.iter().all(|lane| lane.export.is_closed()) {
+            self.ring.enter(false)?;
+            return Ok(false);
+        }
+        if self.busy > 0 && !self.watch.armed {
+            self.watch.armed = true;
+            self.ring.after(TICK_KEY, TICK_NS);
+        }
+        let can_go_on = !self.waiting.is_empty() && !self.flights.is_full();
+        self.ring.enter(!can_go_on)?;
+        Ok(true)
+    }
+
+    /// Goes on with the request that has waited longest, if there is room for its pieces.
+    fn resume(&mut self) {
+        if self.flights.is_full() {
+            return;
+        }
+        let Some((lane, tag)) = self.waiting.pop_front() else { return };
+        let job = &mut self.lanes[usize::from(lane)].jobs[usize::from(tag)];
+        job.waiting = false;
+        // It may have failed and been finished since.
+        if job.active {
+            self.route(lane, tag);
+        }
+    }
+
+    fn start(&mut self, lane: u16, request: Request) {
+        let Lane { stack, jobs, .. } = &mut self.lanes[usize::from(lane)];
+        let job = &mut jobs[usize::from(request.tag)];
+        assert!(!job.active, "export handed out tag {} twice", request.tag);
+        job.io = request.io;
+        job.pages = request.pages;
+        job.flying = 0;
+        job.errno = None;
+        job.since = self.watch.tick;
+        job.active = true;
+        self.busy += 1;
+        job.route.restart(stack, request.io);
+        if let Err(errno) = stack.admit(&request.io) {
+            job.fail(errno);
+        }
+        self.route(lane, request.tag);
+    }
+
+    /// Routes a request as far as the tables allow, sends what was gathered, finishes it when
+    /// nothing is left.
+    fn route(&mut self, lane: u16, tag: u16) {
+        let mut budget = PIECES_A_PASS;
+        let mut gather = Gather::new();
+        let Lane { stack, jobs, files, .. } = &mut self.lanes[usize::from(lane)];
+        let job = &mut jobs[usize::from(tag)];
+        while budget > 0 && !gather.is_full() && !self.flights.is_full() {
+            let piece = match job.route.next(stack) {
+                None => break,
+                Some(Err(errno)) => {
+                    job.fail(errno);
+                    break;
+                }
+                Some(Ok(piece)) => piece,
+            };
+            budget -= 1;
+            self.counts.pieces += 1;
+            let to = flights::place(&piece, files);
+            if gather.join(&mut self.flights, to, &piece) {
+                continue;
+            }
+            let Some(key) = self.flights.take() else { break };
+            let flight = self.flights.get(key);
+            flight.start((lane, tag), (job.io.op, job.io.fua), to, &piece);
+            job.flying += 1;
+            gather.open(key);
+        }
+        if !job.route.is_done() && !job.waiting {
+            job.waiting = true;
+            self.waiting.push_back((lane, tag));
+        }
+        let is_over = job.is_over();
+        let (keys, count) = gather.take();
+        for key in &keys[..count] {
+            self.counts.splices += 1;
+            match self.flights.get(*key).wait_ns {
+                0 => self.send(*key),
+                wait_ns => self.ring.after(*key, wait_ns),
+            }
+        }
+        if is_over {
+            self.finish(lane, tag);
+        }
+    }
+
+    fn send(&mut self, key: u32) {
+        let flight = self.flights.get(key);
+        if flight.is_void() {
+            let len = flight.len;
+            return self.landed(key, Ok(len));
+        }
+        let job = &self.lanes[usize::from(flight.lane)].jobs[usize::from(flight.tag)];
+        self.ring.splice(key, &flight.splice(job.pages));
+    }
+
+    fn landed(&mut self, key: u32, result: Result<u64, Errno>) {
+        let flight = self.flights.get(key);
+        let (lane, tag) = (flight.lane, flight.tag);
+        let result = match flight.landed(result) {
+            Next::Again => {
+                self.counts.retries += 1;
+                return self.send(key);
+            }
+            Next::Later(ns) => {
+                self.counts.retries += 1;
+                return self.ring.after(key, ns);
+            }
+            Next::Done(result) => result,
+        };
+        self.flights.release(key);
+        let job = &mut self.lanes[usize::from(lane)].jobs[usize::from(tag)];
+        job.flying -= 1;
+        if let Err(errno) = result {
+            job.fail(errno);
+        }
+        if job.is_over() {
+            self.finish(lane, tag);
+        }
+    }
+
+    fn finish(&mut self, lane: u16, tag: u16) {
+        let Lane { export, jobs, .. } = &mut self.lanes[usize::from(lane)];
+        let job = &mut jobs[usize::from(tag)];
+        debug_assert!(job.active, "tag {tag} finished twice");
+        job.active = false;
+        self.busy -= 1;
+        self.counts.requests += 1;
+        match job.io.op {
+            Op::Read => self.counts.reads += 1,
+            Op::Write => self.counts.writes += 1,
+            Op::Flush => self.counts.flushes += 1,
+            Op::Discard | Op::WriteZeroes { .. } => self.counts.discards += 1,
+        }
+        let result = match job.errno {
+            None => Ok(()),
+            Some(errno) => {
+                self.counts.errors += 1;
+                Err(errno.for_client())
+            }
+        };
+        export.finish(&mut self.ring, tag, &job.io, result);
+    }
+
+    fn tick(&mut self) {
+        self.watch.armed = false;
+        self.watch.tick = self.watch.tick.wrapping_add(1);
+        for (index, lane) in self.lanes.iter().enumerate() {
+            for (tag, job) in lane.jobs.iter().enumerate().filter(|(_, job)| job.active) {
+                if self.watch.is_due(job.since) {
+                    self.counts.stuck += 1;
+                    (self.watch.on_stuck)(&Stuck {
+                        lane: u16::try_from(index).unwrap_or(u16::MAX),
+                        tag: u16::try_from(tag).unwrap_or(u16::MAX),
+                        io: job.io,
+                        flying: job.flying,
+                        seconds: self.watch.tick.wrapping_sub(job.since),
+                    });
+                }
+            }
+        }
+    }
+}
+
+impl<R: Ring> Drop for Worker<R> {
+    fn drop(&mut self) {
+        self.counts.set_ring(self.ring.counts());
+        self.shared.publish(&self.counts);
+    }
+}

@@ -1,0 +1,110 @@
+//! Answers for what the engine needs of the world: a ring that splices pages and tells when.
+
+use devsplice_core::{Errno, Op, Result};
+
+use crate::counts::RingCounts;
+
+/// Most parts of one splice. Bounds the vector that a ring keeps for it.
+pub const MAX_PARTS: usize = 16;
+
+/// A request's memory: a handle with no way in. Only the ring that minted it knows what it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pages(pub u32);
+
+/// A file, device or socket that a ring has been given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FileId(pub u16);
+
+/// A range of a request's pages, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct Part {
+    /// First byte, counted from the start of the request.
+    pub at: u32,
+    /// Bytes.
+    pub len: u32,
+}
+
+/// The other end of a splice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum To {
+    /// A file, device or socket.
+    File(FileId),
+    /// An endless source of zeros; reads only.
+    Zero,
+}
+
+/// `dev_splice`: moves parts of a request's pages to or from a place, or changes the place.
+#[derive(Clone, Copy, Debug)]
+pub struct Splice<'a> {
+    /// Read fills the pages from the place, write drains them to it; others carry no pages.
+    pub op: Op,
+    /// Whether a write must be durable when it completes.
+    pub fua: bool,
+    /// The other end.
+    pub to: To,
+    /// First byte there.
+    pub at: u64,
+    /// Bytes; for reads and writes the sum of the parts.
+    pub len: u64,
+    /// The request's memory.
+    pub pages: Pages,
+    /// Which ranges of it, in the order of the place; 1 to [`MAX_PARTS`] for reads and writes.
+    pub parts: &'a [Part],
+}
+
+/// A completion that belongs to an export: what it submitted under `index`.
+#[derive(Clone, Copy, Debug)]
+pub struct Completion {
+    /// The export's own number for it.
+    pub index: u32,
+    /// The kernel's result.
+    pub result: i32,
+    /// The kernel's completion flags.
+    pub flags: u32,
+}
+
+/// What a ring reports.
+#[derive(Clone, Copy, Debug)]
+pub enum Event {
+    /// A splice came to its end: bytes done, which may be fewer than asked.
+    Splice {
+        /// As given to [`Ring::splice`].
+        key: u32,
+        /// Bytes done; the whole length for operations without pages.
+        result: Result<u64, Errno>,
+    },
+    /// The time given to [`Ring::after`] is over.
+    Timer {
+        /// As given.
+        key: u32,
+    },
+    /// Something that an export submitted.
+    Export {
+        /// The export's lane.
+        lane: u16,
+        /// What came back.
+        completion: Completion,
+    },
+}
+
+/// A place to submit to and to wait at. One thread owns it. Memory that an operation needs is the
+/// ring's until the operation's event is out.
+pub trait Ring {
+    /// Starts a splice. `key` is not in use by another splice.
+    fn splice(&mut self, key: u32, splice: &Splice<'_>);
+
+    /// Asks for an [`Event::Timer`] in `ns` nanoseconds. `key` is not in use by another timer.
+    fn after(&mut self, key: u32, ns: u64);
+
+    /// Submits all that was started; with `wait`, until at least one event is there.
+    ///
+    /// # Errors
+    /// If the ring itself fails; the device cannot go on then.
+    fn enter(&mut self, wait: bool) -> Result<()>;
+
+    /// The next event, if one is there.
+    fn next(&mut self) -> Option<Event>;
+
+    /// What the ring has counted since its start.
+    fn counts(&self) -> RingCounts;
+}
