@@ -21,8 +21,6 @@ pub struct Daemon {
 
 /// One directory to share.
 pub struct Share<'a> {
-    /// The name the guest mounts it by.
-    pub tag: &'a str,
     /// The directory.
     pub directory: &'a Path,
     /// Whether the guest may write.
