@@ -2,7 +2,7 @@
 
 use crate::args::{Args, Key};
 use crate::errno::Errno;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::io::Io;
 use crate::limits::Limits;
 use crate::map::{Map, Port};
@@ -36,6 +36,20 @@ pub trait Layer: Send + Sync {
 pub trait Lower {
     /// What each lower device is and can do, in the order of the ports.
     fn limits(&self) -> &[Limits];
+
+    /// What the one device below is, for a layer that lies over exactly one.
+    ///
+    /// # Errors
+    /// If there are none or several: whoever built the stack did not look at [`Driver::below`].
+    fn only(&self) -> Result<Limits> {
+        match self.limits() {
+            [one] => Ok(*one),
+            other => {
+                let reason = format!("{} given, the layer lies over exactly one", other.len());
+                Err(Error::invalid("lower devices", reason))
+            }
+        }
+    }
 
     /// Reads metadata, blocking. Position and length must be multiples of that device's block.
     ///
