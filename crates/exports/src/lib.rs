@@ -1,1 +1,5 @@
-//! Placeholder.
+//! Answers for front ends: how block requests of this machine reach the engine.
+
+pub mod fuse;
+pub mod threads;
+pub mod ublk;

@@ -1,1 +1,18 @@
-//! Placeholder.
+//! Answers for io_uring: a [`Ring`](devsplice_engine::Ring) that owns every entry's memory until its
+//! completion, and `dev_splice`, the one table of how pages reach a place.
+//!
+//! All `unsafe` of the data path is in this crate. What the kernel is given an address of lies in a
+//! table or an arena that lives as long as the ring.
+
+mod arena;
+pub mod control;
+mod files;
+pub mod probe;
+mod ring;
+mod splice;
+mod submit;
+pub mod thread;
+pub mod uapi;
+
+pub use files::{FileKind, RingFile};
+pub use ring::{Command, Config, LaneMemory, Uring, open};

@@ -1,0 +1,185 @@
+//! Answers for I/O threads: N queues on M threads, each thread with one ring, started together.
+
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, mpsc};
+use std::thread::JoinHandle;
+
+use devsplice_core::{Error, ErrorKind, Result, Stack};
+use devsplice_engine::{Counts, Export, Lane, Shared, Stuck, Worker};
+use devsplice_uring::{Config, FileKind, LaneMemory, RingFile, Uring};
+use rustix::thread::{CpuSet, sched_setaffinity};
+
+/// A bottom of the stack, open.
+#[derive(Debug)]
+pub struct Bottom {
+    /// The file or device.
+    pub fd: OwnedFd,
+    /// What it is.
+    pub kind: FileKind,
+}
+
+/// How a device's queues are served.
+#[derive(Clone, Copy, Debug)]
+pub struct Shape {
+    /// Queues of the device.
+    pub queues: u16,
+    /// Threads that serve them; at most as many as queues.
+    pub threads: u16,
+    /// What each queue's requests need.
+    pub memory: LaneMemory,
+    /// Seconds after which a request is reported as stuck; 0 for never.
+    pub stuck_seconds: u32,
+}
+
+/// Makes the export of one queue: its number, the ring it lives on.
+pub type MakeQueue = dyn Fn(u16, &mut Uring) -> Result<Box<dyn Export<Uring>>> + Send + Sync;
+
+/// What a queue's thread is told about its place: the CPUs of queue `n`, or none to run anywhere.
+pub type CpusOf = dyn Fn(u16) -> Option<CpuSet> + Send + Sync;
+
+/// What the threads need, shared between them.
+pub struct Work {
+    /// Decides where data goes.
+    pub stack: Arc<Stack>,
+    /// The stack's bottoms, in their order.
+    pub bottoms: Vec<Bottom>,
+    /// Makes each queue.
+    pub make: Box<MakeQueue>,
+    /// Where each queue's thread runs.
+    pub cpus: Box<CpusOf>,
+    /// Told about requests that are stuck below.
+    pub on_stuck: fn(&Stuck),
+    /// Told when a thread cannot go on; the device is lost then, and this should end the process.
+    pub on_death: fn(Error),
+}
+
+/// Running I/O threads.
+pub struct Crew {
+    handles: Vec<JoinHandle<()>>,
+    shared: Vec<Arc<Shared>>,
+    /// What is not as it should be, though the threads run.
+    pub warnings: Vec<String>,
+}
+
+impl Crew {
+    /// Starts the threads and returns when every queue has asked for its first requests.
+    ///
+    /// # Errors
+    /// The first thing that any thread could not do. The others are left to end with the process.
+    pub fn start(shape: Shape, work: Work) -> Result<Crew> {
+        let threads = shape.threads.clamp(1, shape.queues.max(1));
+        let work = Arc::new(work);
+        let (ready, news) = mpsc::channel();
+        let mut crew = Crew { handles: Vec::new(), shared: Vec::new(), warnings: Vec::new() };
+        for thread in 0..threads {
+            let queues: Vec<u16> =
+                (0..shape.queues).filter(|queue| queue % threads == thread).collect();
+            let shared = Arc::new(Shared::default());
+            crew.shared.push(Arc::clone(&shared));
+            let (work, ready) = (Arc::clone(&work), ready.clone());
+            let handle = std::thread::Builder::new()
+                .name(format!("io/{thread}"))
+                .stack_size(256 << 10)
+                .spawn(move || serve(&shape, &work, &queues, shared, &ready))
+                .map_err(|error| Error::os("I/O thread", &error))?;
+            crew.handles.push(handle);
+        }
+        drop(ready);
+        for _ in 0..threads {
+            match news.recv() {
+                Ok(warning) => {
+                    if let Some(warning) = warning? {
+                        crew.warnings.push(warning);
+                    }
+                }
+                Err(_) => {
+                    return Err(Error::new(ErrorKind::Os, "I/O thread", "ended at its start"));
+                }
+            }
+        }
+        crew.warnings.dedup();
+        Ok(crew)
+    }
+
+    /// The counters of all threads together.
+    #[must_use]
+    pub fn counts(&self) -> Counts {
+        self.shared.iter().fold(Counts::default(), |sum, shared| sum.plus(&shared.read()))
+    }
+
+    /// How many threads there are.
+    #[must_use]
+    pub fn thread_count(&self) -> usize {
+        self.handles.len()
+    }
+
+    /// Whether every thread has ended.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        self.handles.iter().all(JoinHandle::is_finished)
+    }
+
+    /// Waits until every queue is closed and every request finished.
+    pub fn join(self) -> Counts {
+        for handle in self.handles {
+            // A thread that panicked has taken the process with it; see `on_death`.
+            let _ = handle.join();
+        }
+        self.shared.iter().fold(Counts::default(), |sum, shared| sum.plus(&shared.read()))
+    }
+}
+
+type Ready = mpsc::Sender<Result<Option<String>>>;
+
+/// An I/O thread from start to end.
+fn serve(shape: &Shape, work: &Work, queues: &[u16], shared: Arc<Shared>, ready: &Ready) {
+    let mut warning = None;
+    if let Err(error) = devsplice_uring::thread::set_io_flusher() {
+        warning = Some(error.to_string());
+    }
+    if let Some(cpus) = queues.first().and_then(|queue| (work.cpus)(*queue)) {
+        // Where the CPUs are not ours to use, running anywhere is the next best.
+        let _ = sched_setaffinity(None, &cpus);
+    }
+    let mut worker = match prepare(shape, work, queues, shared) {
+        Ok(worker) => worker,
+        Err(error) => {
+            let _ = ready.send(Err(error));
+            return;
+        }
+    };
+    let _ = ready.send(Ok(warning));
+    if let Err(error) = worker.run() {
+        (work.on_death)(error);
+    }
+}
+
+fn prepare(
+    shape: &Shape,
+    work: &Work,
+    queues: &[u16],
+    shared: Arc<Shared>,
+) -> Result<Worker<Uring>> {
+    let lanes = vec![shape.memory; queues.len()];
+    let tags = u32::from(shape.memory.depth) * u32::try_from(queues.len()).unwrap_or(1);
+    let flights = (tags * 4).clamp(64, 4096);
+    let files = work.bottoms.len() + queues.len();
+    let files = u16::try_from(files)
+        .map_err(|_| Error::invalid("stack", format!("{files} files in one ring")))?;
+    let mut ring = Uring::new(&Config { flights, files, lanes })?;
+    let mut bottoms = Vec::new();
+    for bottom in &work.bottoms {
+        let fd = bottom.fd.try_clone().map_err(|error| Error::os("a file's copy", &error))?;
+        bottoms.push(ring.add_file(RingFile { fd, kind: bottom.kind })?);
+    }
+    let mut lanes = Vec::new();
+    for queue in queues {
+        let export = (work.make)(*queue, &mut ring)?;
+        lanes.push(Lane::new(export, Arc::clone(&work.stack), bottoms.clone().into()));
+    }
+    let on_stuck = work.on_stuck;
+    let watch = (shape.stuck_seconds, Box::new(on_stuck) as Box<dyn Fn(&Stuck) + Send>);
+    let mut worker = Worker::new(ring, lanes, flights, shared, watch);
+    worker.arm()?;
+    Ok(worker)
+}

@@ -1,0 +1,125 @@
+//! Answers for memory that the kernel reads and writes: one mapping per lane, a slot per tag, and
+//! for each slot how many submitted entries name it.
+
+use std::ptr::NonNull;
+
+use devsplice_core::{Error, Result};
+use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+
+/// Slots of equal size. Untouched ones cost no memory.
+pub(crate) struct Arena {
+    base: NonNull<u8>,
+    stride: usize,
+    /// Entries in the kernel's hands that name each slot's memory.
+    lent: Box<[u16]>,
+}
+
+// SAFETY: the mapping belongs to this value alone, and a shared reference gives no access to it.
+unsafe impl Send for Arena {}
+
+impl Arena {
+    /// Maps `slots` slots of `stride` bytes, a multiple of the page size.
+    pub(crate) fn new(slots: usize, stride: usize) -> Result<Arena> {
+        let bytes = slots
+            .checked_mul(stride)
+            .filter(|bytes| *bytes > 0 && stride.is_multiple_of(4096))
+            .ok_or_else(|| Error::invalid("request memory", format!("{slots} x {stride} bytes")))?;
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+        // SAFETY: a fresh private mapping at an address of the kernel's choice aliases nothing; this
+        // value alone owns it until drop.
+        let base = unsafe {
+            mmap_anonymous(std::ptr::null_mut(), bytes, ProtFlags::READ | ProtFlags::WRITE, flags)
+        }
+        .map_err(|errno| Error::os(format!("{bytes} bytes of request memory"), &errno.into()))?;
+        let base = NonNull::new(base.cast())
+            .ok_or_else(|| Error::invalid("request memory", "mapped at address 0"))?;
+        Ok(Arena { base, stride, lent: vec![0; slots].into() })
+    }
+
+    /// The address of a range of a slot, for the kernel.
+    ///
+    /// # Panics
+    /// If the range leaves the slot: the kernel would touch another request's memory.
+    #[inline]
+    pub(crate) fn address(&self, slot: usize, at: usize, len: usize) -> u64 {
+        assert!(
+            slot < self.lent.len() && at.checked_add(len).is_some_and(|end| end <= self.stride),
+            "range {at}+{len} leaves slot {slot} of {} bytes",
+            self.stride
+        );
+        (self.base.as_ptr() as usize + slot * self.stride + at) as u64
+    }
+
+    /// An entry that names the slot's memory was queued.
+    #[inline]
+    pub(crate) fn lend(&mut self, slot: usize) {
+        self.lent[slot] += 1;
+    }
+
+    /// The completion of such an entry is out.
+    #[inline]
+    pub(crate) fn give_back(&mut self, slot: usize) {
+        self.lent[slot] -= 1;
+    }
+
+    /// The slot's bytes, while no entry names them.
+    ///
+    /// # Panics
+    /// If one does.
+    pub(crate) fn bytes(&mut self, slot: usize) -> &mut [u8] {
+        assert_eq!(self.lent[slot], 0, "slot {slot} is in the kernel's hands");
+        // SAFETY: `slot` is below the number of slots (indexed above), so the offset is inside the
+        // mapping.
+        let start = unsafe { self.base.as_ptr().add(slot * self.stride) };
+        // SAFETY: the mapping holds initialised (zero-filled) bytes; no queued entry names them (the
+        // count above, kept by `Uring`), and `&mut self` excludes other slices.
+        unsafe { std::slice::from_raw_parts_mut(start, self.stride) }
+    }
+
+    /// Whether the kernel may still touch any of it.
+    pub(crate) fn is_lent(&self) -> bool {
+        self.lent.iter().any(|count| *count != 0)
+    }
+}
+
+impl Drop for Arena {
+    fn drop(&mut self) {
+        if self.is_lent() {
+            // An entry is still out (the ring failed, or the device was torn down): its memory must
+            // outlive it, so the mapping is left to the end of the process.
+            return;
+        }
+        let bytes = self.lent.len() * self.stride;
+        // SAFETY: the mapping is this value's own, of exactly this size, and nothing refers to it.
+        // A failure would leave it mapped, which harms nothing.
+        let _ = unsafe { munmap(self.base.as_ptr().cast(), bytes) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slots_do_not_overlap_and_lent_ones_cannot_be_read() {
+        let mut arena = Arena::new(2, 4096).unwrap();
+        arena.bytes(0).fill(1);
+        arena.bytes(1).fill(2);
+        assert!(arena.bytes(0).iter().all(|byte| *byte == 1));
+        assert_eq!(arena.address(1, 5, 1) - arena.address(0, 5, 1), 4096);
+        arena.lend(1);
+        let read = std::panic::AssertUnwindSafe(|| arena.bytes(1).len());
+        assert!(std::panic::catch_unwind(read).is_err());
+        arena.give_back(1);
+        assert_eq!(arena.bytes(1).len(), 4096);
+    }
+
+    #[test]
+    fn ranges_outside_a_slot_panic() {
+        let arena = Arena::new(1, 4096).unwrap();
+        for (slot, at, len) in [(1, 0, 1), (0, 4096, 1), (0, 0, 4097), (0, usize::MAX, 2)] {
+            let take = std::panic::AssertUnwindSafe(|| arena.address(slot, at, len));
+            assert!(std::panic::catch_unwind(take).is_err());
+        }
+    }
+}

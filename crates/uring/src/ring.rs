@@ -1,0 +1,434 @@
+//! Answers for an I/O thread's ring: what the engine and the exports submit, what comes back to whom.
+
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use devsplice_core::{Errno, Error, Op, Result};
+use devsplice_engine::{Completion, Event, FileId, Pages, Ring, RingCounts, Splice};
+use rustix::fs::{Mode, OFlags};
+
+use crate::arena::Arena;
+use crate::files::{DiscardWay, FileKind, RingFile, Slot, ZeroWay};
+use crate::splice::{Around, DATA_AT, Flight, PagesKind, ZEROES_LEN, entry};
+use crate::submit::Queues;
+use crate::uapi::{OP_POLL_ADD, OP_READ, OP_TIMEOUT, OP_URING_CMD, OP_WRITE, SQE_FIXED_FILE, Sqe};
+
+/// What memory a lane's requests have.
+#[derive(Clone, Copy, Debug)]
+pub struct LaneMemory {
+    /// Tags of the lane.
+    pub depth: u16,
+    /// Bytes of data per tag in memory of ours; 0 for none at all.
+    pub bytes: u32,
+    /// Whether each tag also gets a slot for the device's own pages.
+    pub slots: bool,
+}
+
+/// How large a ring's tables are.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Splices in flight: keys are below it.
+    pub flights: u32,
+    /// Files that will be added, the built-in one for zeros not counted.
+    pub files: u16,
+    /// One per lane.
+    pub lanes: Vec<LaneMemory>,
+}
+
+/// A command for a character device (`IORING_OP_URING_CMD`).
+#[derive(Clone, Copy, Debug)]
+pub struct Command {
+    /// Its number.
+    pub op: u32,
+    /// The 16 bytes behind the entry's fixed fields.
+    pub payload: [u8; 16],
+    /// The entry's own address field, which some commands use for flags.
+    pub aux: u64,
+    /// Whether the device may read and write the data memory of this tag until the completion; its
+    /// address is then put into the second half of the payload.
+    pub lend: Option<u16>,
+}
+
+const KIND_SPLICE: u64 = 1 << 56;
+const KIND_TIMER: u64 = 2 << 56;
+const KIND_EXPORT: u64 = 3 << 56;
+/// As `KIND_EXPORT`, for an entry that names the memory of the tag in the index's low half.
+const KIND_EXPORT_LENT: u64 = 4 << 56;
+const KIND_MASK: u64 = 0xff << 56;
+
+/// `struct __kernel_timespec`.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Timespec {
+    seconds: i64,
+    nanoseconds: i64,
+}
+
+/// io_uring, one per I/O thread.
+pub struct Uring {
+    // Dropped first: the arenas and tables outlive it.
+    queues: Queues,
+    files: Vec<Slot>,
+    file_room: u16,
+    flights: Box<[Flight]>,
+    /// One per flight, and one for the watchdog.
+    times: Box<[Timespec]>,
+    arenas: Vec<Option<Arena>>,
+    /// Where each lane's slots start in the table of registered buffers.
+    slot_bases: Vec<Option<u16>>,
+    zeroes: Arena,
+    bytes_spliced: u64,
+    bytes_copied: u64,
+}
+
+impl Uring {
+    /// A ring for the calling thread.
+    ///
+    /// # Errors
+    /// If the kernel has no io_uring to give, or the tables do not fit its limits.
+    pub fn new(config: &Config) -> Result<Uring> {
+        let depth: u32 = config.lanes.iter().map(|lane| u32::from(lane.depth)).sum();
+        // A tag has at most its own command and its splices out at a time.
+        let entries = (depth + config.flights).next_power_of_two().clamp(64, 4096);
+        let queues = Queues::new(entries, entries * 4)?;
+        let mut arenas = Vec::new();
+        let mut slot_bases = Vec::new();
+        let mut slots = 0_u32;
+        for lane in &config.lanes {
+            let stride = DATA_AT + (lane.bytes as usize).next_multiple_of(4096);
+            let has_memory = lane.bytes > 0;
+            let depth = usize::from(lane.depth);
+            arenas.push(has_memory.then(|| Arena::new(depth, stride)).transpose()?);
+            slot_bases.push(if lane.slots { u16::try_from(slots).ok() } else { None });
+            slots += if lane.slots { u32::from(lane.depth) } else { 0 };
+        }
+        let submitter = queues.ring.submitter();
+        if slots > 0 {
+            // 16384 is the kernel's limit (io_uring/rsrc.h, IORING_MAX_REG_BUFFERS).
+            submitter.register_buffers_sparse(slots).map_err(|error| {
+                Error::os(format!("{slots} buffer slots in one ring (most 16384)"), &error)
+            })?;
+        }
+        submitter
+            .register_files_sparse(u32::from(config.files) + 1)
+            .map_err(|error| Error::os("io_uring's file table", &error))?;
+        let mut ring = Uring {
+            queues,
+            files: Vec::with_capacity(usize::from(config.files) + 1),
+            file_room: config.files + 1,
+            flights: vec![Flight::IDLE; config.flights as usize].into(),
+            times: vec![Timespec::default(); config.flights as usize + 1].into(),
+            arenas,
+            slot_bases,
+            zeroes: Arena::new(1, ZEROES_LEN)?,
+            bytes_spliced: 0,
+            bytes_copied: 0,
+        };
+        let zero = rustix::fs::open("/dev/zero", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+            .map_err(|errno| Error::os("/dev/zero", &errno.into()))?;
+        ring.add_file(RingFile { fd: zero, kind: FileKind::Other })?;
+        Ok(ring)
+    }
+
+    /// Registers a file.
+    ///
+    /// # Errors
+    /// If the table that [`Config::files`] asked for is full, or the kernel refuses the file.
+    pub fn add_file(&mut self, file: RingFile) -> Result<FileId> {
+        let index = u16::try_from(self.files.len()).unwrap_or(u16::MAX);
+        if index >= self.file_room {
+            return Err(Error::invalid("io_uring's file table", "full"));
+        }
+        let raw = [file.fd.as_raw_fd()];
+        let submitter = self.queues.ring.submitter();
+        submitter
+            .register_files_update(u32::from(index), &raw)
+            .map_err(|error| Error::os("registering a file with io_uring", &error))?;
+        self.files.push(Slot::new(file));
+        Ok(FileId(index))
+    }
+
+    /// The pages of a request whose data is the device's own, in the slot of its tag.
+    ///
+    /// # Panics
+    /// If the lane was made without slots.
+    #[must_use]
+    pub fn slot_pages(&self, lane: u16, tag: u16) -> Pages {
+        PagesKind::Slot(self.slot_index(lane, tag)).pack()
+    }
+
+    /// The index of a tag's slot in the ring's table of registered buffers.
+    ///
+    /// # Panics
+    /// If the lane was made without slots.
+    #[must_use]
+    pub fn slot_index(&self, lane: u16, tag: u16) -> u16 {
+        match self.slot_bases[usize::from(lane)] {
+            Some(base) => base + tag,
+            None => panic!("lane {lane} has no slots"),
+        }
+    }
+
+    /// The pages of a request whose data is in the memory of its tag.
+    #[must_use]
+    pub fn memory_pages(&self, lane: u16, tag: u16) -> Pages {
+        PagesKind::Memory { lane: lane.to_le_bytes()[0], slot: tag }.pack()
+    }
+
+    /// A tag's memory: [`Uring::DATA_AT`] bytes for headers, then its data.
+    ///
+    /// # Panics
+    /// If an entry that names it is in the kernel's hands, or the lane has no memory.
+    pub fn memory(&mut self, lane: u16, tag: u16) -> &mut [u8] {
+        self.arena(lane).bytes(usize::from(tag))
+    }
+
+    /// Where the data starts in a tag's memory.
+    pub const DATA_AT: usize = DATA_AT;
+
+    fn arena(&mut self, lane: u16) -> &mut Arena {
+        match &mut self.arenas[usize::from(lane)] {
+            Some(arena) => arena,
+            None => panic!("lane {lane} has no memory of its own"),
+        }
+    }
+
+    /// Reads from `file` at `off` into bytes `at..at + len` of a tag's memory. The completion's index
+    /// is `index`, whose low half must be the tag.
+    pub fn read(
+        &mut self,
+        (lane, index): (u16, u32),
+        file: FileId,
+        off: u64,
+        range: (usize, usize),
+    ) {
+        self.move_memory(OP_READ, (lane, index), file, off, range);
+    }
+
+    /// Writes bytes `at..at + len` of a tag's memory to `file` at `off`; as [`Uring::read`].
+    pub fn write(
+        &mut self,
+        (lane, index): (u16, u32),
+        file: FileId,
+        off: u64,
+        range: (usize, usize),
+    ) {
+        self.move_memory(OP_WRITE, (lane, index), file, off, range);
+    }
+
+    fn move_memory(
+        &mut self,
+        opcode: u8,
+        (lane, index): (u16, u32),
+        file: FileId,
+        off: u64,
+        (at, len): (usize, usize),
+    ) {
+        let tag = tag_of(index);
+        let arena = self.arena(lane);
+        let addr = arena.address(tag, at, len);
+        arena.lend(tag);
+        let len = u32::try_from(len).unwrap_or(u32::MAX);
+        let user_data = KIND_EXPORT_LENT | u64::from(lane) << 32 | u64::from(index);
+        let fd = i32::from(file.0);
+        let flags = SQE_FIXED_FILE;
+        self.queues.push(&Sqe { opcode, fd, flags, off, addr, len, user_data, ..Sqe::default() });
+    }
+
+    /// Waits until `file` is readable, once.
+    pub fn poll(&mut self, (lane, index): (u16, u32), file: FileId) {
+        self.queues.push(&Sqe {
+            opcode: OP_POLL_ADD,
+            fd: i32::from(file.0),
+            flags: SQE_FIXED_FILE,
+            op_flags: u32::try_from(libc::POLLIN).unwrap_or(1),
+            user_data: KIND_EXPORT | u64::from(lane) << 32 | u64::from(index),
+            ..Sqe::default()
+        });
+    }
+
+    /// Sends a command to a character device. With [`Command::lend`], the low half of `index` must
+    /// be that tag.
+    pub fn command(&mut self, (lane, index): (u16, u32), file: FileId, command: &Command) {
+        let mut payload = command.payload;
+        let mut kind = KIND_EXPORT;
+        if let Some(tag) = command.lend {
+            debug_assert_eq!(tag_of(index), usize::from(tag));
+            let arena = self.arena(lane);
+            let address = arena.address(usize::from(tag), DATA_AT, 0);
+            arena.lend(usize::from(tag));
+            payload[8..].copy_from_slice(&address.to_ne_bytes());
+            kind = KIND_EXPORT_LENT;
+        }
+        let (first, second) = payload.split_at(8);
+        self.queues.push(&Sqe {
+            opcode: OP_URING_CMD,
+            fd: i32::from(file.0),
+            flags: SQE_FIXED_FILE,
+            off: u64::from(command.op),
+            addr: command.aux,
+            user_data: kind | u64::from(lane) << 32 | u64::from(index),
+            addr3: u64::from_ne_bytes(first.try_into().unwrap_or_default()),
+            pad: u64::from_ne_bytes(second.try_into().unwrap_or_default()),
+            ..Sqe::default()
+        });
+    }
+
+    fn push_splice(&mut self, key: u32, sqe: Sqe) {
+        self.queues.push(&Sqe { user_data: KIND_SPLICE | u64::from(key), ..sqe });
+    }
+
+    /// What became of a splice, or `None` if it was sent again another way.
+    #[inline]
+    fn spliced(&mut self, key: u32, result: i32) -> Option<Result<u64, Errno>> {
+        let flight = &mut self.flights[key as usize];
+        if let Some(PagesKind::Memory { lane, slot }) = flight.pages
+            && let Some(arena) = &mut self.arenas[usize::from(lane)]
+        {
+            arena.give_back(usize::from(slot));
+        }
+        let Ok(done) = u64::try_from(result) else {
+            return self.refused(key, Errno::from_result(result));
+        };
+        match (flight.op, flight.pages) {
+            (Op::Read | Op::Write, Some(PagesKind::Slot(_))) => self.bytes_spliced += done,
+            (Op::Read | Op::Write, _) => self.bytes_copied += done,
+            (Op::WriteZeroes { .. }, _) if flight.way == ZeroWay::Write => {}
+            // The others report no length: they are done whole or not at all.
+            _ => return Some(Ok(flight.len)),
+        }
+        Some(Ok(done))
+    }
+
+    /// Tries another way where a place does not know the operation; else the error is the result.
+    fn refused(&mut self, key: u32, errno: Errno) -> Option<Result<u64, Errno>> {
+        let flight = &mut self.flights[key as usize];
+        let file = &mut self.files[usize::from(flight.file)];
+        let unknown =
+            matches!(errno, Errno::EOPNOTSUPP | Errno::EINVAL) || errno.raw() == libc::ENOTTY;
+        let other_way = match flight.op {
+            Op::WriteZeroes { unmap } => unknown && file.refused_zero(unmap, flight.way),
+            Op::Discard => {
+                unknown
+                    && std::mem::replace(&mut file.discard, DiscardWay::Punch)
+                        == DiscardWay::Command
+            }
+            _ => false,
+        };
+        if !other_way {
+            return Some(Err(errno));
+        }
+        let again = Splice {
+            op: flight.op,
+            fua: false,
+            to: devsplice_engine::To::File(FileId(flight.file)),
+            at: flight.at,
+            len: flight.len,
+            pages: Pages(0),
+            parts: &[],
+        };
+        self.splice(key, &again);
+        None
+    }
+}
+
+#[inline]
+fn tag_of(index: u32) -> usize {
+    (index & 0xffff) as usize
+}
+
+impl Ring for Uring {
+    #[inline]
+    fn splice(&mut self, key: u32, splice: &Splice<'_>) {
+        let zeroes = self.zeroes.address(0, 0, ZEROES_LEN);
+        let around = Around { arenas: &self.arenas, files: &self.files, zeroes };
+        let flight = &mut self.flights[key as usize];
+        let sqe = entry(flight, splice, &around);
+        if let Some(PagesKind::Memory { lane, slot }) = flight.pages
+            && let Some(arena) = &mut self.arenas[usize::from(lane)]
+        {
+            arena.lend(usize::from(slot));
+        }
+        self.push_splice(key, sqe);
+    }
+
+    fn after(&mut self, key: u32, ns: u64) {
+        // The watchdog's key is beyond all flights; it has the last entry.
+        let index = (key as usize).min(self.times.len() - 1);
+        let seconds = i64::try_from(ns / 1_000_000_000).unwrap_or(i64::MAX);
+        let nanoseconds = i64::try_from(ns % 1_000_000_000).unwrap_or(0);
+        self.times[index] = Timespec { seconds, nanoseconds };
+        let addr = std::ptr::from_ref(&self.times[index]) as u64;
+        let user_data = KIND_TIMER | u64::from(key);
+        self.queues.push(&Sqe {
+            opcode: OP_TIMEOUT,
+            fd: -1,
+            addr,
+            len: 1,
+            user_data,
+            ..Sqe::default()
+        });
+    }
+
+    fn enter(&mut self, wait: bool) -> Result<()> {
+        let want = u32::from(wait && !self.queues.has_completions());
+        if want == 0 && !self.queues.has_queued() && self.queues.has_completions() {
+            return Ok(());
+        }
+        match self.queues.enter(want) {
+            Ok(()) => Ok(()),
+            // Signals are not ours to handle; a full completion queue empties at the next turn.
+            Err(error)
+                if matches!(
+                    error.raw_os_error(),
+                    Some(libc::EINTR | libc::EAGAIN | libc::EBUSY)
+                ) =>
+            {
+                Ok(())
+            }
+            Err(error) => Err(Error::os("io_uring_enter", &error)),
+        }
+    }
+
+    #[inline]
+    fn next(&mut self) -> Option<Event> {
+        loop {
+            let cqe = self.queues.next()?;
+            let (data, result) = (cqe.user_data(), cqe.result());
+            #[allow(clippy::cast_possible_truncation)]
+            let (lane, index) = ((data >> 32) as u16, data as u32);
+            match data & KIND_MASK {
+                KIND_SPLICE => {
+                    if let Some(result) = self.spliced(index, result) {
+                        return Some(Event::Splice { key: index, result });
+                    }
+                }
+                KIND_TIMER => return Some(Event::Timer { key: index }),
+                kind => {
+                    if kind == KIND_EXPORT_LENT {
+                        self.arena(lane).give_back(tag_of(index));
+                    }
+                    let completion = Completion { index, result, flags: cqe.flags() };
+                    return Some(Event::Export { lane, completion });
+                }
+            }
+        }
+    }
+
+    fn counts(&self) -> RingCounts {
+        RingCounts {
+            sqes: self.queues.sqes,
+            enters: self.queues.enters,
+            bytes_spliced: self.bytes_spliced,
+            bytes_copied: self.bytes_copied,
+        }
+    }
+}
+
+/// Opens `path` for a ring.
+///
+/// # Errors
+/// If it cannot be opened.
+pub fn open(path: &str, flags: OFlags) -> Result<OwnedFd> {
+    rustix::fs::open(path, flags | OFlags::CLOEXEC, Mode::empty())
+        .map_err(|errno| Error::os(path, &errno.into()))
+}

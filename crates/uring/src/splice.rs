@@ -1,0 +1,229 @@
+//! Answers for `dev_splice`: pages kind x place x operation -> one submission entry. The only table
+//! of copy modes.
+//!
+//! | pages \ operation | read, write (one part) | read, write (more parts) |
+//! |---|---|---|
+//! | registered slot   | `READ_FIXED`, `WRITE_FIXED`: the device's own pages, no copy | `READV_FIXED`, `WRITEV_FIXED` |
+//! | memory of ours    | `READ`, `WRITE`: one copy between device and memory, made elsewhere | `READV`, `WRITEV` |
+//!
+//! Direction (Linux 7.3, io_uring/rsrc.c): a slot of a READ request can only be filled, one of a
+//! WRITE only drained; anything else is EFAULT. Reads of nothing come from /dev/zero, so that a
+//! slot can be zeroed without memory of ours.
+
+use devsplice_core::Op;
+use devsplice_engine::ring::MAX_PARTS;
+use devsplice_engine::{Pages, Splice, To};
+
+use crate::arena::Arena;
+use crate::files::{DiscardWay, Slot, ZeroWay};
+use crate::uapi::{
+    BLOCK_CMD_DISCARD, FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE, FSYNC_DATASYNC,
+    OP_FALLOCATE, OP_FSYNC, OP_READ, OP_READ_FIXED, OP_READV, OP_READV_FIXED, OP_URING_CMD,
+    OP_WRITE, OP_WRITE_FIXED, OP_WRITEV, OP_WRITEV_FIXED, RWF_DSYNC, SQE_FIXED_FILE, Sqe,
+};
+
+/// The registered file that reads as zeros.
+pub(crate) const ZERO_FILE: u16 = 0;
+/// Bytes of zeros that are written at most in one entry, where a place cannot zero by itself.
+pub(crate) const ZEROES_LEN: usize = 64 << 10;
+
+/// What a [`Pages`] handle stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum PagesKind {
+    /// The device's own pages, at an index of the ring's table of registered buffers.
+    Slot(u16),
+    /// Memory of ours: a lane's arena and the slot in it.
+    Memory { lane: u8, slot: u16 },
+}
+
+const IS_SLOT: u32 = 1 << 31;
+
+impl PagesKind {
+    pub(crate) fn pack(self) -> Pages {
+        match self {
+            PagesKind::Slot(index) => Pages(IS_SLOT | u32::from(index)),
+            PagesKind::Memory { lane, slot } => Pages(u32::from(lane) << 16 | u32::from(slot)),
+        }
+    }
+
+    #[inline]
+    pub(crate) fn unpack(pages: Pages) -> PagesKind {
+        #[allow(clippy::cast_possible_truncation)]
+        if pages.0 & IS_SLOT != 0 {
+            PagesKind::Slot(pages.0 as u16)
+        } else {
+            PagesKind::Memory { lane: (pages.0 >> 16) as u8, slot: pages.0 as u16 }
+        }
+    }
+}
+
+/// One `struct iovec`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct IoVec {
+    base: u64,
+    len: u64,
+}
+
+/// What is kept of a splice until its completion: its vector, and how to read the result.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Flight {
+    pub(crate) vector: [IoVec; MAX_PARTS],
+    pub(crate) op: Op,
+    pub(crate) file: u16,
+    pub(crate) pages: Option<PagesKind>,
+    pub(crate) at: u64,
+    pub(crate) len: u64,
+    pub(crate) way: ZeroWay,
+}
+
+impl Flight {
+    pub(crate) const IDLE: Flight = Flight {
+        vector: [IoVec { base: 0, len: 0 }; MAX_PARTS],
+        op: Op::Flush,
+        file: 0,
+        pages: None,
+        at: 0,
+        len: 0,
+        way: ZeroWay::Write,
+    };
+}
+
+/// What the table needs to know of the ring.
+pub(crate) struct Around<'a> {
+    pub(crate) arenas: &'a [Option<Arena>],
+    pub(crate) files: &'a [Slot],
+    /// Memory of [`ZEROES_LEN`] zeros.
+    pub(crate) zeroes: u64,
+}
+
+/// The entry that carries out `splice`, without its user data. `flight` is the splice's own and does
+/// not move until its completion.
+pub(crate) fn entry(flight: &mut Flight, splice: &Splice<'_>, around: &Around<'_>) -> Sqe {
+    let file = match splice.to {
+        To::File(file) => file.0,
+        To::Zero => ZERO_FILE,
+    };
+    flight.op = splice.op;
+    flight.file = file;
+    flight.pages = None;
+    flight.at = splice.at;
+    flight.len = splice.len;
+    match splice.op {
+        Op::Read | Op::Write => transfer(flight, splice, around),
+        Op::Flush => Sqe { opcode: OP_FSYNC, op_flags: FSYNC_DATASYNC, ..on(file) },
+        Op::Discard => discard(flight, around),
+        Op::WriteZeroes { unmap } => {
+            flight.way = around.files[usize::from(file)].zero_way(unmap);
+            zero(flight, around)
+        }
+    }
+}
+
+fn on(file: u16) -> Sqe {
+    Sqe { fd: i32::from(file), flags: SQE_FIXED_FILE, ..Sqe::default() }
+}
+
+#[inline]
+fn transfer(flight: &mut Flight, splice: &Splice<'_>, around: &Around<'_>) -> Sqe {
+    let kind = PagesKind::unpack(splice.pages);
+    flight.pages = Some(kind);
+    // /dev/zero ignores the offset; a position beyond 2^63 would be refused.
+    let off = if splice.to == To::Zero { 0 } else { splice.at };
+    let op_flags = if splice.fua { RWF_DSYNC } else { 0 };
+    let mut sqe = Sqe { off, op_flags, ..on(flight.file) };
+    let is_read = splice.op == Op::Read;
+    if let [part] = splice.parts {
+        sqe.len = part.len;
+        match kind {
+            PagesKind::Slot(index) => {
+                sqe.opcode = if is_read { OP_READ_FIXED } else { OP_WRITE_FIXED };
+                sqe.buf_index = index;
+                sqe.addr = u64::from(part.at);
+            }
+            PagesKind::Memory { lane, slot } => {
+                sqe.opcode = if is_read { OP_READ } else { OP_WRITE };
+                sqe.addr = address(around, lane, slot, part.at, part.len);
+            }
+        }
+        return sqe;
+    }
+    for (vector, part) in flight.vector.iter_mut().zip(splice.parts) {
+        let base = match kind {
+            PagesKind::Slot(_) => u64::from(part.at),
+            PagesKind::Memory { lane, slot } => address(around, lane, slot, part.at, part.len),
+        };
+        *vector = IoVec { base, len: u64::from(part.len) };
+    }
+    sqe.addr = flight.vector.as_ptr() as u64;
+    sqe.len = u32::try_from(splice.parts.len()).unwrap_or(0);
+    sqe.opcode = match kind {
+        PagesKind::Slot(index) => {
+            sqe.buf_index = index;
+            if is_read { OP_READV_FIXED } else { OP_WRITEV_FIXED }
+        }
+        PagesKind::Memory { .. } if is_read => OP_READV,
+        PagesKind::Memory { .. } => OP_WRITEV,
+    };
+    sqe
+}
+
+#[inline]
+fn address(around: &Around<'_>, lane: u8, slot: u16, at: u32, len: u32) -> u64 {
+    let Some(arena) = &around.arenas[usize::from(lane)] else {
+        panic!("lane {lane} has no memory of its own")
+    };
+    arena.address(usize::from(slot), DATA_AT + at as usize, len as usize)
+}
+
+/// Where a request's data starts in a slot of memory: behind room for a front end's headers, on a
+/// page boundary so that any direct I/O takes it.
+pub const DATA_AT: usize = 4096;
+
+/// The entry of a discard.
+fn discard(flight: &Flight, around: &Around<'_>) -> Sqe {
+    match around.files[usize::from(flight.file)].discard {
+        DiscardWay::Command => Sqe {
+            opcode: OP_URING_CMD,
+            off: BLOCK_CMD_DISCARD,
+            addr: flight.at,
+            addr3: flight.len,
+            ..on(flight.file)
+        },
+        DiscardWay::Punch => fallocate(flight, FALLOC_PUNCH_HOLE),
+    }
+}
+
+/// The entry that zeroes in the way that `flight` says.
+fn zero(flight: &mut Flight, around: &Around<'_>) -> Sqe {
+    match flight.way {
+        ZeroWay::Punch => fallocate(flight, FALLOC_PUNCH_HOLE),
+        ZeroWay::Range => fallocate(flight, FALLOC_ZERO_RANGE),
+        ZeroWay::Write => {
+            let mut left = flight.len;
+            let mut count = 0;
+            for vector in &mut flight.vector {
+                let len = left.min(ZEROES_LEN as u64);
+                if len == 0 {
+                    break;
+                }
+                *vector = IoVec { base: around.zeroes, len };
+                left -= len;
+                count += 1;
+            }
+            // The result is short when more is left; the engine comes back for the rest.
+            let addr = flight.vector.as_ptr() as u64;
+            Sqe { opcode: OP_WRITEV, off: flight.at, addr, len: count, ..on(flight.file) }
+        }
+    }
+}
+
+fn fallocate(flight: &Flight, mode: u32) -> Sqe {
+    Sqe {
+        opcode: OP_FALLOCATE,
+        off: flight.at,
+        addr: flight.len,
+        len: mode | FALLOC_KEEP_SIZE,
+        ..on(flight.file)
+    }
+}
