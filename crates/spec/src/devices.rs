@@ -22,8 +22,8 @@ pub(crate) fn parse(text: &str, draft: &mut Draft<'_>) -> Result<usize> {
             ("stack", value) => stack = Some(string("stack", value)?),
             ("device", Value::Table(tables)) => {
                 for (name, value) in tables {
-                    let device = Device::new(&name, value, draft)
-                        .map_err(|error| error.within(&title(&name)))?;
+                    let device = Device::new(value, draft);
+                    let device = device.map_err(|error| error.within(&title(&name)))?;
                     devices.insert(name, device);
                 }
             }
@@ -59,9 +59,10 @@ struct Device {
 }
 
 impl Device {
-    fn new(name: &str, value: Value, draft: &Draft<'_>) -> Result<Device> {
+    fn new(value: Value, draft: &Draft<'_>) -> Result<Device> {
         let Value::Table(table) = value else {
-            return Err(Error::invalid(name, "not a table").next("write [device.NAME]"));
+            let error = Error::invalid(value.type_str(), "expected a table");
+            return Err(error.next("write [device.NAME]"));
         };
         let mut driver = None;
         let mut below = Vec::new();

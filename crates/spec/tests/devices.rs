@@ -57,7 +57,7 @@ fn each_mistake_is_named() {
             "unknown key `devices`; valid keys: stack, dev",
         ),
         ("stack='m'\ndevice=1".to_owned(), "device: not a table; write [device.NAME]"),
-        ("stack='m'\n[device]\nm=1".to_owned(), "device.m: integer, not a table"),
+        ("stack='m'\n[device]\nm=1".to_owned(), "device.m: integer: expected a table; write [dev"),
         (
             "stack='m'\n[device.m]\nsize=1".to_owned(),
             "device.m: driver: key is missing; one of lin",
