@@ -1,0 +1,311 @@
+//! Answers for files and block devices as bottoms: how they are opened, locked and what they can do.
+//!
+//! Direct I/O is used where the file takes it with blocks of at most 4096 bytes (statx reports the
+//! alignment since 6.1; before, it is tried); else the page cache is, with a warning.
+
+use std::os::fd::{AsFd, OwnedFd};
+
+use devsplice_core::limits::{MAX_BLOCK, SECTOR};
+use devsplice_core::{Args, Dma, Error, ErrorKind, Key, Kind, Limits, Result, Source};
+use devsplice_uring::FileKind;
+use rustix::fs::{AtFlags, FileType, FlockOperation, Mode, OFlags, StatxFlags};
+
+use crate::Opened;
+use crate::sysfs::Device;
+
+/// `file(path)`.
+pub const SOURCE: Source = Source {
+    name: "file",
+    about: "a file or a block device",
+    keys: &[
+        Key::required("path", Kind::Text, "where it is"),
+        Key::optional("readonly", Kind::Switch, "open for reading only (off)"),
+        Key::optional("direct", Kind::Switch, "bypass the page cache (on where it can be)"),
+        Key::optional("block", Kind::Size, "logical block (the smallest that the file takes)"),
+    ],
+    main_key: Some("path"),
+};
+
+/// `TMPFS_MAGIC` (include/uapi/linux/magic.h).
+const TMPFS: u64 = 0x0102_1994;
+
+struct Wish<'a> {
+    path: &'a str,
+    read_only: bool,
+    direct: Option<bool>,
+    block: Option<u32>,
+}
+
+/// Opens one.
+///
+/// # Errors
+/// If it is not there, not readable, in use, neither file nor block device, or its size is no
+/// multiple of its block.
+pub fn open(args: &Args) -> Result<Opened> {
+    let path = args.text("path").unwrap_or_default();
+    let block = args.size("block")?.map(|block| u32::try_from(block).unwrap_or(u32::MAX));
+    let wish = Wish {
+        path,
+        read_only: args.switch("readonly")?.unwrap_or(false),
+        direct: args.switch("direct")?,
+        block,
+    };
+    let stat = rustix::fs::stat(path).map_err(|errno| Error::os(path, &errno.into()))?;
+    match FileType::from_raw_mode(stat.st_mode) {
+        FileType::RegularFile => open_regular(&wish),
+        FileType::BlockDevice => open_block(&wish, stat.st_rdev),
+        other => {
+            let reason = format!("is a {other:?}, neither a file nor a block device");
+            Err(Error::invalid(path, reason))
+        }
+    }
+}
+
+fn open_with(wish: &Wish<'_>, flags: OFlags) -> Result<OwnedFd> {
+    let access = if wish.read_only { OFlags::RDONLY } else { OFlags::RDWR };
+    let flags = access | flags | OFlags::CLOEXEC | OFlags::NOCTTY;
+    rustix::fs::open(wish.path, flags, Mode::empty()).map_err(|errno| {
+        use rustix::io::Errno;
+        let error = Error::os(wish.path, &errno.into());
+        match errno {
+            Errno::BUSY => Error::new(ErrorKind::Busy, wish.path, "is in use (mounted, or held)")
+                .next("unmount it, or see who holds it: lsblk, fuser -v"),
+            Errno::ROFS | Errno::ACCESS | Errno::PERM if !wish.read_only => {
+                error.next("use readonly=on to serve it read-only")
+            }
+            _ => error,
+        }
+    })
+}
+
+fn open_regular(wish: &Wish<'_>) -> Result<Opened> {
+    let plain = open_with(wish, OFlags::empty())?;
+    let lock = if wish.read_only {
+        FlockOperation::NonBlockingLockShared
+    } else {
+        FlockOperation::NonBlockingLockExclusive
+    };
+    let mut warnings = Vec::new();
+    let need = direct_need(&plain, wish);
+    let use_direct = match (wish.direct, need) {
+        (Some(false), _) => None,
+        (_, Some(need)) if need.offset <= MAX_BLOCK => Some(need),
+        (Some(true), _) => {
+            let reason = "direct=on, but the file system does no direct I/O in blocks up to 4096";
+            return Err(Error::new(ErrorKind::Unsupported, wish.path, reason).next("direct=off"));
+        }
+        (None, _) => {
+            warnings.push(format!(
+                "{}: no direct I/O here; data goes through the page cache (direct=off silences \
+                 this)",
+                wish.path
+            ));
+            None
+        }
+    };
+    let fd = if use_direct.is_some() { open_with(wish, OFlags::DIRECT)? } else { plain };
+    rustix::fs::flock(&fd, lock).map_err(|_| {
+        Error::new(ErrorKind::Busy, wish.path, "is in use: another process has locked it")
+            .next("see who: fuser -v, or devsplice list")
+    })?;
+    let need = use_direct.unwrap_or(DirectNeed { offset: SECTOR, memory: 1 });
+    let limits = regular_limits(&fd, wish, need)?;
+    let direct = use_direct.is_some();
+    Ok(Opened { fd, kind: FileKind::Regular, limits, direct, warnings })
+}
+
+fn regular_limits(fd: &OwnedFd, wish: &Wish<'_>, need: DirectNeed) -> Result<Limits> {
+    let os = |errno: rustix::io::Errno| Error::os(wish.path, &errno.into());
+    let stat = rustix::fs::fstat(fd).map_err(os)?;
+    let is_tmpfs = rustix::fs::fstatfs(fd).is_ok_and(|fs| fs.f_type.cast_unsigned() == TMPFS);
+    let block = chosen_block(wish, need.offset)?;
+    let unit = u32::try_from(stat.st_blksize).unwrap_or(MAX_BLOCK);
+    let unit = if unit.is_power_of_two() { unit.clamp(block, MAX_BLOCK) } else { block };
+    let size = u64::try_from(stat.st_size).unwrap_or(0);
+    whole_blocks(wish.path, size, block)?;
+    let device = Device::find(stat.st_dev);
+    let limits = Limits {
+        block,
+        physical: unit,
+        io_min: unit,
+        dma: Dma { align: need.memory, ..Dma::ANY },
+        discard: unit,
+        read_only: wish.read_only,
+        volatile_cache: !is_tmpfs,
+        rotational: device.is_some_and(|device| device.queue("rotational") == Some(1)),
+        ..Limits::ideal(size)
+    };
+    limits.checked().map_err(|error| error.within(wish.path))
+}
+
+fn chosen_block(wish: &Wish<'_>, least: u32) -> Result<u32> {
+    let least = least.max(SECTOR);
+    match wish.block {
+        Some(block) if block < least => {
+            let reason = format!("block={block} is below the {least} bytes that it needs");
+            Err(Error::invalid(wish.path, reason).next(format!("block={least}, or direct=off")))
+        }
+        Some(block) if !block.is_power_of_two() || block > MAX_BLOCK => {
+            let reason = format!("block={block} is not 512, 1024, 2048 or 4096");
+            Err(Error::invalid(wish.path, reason))
+        }
+        chosen => Ok(chosen.unwrap_or(least)),
+    }
+}
+
+fn whole_blocks(path: &str, size: u64, block: u32) -> Result<()> {
+    let over = size % u64::from(block.max(1));
+    if size == 0 {
+        return Err(Error::invalid(path, "is empty").next(format!("truncate -s 1G {path}")));
+    }
+    if over == 0 {
+        return Ok(());
+    }
+    let up = (size - over).saturating_add(u64::from(block));
+    let reason = format!("its size, {size} bytes, is no multiple of the {block}-byte block");
+    Err(Error::invalid(path, reason).next(format!("truncate -s {up} {path} pads it")))
+}
+
+/// What direct I/O asks of positions and of memory, in bytes.
+#[derive(Clone, Copy)]
+struct DirectNeed {
+    offset: u32,
+    memory: u32,
+}
+
+/// What direct I/O on an open file asks for; `None` where there is none.
+fn direct_need(plain: &OwnedFd, wish: &Wish<'_>) -> Option<DirectNeed> {
+    let mask = StatxFlags::DIOALIGN;
+    if let Ok(statx) = rustix::fs::statx(plain, "", AtFlags::EMPTY_PATH, mask)
+        && StatxFlags::from_bits_retain(statx.stx_mask).contains(mask)
+    {
+        // Zero: the file system knows direct I/O, but not for this file.
+        let (offset, memory) = (statx.stx_dio_offset_align, statx.stx_dio_mem_align);
+        return (offset != 0).then_some(DirectNeed { offset, memory: memory.max(1) });
+    }
+    // The file system does not say (tmpfs, FUSE, kernels before 6.1): try.
+    let fd = open_with(wish, OFlags::DIRECT).ok()?;
+    let mut room = vec![0_u8; 2 * MAX_BLOCK as usize];
+    let start = room.as_ptr().align_offset(MAX_BLOCK as usize);
+    [SECTOR, MAX_BLOCK].into_iter().find_map(|offset| {
+        let bytes = &mut room[start..start + offset as usize];
+        rustix::io::pread(fd.as_fd(), bytes, u64::from(offset)).ok()?;
+        Some(DirectNeed { offset, memory: SECTOR })
+    })
+}
+
+fn open_block(wish: &Wish<'_>, rdev: u64) -> Result<Opened> {
+    let missing = || Error::new(ErrorKind::NotFound, wish.path, "no device behind this node");
+    let device = Device::find(rdev).ok_or_else(missing)?;
+    if device.own("ro") == Some(1) && !wish.read_only {
+        return Err(Error::new(ErrorKind::Permission, wish.path, "is a read-only device")
+            .next("use readonly=on to serve it read-only"));
+    }
+    let direct = wish.direct.unwrap_or(true);
+    // Exclusive: neither a mounted file system nor another driver may write behind our back.
+    let exclusive = if wish.read_only { OFlags::empty() } else { OFlags::EXCL };
+    let flags = if direct { OFlags::DIRECT | exclusive } else { exclusive };
+    let fd = open_with(wish, flags)?;
+    let number = |name: &str, default: u32| device.queue32(name).unwrap_or(default);
+    let logical = number("logical_block_size", SECTOR);
+    if logical > MAX_BLOCK {
+        let reason = format!("its {logical}-byte blocks are larger than a page");
+        return Err(Error::new(ErrorKind::Unsupported, wish.path, reason));
+    }
+    let block = chosen_block(wish, logical)?;
+    let sectors = device.own("size").ok_or_else(missing)?;
+    let size = sectors.saturating_mul(u64::from(SECTOR));
+    whole_blocks(wish.path, size, block)?;
+    let can_discard = device.queue("discard_max_bytes").is_some_and(|most| most > 0);
+    let limits = Limits {
+        block,
+        physical: number("physical_block_size", block).max(block),
+        io_min: number("minimum_io_size", 0),
+        io_opt: number("optimal_io_size", 0),
+        dma: if direct { dma(&device) } else { Dma::ANY },
+        discard: if can_discard { number("discard_granularity", block).max(block) } else { 0 },
+        read_only: wish.read_only,
+        volatile_cache: device.queue_text("write_cache").as_deref() != Some("write through"),
+        rotational: device.queue("rotational") == Some(1),
+        ..Limits::ideal(size)
+    };
+    let limits = limits.checked().map_err(|error| error.within(wish.path))?;
+    Ok(Opened { fd, kind: FileKind::Block, limits, direct, warnings: Vec::new() })
+}
+
+fn dma(device: &Device) -> Dma {
+    let segments = device.queue("max_segments").map(|most| u16::try_from(most).unwrap_or(u16::MAX));
+    Dma {
+        // The mask, not the alignment (since 6.0); 511 is what block devices asked for before.
+        align: device.queue32("dma_alignment").unwrap_or(511).saturating_add(1),
+        max_segments: segments.filter(|most| *most > 0).unwrap_or(u16::MAX),
+        max_segment_size: device.queue32("max_segment_size").unwrap_or(u32::MAX),
+        virt_boundary: match device.queue32("virt_boundary_mask") {
+            None | Some(0) => 0,
+            Some(mask) => mask.saturating_add(1),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file(given: &[(&str, &str)]) -> Result<Opened> {
+        let given: Vec<_> = given.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
+        open(&Args::new("file", SOURCE.keys, &given).unwrap())
+    }
+
+    fn temp(name: &str, size: u64) -> String {
+        let path = std::env::temp_dir().join(format!("devsplice-{name}-{}", std::process::id()));
+        std::fs::File::create(&path).unwrap().set_len(size).unwrap();
+        path.to_str().unwrap().to_owned()
+    }
+
+    fn refusal(given: &[(&str, &str)]) -> String {
+        file(given).map(|_| ()).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_file_that_is_not_there_or_no_file_is_named() {
+        assert!(refusal(&[("path", "/nowhere/a.img")]).starts_with("/nowhere/a.img: "));
+        assert!(refusal(&[("path", "/tmp")]).contains("neither a file nor a block device"));
+        assert!(refusal(&[("path", "/dev/null")]).contains("neither a file nor a block device"));
+    }
+
+    #[test]
+    fn a_size_off_the_block_says_how_to_pad() {
+        let path = temp("odd", 1000);
+        let text = refusal(&[("path", &path)]);
+        assert!(text.contains("1000 bytes, is no multiple"), "{text}");
+        assert!(text.contains("truncate -s "), "{text}");
+        std::fs::remove_file(path).unwrap();
+        let path = temp("empty", 0);
+        assert!(refusal(&[("path", &path)]).contains("is empty"));
+        std::fs::remove_file(path).unwrap();
+    }
+
+    #[test]
+    fn two_writers_of_one_file_are_refused_and_two_readers_are_not() {
+        let path = temp("twice", 1 << 20);
+        let first = file(&[("path", &path)]).unwrap();
+        assert!(refusal(&[("path", &path)]).contains("in use"));
+        drop(first);
+        let reader = [("path", path.as_str()), ("readonly", "on")];
+        let (first, second) = (file(&reader).unwrap(), file(&reader).unwrap());
+        assert!(first.limits.read_only && second.limits.read_only);
+        drop((first, second));
+        std::fs::remove_file(path).unwrap();
+    }
+
+    #[test]
+    fn a_block_below_what_the_file_takes_is_refused() {
+        let path = temp("block", 1 << 20);
+        assert!(refusal(&[("path", &path), ("block", "256")]).contains("below"));
+        assert!(refusal(&[("path", &path), ("block", "64k")]).contains("block"));
+        let opened = file(&[("path", &path), ("block", "4096")]).unwrap();
+        assert_eq!((opened.limits.block, opened.limits.size), (4096, 1 << 20));
+        drop(opened);
+        std::fs::remove_file(path).unwrap();
+    }
+}

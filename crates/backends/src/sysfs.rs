@@ -1,0 +1,43 @@
+//! Answers for what the kernel says of a block device under /sys/dev/block (Documentation/ABI/stable/
+//! sysfs-block).
+
+use std::fs::read_to_string;
+use std::path::PathBuf;
+
+/// A block device's directory.
+pub(crate) struct Device {
+    own: PathBuf,
+    /// Of the whole disk, where `own` is a partition.
+    queue: PathBuf,
+}
+
+impl Device {
+    /// By number; `None` where there is no such device.
+    pub(crate) fn find(rdev: u64) -> Option<Device> {
+        let (major, minor) = (rustix::fs::major(rdev), rustix::fs::minor(rdev));
+        let own = PathBuf::from(format!("/sys/dev/block/{major}:{minor}")).canonicalize().ok()?;
+        let queue =
+            [own.join("queue"), own.join("../queue")].into_iter().find(|dir| dir.is_dir())?;
+        Some(Device { own, queue })
+    }
+
+    /// A number of the device itself: `size` (in sectors), `ro`.
+    pub(crate) fn own(&self, name: &str) -> Option<u64> {
+        read_to_string(self.own.join(name)).ok()?.trim().parse().ok()
+    }
+
+    /// A number of its queue.
+    pub(crate) fn queue(&self, name: &str) -> Option<u64> {
+        self.queue_text(name)?.parse().ok()
+    }
+
+    /// A number of its queue that has to fit 32 bits; the largest where it does not.
+    pub(crate) fn queue32(&self, name: &str) -> Option<u32> {
+        self.queue(name).map(|number| u32::try_from(number).unwrap_or(u32::MAX))
+    }
+
+    /// A word of its queue.
+    pub(crate) fn queue_text(&self, name: &str) -> Option<String> {
+        Some(read_to_string(self.queue.join(name)).ok()?.trim().to_owned())
+    }
+}
