@@ -62,8 +62,8 @@ fn each_mistake_is_named() {
             "stack='m'\n[device.m]\nsize=1".to_owned(),
             "device.m: driver: key is missing; one of lin",
         ),
-        (format!("stack='n'\n{mem}"), "stack: there is no device `n`; did you mean"),
-        (over("below=['mm']"), "device.x: there is no device `mm`; did you mean m? one of m, x"),
+        (format!("stack='n'\n{mem}"), "stack: there is no device `n`; one of m"),
+        (over("below=['mm']"), "device.x: there is no device `mm`; one of m, x"),
         (over("below=['linaer(m)']"), "device.x: column 1: linaer: no such driver; did you mean"),
         (over("below=[5]"), "device.x: below: integer, not a string"),
         (
