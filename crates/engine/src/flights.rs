@@ -132,10 +132,11 @@ impl Flight {
                 if self.attempts == MAX_ATTEMPTS {
                     return Next::Done(Err(Errno::EIO));
                 }
+                let backoff_ns = FIRST_BACKOFF_NS << self.attempts;
                 self.attempts += 1;
                 match errno {
                     Errno::EINTR => Next::Again,
-                    _ => Next::Later(FIRST_BACKOFF_NS << self.attempts),
+                    _ => Next::Later(backoff_ns),
                 }
             }
             Err(errno) => Next::Done(Err(errno)),

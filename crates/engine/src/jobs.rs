@@ -1,6 +1,6 @@
 //! Answers for requests in flight: a fixed table per export, one entry a tag.
 
-use devsplice_core::{Errno, Io, Op, Route, Stack};
+use devsplice_core::{Errno, Io, Op, Piece, Route, Stack};
 
 use crate::ring::Pages;
 
@@ -10,6 +10,8 @@ pub(crate) struct Job {
     pub(crate) pages: Pages,
     /// What is still to be routed.
     pub(crate) route: Route,
+    /// The piece that came out of the route last and found no room.
+    pub(crate) held: Option<Piece>,
     /// Splices that are out, or waiting to be sent.
     pub(crate) flying: u32,
     /// The first error; nothing more is routed once there is one.
@@ -18,8 +20,6 @@ pub(crate) struct Job {
     pub(crate) since: u32,
     /// Fetched and not finished.
     pub(crate) active: bool,
-    /// In the worker's list of requests with pieces left to route.
-    pub(crate) waiting: bool,
 }
 
 impl Job {
@@ -30,11 +30,11 @@ impl Job {
             io,
             pages: Pages(0),
             route,
+            held: None,
             flying: 0,
             errno: None,
             since: 0,
             active: false,
-            waiting: false,
         }
     }
 
@@ -42,10 +42,20 @@ impl Job {
     pub(crate) fn fail(&mut self, errno: Errno) {
         self.errno.get_or_insert(errno);
         self.route.abandon();
+        self.held = None;
+    }
+
+    /// The next piece to find room for.
+    #[inline]
+    pub(crate) fn next(&mut self, stack: &Stack) -> Option<Result<Piece, Errno>> {
+        match self.held.take() {
+            Some(piece) => Some(Ok(piece)),
+            None => self.route.next(stack),
+        }
     }
 
     /// Whether all of it was routed and all that was sent has landed.
     pub(crate) fn is_over(&self) -> bool {
-        self.flying == 0 && self.route.is_done()
+        self.flying == 0 && self.held.is_none() && self.route.is_done()
     }
 }

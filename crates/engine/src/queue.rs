@@ -5,7 +5,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use devsplice_core::{Errno, Op, Result, Stack};
+use devsplice_core::{Errno, Io, Op, Result, Stack};
 
 use crate::counts::{Counts, Shared};
 use crate::export::{Export, Inbox, Request};
@@ -45,7 +45,7 @@ pub struct Worker<R: Ring> {
     lanes: Box<[Lane<R>]>,
     flights: Flights,
     inbox: Inbox,
-    /// Requests with pieces left to route, in the order they came to wait.
+    /// Requests with pieces left to route and none out, in the order they came to wait.
     waiting: VecDeque<(u16, u16)>,
     busy: u32,
     counts: Counts,
@@ -140,11 +140,7 @@ impl<R: Ring> Worker<R> {
         if self.flights.is_full() {
             return;
         }
-        let Some((lane, tag)) = self.waiting.pop_front() else { return };
-        let job = &mut self.lanes[usize::from(lane)].jobs[usize::from(tag)];
-        job.waiting = false;
-        // It may have failed and been finished since.
-        if job.active {
+        if let Some((lane, tag)) = self.waiting.pop_front() {
             self.route(lane, tag);
         }
     }
@@ -160,22 +156,26 @@ impl<R: Ring> Worker<R> {
         job.since = self.watch.tick;
         job.active = true;
         self.busy += 1;
-        job.route.restart(stack, request.io);
+        // Where a flush is said to be has no meaning; Linux leaves anything there.
+        let io = if request.io.op == Op::Flush { Io::new(Op::Flush, 0, 0) } else { request.io };
+        job.route.restart(stack, io);
         if let Err(errno) = stack.admit(&request.io) {
             job.fail(errno);
         }
         self.route(lane, request.tag);
     }
 
-    /// Routes a request as far as the tables allow, sends what was gathered, finishes it when
-    /// nothing is left.
+    /// One pass of a request of which nothing is out: routes it as far as the tables allow and
+    /// sends what was gathered. The next pass follows when all of it has landed: then neighbours
+    /// find each other, which they would not if each flight that lands made room for one piece, and
+    /// no request takes more of the table than one pass.
     fn route(&mut self, lane: u16, tag: u16) {
-        let mut budget = PIECES_A_PASS;
         let mut gather = Gather::new();
         let Lane { stack, jobs, files, .. } = &mut self.lanes[usize::from(lane)];
         let job = &mut jobs[usize::from(tag)];
-        while budget > 0 && !gather.is_full() && !self.flights.is_full() {
-            let piece = match job.route.next(stack) {
+        debug_assert!(job.active && job.flying == 0, "tag {tag} routed while it is out");
+        for _ in 0..PIECES_A_PASS {
+            let piece = match job.next(stack) {
                 None => break,
                 Some(Err(errno)) => {
                     job.fail(errno);
@@ -183,24 +183,24 @@ impl<R: Ring> Worker<R> {
                 }
                 Some(Ok(piece)) => piece,
             };
-            budget -= 1;
-            self.counts.pieces += 1;
             let to = flights::place(&piece, files);
-            if gather.join(&mut self.flights, to, &piece) {
-                continue;
+            if !gather.join(&mut self.flights, to, &piece) {
+                let key = if gather.is_full() { None } else { self.flights.take() };
+                let Some(key) = key else {
+                    job.held = Some(piece);
+                    break;
+                };
+                let flight = self.flights.get(key);
+                flight.start((lane, tag), (job.io.op, job.io.fua), to, &piece);
+                job.flying += 1;
+                gather.open(key);
             }
-            let Some(key) = self.flights.take() else { break };
-            let flight = self.flights.get(key);
-            flight.start((lane, tag), (job.io.op, job.io.fua), to, &piece);
-            job.flying += 1;
-            gather.open(key);
+            self.counts.pieces += 1;
         }
-        if !job.route.is_done() && !job.waiting {
-            job.waiting = true;
-            self.waiting.push_back((lane, tag));
-        }
-        let is_over = job.is_over();
         let (keys, count) = gather.take();
+        if count == 0 {
+            return self.settle(lane, tag);
+        }
         for key in &keys[..count] {
             self.counts.splices += 1;
             match self.flights.get(*key).wait_ns {
@@ -208,8 +208,15 @@ impl<R: Ring> Worker<R> {
                 wait_ns => self.ring.after(*key, wait_ns),
             }
         }
-        if is_over {
+    }
+
+    /// What follows when nothing of a request is out any more: its end, or its next pass.
+    fn settle(&mut self, lane: u16, tag: u16) {
+        let job = &self.lanes[usize::from(lane)].jobs[usize::from(tag)];
+        if job.is_over() {
             self.finish(lane, tag);
+        } else {
+            self.waiting.push_back((lane, tag));
         }
     }
 
@@ -243,8 +250,8 @@ impl<R: Ring> Worker<R> {
         if let Err(errno) = result {
             job.fail(errno);
         }
-        if job.is_over() {
-            self.finish(lane, tag);
+        if job.flying == 0 {
+            self.settle(lane, tag);
         }
     }
 
