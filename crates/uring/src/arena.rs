@@ -4,7 +4,7 @@
 use std::ptr::NonNull;
 
 use devsplice_core::{Error, Result};
-use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+use rustix::mm::{MapFlags, ProtFlags, mlock, mmap_anonymous, munmap};
 
 /// Slots of equal size. Untouched ones cost no memory.
 pub(crate) struct Arena {
@@ -18,8 +18,9 @@ pub(crate) struct Arena {
 unsafe impl Send for Arena {}
 
 impl Arena {
-    /// Maps `slots` slots of `stride` bytes, a multiple of the page size.
-    pub(crate) fn new(slots: usize, stride: usize) -> Result<Arena> {
+    /// Maps `slots` slots of `stride` bytes, a multiple of the page size; `locked` ones are made
+    /// resident at once and stay so.
+    pub(crate) fn new(slots: usize, stride: usize, locked: bool) -> Result<Arena> {
         let bytes = slots
             .checked_mul(stride)
             .filter(|bytes| *bytes > 0 && stride.is_multiple_of(4096))
@@ -31,8 +32,15 @@ impl Arena {
             mmap_anonymous(std::ptr::null_mut(), bytes, ProtFlags::READ | ProtFlags::WRITE, flags)
         }
         .map_err(|errno| Error::os(format!("{bytes} bytes of request memory"), &errno.into()))?;
-        let base = NonNull::new(base.cast())
+        let base = NonNull::new(base.cast::<u8>())
             .ok_or_else(|| Error::invalid("request memory", "mapped at address 0"))?;
+        if locked {
+            // SAFETY: the range is exactly the mapping made above; locking changes no contents.
+            unsafe { mlock(base.as_ptr().cast(), bytes) }.map_err(|errno| {
+                Error::os(format!("locking {bytes} bytes of request memory"), &errno.into())
+                    .next("raise the limit (ulimit -l), or lower --depth or --queues")
+            })?;
+        }
         Ok(Arena { base, stride, lent: vec![0; slots].into() })
     }
 
@@ -102,7 +110,7 @@ mod tests {
 
     #[test]
     fn slots_do_not_overlap_and_lent_ones_cannot_be_read() {
-        let mut arena = Arena::new(2, 4096).unwrap();
+        let mut arena = Arena::new(2, 4096, true).unwrap();
         arena.bytes(0).fill(1);
         arena.bytes(1).fill(2);
         assert!(arena.bytes(0).iter().all(|byte| *byte == 1));
@@ -116,7 +124,7 @@ mod tests {
 
     #[test]
     fn ranges_outside_a_slot_panic() {
-        let arena = Arena::new(1, 4096).unwrap();
+        let arena = Arena::new(1, 4096, false).unwrap();
         for (slot, at, len) in [(1, 0, 1), (0, 4096, 1), (0, 0, 4097), (0, usize::MAX, 2)] {
             let take = std::panic::AssertUnwindSafe(|| arena.address(slot, at, len));
             assert!(std::panic::catch_unwind(take).is_err());

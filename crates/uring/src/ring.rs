@@ -21,6 +21,9 @@ pub struct LaneMemory {
     pub bytes: u32,
     /// Whether each tag also gets a slot for the device's own pages.
     pub slots: bool,
+    /// Whether the memory is made resident and locked: the kernel copies into it on its own (ublk's
+    /// copy mode loses the tail of a write whose memory it cannot fault in).
+    pub locked: bool,
 }
 
 /// How large a ring's tables are.
@@ -97,7 +100,7 @@ impl Uring {
             let stride = DATA_AT + (lane.bytes as usize).next_multiple_of(4096);
             let has_memory = lane.bytes > 0;
             let depth = usize::from(lane.depth);
-            arenas.push(has_memory.then(|| Arena::new(depth, stride)).transpose()?);
+            arenas.push(has_memory.then(|| Arena::new(depth, stride, lane.locked)).transpose()?);
             slot_bases.push(if lane.slots { u16::try_from(slots).ok() } else { None });
             slots += if lane.slots { u32::from(lane.depth) } else { 0 };
         }
@@ -119,7 +122,7 @@ impl Uring {
             times: vec![Timespec::default(); config.flights as usize + 1].into(),
             arenas,
             slot_bases,
-            zeroes: Arena::new(1, ZEROES_LEN)?,
+            zeroes: Arena::new(1, ZEROES_LEN, false)?,
             bytes_spliced: 0,
             bytes_copied: 0,
         };

@@ -1,1 +1,354 @@
-//! Answers for the ublk front end.
+//! Answers for the ublk front end: a /dev/ublkbN whose requests this process serves.
+
+mod control;
+mod map;
+mod params;
+mod queue;
+mod uapi;
+
+use std::fmt;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use devsplice_core::{Error, ErrorKind, Result, Stack};
+use devsplice_engine::{Counts, Export, Stuck};
+use devsplice_uring::{FileKind, LaneMemory, RingFile, Uring};
+use rustix::fs::OFlags;
+use rustix::thread::CpuSet;
+
+pub use control::{CONTROL, Control};
+
+use crate::threads::{Bottom, Crew, Shape, Work};
+use queue::{Queue, QueueConfig};
+use uapi::{DevInfo, F_AUTO_BUF_REG, F_NO_AUTO_PART_SCAN, F_USER_COPY, F_ZERO_COPY};
+
+/// How a request's data reaches its place. Best first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DataPath {
+    /// The kernel puts the request's pages into a slot by itself (6.16). No copy.
+    AutoRegister,
+    /// We ask for that, and for its end, with a command each (6.15). No copy.
+    Register,
+    /// We read and write the data through the character device (6.5). One copy.
+    UserCopy,
+    /// The kernel copies to and from memory of ours (6.0). One copy.
+    Copy,
+}
+
+impl DataPath {
+    /// All of them, best first.
+    pub const ALL: [DataPath; 4] =
+        [DataPath::AutoRegister, DataPath::Register, DataPath::UserCopy, DataPath::Copy];
+
+    /// The word that users see and type.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            DataPath::AutoRegister => "auto-register",
+            DataPath::Register => "register",
+            DataPath::UserCopy => "user-copy",
+            DataPath::Copy => "copy",
+        }
+    }
+
+    /// Copies of each payload byte that this process has a part in.
+    #[must_use]
+    pub const fn copies(self) -> u32 {
+        match self {
+            DataPath::AutoRegister | DataPath::Register => 0,
+            DataPath::UserCopy | DataPath::Copy => 1,
+        }
+    }
+
+    /// The feature flags that it needs; the ones that let it fall back are among them.
+    const fn flags(self) -> u64 {
+        match self {
+            DataPath::AutoRegister => F_AUTO_BUF_REG | F_ZERO_COPY | F_USER_COPY,
+            DataPath::Register => F_ZERO_COPY | F_USER_COPY,
+            DataPath::UserCopy => F_USER_COPY,
+            DataPath::Copy => 0,
+        }
+    }
+
+    /// The paths that a kernel with these features has, best first.
+    #[must_use]
+    pub fn offered(features: u64) -> Vec<DataPath> {
+        let has = |path: &DataPath| path.flags() & !features == 0;
+        DataPath::ALL.into_iter().filter(has).collect()
+    }
+}
+
+impl fmt::Display for DataPath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// How a device is to be.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Its number; `None` for the first free one.
+    pub id: Option<u32>,
+    /// Queues; the kernel takes at most one per CPU.
+    pub queues: u16,
+    /// Threads that serve them.
+    pub threads: u16,
+    /// Requests in flight per queue, 1 to 4096.
+    pub depth: u16,
+    /// Refuse what changes data, whatever the stack allows.
+    pub read_only: bool,
+    /// Which data path; `None` for the best there is.
+    pub data_path: Option<DataPath>,
+    /// Whether the kernel looks for partitions when the disk appears.
+    pub part_scan: bool,
+    /// Whether a queue's thread runs only where the queue's requests come from.
+    pub affinity: bool,
+    /// Seconds after which a request is reported as stuck; 0 for never.
+    pub stuck_seconds: u32,
+}
+
+/// Most bytes of a request. Larger ones cost more memory where data is copied and gain nothing.
+const MAX_IO: u32 = 1 << 20;
+/// How long the character device may take to appear, or to be let go.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// A disk that is being served.
+pub struct Device {
+    control: Control,
+    info: DevInfo,
+    data_path: DataPath,
+    path: String,
+    crew: Crew,
+}
+
+/// Names of what the kernel's ublk driver can do, and whether it is there.
+#[must_use]
+pub fn feature_names(features: u64) -> Vec<(&'static str, bool)> {
+    uapi::FEATURES.iter().map(|(bit, name)| (*name, features >> bit & 1 == 1)).collect()
+}
+
+impl Device {
+    /// Makes a disk of `stack` and returns when it can be used.
+    ///
+    /// # Errors
+    /// Without the driver, rights, or the data path asked for; nothing is left behind then.
+    pub fn attach(
+        options: &Options,
+        stack: Arc<Stack>,
+        bottoms: Vec<Bottom>,
+        on_stuck: fn(&Stuck),
+        on_death: fn(Error),
+    ) -> Result<Device> {
+        let mut control = Control::open()?;
+        let data_path = choose_path(options.data_path, control.features())?;
+        let info = control.add(wish(options, data_path, control.features()))?;
+        let lost = data_path.flags() & !info.flags;
+        if lost != 0 {
+            let _ = control.delete(info.dev_id);
+            let reason = format!("the kernel took no {data_path} path (flags {lost:#x} refused)");
+            return Err(Error::new(ErrorKind::Unsupported, "ublk", reason)
+                .next("--data-path auto, and report this kernel"));
+        }
+        let started = (|| {
+            let limits = stack.limits();
+            let read_only = options.read_only || limits.read_only;
+            let params = params::params(limits, read_only, MAX_IO, data_path.copies() == 0);
+            control.set_params(info.dev_id, params)?;
+            let file = open_char(info.dev_id)?;
+            let shape = shape(options, &info, data_path);
+            let cpus = if options.affinity { queue_cpus(&mut control, &info) } else { Vec::new() };
+            let make = queue_maker(file, &info, data_path, control.is_encoded());
+            let cpus = Box::new(move |queue: u16| cpus.get(usize::from(queue)).copied().flatten());
+            Crew::start(shape, Work { stack, bottoms, make, cpus, on_stuck, on_death })
+        })();
+        let crew = match started {
+            Ok(crew) => crew,
+            Err(error) => {
+                let _ = control.stop(info.dev_id);
+                let _ = control.delete(info.dev_id);
+                return Err(error);
+            }
+        };
+        let path = format!("/dev/ublkb{}", info.dev_id);
+        let mut device = Device { control, info, data_path, path, crew };
+        match device.control.start(device.info.dev_id) {
+            Ok(()) => Ok(device),
+            Err(error) => {
+                let _ = device.detach();
+                Err(error)
+            }
+        }
+    }
+
+    /// The disk's node.
+    #[must_use]
+    pub fn path(&self) -> &str {
+        &self.path
+    }
+
+    /// The device's number.
+    #[must_use]
+    pub fn id(&self) -> u32 {
+        self.info.dev_id
+    }
+
+    /// The data path in use.
+    #[must_use]
+    pub fn data_path(&self) -> DataPath {
+        self.data_path
+    }
+
+    /// Queues and their depth, as the kernel made them.
+    #[must_use]
+    pub fn queues(&self) -> (u16, u16) {
+        (self.info.nr_hw_queues, self.info.queue_depth)
+    }
+
+    /// The threads that serve it.
+    #[must_use]
+    pub fn crew(&self) -> &Crew {
+        &self.crew
+    }
+
+    /// Removes the disk: waits for I/O in flight, ends the threads, deletes the device. Whoever has
+    /// the disk open sees errors from then on.
+    ///
+    /// # Errors
+    /// If the driver hangs, or something else keeps the device; it says which step.
+    pub fn detach(self) -> Result<Counts> {
+        let Device { mut control, info, crew, .. } = self;
+        let stopped = control.stop(info.dev_id);
+        let end = Instant::now() + PATIENCE;
+        while !crew.is_over() {
+            if Instant::now() > end {
+                stopped?;
+                let reason = "its I/O threads have not ended; a request is stuck below";
+                return Err(Error::new(ErrorKind::Busy, format!("ublk {}", info.dev_id), reason));
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let counts = crew.join();
+        // Another tool may have deleted it already.
+        match control.delete(info.dev_id) {
+            Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
+            _ => Ok(counts),
+        }
+    }
+}
+
+fn choose_path(asked: Option<DataPath>, features: u64) -> Result<DataPath> {
+    let offered = DataPath::offered(features);
+    match asked {
+        None => Ok(offered.first().copied().unwrap_or(DataPath::Copy)),
+        Some(path) if offered.contains(&path) => Ok(path),
+        Some(path) => {
+            let names: Vec<_> = offered.iter().map(|path| path.name()).collect();
+            let reason = format!("this kernel's ublk has no {path} path");
+            Err(Error::new(ErrorKind::Unsupported, "--data-path", reason)
+                .next(format!("it has: {}", names.join(", "))))
+        }
+    }
+}
+
+fn wish(options: &Options, path: DataPath, features: u64) -> DevInfo {
+    let no_scan = if options.part_scan { 0 } else { F_NO_AUTO_PART_SCAN & features };
+    DevInfo {
+        nr_hw_queues: options.queues.max(1),
+        queue_depth: options.depth.clamp(1, 4096),
+        max_io_buf_bytes: MAX_IO,
+        dev_id: options.id.unwrap_or(u32::MAX),
+        flags: path.flags() | no_scan,
+        ..DevInfo::default()
+    }
+}
+
+fn shape(options: &Options, info: &DevInfo, path: DataPath) -> Shape {
+    let slots = path.copies() == 0;
+    // Zero-copy paths have memory for the requests that fall back; untouched, it costs nothing.
+    let memory = LaneMemory {
+        depth: info.queue_depth,
+        bytes: MAX_IO,
+        slots,
+        locked: path == DataPath::Copy,
+    };
+    Shape {
+        queues: info.nr_hw_queues,
+        threads: options.threads.clamp(1, info.nr_hw_queues),
+        memory,
+        stuck_seconds: options.stuck_seconds,
+    }
+}
+
+/// Opens the character device, which udev may still be naming, or a server before us still closing.
+fn open_char(id: u32) -> Result<OwnedFd> {
+    let path = format!("/dev/ublkc{id}");
+    let end = Instant::now() + PATIENCE;
+    loop {
+        match devsplice_uring::open(&path, OFlags::RDWR) {
+            Err(error)
+                if Instant::now() < end
+                    && matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Busy) =>
+            {
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            done => return done,
+        }
+    }
+}
+
+fn queue_maker(
+    file: OwnedFd,
+    info: &DevInfo,
+    path: DataPath,
+    encoded: bool,
+) -> Box<crate::threads::MakeQueue> {
+    let depth = info.queue_depth;
+    Box::new(move |queue, ring: &mut Uring| {
+        let fd = file.try_clone().map_err(|error| Error::os("/dev/ublkc", &error))?;
+        let descriptors = map::Descriptors::map(fd.as_fd(), queue, depth)?;
+        let file = ring.add_file(RingFile { fd, kind: FileKind::Other })?;
+        let config = QueueConfig { queue, depth, path, encoded };
+        Ok(Box::new(Queue::new(config, file, descriptors)) as Box<dyn Export<Uring>>)
+    })
+}
+
+/// The CPUs of each queue, where the kernel tells.
+fn queue_cpus(control: &mut Control, info: &DevInfo) -> Vec<Option<CpuSet>> {
+    let mut all = Vec::new();
+    for queue in 0..info.nr_hw_queues {
+        let set = control.affinity(info.dev_id, queue).ok().and_then(|mask| {
+            let mut set = CpuSet::new();
+            for cpu in (0..CpuSet::MAX_CPU.min(mask.len() * 8))
+                .filter(|cpu| mask[cpu / 8] >> (cpu % 8) & 1 == 1)
+            {
+                set.set(cpu);
+            }
+            (set.count() > 0).then_some(set)
+        });
+        all.push(set);
+    }
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_best_path_that_a_kernel_has_is_chosen() {
+        let all = F_AUTO_BUF_REG | F_ZERO_COPY | F_USER_COPY;
+        assert_eq!(choose_path(None, all).unwrap(), DataPath::AutoRegister);
+        assert_eq!(choose_path(None, F_ZERO_COPY | F_USER_COPY).unwrap(), DataPath::Register);
+        assert_eq!(choose_path(None, F_USER_COPY).unwrap(), DataPath::UserCopy);
+        assert_eq!(choose_path(None, 0).unwrap(), DataPath::Copy);
+        assert_eq!(choose_path(Some(DataPath::Copy), all).unwrap(), DataPath::Copy);
+    }
+
+    #[test]
+    fn a_path_that_is_not_there_is_refused_with_those_that_are() {
+        let error = choose_path(Some(DataPath::Register), F_USER_COPY).unwrap_err();
+        let text = error.to_string();
+        assert!(text.contains("no register path") && text.contains("user-copy, copy"), "{text}");
+    }
+}

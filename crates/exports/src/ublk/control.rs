@@ -1,0 +1,193 @@
+//! Answers for a ublk device's life: the commands of /dev/ublk-control, each with a bounded wait.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::Duration;
+
+use devsplice_core::{Errno, Error, ErrorKind, Result};
+use devsplice_uring::control::{ControlRing, DataAt};
+use rustix::fs::OFlags;
+use zerocopy::IntoBytes;
+
+use super::uapi::{CtrlCmd, DevInfo, F_IOCTL_ENCODE, Params, ctrl};
+
+/// Where the kernel's ublk driver takes commands.
+pub const CONTROL: &str = "/dev/ublk-control";
+/// What a command may take before we say that it hangs. Stopping waits for I/O that we serve.
+const LIMIT: Duration = Duration::from_secs(20);
+
+/// A connection to the kernel's ublk driver.
+pub struct Control {
+    ring: ControlRing,
+    file: OwnedFd,
+    /// Bits of `UBLK_F_*`; 0 where the kernel cannot say (before 6.5).
+    features: u64,
+}
+
+impl Control {
+    /// Connects and asks what the driver can do.
+    ///
+    /// # Errors
+    /// Without the driver, the right to use it, or io_uring; names the next step.
+    pub fn open() -> Result<Control> {
+        let flags = OFlags::RDWR;
+        let file = devsplice_uring::open(CONTROL, flags).map_err(|error| match error.kind() {
+            ErrorKind::NotFound => Error::new(ErrorKind::NotFound, CONTROL, "not found").next(
+                "modprobe ublk_drv (Linux 6.0 or later with CONFIG_BLK_DEV_UBLK), or --export fuse",
+            ),
+            ErrorKind::Permission => error.next("run as root"),
+            _ => error,
+        })?;
+        let mut control = Control { ring: ControlRing::new()?, file, features: 0 };
+        let mut bits = [0_u8; 8];
+        // Kernels before 6.5 fail it: then nothing beyond copying can be counted on.
+        if control.send("GET_FEATURES", ctrl::GET_FEATURES, none(), Some(&mut bits)).is_ok() {
+            control.features = u64::from_ne_bytes(bits);
+        }
+        Ok(control)
+    }
+
+    /// Bits of `UBLK_F_*` that the driver knows; 0 where it cannot say (before 6.5).
+    #[must_use]
+    pub fn features(&self) -> u64 {
+        self.features
+    }
+
+    /// Whether the ioctl-encoded numbers of the commands are understood (since 6.4).
+    pub(crate) fn is_encoded(&self) -> bool {
+        self.features & F_IOCTL_ENCODE != 0
+    }
+
+    fn send(
+        &mut self,
+        name: &str,
+        op: u32,
+        command: CtrlCmd,
+        data: Option<&mut [u8]>,
+    ) -> Result<()> {
+        let mut payload = [0; 80];
+        payload[..size_of::<CtrlCmd>()].copy_from_slice(command.as_bytes());
+        // GET_FEATURES came after the encoding, so it is never sent bare.
+        let is_bare = !self.is_encoded() && op != ctrl::GET_FEATURES;
+        let op = if is_bare { op & 0xff } else { op };
+        let at = DataAt { len: 6, addr: 8 };
+        let data = data.map(|data| (data, at));
+        let result = self.ring.command(self.file.as_fd(), (name, op), payload, data, LIMIT)?;
+        if result >= 0 {
+            return Ok(());
+        }
+        let thing = match command.dev_id {
+            u32::MAX => format!("ublk {name}"),
+            id => format!("ublk device {id}: {name}"),
+        };
+        Err(explain(thing, Errno::from_result(result)))
+    }
+
+    /// Creates a device; returns what the driver made of `info`.
+    ///
+    /// # Errors
+    /// If the id is taken, a flag combination is refused, or rights are missing.
+    pub(crate) fn add(&mut self, mut info: DevInfo) -> Result<DevInfo> {
+        let command = CtrlCmd { dev_id: info.dev_id, queue_id: u16::MAX, ..CtrlCmd::default() };
+        self.send("ADD_DEV", ctrl::ADD_DEV, command, Some(info.as_mut_bytes()))?;
+        Ok(info)
+    }
+
+    pub(crate) fn set_params(&mut self, id: u32, mut params: Params) -> Result<()> {
+        params.len = u32::try_from(size_of::<Params>()).unwrap_or(0);
+        self.send("SET_PARAMS", ctrl::SET_PARAMS, device(id), Some(params.as_mut_bytes()))
+    }
+
+    /// Makes the disk appear. All queues must have been fetched from; waits for that.
+    pub(crate) fn start(&mut self, id: u32) -> Result<()> {
+        let pid = rustix::process::getpid().as_raw_nonzero().get();
+        let data = u64::try_from(pid).unwrap_or(0);
+        self.send("START_DEV", ctrl::START_DEV, CtrlCmd { data, ..device(id) }, None)
+    }
+
+    /// Removes the disk; waits for I/O in flight, which must be served meanwhile.
+    ///
+    /// # Errors
+    /// If there is no such device or the driver hangs.
+    pub fn stop(&mut self, id: u32) -> Result<()> {
+        self.send("STOP_DEV", ctrl::STOP_DEV, device(id), None)
+    }
+
+    /// Deletes a device that no process has open, or lets it go as soon as none has.
+    ///
+    /// # Errors
+    /// If there is no such device or the driver hangs.
+    pub fn delete(&mut self, id: u32) -> Result<()> {
+        // Before 6.9 or so there is only the waiting form; our own descriptors are closed by now.
+        match self.send("DEL_DEV_ASYNC", ctrl::DEL_DEV_ASYNC, device(id), None) {
+            Err(error) if error.kind() == ErrorKind::Unsupported => {
+                self.send("DEL_DEV", ctrl::DEL_DEV, device(id), None)
+            }
+            done => done,
+        }
+    }
+
+    pub(crate) fn info(&mut self, id: u32) -> Result<DevInfo> {
+        let mut info = DevInfo::default();
+        self.send("GET_DEV_INFO", ctrl::GET_DEV_INFO, device(id), Some(info.as_mut_bytes()))?;
+        Ok(info)
+    }
+
+    /// The process that serves a device (0 or -1 for none), and the device's state word.
+    ///
+    /// # Errors
+    /// If there is no such device.
+    pub fn server(&mut self, id: u32) -> Result<(i32, &'static str)> {
+        let info = self.info(id)?;
+        let state = match info.state {
+            0 => "dead",
+            1 => "live",
+            2 => "quiesced",
+            3 => "fail-io",
+            _ => "unknown",
+        };
+        Ok((info.ublksrv_pid, state))
+    }
+
+    /// The CPUs whose requests come to a queue, as a bit mask.
+    pub(crate) fn affinity(&mut self, id: u32, queue: u16) -> Result<Vec<u8>> {
+        let mut mask = vec![0_u8; 1024];
+        let command = CtrlCmd { data: u64::from(queue), ..device(id) };
+        self.send("GET_QUEUE_AFFINITY", ctrl::GET_QUEUE_AFFINITY, command, Some(&mut mask))?;
+        Ok(mask)
+    }
+}
+
+fn none() -> CtrlCmd {
+    device(u32::MAX)
+}
+
+fn device(dev_id: u32) -> CtrlCmd {
+    CtrlCmd { dev_id, queue_id: u16::MAX, ..CtrlCmd::default() }
+}
+
+fn explain(thing: String, errno: Errno) -> Error {
+    let error = Error::os(thing.clone(), &std::io::Error::from_raw_os_error(errno.raw()));
+    match errno {
+        Errno::EPERM | Errno::EACCES => error.next("run as root"),
+        Errno::ENODEV => Error::new(ErrorKind::NotFound, thing, "no such device"),
+        Errno::EOPNOTSUPP | Errno::EINVAL => {
+            Error::new(ErrorKind::Unsupported, thing, error.to_string())
+        }
+        _ if errno.raw() == 17 => Error::new(ErrorKind::Busy, thing, "the number is taken"),
+        Errno::EBUSY => error.next("another process holds the device"),
+        _ => error,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use zerocopy::FromBytes;
+
+    #[test]
+    fn a_device_description_survives_the_wire() {
+        let info = DevInfo { dev_id: 7, flags: 0x668c3, queue_depth: 64, ..DevInfo::default() };
+        let read = DevInfo::read_from_bytes(info.as_bytes()).unwrap();
+        assert_eq!((read.dev_id, read.flags, read.queue_depth), (7, 0x668c3, 64));
+    }
+}

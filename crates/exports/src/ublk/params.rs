@@ -1,0 +1,105 @@
+//! Answers for what the kernel is told about a disk: limits as `struct ublk_params`.
+
+use devsplice_core::Limits;
+
+use super::uapi::{
+    ATTR_FUA, ATTR_READ_ONLY, ATTR_ROTATIONAL, ATTR_VOLATILE_CACHE, PARAM_BASIC, PARAM_DISCARD,
+    PARAM_DMA_ALIGN, PARAM_SEGMENT, Params,
+};
+
+/// Most bytes of one discard or write-zeroes. Bounds how long routing one can take.
+const MAX_ZERO_BYTES: u64 = 1 << 30;
+const PAGE: u32 = 4096;
+
+/// The parameters of a disk whose requests are at most `max_io` bytes. `sees_memory` is whether the
+/// client's own memory reaches the backend, so that its alignment matters.
+pub(crate) fn params(limits: &Limits, read_only: bool, max_io: u32, sees_memory: bool) -> Params {
+    let mut params = Params {
+        types: PARAM_BASIC,
+        attrs: attrs(limits, read_only),
+        logical_bs_shift: shift(limits.block),
+        physical_bs_shift: shift(limits.physical),
+        io_min_shift: shift(limits.io_min.max(limits.physical)),
+        io_opt_shift: shift(limits.io_opt.max(limits.physical)),
+        max_sectors: max_io / 512,
+        dev_sectors: limits.size / 512,
+        ..Params::default()
+    };
+    if limits.discard != 0 && !read_only {
+        let most = u32::try_from(MAX_ZERO_BYTES / 512).unwrap_or(u32::MAX);
+        params.types |= PARAM_DISCARD;
+        params.discard_granularity = limits.discard;
+        params.max_discard_sectors = most;
+        params.max_discard_segments = 1;
+        params.max_write_zeroes_sectors = if limits.write_zeroes { most } else { 0 };
+    }
+    if sees_memory {
+        params.virt_boundary_mask = u64::from(limits.dma.virt_boundary.saturating_sub(1));
+        if limits.dma.align > 1 {
+            params.types |= PARAM_DMA_ALIGN;
+            params.dma_alignment = limits.dma.align.min(PAGE) - 1;
+        }
+        let segments_matter =
+            limits.dma.max_segments < u16::MAX || limits.dma.max_segment_size < u32::MAX;
+        if segments_matter && limits.dma.virt_boundary == 0 {
+            params.types |= PARAM_SEGMENT;
+            params.seg_boundary_mask = u64::MAX;
+            params.max_segment_size = limits.dma.max_segment_size.max(PAGE);
+            params.max_segments = limits.dma.max_segments.max(1);
+        }
+    }
+    params
+}
+
+fn attrs(limits: &Limits, read_only: bool) -> u32 {
+    let mut attrs = 0;
+    if read_only {
+        attrs |= ATTR_READ_ONLY;
+    }
+    if limits.rotational {
+        attrs |= ATTR_ROTATIONAL;
+    }
+    // Without a cache below no flush is needed, and with the flag databases would wait for them; with
+    // a cache and without the flag none would ever arrive.
+    if limits.volatile_cache {
+        attrs |= ATTR_VOLATILE_CACHE;
+        if limits.fua {
+            attrs |= ATTR_FUA;
+        }
+    }
+    attrs
+}
+
+/// The power of two; a size that is none is rounded down, for these are hints.
+fn shift(bytes: u32) -> u8 {
+    let shift = bytes.max(512).ilog2().min(28);
+    u8::try_from(shift).unwrap_or(9)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cache_below_is_advertised_if_and_only_if_it_is_there() {
+        let cached = Limits { volatile_cache: true, ..Limits::ideal(1 << 20) };
+        assert_eq!(params(&cached, false, 1 << 20, true).attrs, ATTR_VOLATILE_CACHE | ATTR_FUA);
+        assert_eq!(params(&Limits::ideal(1 << 20), false, 1 << 20, true).attrs, 0);
+    }
+
+    #[test]
+    fn memory_alignment_is_passed_on_where_the_clients_memory_goes_below() {
+        let mut limits = Limits::ideal(1 << 20);
+        limits.dma.align = 512;
+        let seen = params(&limits, false, 1 << 20, true);
+        assert_eq!((seen.types & PARAM_DMA_ALIGN, seen.dma_alignment), (PARAM_DMA_ALIGN, 511));
+        assert_eq!(params(&limits, false, 1 << 20, false).types & PARAM_DMA_ALIGN, 0);
+    }
+
+    #[test]
+    fn a_read_only_disk_offers_no_discard() {
+        let disk = params(&Limits::ideal(1 << 20), true, 1 << 20, true);
+        assert_eq!((disk.types & PARAM_DISCARD, disk.attrs), (0, ATTR_READ_ONLY));
+        assert_eq!(disk.dev_sectors, 2048);
+    }
+}

@@ -1,0 +1,333 @@
+//! Answers for one ublk queue: descriptors become requests, results become commits.
+//!
+//! Each tag goes round: fetch -> (bring the data) -> engine -> (deliver the data) -> commit, which
+//! fetches the next. What the steps in brackets are is the data path's affair ([`DataPath`]); the engine
+//! sees pages and nothing else. A command that comes back with `ENODEV` is dead: the disk was
+//! stopped, the tag is not used again.
+
+use devsplice_core::{Errno, Error, ErrorKind, Io, Op, Result};
+use devsplice_engine::{Completion, Export, FileId, Inbox, Request};
+use devsplice_uring::{Command, Uring};
+use zerocopy::IntoBytes;
+
+use super::DataPath;
+use super::map::Descriptors;
+use super::uapi::{
+    AUTO_BUF_REG_FALLBACK, IO_F_FUA, IO_F_NEED_REG_BUF, IO_F_NOUNMAP, IoCmd, IoDesc, io, op,
+    user_copy_at,
+};
+
+/// What of a tag a completion is about: the high half of its index.
+mod kind {
+    /// Its fetch, or the commit that fetches the next request.
+    pub(super) const FETCH: u32 = 0;
+    /// Registration of its pages.
+    pub(super) const REGISTER: u32 = 1;
+    /// Release of its pages.
+    pub(super) const UNREGISTER: u32 = 2;
+    /// Data of a write on the way to our memory.
+    pub(super) const PULL: u32 = 3;
+    /// Data of a read on the way from our memory.
+    pub(super) const PUSH: u32 = 4;
+}
+
+const fn index(kind: u32, tag: u16) -> u32 {
+    kind << 16 | tag as u32
+}
+
+/// How a queue's commands are made.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct QueueConfig {
+    pub(crate) queue: u16,
+    pub(crate) depth: u16,
+    pub(crate) path: DataPath,
+    /// Whether commands have their ioctl-encoded numbers (since 6.4).
+    pub(crate) encoded: bool,
+}
+
+/// What is known of a request between fetch and commit.
+#[derive(Clone, Copy)]
+struct Tag {
+    io: Io,
+    /// Whether its data is in the device's own pages, rather than in memory of ours.
+    in_slot: bool,
+    /// Bytes that have been pulled or pushed.
+    moved: u32,
+    is_dead: bool,
+}
+
+/// One queue.
+pub(crate) struct Queue {
+    config: QueueConfig,
+    lane: u16,
+    file: FileId,
+    descriptors: Descriptors,
+    tags: Box<[Tag]>,
+    dead: u16,
+}
+
+impl Queue {
+    pub(crate) fn new(config: QueueConfig, file: FileId, descriptors: Descriptors) -> Queue {
+        let io = Io::new(Op::Flush, 0, 0);
+        let tag = Tag { io, in_slot: false, moved: 0, is_dead: false };
+        let tags = vec![tag; usize::from(config.depth)].into();
+        Queue { config, lane: 0, file, descriptors, tags, dead: 0 }
+    }
+
+    fn op(&self, op: u32) -> u32 {
+        if self.config.encoded { op } else { op & 0xff }
+    }
+
+    /// Fetches, or commits `result` and fetches.
+    fn fetch(&self, ring: &mut Uring, op: u32, tag: u16, result: i32) {
+        let payload = IoCmd { q_id: self.config.queue, tag, result, addr: 0 };
+        let auto = self.config.path == DataPath::AutoRegister;
+        let slot = if auto { u64::from(ring.slot_index(self.lane, tag)) } else { 0 };
+        let command = Command {
+            op: self.op(op),
+            payload: payload_bytes(&payload),
+            aux: if auto { slot | AUTO_BUF_REG_FALLBACK } else { 0 },
+            lend: (self.config.path == DataPath::Copy).then_some(tag),
+        };
+        ring.command((self.lane, index(kind::FETCH, tag)), self.file, &command);
+    }
+
+    fn slot_command(&self, ring: &mut Uring, (op, kind): (u32, u32), tag: u16) {
+        let addr = u64::from(ring.slot_index(self.lane, tag));
+        let payload = IoCmd { q_id: self.config.queue, tag, result: 0, addr };
+        let payload = payload_bytes(&payload);
+        let command = Command { op: self.op(op), payload, aux: 0, lend: None };
+        ring.command((self.lane, index(kind, tag)), self.file, &command);
+    }
+
+    fn commit(&mut self, ring: &mut Uring, tag: u16, result: Result<(), Errno>) {
+        let state = &self.tags[usize::from(tag)];
+        if state.is_dead {
+            return;
+        }
+        let result = match result {
+            Err(errno) => -errno.raw(),
+            Ok(()) if state.io.op.has_pages() => i32::try_from(state.io.extent.len).unwrap_or(0),
+            Ok(()) => 0,
+        };
+        if self.config.path == DataPath::Register && state.in_slot {
+            // Both are carried out in order while they are submitted, so the slot is free again
+            // before the next request can come.
+            self.slot_command(ring, (io::UNREGISTER_IO_BUF, kind::UNREGISTER), tag);
+        }
+        self.fetch(ring, io::COMMIT_AND_FETCH_REQ, tag, result);
+    }
+
+    /// A request has arrived: brings its data, if it has to be brought.
+    fn fetched(&mut self, ring: &mut Uring, tag: u16, inbox: &mut Inbox) {
+        let descriptor = self.descriptors.read(tag);
+        let Ok(io) = request(&descriptor) else {
+            self.tags[usize::from(tag)].io = Io::new(Op::Flush, 0, 0);
+            return self.commit(ring, tag, Err(Errno::EOPNOTSUPP));
+        };
+        let has_pages = io.op.has_pages();
+        let path = self.config.path;
+        let in_slot = match path {
+            DataPath::AutoRegister => descriptor.op_flags & IO_F_NEED_REG_BUF == 0,
+            DataPath::Register => true,
+            DataPath::UserCopy | DataPath::Copy => false,
+        };
+        self.tags[usize::from(tag)] =
+            Tag { io, in_slot: in_slot && has_pages, moved: 0, is_dead: false };
+        match path {
+            _ if !has_pages => self.hand_over(ring, tag, inbox),
+            DataPath::Register => {
+                self.slot_command(ring, (io::REGISTER_IO_BUF, kind::REGISTER), tag);
+            }
+            _ if in_slot || path == DataPath::Copy => self.hand_over(ring, tag, inbox),
+            _ => self.bring(ring, tag, inbox),
+        }
+    }
+
+    /// Gets the data of a write into our memory; a read has none yet.
+    fn bring(&mut self, ring: &mut Uring, tag: u16, inbox: &mut Inbox) {
+        if self.tags[usize::from(tag)].io.op == Op::Write {
+            self.pull(ring, tag);
+        } else {
+            self.hand_over(ring, tag, inbox);
+        }
+    }
+
+    /// What of the tag's data is still to be moved, and where it is on the character device.
+    fn left(&self, tag: u16) -> (u64, (usize, usize)) {
+        let Tag { io, moved, .. } = self.tags[usize::from(tag)];
+        let at = user_copy_at(self.config.queue, tag) + u64::from(moved);
+        let len = usize::try_from(io.extent.len).unwrap_or(0) - moved as usize;
+        (at, (Uring::DATA_AT + moved as usize, len))
+    }
+
+    fn pull(&self, ring: &mut Uring, tag: u16) {
+        let (at, range) = self.left(tag);
+        ring.read((self.lane, index(kind::PULL, tag)), self.file, at, range);
+    }
+
+    fn push(&self, ring: &mut Uring, tag: u16) {
+        let (at, range) = self.left(tag);
+        ring.write((self.lane, index(kind::PUSH, tag)), self.file, at, range);
+    }
+
+    /// Takes the result of a pull or push into account: whether all is moved.
+    fn moved(&mut self, tag: u16, result: i32) -> Result<bool, Errno> {
+        match u32::try_from(result) {
+            Ok(0) => Err(Errno::EIO),
+            Ok(count) => {
+                let state = &mut self.tags[usize::from(tag)];
+                state.moved += count;
+                Ok(u64::from(state.moved) >= state.io.extent.len)
+            }
+            Err(_) if Errno::from_result(result).is_transient() => Ok(false),
+            Err(_) => Err(Errno::from_result(result).for_client()),
+        }
+    }
+
+    fn hand_over(&self, ring: &Uring, tag: u16, inbox: &mut Inbox) {
+        let Tag { io, in_slot, .. } = self.tags[usize::from(tag)];
+        let pages = if in_slot {
+            ring.slot_pages(self.lane, tag)
+        } else {
+            ring.memory_pages(self.lane, tag)
+        };
+        inbox.push(self.lane, Request { tag, io, pages });
+    }
+
+    /// The fetch, or the commit that fetches, of `tag` came back.
+    fn fetch_done(
+        &mut self,
+        ring: &mut Uring,
+        tag: u16,
+        result: i32,
+        inbox: &mut Inbox,
+    ) -> Result<()> {
+        if result == 0 {
+            self.fetched(ring, tag, inbox);
+            return Ok(());
+        }
+        if result != -Errno::ENODEV.raw() {
+            let errno = Errno::from_result(result);
+            let thing = format!("ublk queue {} tag {tag}", self.config.queue);
+            return Err(Error::new(ErrorKind::Os, thing, format!("command failed: {errno}")));
+        }
+        let state = &mut self.tags[usize::from(tag)];
+        if !std::mem::replace(&mut state.is_dead, true) {
+            self.dead += 1;
+        }
+        Ok(())
+    }
+}
+
+fn payload_bytes(command: &IoCmd) -> [u8; 16] {
+    let mut payload = [0; 16];
+    payload.copy_from_slice(command.as_bytes());
+    payload
+}
+
+/// What a descriptor asks for; an error for an operation that we never offered.
+fn request(descriptor: &IoDesc) -> Result<Io, Errno> {
+    let flags = descriptor.op_flags;
+    let op = match flags & 0xff {
+        op::READ => Op::Read,
+        op::WRITE => Op::Write,
+        op::FLUSH => return Ok(Io::new(Op::Flush, 0, 0)),
+        op::DISCARD => Op::Discard,
+        op::WRITE_ZEROES => Op::WriteZeroes { unmap: flags & IO_F_NOUNMAP == 0 },
+        _ => return Err(Errno::EOPNOTSUPP),
+    };
+    // A start beyond 2^55 sectors would be beyond any size; admission refuses it.
+    let at = descriptor.start_sector.saturating_mul(512);
+    let mut io = Io::new(op, at, u64::from(descriptor.nr_sectors) * 512);
+    io.fua = op == Op::Write && flags & IO_F_FUA != 0;
+    Ok(io)
+}
+
+impl Export<Uring> for Queue {
+    fn depth(&self) -> u16 {
+        self.config.depth
+    }
+
+    fn arm(&mut self, ring: &mut Uring, lane: u16) -> Result<()> {
+        self.lane = lane;
+        for tag in 0..self.config.depth {
+            self.fetch(ring, io::FETCH_REQ, tag, 0);
+        }
+        Ok(())
+    }
+
+    fn event(&mut self, ring: &mut Uring, event: Completion, inbox: &mut Inbox) -> Result<()> {
+        let tag = u16::try_from(event.index & 0xffff).unwrap_or(0);
+        match event.index >> 16 {
+            kind::FETCH => return self.fetch_done(ring, tag, event.result, inbox),
+            kind::REGISTER if event.result >= 0 => self.hand_over(ring, tag, inbox),
+            kind::REGISTER => {
+                // No slot to be had: this request goes through our memory.
+                self.tags[usize::from(tag)].in_slot = false;
+                self.bring(ring, tag, inbox);
+            }
+            kind::PULL => match self.moved(tag, event.result) {
+                Ok(true) => self.hand_over(ring, tag, inbox),
+                Ok(false) => self.pull(ring, tag),
+                Err(errno) => self.commit(ring, tag, Err(errno)),
+            },
+            kind::PUSH => match self.moved(tag, event.result) {
+                Ok(true) => self.commit(ring, tag, Ok(())),
+                Ok(false) => self.push(ring, tag),
+                Err(errno) => self.commit(ring, tag, Err(errno)),
+            },
+            // Releasing a slot cannot leave anything to do: the commit behind it says what matters.
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self, ring: &mut Uring, tag: u16, io: &Io, result: Result<(), Errno>) {
+        let state = &mut self.tags[usize::from(tag)];
+        state.moved = 0;
+        let must_push = io.op == Op::Read && !state.in_slot && self.config.path != DataPath::Copy;
+        if must_push && result.is_ok() {
+            self.push(ring, tag);
+        } else {
+            self.commit(ring, tag, result);
+        }
+    }
+
+    fn is_closed(&self) -> bool {
+        self.dead == self.config.depth
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn descriptor(op_flags: u32) -> IoDesc {
+        IoDesc { op_flags, nr_sectors: 8, start_sector: 16, addr: 0 }
+    }
+
+    #[test]
+    fn descriptors_become_requests_in_bytes() {
+        let read = request(&descriptor(op::READ)).unwrap();
+        assert_eq!(read, Io::new(Op::Read, 8192, 4096));
+        let write = request(&descriptor(op::WRITE | IO_F_FUA)).unwrap();
+        assert!(write.fua && write.op == Op::Write);
+        assert_eq!(request(&descriptor(op::FLUSH)), Ok(Io::new(Op::Flush, 0, 0)));
+    }
+
+    #[test]
+    fn zeroes_may_unmap_unless_told_not_to() {
+        let may = request(&descriptor(op::WRITE_ZEROES)).unwrap().op;
+        let must_not = request(&descriptor(op::WRITE_ZEROES | IO_F_NOUNMAP)).unwrap().op;
+        assert_eq!(may, Op::WriteZeroes { unmap: true });
+        assert_eq!(must_not, Op::WriteZeroes { unmap: false });
+    }
+
+    #[test]
+    fn operations_that_were_never_offered_are_refused() {
+        for op in [4, 10, 13, 18, 255] {
+            assert_eq!(request(&descriptor(op)), Err(Errno::EOPNOTSUPP));
+        }
+    }
+}

@@ -1,0 +1,191 @@
+//! Answers for ublk's binary interface (include/uapi/linux/ublk_cmd.h, Linux 7.3).
+
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+/// Control commands, ioctl-encoded. Before 6.4 only their low byte is understood.
+pub(crate) mod ctrl {
+    pub(crate) const GET_QUEUE_AFFINITY: u32 = 0x8020_7501;
+    pub(crate) const GET_DEV_INFO: u32 = 0x8020_7502;
+    pub(crate) const ADD_DEV: u32 = 0xC020_7504;
+    pub(crate) const DEL_DEV: u32 = 0xC020_7505;
+    pub(crate) const START_DEV: u32 = 0xC020_7506;
+    pub(crate) const STOP_DEV: u32 = 0xC020_7507;
+    pub(crate) const SET_PARAMS: u32 = 0xC020_7508;
+    pub(crate) const GET_FEATURES: u32 = 0x8020_7513;
+    pub(crate) const DEL_DEV_ASYNC: u32 = 0x8020_7514;
+}
+
+/// Commands of the character device.
+pub(crate) mod io {
+    pub(crate) const FETCH_REQ: u32 = 0xC010_7520;
+    pub(crate) const COMMIT_AND_FETCH_REQ: u32 = 0xC010_7521;
+    pub(crate) const REGISTER_IO_BUF: u32 = 0xC010_7523;
+    pub(crate) const UNREGISTER_IO_BUF: u32 = 0xC010_7524;
+}
+
+/// `UBLK_F_*`: number of the bit and the word users see.
+pub(crate) const FEATURES: &[(u32, &str)] = &[
+    (0, "zero-copy"),
+    (1, "completion-in-task"),
+    (2, "need-get-data"),
+    (3, "user-recovery"),
+    (4, "user-recovery-reissue"),
+    (5, "unprivileged"),
+    (6, "ioctl-encoding"),
+    (7, "user-copy"),
+    (8, "zoned"),
+    (9, "user-recovery-fail-io"),
+    (10, "update-size"),
+    (11, "auto-register"),
+    (12, "quiesce"),
+    (13, "per-io-daemon"),
+    (14, "register-off-daemon"),
+    (15, "batch-io"),
+    (16, "integrity"),
+    (17, "safe-stop"),
+    (18, "no-auto-part-scan"),
+    (19, "shared-memory"),
+    (20, "descriptor-size"),
+];
+
+pub(crate) const F_ZERO_COPY: u64 = 1;
+pub(crate) const F_IOCTL_ENCODE: u64 = 1 << 6;
+pub(crate) const F_USER_COPY: u64 = 1 << 7;
+pub(crate) const F_AUTO_BUF_REG: u64 = 1 << 11;
+pub(crate) const F_NO_AUTO_PART_SCAN: u64 = 1 << 18;
+
+/// In `sqe->addr` of a fetch: hand the request over without a slot when the slot cannot be filled.
+pub(crate) const AUTO_BUF_REG_FALLBACK: u64 = 1 << 16;
+
+/// `struct ublksrv_ctrl_cmd`, at the start of a control command's payload.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, IntoBytes, FromBytes, Immutable)]
+pub(crate) struct CtrlCmd {
+    pub(crate) dev_id: u32,
+    pub(crate) queue_id: u16,
+    pub(crate) len: u16,
+    pub(crate) addr: u64,
+    pub(crate) data: u64,
+    pub(crate) dev_path_len: u16,
+    pub(crate) pad: u16,
+    pub(crate) reserved: u32,
+}
+
+/// `struct ublksrv_ctrl_dev_info`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, IntoBytes, FromBytes, Immutable)]
+pub(crate) struct DevInfo {
+    pub(crate) nr_hw_queues: u16,
+    pub(crate) queue_depth: u16,
+    pub(crate) state: u16,
+    pub(crate) pad0: u16,
+    pub(crate) max_io_buf_bytes: u32,
+    pub(crate) dev_id: u32,
+    pub(crate) ublksrv_pid: i32,
+    pub(crate) pad1: u32,
+    pub(crate) flags: u64,
+    pub(crate) ublksrv_flags: u64,
+    pub(crate) owner_uid: u32,
+    pub(crate) owner_gid: u32,
+    pub(crate) reserved1: u64,
+    pub(crate) reserved2: u64,
+}
+
+/// `struct ublksrv_io_desc`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, IntoBytes, FromBytes, Immutable)]
+pub(crate) struct IoDesc {
+    /// Operation in bits 0-7, flags above.
+    pub(crate) op_flags: u32,
+    pub(crate) nr_sectors: u32,
+    pub(crate) start_sector: u64,
+    pub(crate) addr: u64,
+}
+
+/// Operations (`UBLK_IO_OP_*`).
+pub(crate) mod op {
+    pub(crate) const READ: u32 = 0;
+    pub(crate) const WRITE: u32 = 1;
+    pub(crate) const FLUSH: u32 = 2;
+    pub(crate) const DISCARD: u32 = 3;
+    pub(crate) const WRITE_ZEROES: u32 = 5;
+}
+
+/// Flags in `op_flags` (`UBLK_IO_F_*`), as they stand there.
+pub(crate) const IO_F_FUA: u32 = 1 << 13;
+pub(crate) const IO_F_NOUNMAP: u32 = 1 << 15;
+pub(crate) const IO_F_NEED_REG_BUF: u32 = 1 << 17;
+
+/// `struct ublksrv_io_cmd`, the payload of an I/O command.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, IntoBytes, FromBytes, Immutable)]
+pub(crate) struct IoCmd {
+    pub(crate) q_id: u16,
+    pub(crate) tag: u16,
+    pub(crate) result: i32,
+    pub(crate) addr: u64,
+}
+
+/// `struct ublk_params` as far as devices without zones and integrity need it: header, basic, discard,
+/// devt, zoned (unused), dma alignment, segments.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, IntoBytes, FromBytes, Immutable)]
+pub(crate) struct Params {
+    pub(crate) len: u32,
+    pub(crate) types: u32,
+    // basic, at 8
+    pub(crate) attrs: u32,
+    pub(crate) logical_bs_shift: u8,
+    pub(crate) physical_bs_shift: u8,
+    pub(crate) io_opt_shift: u8,
+    pub(crate) io_min_shift: u8,
+    pub(crate) max_sectors: u32,
+    pub(crate) chunk_sectors: u32,
+    pub(crate) dev_sectors: u64,
+    pub(crate) virt_boundary_mask: u64,
+    // discard, at 40
+    pub(crate) discard_alignment: u32,
+    pub(crate) discard_granularity: u32,
+    pub(crate) max_discard_sectors: u32,
+    pub(crate) max_write_zeroes_sectors: u32,
+    pub(crate) max_discard_segments: u16,
+    pub(crate) reserved0: u16,
+    // devt, at 60
+    pub(crate) devt: [u32; 4],
+    // zoned, at 76
+    pub(crate) zoned: [u32; 8],
+    // dma, at 108
+    pub(crate) dma_alignment: u32,
+    pub(crate) dma_pad: [u8; 8],
+    // segment, at 120
+    pub(crate) seg_boundary_mask: u64,
+    pub(crate) max_segment_size: u32,
+    pub(crate) max_segments: u16,
+    pub(crate) seg_pad: [u8; 2],
+}
+
+pub(crate) const PARAM_BASIC: u32 = 1;
+pub(crate) const PARAM_DISCARD: u32 = 2;
+pub(crate) const PARAM_DMA_ALIGN: u32 = 16;
+pub(crate) const PARAM_SEGMENT: u32 = 32;
+
+pub(crate) const ATTR_READ_ONLY: u32 = 1;
+pub(crate) const ATTR_ROTATIONAL: u32 = 2;
+pub(crate) const ATTR_VOLATILE_CACHE: u32 = 4;
+pub(crate) const ATTR_FUA: u32 = 8;
+
+/// Where a request's data is found by pread and pwrite on the character device.
+pub(crate) const fn user_copy_at(queue: u16, tag: u16) -> u64 {
+    0x8000_0000 + ((queue as u64) << 41 | (tag as u64) << 25)
+}
+
+const _: () = {
+    assert!(size_of::<CtrlCmd>() == 32 && size_of::<DevInfo>() == 64);
+    assert!(size_of::<IoDesc>() == 24 && size_of::<IoCmd>() == 16);
+    assert!(std::mem::offset_of!(Params, attrs) == 8);
+    assert!(std::mem::offset_of!(Params, discard_alignment) == 40);
+    assert!(std::mem::offset_of!(Params, devt) == 60);
+    assert!(std::mem::offset_of!(Params, zoned) == 76);
+    assert!(std::mem::offset_of!(Params, dma_alignment) == 108);
+    assert!(std::mem::offset_of!(Params, seg_boundary_mask) == 120);
+};
