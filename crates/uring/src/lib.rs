@@ -7,6 +7,7 @@
 mod arena;
 pub mod control;
 mod files;
+pub mod loopctl;
 pub mod probe;
 mod ring;
 mod splice;

@@ -1,5 +1,9 @@
-//! Answers for what an I/O thread must be before its ring exists: one that never waits for its own
-//! device.
+//! Answers for what threads must be in a process that serves a device: an I/O thread never waits for
+//! it, and a thread that does wait for it stands apart.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::mpsc;
 
 use devsplice_core::{Error, Result};
 
@@ -20,4 +24,55 @@ pub fn set_io_flusher() -> Result<()> {
     }
     let error = std::io::Error::last_os_error();
     Err(Error::os("PR_SET_IO_FLUSHER", &error).next("run with CAP_SYS_RESOURCE"))
+}
+
+/// Runs `work` on a thread with a table of descriptors of its own, which holds nothing but standard
+/// input, output and error and a copy of `fd`. What it waits for can then come from this process:
+/// when the process is killed, its files (and so the device that it serves) close although this
+/// thread still waits for them. `work` must bring no descriptors along: they are not in its table.
+///
+/// # Errors
+/// If there is no thread, or no table, to be had.
+pub fn apart<T: Send + 'static>(
+    fd: Option<BorrowedFd<'_>>,
+    work: impl FnOnce(Option<OwnedFd>) -> T + Send + 'static,
+) -> io::Result<mpsc::Receiver<T>> {
+    let kept = fd.map(|fd| fd.as_raw_fd());
+    let (ready, is_ready) = mpsc::channel();
+    let (answer, result) = mpsc::channel();
+    std::thread::Builder::new().name("apart".to_owned()).stack_size(256 << 10).spawn(
+        move || {
+            let fd = match own_table(kept) {
+                Ok(fd) => fd,
+                Err(error) => return drop(ready.send(Err(error))),
+            };
+            let _ = ready.send(Ok(()));
+            let _ = answer.send(work(fd));
+        },
+    )?;
+    // `fd` stays open until the other table has its copy.
+    is_ready.recv().map_err(io::Error::other)??;
+    Ok(result)
+}
+
+/// Gives the calling thread a table of descriptors with only the first three and `kept`.
+fn own_table(kept: Option<RawFd>) -> io::Result<Option<OwnedFd>> {
+    // SAFETY: CLONE_FILES alone; the calling thread has just begun and holds no descriptor that it
+    // could take for another one.
+    if unsafe { libc::unshare(libc::CLONE_FILES) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let kept = kept.and_then(|fd| u32::try_from(fd).ok()).filter(|fd| *fd > 2);
+    let ranges = match kept {
+        Some(fd) => [(3, fd - 1), (fd + 1, u32::MAX)],
+        None => [(3, u32::MAX), (u32::MAX, u32::MAX)],
+    };
+    for (first, last) in ranges.into_iter().filter(|(first, last)| first <= last) {
+        // SAFETY: the table is this thread's alone, and nothing on it uses what is closed here.
+        if unsafe { libc::syscall(libc::SYS_close_range, first, last, 0_u32) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    // SAFETY: this table's copy of the descriptor has no other owner.
+    Ok(kept.map(|fd| unsafe { OwnedFd::from_raw_fd(fd.cast_signed()) }))
 }

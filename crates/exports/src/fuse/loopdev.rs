@@ -1,0 +1,154 @@
+//! Answers for the loop device over the file: taking a free one, giving it back, who holds it.
+//!
+//! All of it waits for I/O that our own threads serve, so nothing here may run on one of them.
+
+use std::os::fd::{AsFd, OwnedFd};
+
+use devsplice_core::{Error, ErrorKind, Result};
+use devsplice_uring::loopctl;
+use rustix::fs::{Mode, OFlags, fsync, open, openat};
+use rustix::io::Errno;
+
+use super::connection::os;
+
+/// Where free loop devices come from.
+pub const LOOP_CONTROL: &str = "/dev/loop-control";
+/// What a loop device's name begins with when it is ours.
+pub const PREFIX: &str = "devsplice:";
+/// How often another one is tried when somebody else was faster.
+const MAX_TRIES: u32 = 32;
+
+/// What the loop device is to be.
+#[derive(Clone, Debug)]
+pub struct Wanted {
+    /// The device's name, which is that of the file, too.
+    pub name: String,
+    /// Logical block.
+    pub block: u32,
+    /// Whether writes are refused.
+    pub read_only: bool,
+    /// Whether the kernel looks for partitions.
+    pub part_scan: bool,
+}
+
+/// Puts the file on `mount` under a free loop device, with direct I/O; its path.
+///
+/// # Errors
+/// If the file cannot be opened, or there is no loop device to be had.
+pub fn attach(mount: &OwnedFd, wanted: &Wanted) -> Result<String> {
+    let access = if wanted.read_only { OFlags::RDONLY } else { OFlags::RDWR };
+    let flags = access | OFlags::DIRECT | OFlags::CLOEXEC;
+    let file = openat(mount, wanted.name.as_str(), flags, Mode::empty())
+        .map_err(|errno| os("opening the device's file", errno))?;
+    let control = open_control()?;
+    let mut flags = loopctl::DIRECT_IO;
+    flags |= if wanted.read_only { loopctl::READ_ONLY } else { 0 };
+    flags |= if wanted.part_scan { loopctl::PART_SCAN } else { 0 };
+    let name = format!("{PREFIX}{}", wanted.name);
+    for _ in 0..MAX_TRIES {
+        let number = loopctl::free(control.as_fd())
+            .map_err(|error| Error::os(LOOP_CONTROL, &error).next("detach unused loop devices"))?;
+        let path = format!("/dev/loop{number}");
+        let device = open(path.as_str(), access | OFlags::CLOEXEC, Mode::empty())
+            .map_err(|errno| os(&path, errno).next("mount devtmpfs on /dev, or mknod it"))?;
+        match loopctl::configure(device.as_fd(), file.as_fd(), wanted.block, flags, &name) {
+            Ok(()) => return Ok(path),
+            // Somebody else asked for a free one at the same time, and was first.
+            Err(error) if error.kind() == std::io::ErrorKind::ResourceBusy => {}
+            Err(error) => return Err(Error::os(path, &error)),
+        }
+    }
+    let reason = format!("{MAX_TRIES} free loop devices in a row were taken by others");
+    Err(Error::new(ErrorKind::Busy, LOOP_CONTROL, reason).next("try again"))
+}
+
+/// Opens the place where loop devices come from.
+///
+/// # Errors
+/// Names what is missing.
+pub fn open_control() -> Result<OwnedFd> {
+    let flags = OFlags::RDWR | OFlags::CLOEXEC;
+    open(LOOP_CONTROL, flags, Mode::empty()).map_err(|errno| match errno {
+        Errno::NOENT | Errno::NODEV | Errno::NXIO => {
+            Error::new(ErrorKind::NotFound, LOOP_CONTROL, "not found").next("modprobe loop")
+        }
+        Errno::ACCESS | Errno::PERM => os(LOOP_CONTROL, errno).next("run as root"),
+        errno => os(LOOP_CONTROL, errno),
+    })
+}
+
+/// What became of giving a loop device back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cleared {
+    /// It is free, or will be when the last one who has it open closes it.
+    Yes,
+    /// It was not ours to begin with, or not any more.
+    NotOurs,
+}
+
+/// Flushes the loop device at `path` and gives it back, if its name is `name`; with `even_if_held`
+/// also while it is mounted, in which case it goes at the unmount.
+///
+/// # Errors
+/// [`ErrorKind::Busy`] while somebody holds it; or the flush failed.
+pub fn clear(path: &str, name: &str, even_if_held: bool) -> Result<Cleared> {
+    let mut flags = OFlags::RDONLY | OFlags::CLOEXEC;
+    if !even_if_held {
+        flags |= OFlags::EXCL;
+    }
+    let device = match open(path, flags, Mode::empty()) {
+        Ok(device) => device,
+        Err(Errno::NXIO | Errno::NODEV | Errno::NOENT) => return Ok(Cleared::NotOurs),
+        Err(Errno::BUSY) => return Err(held(path)),
+        Err(errno) => return Err(os(path, errno)),
+    };
+    match loopctl::name(device.as_fd()) {
+        Ok(found) if found == name => {}
+        Ok(_) => return Ok(Cleared::NotOurs),
+        Err(error) if error.raw_os_error() == Some(Errno::NXIO.raw_os_error()) => {
+            return Ok(Cleared::NotOurs);
+        }
+        Err(error) => return Err(Error::os(path, &error)),
+    }
+    let flushed = fsync(&device).map_err(|errno| os(path, errno).within("flush"));
+    if !even_if_held {
+        flushed?;
+    }
+    match loopctl::clear(device.as_fd()) {
+        Ok(()) => Ok(Cleared::Yes),
+        Err(error) if error.raw_os_error() == Some(Errno::NXIO.raw_os_error()) => {
+            Ok(Cleared::NotOurs)
+        }
+        Err(error) => Err(Error::os(path, &error)),
+    }
+}
+
+/// The error for a device that somebody has.
+fn held(path: &str) -> Error {
+    let reason = "in use: mounted, or held by another program";
+    Error::new(ErrorKind::Busy, path, reason)
+        .next(format!("umount it, or see `lsblk {path}` and `fuser -v {path}`"))
+}
+
+/// Whether somebody holds the device exclusively.
+pub fn is_held(path: &str) -> bool {
+    let flags = OFlags::RDONLY | OFlags::EXCL | OFlags::CLOEXEC;
+    matches!(open(path, flags, Mode::empty()), Err(Errno::BUSY))
+}
+
+/// The processes that have `path` open, as "name (pid)".
+pub fn holders(path: &str) -> Vec<String> {
+    let mut all = Vec::new();
+    let Ok(processes) = std::fs::read_dir("/proc") else { return all };
+    for process in processes.flatten() {
+        let Ok(files) = std::fs::read_dir(process.path().join("fd")) else { continue };
+        let has = |file: std::fs::DirEntry| {
+            std::fs::read_link(file.path()).is_ok_and(|to| to.to_str() == Some(path))
+        };
+        if files.flatten().any(has) {
+            let name = std::fs::read_to_string(process.path().join("comm")).unwrap_or_default();
+            all.push(format!("{} ({})", name.trim_end(), process.file_name().to_string_lossy()));
+        }
+    }
+    all
+}
