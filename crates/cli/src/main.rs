@@ -1,2 +1,63 @@
-//! Placeholder.
-fn main() {}
+//! Answers for the command `devsplice`: parses, dispatches, turns errors into exit codes.
+#![forbid(unsafe_code)]
+
+mod add;
+mod args;
+mod assemble;
+mod client;
+mod del;
+mod front;
+mod guard;
+mod host;
+mod info;
+mod list;
+mod server;
+mod state;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use devsplice_core::Result;
+
+use args::{Command, Options};
+
+fn main() -> ExitCode {
+    abort_on_panic();
+    let options = Options::parse();
+    match run(&options.command) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("devsplice: {error}");
+            ExitCode::from(1)
+        }
+    }
+}
+
+fn run(command: &Command) -> Result<ExitCode> {
+    let done = |()| ExitCode::SUCCESS;
+    match command {
+        Command::Add(add) => add::run(add),
+        Command::Del(del) => del::run(del).map(done),
+        Command::List(list) => list::run(list).map(done),
+        Command::Info(info) => info::run(info).map(done),
+    }
+}
+
+/// A thread that panics and lives on would leave its queue unserved: in every build a panic ends the
+/// process, and the guard cleans up.
+fn abort_on_panic() {
+    let print = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        print(info);
+        std::process::abort();
+    }));
+}
+
+/// Prints to standard output; a reader that has gone is no error.
+#[macro_export]
+macro_rules! say {
+    ($($arg:tt)*) => {{
+        use std::io::Write;
+        let _ = writeln!(std::io::stdout(), $($arg)*);
+    }};
+}

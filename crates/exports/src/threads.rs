@@ -1,7 +1,7 @@
 //! Answers for I/O threads: N queues on M threads, each thread with one ring, started together.
 
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread::JoinHandle;
 
 use devsplice_core::{Error, ErrorKind, Result, Stack};
@@ -57,6 +57,8 @@ pub struct Work {
 pub struct Crew {
     handles: Vec<JoinHandle<()>>,
     shared: Vec<Arc<Shared>>,
+    /// Disconnected when the last thread has ended.
+    end: Mutex<Option<mpsc::Receiver<()>>>,
     /// What is not as it should be, though the threads run.
     pub warnings: Vec<String>,
 }
@@ -70,17 +72,26 @@ impl Crew {
         let threads = shape.threads.clamp(1, shape.queues.max(1));
         let work = Arc::new(work);
         let (ready, news) = mpsc::channel();
-        let mut crew = Crew { handles: Vec::new(), shared: Vec::new(), warnings: Vec::new() };
+        let (alive, end) = mpsc::channel::<()>();
+        let mut crew = Crew {
+            handles: Vec::new(),
+            shared: Vec::new(),
+            end: Mutex::new(Some(end)),
+            warnings: Vec::new(),
+        };
         for thread in 0..threads {
             let queues: Vec<u16> =
                 (0..shape.queues).filter(|queue| queue % threads == thread).collect();
             let shared = Arc::new(Shared::default());
             crew.shared.push(Arc::clone(&shared));
-            let (work, ready) = (Arc::clone(&work), ready.clone());
+            let (work, ready, alive) = (Arc::clone(&work), ready.clone(), alive.clone());
             let handle = std::thread::Builder::new()
                 .name(format!("io/{thread}"))
                 .stack_size(256 << 10)
-                .spawn(move || serve(&shape, &work, &queues, shared, &ready))
+                .spawn(move || {
+                    serve(&shape, &work, &queues, shared, &ready);
+                    drop(alive);
+                })
                 .map_err(|error| Error::os("I/O thread", &error))?;
             crew.handles.push(handle);
         }
@@ -111,6 +122,12 @@ impl Crew {
     #[must_use]
     pub fn thread_count(&self) -> usize {
         self.handles.len()
+    }
+
+    /// Something to wait on in another thread: it fails to receive when the last I/O thread has
+    /// ended. There is one; the second call gets none.
+    pub fn take_end(&self) -> Option<mpsc::Receiver<()>> {
+        self.end.lock().ok()?.take()
     }
 
     /// Whether every thread has ended.

@@ -1,0 +1,145 @@
+//! Answers for the command line: every command, option and help text, defined once.
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use devsplice_exports::ublk::DataPath;
+
+/// Block devices from a stack of layers, served from user space without copying.
+#[derive(Debug, Parser)]
+#[command(name = "devsplice", version, max_term_width = 100, arg_required_else_help = true)]
+#[command(after_help = "Exit codes: 0 done; 1 it failed, the message says what and what to do; \
+    2 the command line makes no sense.\nStacks: docs/stack.md. State: /run/devsplice.")]
+pub struct Options {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Make a disk of a stack and serve it in the background.
+    Add(Add),
+    /// Stop serving a disk and remove it. Refused while it is mounted or held, unless forced.
+    #[command(alias = "stop")]
+    Del(Del),
+    /// Show the disks that are served here.
+    List(List),
+    /// Show one disk: what it is, how data moves, what was counted.
+    #[command(alias = "status")]
+    Info(Info),
+}
+
+/// Which front end makes the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Export {
+    /// ublk where the kernel has it, else FUSE + loop.
+    Auto,
+    /// /dev/ublkbN; Linux 6.0 or later.
+    Ublk,
+    /// /dev/loopN over a file that this process serves; any Linux from 5.8.
+    Fuse,
+}
+
+/// `--data-path`, as typed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum PathChoice {
+    /// The best that the kernel offers.
+    Auto,
+    /// The kernel puts request pages into slots by itself: no copy (Linux 6.16).
+    AutoRegister,
+    /// A command per request does that: no copy (Linux 6.15).
+    Register,
+    /// Data is read and written through the character device: one copy (Linux 6.5).
+    UserCopy,
+    /// The kernel copies to and from our memory: one copy (Linux 6.0).
+    Copy,
+}
+
+impl PathChoice {
+    /// The path that is forced, if one is.
+    pub fn forced(self) -> Option<DataPath> {
+        match self {
+            PathChoice::Auto => None,
+            PathChoice::AutoRegister => Some(DataPath::AutoRegister),
+            PathChoice::Register => Some(DataPath::Register),
+            PathChoice::UserCopy => Some(DataPath::UserCopy),
+            PathChoice::Copy => Some(DataPath::Copy),
+        }
+    }
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct Add {
+    /// What the disk is made of: an expression such as 'stripe(/a.img, /b.img)', or a .toml file.
+    pub stack: String,
+    /// What to call it (letters, digits, . _ -); the first free of d0, d1, ... if not given.
+    #[arg(long, short = 'n')]
+    pub name: Option<String>,
+    /// Which front end makes the disk.
+    #[arg(long, value_enum, default_value = "auto")]
+    pub export: Export,
+    /// How data moves between a ublk request and its place.
+    #[arg(long, value_enum, default_value = "auto")]
+    pub data_path: PathChoice,
+    /// Number of the ublk device: 3 for /dev/ublkb3. The first free one if not given.
+    #[arg(long, value_name = "N")]
+    pub id: Option<u32>,
+    /// Queues [default: one per CPU, at most 4].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub queues: Option<u16>,
+    /// I/O threads that serve the queues [default: one per queue].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub threads: Option<u16>,
+    /// Requests in flight per queue.
+    #[arg(long, value_name = "N", default_value_t = 128,
+        value_parser = clap::value_parser!(u16).range(1..=4096))]
+    pub depth: u16,
+    /// Let each I/O thread run on any CPU, not only those whose requests it serves.
+    #[arg(long)]
+    pub no_affinity: bool,
+    /// Refuse everything that changes data, whatever the stack allows.
+    #[arg(long, short = 'r')]
+    pub read_only: bool,
+    /// Do not look for partitions on the disk.
+    #[arg(long)]
+    pub no_part_scan: bool,
+    /// A serial number to show for it.
+    #[arg(long, value_name = "TEXT")]
+    pub serial: Option<String>,
+    /// Report requests that have been below for this many seconds; 0 for never.
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    pub stuck_after: u32,
+    /// Serve from this process, until a signal; messages go to standard error.
+    #[arg(long, short = 'f')]
+    pub foreground: bool,
+    /// Print what was made as JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct Del {
+    /// Its name, or its device node.
+    #[arg(required_unless_present = "all")]
+    pub name: Option<String>,
+    /// Remove it even while it is mounted or held; whoever uses it gets errors.
+    #[arg(long)]
+    pub force: bool,
+    /// Remove every disk that is served here.
+    #[arg(long, short = 'a', conflicts_with = "name")]
+    pub all: bool,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct List {
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct Info {
+    /// Its name, or its device node.
+    pub name: String,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}

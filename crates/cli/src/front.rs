@@ -1,0 +1,165 @@
+//! Answers for the choice of a front end, and for treating them alike.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use devsplice_core::{Error, ErrorKind, Result, Stack};
+use devsplice_engine::{Counts, Stuck};
+use devsplice_exports::threads::{Bottom, Crew};
+use devsplice_exports::{fuse, ublk};
+
+use crate::args::{Add, Export};
+
+/// A disk of either kind.
+pub enum Front {
+    /// /dev/ublkbN.
+    Ublk(Box<ublk::Device>),
+    /// /dev/loopN over a file of ours.
+    Fuse(Box<fuse::Device>),
+}
+
+/// Who is told what happens on the I/O threads.
+#[derive(Clone, Copy)]
+pub struct Hooks {
+    /// A request is stuck below.
+    pub on_stuck: fn(&Stuck),
+    /// A thread cannot go on.
+    pub on_death: fn(Error),
+}
+
+/// Most queues that are made unasked.
+const QUEUES: usize = 4;
+
+/// Which front end, and why.
+///
+/// # Errors
+/// If the one asked for is not to be had; or neither, then why ublk is not and why FUSE is not.
+pub fn choose(asked: Export) -> Result<(Export, String)> {
+    match asked {
+        Export::Ublk => ublk_or_module().map(|()| (Export::Ublk, "asked for".to_owned())),
+        Export::Fuse => fuse::available().map(|()| (Export::Fuse, "asked for".to_owned())),
+        Export::Auto => {
+            let error = match ublk_or_module() {
+                Ok(()) => return Ok((Export::Ublk, "the kernel has ublk".to_owned())),
+                Err(error) => error,
+            };
+            if error.kind() == ErrorKind::Permission {
+                return Err(error);
+            }
+            match fuse::available() {
+                Ok(()) => Ok((Export::Fuse, format!("no ublk ({error})"))),
+                Err(other) => Err(Error::new(ErrorKind::Unsupported, "no way to make a disk", {
+                    format!("ublk: {error}; FUSE + loop: {other}")
+                })
+                .next("devsplice doctor says more")),
+            }
+        }
+    }
+}
+
+/// Checks for the ublk driver; loads its module where that is possible.
+fn ublk_or_module() -> Result<()> {
+    if !Path::new(ublk::CONTROL).exists() {
+        if rustix::process::geteuid().is_root() {
+            let _ = std::process::Command::new("modprobe")
+                .args(["-q", "ublk_drv"])
+                .stdin(std::process::Stdio::null())
+                .stderr(std::process::Stdio::null())
+                .status();
+        } else {
+            return Err(Error::new(ErrorKind::Permission, "devsplice add", "needs root")
+                .next("run it with sudo; explain, features and doctor work without"));
+        }
+    }
+    ublk::Control::open().map(drop)
+}
+
+impl Front {
+    /// Makes the disk.
+    ///
+    /// # Errors
+    /// As the front end says.
+    pub fn attach(
+        add: &Add,
+        name: &str,
+        export: Export,
+        stack: Arc<Stack>,
+        bottoms: Vec<Bottom>,
+        hooks: Hooks,
+    ) -> Result<Front> {
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        let queues = add.queues.unwrap_or_else(|| u16::try_from(cpus.min(QUEUES)).unwrap_or(1));
+        let threads = add.threads.unwrap_or(queues);
+        if export == Export::Fuse {
+            let options = fuse::Options {
+                name: name.to_owned(),
+                queues,
+                threads,
+                depth: add.depth,
+                read_only: add.read_only,
+                part_scan: !add.no_part_scan,
+                stuck_seconds: add.stuck_after,
+            };
+            let device =
+                fuse::Device::attach(&options, stack, bottoms, hooks.on_stuck, hooks.on_death)?;
+            return Ok(Front::Fuse(Box::new(device)));
+        }
+        let options = ublk::Options {
+            id: add.id,
+            queues,
+            threads,
+            depth: add.depth,
+            read_only: add.read_only,
+            data_path: add.data_path.forced(),
+            part_scan: !add.no_part_scan,
+            affinity: !add.no_affinity,
+            stuck_seconds: add.stuck_after,
+        };
+        let device =
+            ublk::Device::attach(&options, stack, bottoms, hooks.on_stuck, hooks.on_death)?;
+        Ok(Front::Ublk(Box::new(device)))
+    }
+
+    /// The disk's node.
+    pub fn path(&self) -> &str {
+        match self {
+            Front::Ublk(device) => device.path(),
+            Front::Fuse(device) => device.path(),
+        }
+    }
+
+    /// The threads that serve it.
+    pub fn crew(&self) -> &Crew {
+        match self {
+            Front::Ublk(device) => device.crew(),
+            Front::Fuse(device) => device.crew(),
+        }
+    }
+
+    /// Number of the ublk device.
+    pub fn ublk_id(&self) -> Option<u32> {
+        match self {
+            Front::Ublk(device) => Some(device.id()),
+            Front::Fuse(_) => None,
+        }
+    }
+
+    /// How data moves, in a word.
+    pub fn data_path(&self) -> &'static str {
+        match self {
+            Front::Ublk(device) => device.data_path().name(),
+            Front::Fuse(_) => "fuse-copy",
+        }
+    }
+
+    /// Removes the disk.
+    ///
+    /// # Errors
+    /// If it does not go away; says what holds it.
+    pub fn detach(self) -> Result<Counts> {
+        match self {
+            Front::Ublk(device) => device.detach(),
+            Front::Fuse(device) => device.detach(true),
+        }
+    }
+}

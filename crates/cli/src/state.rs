@@ -1,0 +1,258 @@
+//! Answers for what is known of served disks between commands: files under /run/devsplice.
+//!
+//! NAME.json says what a disk is; its server holds a lock on it for as long as it lives, so that a
+//! process number that was used again misleads nobody. NAME.sock is where the server listens,
+//! NAME.log what it had to say.
+
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::io::{Read, Seek, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::PathBuf;
+
+use devsplice_core::{Error, ErrorKind, Result};
+use rustix::fs::{FlockOperation, flock};
+use serde::{Deserialize, Serialize};
+
+/// What a disk is.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Disk {
+    /// What users call it.
+    pub name: String,
+    /// Its node; empty until it is there.
+    pub device: String,
+    /// `ublk` or `fuse`.
+    pub export: String,
+    /// Why this front end.
+    pub why: String,
+    /// How data moves.
+    pub data_path: String,
+    /// Number of the ublk device.
+    pub ublk_id: Option<u32>,
+    /// The process that serves it.
+    pub pid: u32,
+    /// Bytes.
+    pub size: u64,
+    /// Logical block, bytes.
+    pub block: u32,
+    /// Whether changes are refused.
+    pub read_only: bool,
+    /// As given with --serial.
+    pub serial: Option<String>,
+    /// The stack as one line.
+    pub stack: String,
+    /// What is not as one would wish.
+    pub warnings: Vec<String>,
+}
+
+/// Where state lives: DEVSPLICE_RUN, for tests, else /run/devsplice.
+pub fn dir() -> PathBuf {
+    std::env::var_os("DEVSPLICE_RUN").map_or_else(|| PathBuf::from("/run/devsplice"), PathBuf::from)
+}
+
+/// The file of `name` with this ending.
+pub fn path(name: &str, ending: &str) -> PathBuf {
+    dir().join(format!("{name}.{ending}"))
+}
+
+/// Where a disk's node can be found by its name.
+pub fn link(name: &str) -> PathBuf {
+    PathBuf::from("/dev/devsplice").join(name)
+}
+
+/// Makes the directory of links and the one of state.
+///
+/// # Errors
+/// Without the right to.
+pub fn make_dirs() -> Result<()> {
+    let run = dir();
+    DirBuilder::new().recursive(true).mode(0o700).create(&run).map_err(|error| {
+        let error = Error::os(run.display().to_string(), &error);
+        if error.kind() == ErrorKind::Permission { error.next("run as root") } else { error }
+    })
+}
+
+/// Checks a name that a user gave: it becomes part of file names.
+///
+/// # Errors
+/// Which names are good.
+pub fn check_name(name: &str) -> Result<()> {
+    let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    if name.is_empty() || name.len() > 48 || name.starts_with('.') || !name.chars().all(good) {
+        let reason = "is no name: 1 to 48 letters, digits, . _ -, not starting with a dot";
+        return Err(Error::invalid(format!("`{name}`"), reason));
+    }
+    Ok(())
+}
+
+/// A state file that this process holds.
+pub struct Claim {
+    file: File,
+    /// Whose it is.
+    pub name: String,
+}
+
+impl Claim {
+    /// Takes `name`, or the first free of d0, d1, ... What a dead server left under it is cleaned up.
+    ///
+    /// # Errors
+    /// If the name is taken.
+    pub fn take(name: Option<&str>) -> Result<Claim> {
+        make_dirs()?;
+        if let Some(name) = name {
+            check_name(name)?;
+            return Claim::try_take(name)?.ok_or_else(|| {
+                Error::new(ErrorKind::Busy, format!("`{name}`"), "is the name of a running disk")
+                    .next(format!("devsplice del {name}, or choose another --name"))
+            });
+        }
+        for number in 0..65_536 {
+            if let Some(claim) = Claim::try_take(&format!("d{number}"))? {
+                return Ok(claim);
+            }
+        }
+        Err(Error::new(ErrorKind::Busy, "names", "d0 to d65535 are all taken"))
+    }
+
+    fn try_take(name: &str) -> Result<Option<Claim>> {
+        let path = path(name, "json");
+        let os = |error| Error::os(path.display().to_string(), &error);
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(false).mode(0o600);
+        for _ in 0..100 {
+            let file = options.open(&path).map_err(os)?;
+            if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+                return Ok(None);
+            }
+            // Between open and lock its owner may have removed it: then the lock is on a ghost.
+            let is_ghost = match (file.metadata(), std::fs::metadata(&path)) {
+                (Ok(ours), Ok(named)) => {
+                    use std::os::unix::fs::MetadataExt;
+                    ours.ino() != named.ino()
+                }
+                _ => true,
+            };
+            if !is_ghost {
+                let mut claim = Claim { file, name: name.to_owned() };
+                if let Some(left) = claim.read() {
+                    crate::guard::clean(&left);
+                }
+                return Ok(Some(claim));
+            }
+        }
+        Ok(None)
+    }
+
+    fn read(&mut self) -> Option<Disk> {
+        let mut text = String::new();
+        self.file.rewind().ok()?;
+        self.file.read_to_string(&mut text).ok()?;
+        serde_json::from_str(&text).ok()
+    }
+
+    /// Writes what the disk is.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
+    pub fn write(&mut self, disk: &Disk) -> Result<()> {
+        let text = serde_json::to_string_pretty(disk).unwrap_or_default();
+        let done = self
+            .file
+            .rewind()
+            .and_then(|()| self.file.set_len(0))
+            .and_then(|()| self.file.write_all(text.as_bytes()));
+        done.map_err(|error| Error::os(path(&self.name, "json").display().to_string(), &error))
+    }
+
+    /// Removes all state of the disk, and the link to its node.
+    pub fn remove(self) {
+        remove_files(&self.name);
+    }
+}
+
+/// Removes the files of a disk that has no server.
+pub fn remove_files(name: &str) {
+    let _ = std::fs::remove_file(link(name));
+    for ending in ["sock", "log", "json"] {
+        let _ = std::fs::remove_file(path(name, ending));
+    }
+}
+
+/// A disk as found under /run/devsplice.
+#[derive(Clone, Debug)]
+pub struct Found {
+    /// What its state file says.
+    pub disk: Disk,
+    /// Whether its server lives.
+    pub alive: bool,
+}
+
+/// Every disk, by name.
+///
+/// # Errors
+/// If the directory is there and cannot be read.
+pub fn all() -> Result<Vec<Found>> {
+    let run = dir();
+    let entries = match std::fs::read_dir(&run) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => {
+            let error = Error::os(run.display().to_string(), &error);
+            let is_permission = error.kind() == ErrorKind::Permission;
+            return Err(if is_permission { error.next("run as root") } else { error });
+        }
+    };
+    let mut found = Vec::new();
+    for entry in entries.flatten() {
+        let path = entry.path();
+        if path.extension().is_some_and(|ending| ending == "json")
+            && let Some(one) = look(&path)
+        {
+            found.push(one);
+        }
+    }
+    found.sort_by(|a, b| a.disk.name.cmp(&b.disk.name));
+    Ok(found)
+}
+
+fn look(path: &std::path::Path) -> Option<Found> {
+    let file = File::open(path).ok()?;
+    let text = std::fs::read_to_string(path).ok()?;
+    let disk: Disk = serde_json::from_str(&text).ok()?;
+    let alive = flock(&file, FlockOperation::NonBlockingLockShared).is_err();
+    Some(Found { disk, alive })
+}
+
+/// The disk that a user means by a name or a device node.
+///
+/// # Errors
+/// If there is none; lists those that are there.
+pub fn find(word: &str) -> Result<Found> {
+    let all = all()?;
+    let by_node = std::fs::canonicalize(word).ok();
+    let node = by_node.as_deref().and_then(|path| path.to_str()).unwrap_or(word);
+    let hit = all.iter().find(|one| one.disk.name == word || one.disk.device == node);
+    if let Some(hit) = hit {
+        return Ok(hit.clone());
+    }
+    let names: Vec<_> = all.iter().map(|one| one.disk.name.as_str()).collect();
+    let next = match names.is_empty() {
+        true => "no disk is served here; devsplice add makes one".to_owned(),
+        false => format!("these are: {}", names.join(", ")),
+    };
+    Err(Error::new(ErrorKind::NotFound, format!("`{word}`"), "no such disk").next(next))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_that_would_leave_the_directory_are_refused() {
+        for name in ["", ".", "..", "a/b", "../x", ".hidden", "a b", "\u{e9}", &"x".repeat(49)] {
+            assert!(check_name(name).is_err(), "{name}");
+        }
+        for name in ["d0", "vm-1.root", "A_b"] {
+            assert!(check_name(name).is_ok(), "{name}");
+        }
+    }
+}
