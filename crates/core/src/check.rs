@@ -5,6 +5,7 @@
 
 use crate::io::Extent;
 use crate::limits::Limits;
+use crate::map::Port;
 
 /// Checks that an answer is for a prefix of what was asked: 1 to `asked` bytes.
 ///
@@ -12,25 +13,46 @@ use crate::limits::Limits;
 /// If it is not; names the layer.
 #[inline]
 pub fn prefix(layer: &str, asked: u64, answered: u64) {
-    assert!(
-        (answered != 0) & (answered <= asked),
-        "layer {layer} broke its contract: answered {answered} bytes of {asked}"
-    );
+    if answered == 0 || answered > asked {
+        no_prefix(layer, asked, answered);
+    }
 }
 
-/// Checks that a destination lies within the lower device and on its blocks.
+/// Checks that a destination lies within the lower device and on its blocks, of which `mask` is
+/// the length minus one.
 ///
 /// # Panics
 /// If it does not; names the layer.
 #[inline]
-pub fn destination(layer: &str, extent: Extent, below: &Limits) {
-    let block = u64::from(below.block) - 1;
-    assert!(
-        extent.within(below.size) & ((extent.at | extent.len) & block == 0),
+pub fn destination(layer: &str, extent: Extent, below: &Limits, mask: u64) {
+    let (end, overflows) = extent.at.overflowing_add(extent.len);
+    if overflows || end > below.size || (extent.at | extent.len) & mask != 0 {
+        no_destination(layer, extent, below);
+    }
+}
+
+// The messages are made far from the checks, so that the path without an error stays short.
+
+#[cold]
+#[inline(never)]
+fn no_prefix(layer: &str, asked: u64, answered: u64) -> ! {
+    panic!("layer {layer} broke its contract: answered {answered} bytes of {asked}")
+}
+
+/// The panic for an answer that names a port which the layer does not have.
+#[cold]
+#[inline(never)]
+pub(crate) fn no_port(layer: &str, port: Port) -> ! {
+    panic!("layer {layer} broke its contract: it has no port {}", port.0)
+}
+
+#[cold]
+#[inline(never)]
+fn no_destination(layer: &str, extent: Extent, below: &Limits) -> ! {
+    panic!(
         "layer {layer} broke its contract: sent {extent:?} to a device of {} bytes in {}-byte blocks",
-        below.size,
-        below.block
-    );
+        below.size, below.block
+    )
 }
 
 #[cfg(test)]
@@ -45,11 +67,11 @@ mod tests {
     fn answers_outside_the_contract_panic() {
         let disk = Limits::ideal(4096);
         prefix("x", 4096, 512);
-        destination("x", Extent { at: 512, len: 512 }, &disk);
+        destination("x", Extent { at: 512, len: 512 }, &disk, 511);
         assert!(breaks(|| prefix("x", 512, 0)));
         assert!(breaks(|| prefix("x", 512, 513)));
-        assert!(breaks(move || destination("x", Extent { at: 4096, len: 512 }, &disk)));
-        assert!(breaks(move || destination("x", Extent { at: 1, len: 512 }, &disk)));
-        assert!(breaks(move || destination("x", Extent { at: u64::MAX, len: 1 }, &disk)));
+        assert!(breaks(move || destination("x", Extent { at: 4096, len: 512 }, &disk, 511)));
+        assert!(breaks(move || destination("x", Extent { at: 1, len: 512 }, &disk, 511)));
+        assert!(breaks(move || destination("x", Extent { at: u64::MAX, len: 1 }, &disk, 511)));
     }
 }

@@ -44,11 +44,18 @@ struct Frame {
     part: u64,
     wait_ns: u64,
     node: NodeId,
-    /// The next port of a fan-out from `node`; `WHOLE` for a request to `node` itself.
+    /// The next port of a fan-out from `node`; for a request to `node` itself `WHOLE`, or `FLUSH`.
     port: u16,
 }
 
 const WHOLE: u16 = u16::MAX;
+const FLUSH: u16 = u16::MAX - 1;
+
+/// The port of a frame that asks for `op` from a place itself.
+#[inline]
+fn itself(op: Op) -> u16 {
+    if matches!(op, Op::Flush) { FLUSH } else { WHOLE }
+}
 
 /// A request on its way down a stack.
 pub struct Route {
@@ -62,7 +69,7 @@ impl Route {
     #[inline]
     pub(crate) fn new(io: Io, root: NodeId) -> Route {
         let Extent { at, len } = io.extent;
-        let first = Frame { at, len, part: 0, wait_ns: 0, node: root, port: WHOLE };
+        let first = Frame { at, len, part: 0, wait_ns: 0, node: root, port: itself(io.op) };
         Route { op: io.op, fua: io.fua, depth: 1, frames: [first; MAX_FRAMES] }
     }
 
@@ -73,7 +80,8 @@ impl Route {
         self.op = io.op;
         self.fua = io.fua;
         self.depth = 1;
-        self.frames[0] = Frame { at, len, part: 0, wait_ns: 0, node: stack.root(), port: WHOLE };
+        let port = itself(io.op);
+        self.frames[0] = Frame { at, len, part: 0, wait_ns: 0, node: stack.root(), port };
     }
 
     /// Whether every piece was handed out.
@@ -97,76 +105,122 @@ impl Route {
         self.next_in(&stack.nodes)
     }
 
+    #[inline]
     pub(crate) fn next_in(&mut self, nodes: &[Node]) -> Option<Result<Piece, Errno>> {
-        let mut frame = self.pop()?;
+        'frames: loop {
+            let mut frame = self.pop()?;
+            if frame.port != WHOLE {
+                match self.spread(nodes) {
+                    None => continue,
+                    piece => return piece,
+                }
+            }
+            let mut node = &nodes[frame.node.index()];
+            loop {
+                let (layer, ports) = match &node.what {
+                    What::Backend(id) => return Some(Ok(piece(Place::Backend(*id), &frame))),
+                    What::Layer { layer, ports } => (layer, ports),
+                };
+                let extent = Extent { at: frame.at, len: frame.len };
+                let (len, port, at) = match layer.map(Io { op: self.op, extent, fua: self.fua }) {
+                    Ok(Map::To { len, port, at }) => (len, port, at),
+                    Ok(Map::After { len, port, at, wait_ns }) => {
+                        frame.wait_ns = frame.wait_ns.saturating_add(wait_ns);
+                        (len, port, at)
+                    }
+                    other => match self.end(node, frame, other) {
+                        None => continue 'frames,
+                        piece => return piece,
+                    },
+                };
+                self.keep_rest(node, &mut frame, len);
+                frame.at = at;
+                let extent = Extent { at, len: frame.len };
+                (frame.node, node) = lower(nodes, node, ports, (port, extent));
+            }
+        }
+    }
+
+    /// What an answer without a single lower place leads to: a piece, or a fan-out left on top.
+    #[inline(never)]
+    fn end(
+        &mut self,
+        node: &Node,
+        mut frame: Frame,
+        answer: Result<Map, Errno>,
+    ) -> Option<Result<Piece, Errno>> {
+        let answer = match answer {
+            Ok(answer) => answer,
+            Err(errno) => return Some(Err(errno)),
+        };
+        self.keep_rest(node, &mut frame, answer.len());
+        match answer {
+            Map::All { at, .. } => {
+                self.push(Frame { at, port: 0, ..frame });
+                None
+            }
+            _ => Some(Ok(piece(Place::Zero, &frame))),
+        }
+    }
+
+    /// What the frame that was just popped leads to, when it is no request with an extent.
+    #[inline(never)]
+    fn spread(&mut self, nodes: &[Node]) -> Option<Result<Piece, Errno>> {
+        let frame = self.frames[usize::from(self.depth)];
+        if frame.port == FLUSH {
+            return self.sink(nodes, frame);
+        }
+        self.fan(nodes, &frame);
+        None
+    }
+
+    /// Follows a flush down. It has no extent, so nothing is ever left over.
+    fn sink(&mut self, nodes: &[Node], mut frame: Frame) -> Option<Result<Piece, Errno>> {
         loop {
-            let node = &nodes[usize::from(frame.node.0)];
+            let node = &nodes[frame.node.index()];
             let (layer, ports) = match &node.what {
                 What::Backend(id) => return Some(Ok(piece(Place::Backend(*id), &frame))),
                 What::Layer { layer, ports } => (layer, ports),
             };
-            if frame.port != WHOLE {
-                let Some(next) = self.fan(nodes, frame, ports) else {
-                    frame = self.pop()?;
-                    continue;
-                };
-                frame = next;
-                continue;
-            }
-            let extent = Extent { at: frame.at, len: frame.len };
-            let answer = match self.op {
-                Op::Flush => layer.flush(),
-                op => layer.map(Io { op, extent, fua: self.fua }),
-            };
-            let answer = match answer {
-                Ok(answer) => answer,
+            let (port, wait_ns) = match layer.flush() {
+                Ok(Map::To { port, .. }) => (port, 0),
+                Ok(Map::After { port, wait_ns, .. }) => (port, wait_ns),
+                Ok(Map::All { .. }) => {
+                    self.push(Frame { port: 0, ..frame });
+                    return None;
+                }
+                Ok(Map::Zero { .. }) => return Some(Ok(piece(Place::Zero, &frame))),
                 Err(errno) => return Some(Err(errno)),
             };
-            let len = self.keep_rest(&node.name, &mut frame, answer.len());
-            let (port, at, wait_ns) = match answer {
-                Map::To { port, at, .. } => (port, at, 0),
-                Map::After { port, at, wait_ns, .. } => (port, at, wait_ns),
-                Map::All { at, .. } => {
-                    frame.at = at;
-                    frame.port = 0;
-                    continue;
-                }
-                Map::Zero { .. } => return Some(Ok(piece(Place::Zero, &frame))),
-            };
-            frame.node = lower(nodes, node, ports, (port, Extent { at, len }));
-            frame.at = at;
+            (frame.node, _) = lower(nodes, node, ports, (port, Extent { at: 0, len: 0 }));
             frame.wait_ns = frame.wait_ns.saturating_add(wait_ns);
         }
     }
 
-    /// Shortens `frame` to the answered prefix and keeps what is behind it for later.
-    #[inline]
-    fn keep_rest(&mut self, layer: &str, frame: &mut Frame, len: u64) -> u64 {
-        if matches!(self.op, Op::Flush) {
-            return 0;
+    /// Puts the next leg of a fan-out on top of the legs behind it.
+    fn fan(&mut self, nodes: &[Node], frame: &Frame) {
+        let node = &nodes[frame.node.index()];
+        let What::Layer { ports, .. } = &node.what else { return };
+        let Some(&child) = ports.get(usize::from(frame.port)) else { return };
+        if usize::from(frame.port) + 1 < ports.len() {
+            self.push(Frame { port: frame.port + 1, ..*frame });
         }
-        check::prefix(layer, frame.len, len);
-        if len < frame.len {
-            let rest = Frame {
-                at: frame.at + len,
-                len: frame.len - len,
-                part: frame.part + len,
-                ..*frame
-            };
-            self.push(rest);
-            frame.len = len;
-        }
-        len
+        let below = &nodes[child.index()];
+        let extent = Extent { at: frame.at, len: frame.len };
+        check::destination(&node.name, extent, &below.limits, below.mask);
+        self.push(Frame { node: child, port: itself(self.op), ..*frame });
     }
 
-    /// The next leg of a fan-out; keeps the legs behind it for later.
-    fn fan(&mut self, nodes: &[Node], frame: Frame, ports: &[NodeId]) -> Option<Frame> {
-        let child = *ports.get(usize::from(frame.port))?;
-        self.push(Frame { port: frame.port + 1, ..frame });
-        let node = &nodes[usize::from(frame.node.0)];
-        let below = &nodes[usize::from(child.0)].limits;
-        check::destination(&node.name, Extent { at: frame.at, len: frame.len }, below);
-        Some(Frame { node: child, port: WHOLE, ..frame })
+    /// Shortens `frame` to the answered prefix and keeps what is behind it for later.
+    #[inline]
+    fn keep_rest(&mut self, node: &Node, frame: &mut Frame, len: u64) {
+        if len == frame.len {
+            return;
+        }
+        check::prefix(&node.name, frame.len, len);
+        let (at, part) = (frame.at + len, frame.part + len);
+        self.push(Frame { at, part, len: frame.len - len, ..*frame });
+        frame.len = len;
     }
 
     #[inline]

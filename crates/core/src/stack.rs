@@ -20,7 +20,14 @@ pub const MAX_NODES: usize = 4096;
 
 /// A place in a stack.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct NodeId(pub(crate) u16);
+pub struct NodeId(pub(crate) u32);
+
+impl NodeId {
+    #[inline]
+    pub(crate) fn index(self) -> usize {
+        self.0 as usize
+    }
+}
 
 /// A bottom of a stack, counted from 0 in the order they were added.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -32,8 +39,10 @@ pub(crate) enum What {
 }
 
 pub(crate) struct Node {
-    pub(crate) name: String,
+    pub(crate) name: Box<str>,
     pub(crate) limits: Limits,
+    /// The bits that no position and no length may have: the block minus one.
+    pub(crate) mask: u64,
     pub(crate) what: What,
     /// Layers from here to the deepest bottom.
     depth: usize,
@@ -98,7 +107,7 @@ impl Stack {
     }
 
     fn node(&self, id: NodeId) -> &Node {
-        &self.nodes[usize::from(id.0)]
+        &self.nodes[id.index()]
     }
 }
 
@@ -148,7 +157,7 @@ impl StackBuilder {
         }
         let mut depth = 1;
         for port in ports {
-            let node = &mut self.nodes[usize::from(port.0)];
+            let node = &mut self.nodes[port.index()];
             if std::mem::replace(&mut node.used, true) {
                 let reason = format!("{} already lies under another layer", node.name);
                 return Err(Error::new(ErrorKind::Busy, name, reason));
@@ -160,8 +169,7 @@ impl StackBuilder {
             return Err(Error::invalid(name, reason));
         }
         let limits = {
-            let limits: Vec<_> =
-                ports.iter().map(|port| self.nodes[usize::from(port.0)].limits).collect();
+            let limits: Vec<_> = ports.iter().map(|port| self.nodes[port.index()].limits).collect();
             let mut below = Below { nodes: &self.nodes, ports, limits, reader };
             layer.open(&mut below).and_then(Limits::checked).map_err(|error| error.within(name))?
         };
@@ -172,15 +180,16 @@ impl StackBuilder {
         if self.nodes.len() == MAX_NODES {
             return Err(Error::invalid(name, format!("more than {MAX_NODES} places in a stack")));
         }
-        let id = NodeId(u16::try_from(self.nodes.len()).unwrap_or(u16::MAX));
-        self.nodes.push(Node { name: name.to_owned(), limits, what, depth, used: false });
+        let id = NodeId(u32::try_from(self.nodes.len()).unwrap_or(u32::MAX));
+        let mask = u64::from(limits.block) - 1;
+        self.nodes.push(Node { name: name.into(), limits, mask, what, depth, used: false });
         Ok(id)
     }
 
     /// What a place offers.
     #[must_use]
     pub fn limits(&self, node: NodeId) -> &Limits {
-        &self.nodes[usize::from(node.0)].limits
+        &self.nodes[node.index()].limits
     }
 
     /// The stack whose top is `root`.
@@ -227,11 +236,15 @@ impl Lower for Below<'_, '_> {
 
 /// Checks one answer and the place it names; returns the lower place.
 #[inline]
-pub(crate) fn lower(nodes: &[Node], node: &Node, ports: &[NodeId], to: (Port, Extent)) -> NodeId {
+pub(crate) fn lower<'n>(
+    nodes: &'n [Node],
+    node: &Node,
+    ports: &[NodeId],
+    to: (Port, Extent),
+) -> (NodeId, &'n Node) {
     let (port, extent) = to;
-    let Some(&child) = ports.get(usize::from(port.0)) else {
-        panic!("layer {} broke its contract: it has no port {}", node.name, port.0)
-    };
-    check::destination(&node.name, extent, &nodes[usize::from(child.0)].limits);
-    child
+    let Some(&child) = ports.get(usize::from(port.0)) else { check::no_port(&node.name, port) };
+    let below = &nodes[child.index()];
+    check::destination(&node.name, extent, &below.limits, below.mask);
+    (child, below)
 }

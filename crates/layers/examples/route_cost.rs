@@ -4,7 +4,7 @@
 //! request: the difference of the totals over the difference of the counts.
 
 use devsplice_core::{
-    Args, ErrorKind, Io, Limits, NodeId, Op, Place, Result, Route, Stack, StackBuilder,
+    Args, ErrorKind, Io, Limits, NodeId, Op, Piece, Place, Result, Stack, StackBuilder,
     error::Error,
 };
 
@@ -48,19 +48,11 @@ fn route(stack: &Stack, count: u64) -> u64 {
     for number in 0..count {
         // An odd factor visits each 4 KiB of the 1 GiB before it repeats one.
         let at = (number.wrapping_mul(0x9e37_79b1) & 0x3_ffff) << 12;
-        sum = sum.wrapping_add(pieces(&mut route, stack, at));
-    }
-    sum
-}
-
-#[inline]
-fn pieces(route: &mut Route, stack: &Stack, at: u64) -> u64 {
-    route.restart(stack, Io::new(Op::Read, at, 4096));
-    let mut sum = 0_u64;
-    while let Some(piece) = route.next(stack) {
-        let Ok(piece) = piece else { continue };
-        let Place::Backend(id) = piece.place else { continue };
-        sum = sum.wrapping_mul(31).wrapping_add(piece.at ^ piece.len ^ u64::from(id.0));
+        route.restart(stack, Io::new(Op::Read, at, 4096));
+        while let Some(piece) = route.next(stack) {
+            let Ok(Piece { place: Place::Backend(id), at, .. }) = piece else { continue };
+            sum = sum.rotate_left(9).wrapping_add(at ^ u64::from(id.0));
+        }
     }
     sum
 }

@@ -59,7 +59,7 @@ impl Layer for Stripe {
 
     fn map(&self, io: Io) -> Result<Map, Errno> {
         let Extent { at, len } = io.extent;
-        if self.legs == 1 {
+        if self.legs <= 1 {
             return Ok(Map::To { len, port: Port(0), at });
         }
         let inside = at & (self.chunk - 1);
