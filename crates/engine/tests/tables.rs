@@ -124,6 +124,16 @@ fn a_discard_of_a_terabyte_completes() {
 }
 
 #[test]
+fn a_request_that_ends_nowhere_does_not_wait_for_other_events() {
+    let tree = over(Kind::Split(512), &[over(Kind::Zero(0, 4 * MIB), &[disk()])]);
+    let plan = vec![now(Io::new(Op::Discard, 0, 4 * MIB))];
+    let outcome = Setup { depth: 1, ..setup(tree, ideal(4 * MIB), plan) }.run();
+    outcome.all_succeed();
+    assert!(outcome.log.is_empty() && outcome.counts.pieces == 8192);
+    assert!(outcome.done_at(0) < 1_000_000, "done at {}", outcome.done_at(0));
+}
+
+#[test]
 fn a_failed_request_leaves_its_tag_and_flights_to_others() {
     let fault = Fault::Fail(devsplice_core::Errno::EIO);
     let bad = Bad { file: 0, from: 0, to: MIB, fault, times: 40 };
