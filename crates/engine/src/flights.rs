@@ -1,4 +1,4 @@
-//! Answers for splices in flight: a fixed table, what each still has to move, how often it was tried.
+//! Answers for splices in flight: a fixed table, what each still has to move, how often tried.
 
 use devsplice_core::{Errno, Op, Piece, Place};
 
