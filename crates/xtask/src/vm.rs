@@ -243,11 +243,13 @@ fn config(
         shares += &format!("mkdir -p {directory}; mount -t virtiofs rw{index} {directory}; ");
     }
     Ok(format!(
-        "modules_directory={}\nmodules={}\nscratch={}\ndirectory={}\nmount_shares() {{ {shares}:; }}\n",
+        "modules_directory={}\nmodules={}\nscratch={}\ndirectory={}\ninode_limit={}\n\
+         mount_shares() {{ {shares}:; }}\n",
         quoted(&kernel.modules.to_string_lossy()),
         quoted(&load.join(" ")),
         quoted(scratch.unwrap_or_default()),
         quoted(&here.to_string_lossy()),
+        virtiofs::inode_limit().map_or(String::new(), |limit| limit.to_string()),
     ))
 }
 

@@ -5,6 +5,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use rustix::process::{Resource, getrlimit};
+use rustix::thread::{CapabilitySet, capabilities};
+
 use crate::Fallible;
 use crate::deps;
 use crate::proc::{self, Guard, find_program, is_executable, tied};
@@ -25,6 +28,17 @@ pub struct Share<'a> {
     pub directory: &'a Path,
     /// Whether the guest may write.
     pub writable: bool,
+}
+
+/// How many inodes the guest may remember, where this machine does not let virtiofsd open files
+/// without end: half of them are overlayfs's and cost nothing here, a quarter of the descriptors
+/// are left for what the guest touches before it looks again.
+pub fn inode_limit() -> Option<u64> {
+    const PLENTY: u64 = 1_000_000;
+    let most = getrlimit(Resource::Nofile).maximum?;
+    let may_raise =
+        capabilities(None).is_ok_and(|sets| sets.effective.contains(CapabilitySet::SYS_RESOURCE));
+    (most < PLENTY && !may_raise).then_some(most / 2)
 }
 
 impl Daemon {
@@ -70,6 +84,8 @@ impl Daemon {
         let directory = share.directory.display();
         if self.old {
             command.arg("-o").arg(format!("source={directory},cache={cache},sandbox=chroot"));
+            // A listed file is not an opened one: each costs a descriptor here.
+            command.args(["-o", "no_readdirplus"]);
         } else {
             command.arg(format!("--shared-dir={directory}")).arg(format!("--cache={cache}"));
             // Announced mount points make overlayfs answer EREMOTE for every directory.
