@@ -10,8 +10,8 @@ use devsplice_core::{Args, Dma, Error, ErrorKind, Key, Kind, Limits, Result, Sou
 use devsplice_uring::FileKind;
 use rustix::fs::{AtFlags, FileType, FlockOperation, Mode, OFlags, StatxFlags};
 
-use crate::Opened;
 use crate::sysfs::Device;
+use crate::{Access, Opened};
 
 /// `file(path)`.
 pub const SOURCE: Source = Source {
@@ -31,6 +31,7 @@ const TMPFS: u64 = 0x0102_1994;
 
 struct Wish<'a> {
     path: &'a str,
+    access: Access,
     read_only: bool,
     direct: Option<bool>,
     block: Option<u32>,
@@ -41,11 +42,12 @@ struct Wish<'a> {
 /// # Errors
 /// If it is not there, not readable, in use, neither file nor block device, or its size is no
 /// multiple of its block.
-pub fn open(args: &Args) -> Result<Opened> {
+pub fn open(args: &Args, access: Access) -> Result<Opened> {
     let path = args.text("path").unwrap_or_default();
     let block = args.size("block")?.map(|block| u32::try_from(block).unwrap_or(u32::MAX));
     let wish = Wish {
         path,
+        access,
         read_only: args.switch("readonly")?.unwrap_or(false),
         direct: args.switch("direct")?,
         block,
@@ -62,7 +64,8 @@ pub fn open(args: &Args) -> Result<Opened> {
 }
 
 fn open_with(wish: &Wish<'_>, flags: OFlags) -> Result<OwnedFd> {
-    let access = if wish.read_only { OFlags::RDONLY } else { OFlags::RDWR };
+    let reads_only = wish.read_only || wish.access == Access::Look;
+    let access = if reads_only { OFlags::RDONLY } else { OFlags::RDWR };
     let flags = access | flags | OFlags::CLOEXEC | OFlags::NOCTTY;
     rustix::fs::open(wish.path, flags, Mode::empty()).map_err(|errno| {
         use rustix::io::Errno;
@@ -70,7 +73,7 @@ fn open_with(wish: &Wish<'_>, flags: OFlags) -> Result<OwnedFd> {
         match errno {
             Errno::BUSY => Error::new(ErrorKind::Busy, wish.path, "is in use (mounted, or held)")
                 .next("unmount it, or see who holds it: lsblk, fuser -v"),
-            Errno::ROFS | Errno::ACCESS | Errno::PERM if !wish.read_only => {
+            Errno::ROFS | Errno::ACCESS | Errno::PERM if !reads_only => {
                 error.next("use readonly=on to serve it read-only")
             }
             _ => error,
@@ -80,11 +83,6 @@ fn open_with(wish: &Wish<'_>, flags: OFlags) -> Result<OwnedFd> {
 
 fn open_regular(wish: &Wish<'_>) -> Result<Opened> {
     let plain = open_with(wish, OFlags::empty())?;
-    let lock = if wish.read_only {
-        FlockOperation::NonBlockingLockShared
-    } else {
-        FlockOperation::NonBlockingLockExclusive
-    };
     let mut warnings = Vec::new();
     let need = direct_need(&plain, wish);
     let use_direct = match (wish.direct, need) {
@@ -104,14 +102,26 @@ fn open_regular(wish: &Wish<'_>) -> Result<Opened> {
         }
     };
     let fd = if use_direct.is_some() { open_with(wish, OFlags::DIRECT)? } else { plain };
-    rustix::fs::flock(&fd, lock).map_err(|_| {
-        Error::new(ErrorKind::Busy, wish.path, "is in use: another process has locked it")
-            .next("see who: fuser -v, or devsplice list")
-    })?;
+    if wish.access == Access::Serve {
+        lock(&fd, wish)?;
+    }
     let need = use_direct.unwrap_or(DirectNeed { offset: SECTOR, memory: 1 });
     let limits = regular_limits(&fd, wish, need)?;
     let direct = use_direct.is_some();
     Ok(Opened { fd, kind: FileKind::Regular, limits, direct, warnings })
+}
+
+/// Keeps other servers away for as long as the file is open: from a writer all, from a reader writers.
+fn lock(fd: &OwnedFd, wish: &Wish<'_>) -> Result<()> {
+    let lock = if wish.read_only {
+        FlockOperation::NonBlockingLockShared
+    } else {
+        FlockOperation::NonBlockingLockExclusive
+    };
+    rustix::fs::flock(fd, lock).map_err(|_| {
+        Error::new(ErrorKind::Busy, wish.path, "is in use: another process has locked it")
+            .next("see who: fuser -v, or devsplice list")
+    })
 }
 
 fn regular_limits(fd: &OwnedFd, wish: &Wish<'_>, need: DirectNeed) -> Result<Limits> {
@@ -197,13 +207,14 @@ fn direct_need(plain: &OwnedFd, wish: &Wish<'_>) -> Option<DirectNeed> {
 fn open_block(wish: &Wish<'_>, rdev: u64) -> Result<Opened> {
     let missing = || Error::new(ErrorKind::NotFound, wish.path, "no device behind this node");
     let device = Device::find(rdev).ok_or_else(missing)?;
-    if device.own("ro") == Some(1) && !wish.read_only {
+    if device.own("ro") == Some(1) && !wish.read_only && wish.access == Access::Serve {
         return Err(Error::new(ErrorKind::Permission, wish.path, "is a read-only device")
             .next("use readonly=on to serve it read-only"));
     }
     let direct = wish.direct.unwrap_or(true);
     // Exclusive: neither a mounted file system nor another driver may write behind our back.
-    let exclusive = if wish.read_only { OFlags::empty() } else { OFlags::EXCL };
+    let is_shared = wish.read_only || wish.access == Access::Look;
+    let exclusive = if is_shared { OFlags::empty() } else { OFlags::EXCL };
     let flags = if direct { OFlags::DIRECT | exclusive } else { exclusive };
     let fd = open_with(wish, flags)?;
     let number = |name: &str, default: u32| device.queue32(name).unwrap_or(default);
@@ -253,7 +264,7 @@ mod tests {
 
     fn file(given: &[(&str, &str)]) -> Result<Opened> {
         let given: Vec<_> = given.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
-        open(&Args::new("file", SOURCE.keys, &given).unwrap())
+        open(&Args::new("file", SOURCE.keys, &given).unwrap(), Access::Serve)
     }
 
     fn temp(name: &str, size: u64) -> String {

@@ -25,6 +25,15 @@ pub struct Opened {
     pub warnings: Vec<String>,
 }
 
+/// What a bottom is opened for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// To serve it: exclusively, unless it is read-only.
+    Serve,
+    /// To look at what it is, also while somebody serves it. Nothing is written.
+    Look,
+}
+
 /// Every kind of bottom.
 pub const SOURCES: &[Source] = &[file::SOURCE, mem::SOURCE];
 
@@ -32,9 +41,9 @@ pub const SOURCES: &[Source] = &[file::SOURCE, mem::SOURCE];
 ///
 /// # Errors
 /// If there is no such kind, or as that kind says.
-pub fn open(name: &str, args: &Args) -> Result<Opened> {
+pub fn open(name: &str, args: &Args, access: Access) -> Result<Opened> {
     match name {
-        "file" => file::open(args),
+        "file" => file::open(args, access),
         "mem" => mem::open(args),
         _ => Err(Error::invalid(name, "no such kind of bottom")),
     }

@@ -43,7 +43,7 @@ pub fn run(add: &Add) -> Result<ExitCode> {
 }
 
 fn start(add: &Add, plan: &Plan) -> Result<Server> {
-    let choice = front::choose(add.export)?;
+    let choice = front::choose(add.export, add.data_path)?;
     let guard = guard::start()?;
     Server::start(add, plan, choice, guard)
 }

@@ -6,8 +6,10 @@ use devsplice_exports::ublk::DataPath;
 /// Block devices from a stack of layers, served from user space without copying.
 #[derive(Debug, Parser)]
 #[command(name = "devsplice", version, max_term_width = 100, arg_required_else_help = true)]
-#[command(after_help = "Exit codes: 0 done; 1 it failed, the message says what and what to do; \
-    2 the command line makes no sense.\nStacks: docs/stack.md. State: /run/devsplice.")]
+#[command(
+    after_help = "Exit codes: 0 done; 1 it failed, the message says what and what to do (doctor: no disk can be \
+    made here); 2 the command line makes no sense.\nStacks: docs/stack.md. State: /run/devsplice."
+)]
 pub struct Options {
     #[command(subcommand)]
     pub command: Command,
@@ -25,6 +27,12 @@ pub enum Command {
     /// Show one disk: what it is, how data moves, what was counted.
     #[command(alias = "status")]
     Info(Info),
+    /// Show where each byte of a request goes, and how often it is copied. Makes nothing.
+    Explain(Explain),
+    /// Show what this kernel offers.
+    Features(Features),
+    /// Check this machine and what is served on it; say what to do about what is wrong.
+    Doctor(Doctor),
 }
 
 /// Which front end makes the disk.
@@ -139,6 +147,60 @@ pub struct List {
 pub struct Info {
     /// Its name, or its device node.
     pub name: String,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `--op` of `explain`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum OpChoice {
+    /// Pages are filled.
+    Read,
+    /// Pages are drained.
+    Write,
+    /// Room is given back.
+    Discard,
+    /// A range is zeroed.
+    WriteZeroes,
+    /// Everything is made durable.
+    Flush,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct Explain {
+    /// A stack, or the name of a disk that is served.
+    pub stack: String,
+    /// As for add.
+    #[arg(long, value_enum, default_value = "auto")]
+    pub export: Export,
+    /// As for add.
+    #[arg(long, value_enum, default_value = "auto")]
+    pub data_path: PathChoice,
+    /// What the request asks for.
+    #[arg(long, value_enum, default_value = "write")]
+    pub op: OpChoice,
+    /// Its first byte.
+    #[arg(long, value_name = "SIZE", default_value = "0",
+        value_parser = devsplice_core::size::parse_size)]
+    pub at: u64,
+    /// Its length [default: 256k, or what the disk has].
+    #[arg(long, value_name = "SIZE", value_parser = devsplice_core::size::parse_size)]
+    pub len: Option<u64>,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct Features {
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct Doctor {
     /// Print JSON.
     #[arg(long)]
     pub json: bool,

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use devsplice_backends::Opened;
+use devsplice_backends::{Access, Opened};
 use devsplice_core::{BackendId, Errno, Error, NodeId, Result, Stack, StackBuilder};
 use devsplice_exports::threads::Bottom;
 use devsplice_spec::{Catalog, Kind, Plan};
@@ -32,18 +32,18 @@ impl Assembled {
     }
 }
 
-/// Opens and builds.
+/// Opens and builds, to serve the stack or only to look at it.
 ///
 /// # Errors
 /// What could not be opened, or which layer refuses what lies below it.
-pub fn assemble(plan: &Plan) -> Result<Assembled> {
+pub fn assemble(plan: &Plan, access: Access) -> Result<Assembled> {
     let mut builder = StackBuilder::new();
     let mut bottoms: Vec<(String, Opened)> = Vec::new();
     let mut nodes: Vec<NodeId> = Vec::new();
     for place in &plan.places {
         let node = match place.kind {
             Kind::Source(source) => {
-                let opened = devsplice_backends::open(source.name, &place.args)?;
+                let opened = devsplice_backends::open(source.name, &place.args, access)?;
                 let (node, _) = builder.backend(&place.label, opened.limits)?;
                 bottoms.push((place.label.clone(), opened));
                 node

@@ -8,7 +8,7 @@ use devsplice_engine::{Counts, Stuck};
 use devsplice_exports::threads::{Bottom, Crew};
 use devsplice_exports::{fuse, ublk};
 
-use crate::args::{Add, Export};
+use crate::args::{Add, Export, PathChoice};
 
 /// A disk of either kind.
 pub enum Front {
@@ -34,8 +34,16 @@ const QUEUES: usize = 4;
 ///
 /// # Errors
 /// If the one asked for is not to be had; or neither, then why ublk is not and why FUSE is not.
-pub fn choose(asked: Export) -> Result<(Export, String)> {
+pub fn choose(asked: Export, path: PathChoice) -> Result<(Export, String)> {
+    let ublk_only = path.forced().is_some();
+    if asked == Export::Fuse && ublk_only {
+        return Err(Error::invalid("--data-path", "is a choice among ublk's paths; FUSE has one")
+            .next("leave it out, or --export ublk"));
+    }
     match asked {
+        Export::Auto if ublk_only => {
+            ublk_or_module().map(|()| (Export::Ublk, "asked for by --data-path".to_owned()))
+        }
         Export::Ublk => ublk_or_module().map(|()| (Export::Ublk, "asked for".to_owned())),
         Export::Fuse => fuse::available().map(|()| (Export::Fuse, "asked for".to_owned())),
         Export::Auto => {
@@ -47,7 +55,7 @@ pub fn choose(asked: Export) -> Result<(Export, String)> {
                 return Err(error);
             }
             match fuse::available() {
-                Ok(()) => Ok((Export::Fuse, format!("no ublk ({error})"))),
+                Ok(()) => Ok((Export::Fuse, format!("no ublk here: {}", error.cause()))),
                 Err(other) => Err(Error::new(ErrorKind::Unsupported, "no way to make a disk", {
                     format!("ublk: {error}; FUSE + loop: {other}")
                 })

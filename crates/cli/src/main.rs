@@ -6,6 +6,9 @@ mod args;
 mod assemble;
 mod client;
 mod del;
+mod doctor;
+mod explain;
+mod features;
 mod front;
 mod guard;
 mod host;
@@ -40,6 +43,9 @@ fn run(command: &Command) -> Result<ExitCode> {
         Command::Del(del) => del::run(del).map(done),
         Command::List(list) => list::run(list).map(done),
         Command::Info(info) => info::run(info).map(done),
+        Command::Explain(explain) => explain::run(explain).map(done),
+        Command::Features(features) => features::run(features).map(done),
+        Command::Doctor(doctor) => doctor::run(doctor),
     }
 }
 

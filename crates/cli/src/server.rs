@@ -6,6 +6,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
+use devsplice_backends::Access;
 use devsplice_core::{Error, ErrorKind, Result};
 use devsplice_engine::Stuck;
 use devsplice_spec::Plan;
@@ -96,7 +97,7 @@ impl Server {
         (export, why): (Export, String),
         name: &str,
     ) -> Result<(Front, Disk, Receiver<News>)> {
-        let assembled = assemble(plan)?;
+        let assembled = assemble(plan, Access::Serve)?;
         let mut warnings = assembled.warnings();
         let limits = *assembled.stack.limits();
         let (stack, bottoms) = assembled.into_parts();

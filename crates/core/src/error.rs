@@ -70,6 +70,12 @@ impl Error {
         self
     }
 
+    /// The thing and the reason, without the next step.
+    #[must_use]
+    pub fn cause(&self) -> String {
+        format!("{}: {}", self.thing, self.reason)
+    }
+
     /// What went wrong, for a caller that decides by it.
     #[must_use]
     pub fn kind(&self) -> ErrorKind {

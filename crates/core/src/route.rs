@@ -122,18 +122,18 @@ impl Route {
                     What::Layer { layer, ports } => (layer, ports),
                 };
                 let extent = Extent { at: frame.at, len: frame.len };
-                let (len, port, at) = match layer.map(Io { op: self.op, extent, fua: self.fua }) {
-                    Ok(Map::To { len, port, at }) => (len, port, at),
-                    Ok(Map::After { len, port, at, wait_ns }) => {
-                        frame.wait_ns = frame.wait_ns.saturating_add(wait_ns);
-                        (len, port, at)
-                    }
-                    other => match self.end(node, frame, other) {
-                        None => continue 'frames,
-                        piece => return piece,
-                    },
-                };
+                let (len, port, at, wait_ns) =
+                    match layer.map(Io { op: self.op, extent, fua: self.fua }) {
+                        Ok(Map::To { len, port, at }) => (len, port, at, 0),
+                        Ok(Map::After { len, port, at, wait_ns }) => (len, port, at, wait_ns),
+                        other => match self.end(node, frame, other) {
+                            None => continue 'frames,
+                            piece => return piece,
+                        },
+                    };
                 self.keep_rest(node, &mut frame, len);
+                // Only now: what was kept for later does not wait for what this answer is about.
+                frame.wait_ns = frame.wait_ns.saturating_add(wait_ns);
                 frame.at = at;
                 let extent = Extent { at, len: frame.len };
                 (frame.node, node) = lower(nodes, node, ports, (port, extent));
@@ -359,6 +359,24 @@ mod tests {
     fn an_answer_to_a_port_that_is_not_there_is_a_broken_contract() {
         let stack = over(|io, len| Ok(Map::To { len, port: Port(7), at: io.extent.at }), 512, 1);
         pieces(&stack, Io::new(Op::Read, 0, 512));
+    }
+
+    #[test]
+    fn the_rest_of_a_request_does_not_wait_for_a_delayed_prefix() {
+        let late_start = |io: Io, len| {
+            let (port, at) = (Port(0), io.extent.at);
+            Ok(if at == 0 {
+                Map::After { len, port, at, wait_ns: 5 }
+            } else {
+                Map::To { len, port, at }
+            })
+        };
+        let stack = over(late_start, 512, 1);
+        let waits: Vec<_> = pieces(&stack, Io::new(Op::Read, 0, 1536))
+            .into_iter()
+            .map(|piece| piece.unwrap().wait_ns)
+            .collect();
+        assert_eq!(waits, [5, 0, 0]);
     }
 
     #[test]
