@@ -1,0 +1,152 @@
+//! Answers for the promise that nothing is allocated between fetch and finish, on the real ring and
+//! the real front ends: the allocator of this whole process is counted while requests flow.
+
+use std::alloc::System;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Barrier};
+use std::thread;
+
+use devsplice_core::{Args, Errno, Limits, Stack, StackBuilder};
+use devsplice_exports::threads::{Bottom, Crew};
+use devsplice_exports::{fuse, ublk};
+use devsplice_uring::FileKind;
+use rustix::fs::{MemfdFlags, Mode, OFlags};
+use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
+
+#[global_allocator]
+static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
+
+const SIZE: u64 = 64 << 20;
+const THREADS: u64 = 4;
+const ROUNDS: u64 = 2000;
+
+/// linear over linear over a stripe of two memory files: three layers.
+fn stack() -> (Arc<Stack>, Vec<Bottom>) {
+    let mut builder = StackBuilder::new();
+    let mut none = |_, _: u64, _: &mut [u8]| Err(Errno::EIO);
+    let mut layer =
+        |builder: &mut StackBuilder, name: &str, given: &[(&str, &str)], ports: &[_]| {
+            let driver = devsplice_layers::find(name).unwrap();
+            let given: Vec<_> = given.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
+            let args = Args::new(name, driver.keys, &given).unwrap();
+            builder.layer(name, (driver.make)(&args).unwrap(), ports, &mut none).unwrap()
+        };
+    let mut bottoms = Vec::new();
+    let mut legs = Vec::new();
+    for _ in 0..2 {
+        let fd = rustix::fs::memfd_create("leg", MemfdFlags::CLOEXEC).unwrap();
+        rustix::fs::ftruncate(&fd, SIZE).unwrap();
+        bottoms.push(Bottom { fd, kind: FileKind::Regular });
+        legs.push(builder.backend("leg", Limits::ideal(SIZE)).unwrap().0);
+    }
+    let stripe = layer(&mut builder, "stripe", &[("chunk", "4k")], &legs);
+    let lower = layer(&mut builder, "linear", &[("offset", "1M")], &[stripe]);
+    let upper = layer(&mut builder, "linear", &[("offset", "1M")], &[lower]);
+    (Arc::new(builder.finish(upper)), bottoms)
+}
+
+/// Reads and writes with several threads; checks that nothing is allocated once all has been used.
+fn flow(path: &str, crew: &Crew) {
+    let flags = OFlags::RDWR | OFlags::DIRECT | OFlags::CLOEXEC;
+    let barrier = Arc::new(Barrier::new(usize::try_from(THREADS).unwrap() + 1));
+    let threads: Vec<_> = (0..THREADS)
+        .map(|index| {
+            let disk = rustix::fs::open(path, flags, Mode::empty()).unwrap();
+            let barrier = Arc::clone(&barrier);
+            thread::spawn(move || client(&disk, index, &barrier))
+        })
+        .collect();
+    barrier.wait(); // warm
+    let region = Region::new(ALLOCATOR);
+    let before = crew.counts();
+    barrier.wait(); // go
+    barrier.wait(); // done
+    let change = region.change();
+    let after = crew.counts();
+    assert_eq!((change.allocations, change.reallocations), (0, 0), "{path}: {change:?}");
+    assert!(after.requests - before.requests >= THREADS * ROUNDS, "{path}: {after:?}");
+    assert!(after.pieces - before.pieces > after.requests - before.requests, "pieces are split");
+    for thread in threads {
+        thread.join().unwrap();
+    }
+}
+
+fn client(disk: &OwnedFd, index: u64, barrier: &Barrier) {
+    let mut room = vec![0_u8; 16384 + 4096];
+    let start = room.as_ptr().align_offset(4096);
+    let bytes = &mut room[start..start + 16384];
+    let mut pass = |rounds: u64| {
+        for round in 0..rounds {
+            // 4 to 16 KiB over 4 KiB chunks: one to four pieces.
+            let len = usize::try_from(4096 * (1 + round % 4)).unwrap();
+            let at = index * (8 << 20) + (round * 16384) % (8 << 20);
+            if round % 2 == 0 {
+                assert_eq!(rustix::io::pwrite(disk, &bytes[..len], at), Ok(len));
+            } else {
+                assert_eq!(rustix::io::pread(disk, &mut bytes[..len], at), Ok(len));
+            }
+        }
+    };
+    pass(200);
+    barrier.wait(); // warm
+    barrier.wait(); // go
+    pass(ROUNDS);
+    barrier.wait(); // done
+}
+
+fn on_fuse() -> bool {
+    if let Err(error) = fuse::available() {
+        println!("skipped: {error}");
+        return false;
+    }
+    let (stack, bottoms) = stack();
+    let options = fuse::Options {
+        name: "no-allocation".to_owned(),
+        queues: 2,
+        threads: 2,
+        depth: 32,
+        read_only: false,
+        part_scan: false,
+        stuck_seconds: 30,
+    };
+    let device = fuse::Device::attach(&options, stack, bottoms, |_| {}, |e| panic!("{e}")).unwrap();
+    flow(device.path(), device.crew());
+    device.detach(true).unwrap();
+    true
+}
+
+fn on_ublk() -> bool {
+    let control = match ublk::Control::open() {
+        Ok(control) => control,
+        Err(error) => {
+            println!("skipped: {error}");
+            return false;
+        }
+    };
+    for path in ublk::DataPath::offered(control.features()) {
+        let (stack, bottoms) = stack();
+        let options = ublk::Options {
+            id: None,
+            queues: 2,
+            threads: 2,
+            depth: 32,
+            read_only: false,
+            data_path: Some(path),
+            part_scan: false,
+            affinity: true,
+            stuck_seconds: 30,
+        };
+        let device =
+            ublk::Device::attach(&options, stack, bottoms, |_| {}, |e| panic!("{e}")).unwrap();
+        flow(device.path(), device.crew());
+        device.detach().unwrap();
+    }
+    true
+}
+
+// One test: the allocator is counted for the whole process, so nothing may run beside it.
+#[test]
+fn nothing_is_allocated_while_requests_flow() {
+    let ran = (on_ublk(), on_fuse());
+    println!("ublk: {}, fuse: {}", ran.0, ran.1);
+}
