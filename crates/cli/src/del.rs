@@ -10,7 +10,7 @@ use crate::state::Found;
 use crate::{client, guard, state};
 
 /// Longer than the server's own patience with the device.
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(240);
 
 /// Removes a disk, or all.
 ///

@@ -1,6 +1,5 @@
 //! Answers for what this machine is: root or not, which kernel, who holds a disk.
 
-use std::path::Path;
 use std::time::Duration;
 
 use rustix::fs::{Mode, OFlags};
@@ -28,22 +27,26 @@ pub fn mounts_of(device: &str) -> Vec<String> {
         .collect()
 }
 
-/// Writes out what the file systems on the disk have in memory; gives up after `limit`, for the disk
-/// may be what is stuck.
-pub fn sync_mounts(device: &str, limit: Duration) -> bool {
+/// Writes out what the file systems on the disk, and its own page cache, have in memory. Whether that
+/// was done within `limit`: the disk may be what is stuck, so nothing waits longer.
+pub fn sync(device: &str, limit: Duration) -> bool {
     let mounts = mounts_of(device);
-    if mounts.is_empty() {
-        return true;
-    }
+    let device = device.to_owned();
     let (done, news) = std::sync::mpsc::channel();
     let spawned = std::thread::Builder::new().name("sync".into()).spawn(move || {
+        let open = |path: &str| {
+            let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+            rustix::fs::open(path, flags, Mode::empty())
+        };
+        let mut all_well = true;
         for mount in mounts {
-            let flags = OFlags::RDONLY | OFlags::CLOEXEC;
-            if let Ok(fd) = rustix::fs::open(Path::new(&mount), flags, Mode::empty()) {
-                let _ = rustix::fs::syncfs(fd);
-            }
+            all_well &= open(&mount).and_then(rustix::fs::syncfs).is_ok();
         }
-        let _ = done.send(());
+        // Gone already: then there is nothing to write out.
+        if let Ok(disk) = open(&device) {
+            all_well &= rustix::fs::fsync(disk).is_ok();
+        }
+        let _ = done.send(all_well);
     });
-    spawned.is_ok() && news.recv_timeout(limit).is_ok()
+    spawned.is_ok() && news.recv_timeout(limit) == Ok(true)
 }

@@ -26,8 +26,10 @@ use crate::state::{self, Claim, Disk};
 const MAX_REQUEST: u64 = 64 << 10;
 /// How long a client may take to send its request or to take the answer.
 const CLIENT_PATIENCE: Duration = Duration::from_secs(5);
-/// How long file systems on the disk may take to write out before it is removed under them.
-const SYNC_PATIENCE: Duration = Duration::from_secs(20);
+/// How long what is in memory for the disk may take to be written out before it is removed.
+const SYNC_PATIENCE: Duration = Duration::from_secs(120);
+/// The same when it is removed in any case.
+const FORCED_SYNC_PATIENCE: Duration = Duration::from_secs(15);
 
 /// What reaches the main thread.
 enum News {
@@ -150,8 +152,8 @@ impl Server {
                     let _ = answer.send(self.info());
                 }
                 Ok(News::Request(Call::Stop { force }, answer)) => {
-                    if !force && host::is_held(&self.disk.device) {
-                        let _ = answer.send(self.refusal());
+                    if !force && let Some(refusal) = self.refusal() {
+                        let _ = answer.send(refusal);
                         continue;
                     }
                     let done = self.close();
@@ -171,16 +173,28 @@ impl Server {
         }
     }
 
-    fn refusal(&self) -> Value {
-        let mounts = host::mounts_of(&self.disk.device);
+    /// Why the disk must not be removed now, if so. Otherwise everything written to it is below.
+    fn refusal(&self) -> Option<Value> {
+        let Disk { name, device, .. } = &self.disk;
+        if !host::is_held(device) {
+            if host::sync(device, SYNC_PATIENCE) {
+                return None;
+            }
+            let log = state::path(name, "log");
+            return Some(json!({ "error": format!(
+                "{name} ({device}): data in memory could not be written to it; see {}, or --force to \
+                 lose it",
+                log.display()
+            )}));
+        }
+        let mounts = host::mounts_of(device);
         let holder = match mounts.is_empty() {
             true => "held by another user (swap, LVM, another server)".to_owned(),
             false => format!("mounted on {}", mounts.join(", ")),
         };
-        json!({ "error": format!(
-            "{} ({}): is {holder}; unmount it first, or --force to remove it all the same",
-            self.disk.name, self.disk.device
-        )})
+        Some(json!({ "error": format!(
+            "{name} ({device}): is {holder}; unmount it first, or --force to remove it all the same"
+        )}))
     }
 
     fn info(&self) -> Value {
@@ -198,8 +212,8 @@ impl Server {
     /// Removes the disk and all traces of it.
     fn close(self) -> Result<()> {
         let Server { front, disk, claim, guard, .. } = self;
-        if !host::sync_mounts(&disk.device, SYNC_PATIENCE) {
-            eprintln!("devsplice: {}: file systems on it could not be written out", disk.device);
+        if !host::sync(&disk.device, FORCED_SYNC_PATIENCE) {
+            eprintln!("devsplice: {}: data in memory could not be written to it", disk.device);
         }
         match front.detach() {
             Ok(_) => {
