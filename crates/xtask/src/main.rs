@@ -1,9 +1,12 @@
 //! `cargo xtask`: everything a developer runs around the code, in Rust and from this repository.
+#![forbid(unsafe_code)]
 
 mod apt;
 mod deps;
 mod kernel;
 mod proc;
+mod testrun;
+mod tidy;
 mod vm;
 
 use std::process::ExitCode;
@@ -25,18 +28,24 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Vm(vm::Options),
+    Test(testrun::Options),
+    /// Check the style rules that no compiler checks.
+    Tidy,
 }
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    let failure = if matches!(cli.command, Command::Vm(_)) { vm::RC_NO_VM } else { 1 };
     let done = proc::watch_signals().and_then(|()| match cli.command {
         Command::Vm(options) => vm::run(&options),
+        Command::Test(options) => testrun::run(&options),
+        Command::Tidy => tidy::run().map(|findings| u8::from(findings > 0)),
     });
     match done {
         Ok(code) => ExitCode::from(code),
         Err(message) => {
             eprintln!("xtask: {message}");
-            ExitCode::from(proc::interrupted().map_or(vm::RC_NO_VM, |signal| 128 + signal))
+            ExitCode::from(proc::interrupted().map_or(failure, |signal| 128 + signal))
         }
     }
 }

@@ -29,6 +29,8 @@ pub const RC_TIMEOUT: u8 = 124;
 /// Exit code when there was no VM, or it died before the command ended.
 pub const RC_NO_VM: u8 = 125;
 
+/// What booting takes from this machine.
+const PROGRAMS: &[&str] = &[QEMU, "busybox", "modprobe"];
 /// What mounting the root takes; on some kernels all of it is built in.
 const ROOT_MODULES: &[&str] = &["virtio_pci", "virtio_console", "virtiofs", "overlay"];
 /// What tests use, where the kernel has it.
@@ -110,9 +112,21 @@ enum End {
     Signal(u8),
 }
 
+/// Whether a machine can be booted here, or why not: what is missing can be installed by root only.
+pub fn available() -> Fallible<()> {
+    if proc::is_root() {
+        return Ok(());
+    }
+    match deps::missing(PROGRAMS).as_slice() {
+        [] if Daemon::probe().is_none() => Err("no virtiofsd that runs without root".into()),
+        [] => Ok(()),
+        missing => Err(format!("not installed: {}", missing.join(", "))),
+    }
+}
+
 /// Boots the machine, runs the command and returns its exit code.
 pub fn run(options: &Options) -> Fallible<u8> {
-    deps::ensure(&[QEMU, "busybox", "modprobe"])?;
+    deps::ensure(PROGRAMS)?;
     let daemon = Daemon::find()?;
     let kernel = kernel::find(&options.kernel)?;
     let slot = Slot::take()?;

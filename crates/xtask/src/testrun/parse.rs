@@ -1,0 +1,101 @@
+//! What the output of test programs says: results, and the tests that were left out.
+
+use crate::tidy::HELPER;
+
+/// Counts of a step, and the tests it left out with their reasons.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Tests that held.
+    pub passed: usize,
+    /// Tests that did not.
+    pub failed: usize,
+    /// Name and reason of each test that was not run.
+    pub skipped: Vec<(String, String)>,
+}
+
+impl Counts {
+    /// One check that held, or did not.
+    pub fn check(held: bool) -> Self {
+        Self { passed: usize::from(held), failed: usize::from(!held), skipped: Vec::new() }
+    }
+
+    /// One check that was not run.
+    pub fn skip(name: &str, reason: &str) -> Self {
+        Self { skipped: vec![(name.into(), reason.into())], ..Self::default() }
+    }
+
+    /// Takes a line of output into account.
+    pub fn line(&mut self, line: &str) {
+        if let Some((_, result)) = line.split_once("test result: ") {
+            let number = |what: &str| {
+                let words: Vec<&str> = result.split([' ', ';']).collect();
+                let at = words.iter().position(|word| *word == what)?;
+                words.get(at.checked_sub(1)?)?.parse::<usize>().ok()
+            };
+            self.passed += number("passed").unwrap_or(0);
+            self.failed += number("failed").unwrap_or(0);
+        } else if let Some((name, reason)) = ignored(line)
+            && reason != HELPER
+        {
+            self.skipped.push((name.into(), reason.into()));
+        }
+    }
+}
+
+/// Name and reason of a line `test NAME ... ignored, REASON`.
+fn ignored(line: &str) -> Option<(&str, &str)> {
+    let (name, outcome) = line.strip_prefix("test ")?.rsplit_once(" ... ")?;
+    let rest = outcome.strip_prefix("ignored")?;
+    let reason = rest.strip_prefix(',').unwrap_or(rest).trim();
+    Some((name.trim(), if reason.is_empty() { "no reason given" } else { reason }))
+}
+
+/// The number of instructions in callgrind's summary.
+pub fn collected(stderr: &str) -> Option<u64> {
+    let line = stderr.lines().find(|line| line.contains("Collected :"))?;
+    line.rsplit(':').next()?.trim().parse().ok()
+}
+
+/// The executable that cargo's messages name, of the target called `name`.
+pub fn executable(messages: &str, name: &str) -> Option<String> {
+    messages
+        .lines()
+        .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
+        .filter(|message| message["target"]["name"] == name)
+        .find_map(|message| message["executable"].as_str().map(str::to_owned))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn results_add_up_over_programs() {
+        let mut counts = Counts::default();
+        counts.line("test result: ok. 12 passed; 0 failed; 3 ignored; 0 measured; 0 filtered out");
+        counts.line("test result: FAILED. 1 passed; 2 failed; 0 ignored; finished in 0.1s");
+        counts.line("test a::b ... ok");
+        assert_eq!((counts.passed, counts.failed), (13, 2));
+    }
+
+    #[test]
+    fn a_test_left_out_is_remembered_with_its_reason() {
+        let mut counts = Counts::default();
+        counts.line("test ublk_read ... ignored, no /dev/ublk-control; see: a, b");
+        counts.line("test old ... ignored");
+        counts.line("test helper ... ignored, is run by other tests");
+        let pair = |a: &str, b: &str| (a.to_owned(), b.to_owned());
+        let reason = "no /dev/ublk-control; see: a, b";
+        assert_eq!(counts.skipped, [pair("ublk_read", reason), pair("old", "no reason given")]);
+    }
+
+    #[test]
+    fn callgrind_and_cargo_are_understood() {
+        assert_eq!(collected("==1== Events    : Ir\n==1== Collected : 12345\n"), Some(12345));
+        assert_eq!(collected("Segmentation fault"), None);
+        let messages = "not json\n{\"target\":{\"name\":\"e2e\"},\"executable\":null}\n\
+                        {\"target\":{\"name\":\"e2e\"},\"executable\":\"/t/e2e-1\"}\n";
+        assert_eq!(executable(messages, "e2e").as_deref(), Some("/t/e2e-1"));
+        assert_eq!(executable(messages, "other"), None);
+    }
+}

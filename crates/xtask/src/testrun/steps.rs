@@ -1,0 +1,176 @@
+//! The steps of a test run: which command each is, and how its answer is read.
+
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+use super::parse::{Counts, collected, executable};
+use crate::proc::{self, Guard, run_quiet, tied};
+use crate::{Fallible, tidy, vm};
+
+/// How long any step may take.
+const STEP_LIMIT: Duration = Duration::from_secs(25 * 60);
+/// Instructions that routing a request through three layers may cost.
+const ROUTE_BAR: u64 = 250;
+/// The requests of the two runs whose difference counts: what start and end cost cancels out.
+const ROUTE_REQUESTS: (u64, u64) = (1000, 11_000);
+const ROUTE_EXAMPLE: &str = "crates/core/examples/route_cost.rs";
+
+/// The programs of the end-to-end tests.
+pub struct Programs {
+    /// The tests.
+    tests: String,
+    /// The command `devsplice`, built for release.
+    command: String,
+}
+
+fn cargo(arguments: &[&str]) -> Command {
+    let mut command = tied(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.args(arguments);
+    command
+}
+
+/// Whether every file is formatted.
+pub fn format() -> Fallible<Counts> {
+    check(&mut cargo(&["fmt", "--all", "--check"]))
+}
+
+/// Whether clippy is content.
+pub fn lints() -> Fallible<Counts> {
+    let command = ["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"];
+    check(&mut cargo(&command))
+}
+
+/// Whether the style rules hold.
+pub fn style() -> Fallible<Counts> {
+    tidy::run().map(|findings| Counts::check(findings == 0))
+}
+
+/// Whether the documentation builds without a warning.
+pub fn documentation() -> Fallible<Counts> {
+    let mut command = cargo(&["doc", "--no-deps", "--workspace"]);
+    check(command.env("RUSTDOCFLAGS", "-D warnings"))
+}
+
+/// Every test that needs nothing but a compiler.
+pub fn unit_tests(filter: Option<&str>) -> Fallible<Counts> {
+    let mut command =
+        cargo(&["test", "--workspace", "--exclude", "devsplice-e2e", "--no-fail-fast"]);
+    tests(command.args(filter))
+}
+
+/// Counts the instructions of routing a request through three layers.
+pub fn price_of_a_request() -> Fallible<Counts> {
+    let name = "routing three layers";
+    if !std::path::Path::new(ROUTE_EXAMPLE).exists() {
+        return Ok(Counts::skip(name, "there is no example route_cost"));
+    }
+    let Some(valgrind) = proc::find_program("valgrind") else {
+        return Ok(Counts::skip(name, "valgrind is not installed"));
+    };
+    let build = ["build", "--release", "-p", "devsplice-core", "--example", "route_cost"];
+    let program = build_executable(&build, "route_cost")?;
+    let count = |requests: u64| {
+        let mut command = tied(&valgrind);
+        command.args(["--tool=callgrind", "--callgrind-out-file=/dev/null", &program]);
+        command.arg(requests.to_string()).stdin(Stdio::null());
+        let output = command.output().map_err(|e| format!("cannot start valgrind: {e}"))?;
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        collected(&stderr).ok_or_else(|| format!("callgrind counted nothing: {stderr}"))
+    };
+    let (few, many) = ROUTE_REQUESTS;
+    let each = count(many)?.saturating_sub(count(few)?) / (many - few);
+    println!("{name}: {each} instructions (bar {ROUTE_BAR})");
+    Ok(Counts::check(each <= ROUTE_BAR))
+}
+
+/// Builds the end-to-end tests and the command they test.
+pub fn build_end_to_end() -> Fallible<Programs> {
+    let command = build_executable(
+        &["build", "--release", "-p", "devsplice", "--bin", "devsplice"],
+        "devsplice",
+    )?;
+    let tests =
+        build_executable(&["test", "-p", "devsplice-e2e", "--test", "e2e", "--no-run"], "e2e")?;
+    Ok(Programs { tests, command })
+}
+
+/// The end-to-end tests that this machine's own kernel allows.
+pub fn end_to_end_here(programs: &Programs, filter: Option<&str>) -> Fallible<Counts> {
+    let mut command = tied(&programs.tests);
+    command.env("DEVSPLICE_E2E", "native").env("DEVSPLICE_BIN", &programs.command);
+    tests(command.args(filter))
+}
+
+/// The end-to-end tests in a virtual machine.
+pub fn end_to_end_vm(programs: &Programs, kernel: &str, filter: Option<&str>) -> Fallible<Counts> {
+    if let Err(reason) = vm::available() {
+        return Ok(Counts::skip("all end-to-end tests in a VM", &reason));
+    }
+    let this = std::env::current_exe().map_err(|e| format!("cannot find this program: {e}"))?;
+    let limit = (STEP_LIMIT.as_secs() - 30).to_string();
+    let mut command = tied(this);
+    command.args(["vm", "--kernel", kernel, "--timeout", &limit, "--scratch", "4G", "--"]);
+    command.args([&programs.tests, "--test-threads=1"]).args(filter);
+    tests(command.env("DEVSPLICE_E2E", "vm").env("DEVSPLICE_BIN", &programs.command))
+}
+
+/// A command whose success is one check.
+fn check(command: &mut Command) -> Fallible<Counts> {
+    stream(command, &mut |_| ()).map(Counts::check)
+}
+
+/// A command that runs tests: its output passes through and is counted.
+fn tests(command: &mut Command) -> Fallible<Counts> {
+    let mut counts = Counts::default();
+    let held = stream(command, &mut |line| counts.line(line))?;
+    if !held && counts.failed == 0 {
+        // It did not compile, crashed, or ran out of time.
+        counts.failed = 1;
+    }
+    Ok(counts)
+}
+
+/// Runs a command, shows its output line by line as it comes, and says whether it succeeded.
+fn stream(command: &mut Command, line: &mut dyn FnMut(&str)) -> Fallible<bool> {
+    let start = Instant::now();
+    let mut child = Guard::spawn(command.stdin(Stdio::null()).stdout(Stdio::piped()))?;
+    let stdout = child.take_stdout().ok_or("no standard output")?;
+    let (sender, receiver) = channel();
+    std::thread::spawn(move || {
+        for bytes in BufReader::new(stdout).split(b'\n').map_while(Result::ok) {
+            if sender.send(String::from_utf8_lossy(&bytes).into_owned()).is_err() {
+                return;
+            }
+        }
+    });
+    let mut ended = None;
+    loop {
+        match receiver.recv_timeout(proc::POLL) {
+            Ok(text) => {
+                println!("{text}");
+                line(&text);
+            }
+            Err(RecvTimeoutError::Disconnected) => return Ok(child.wait()?.success()),
+            // A process that it left behind may hold the pipe open: the child's end is the end.
+            Err(RecvTimeoutError::Timeout) => match ended {
+                Some(status) => return Ok(status),
+                None => ended = child.try_wait()?.map(|status| status.success()),
+            },
+        }
+        proc::check_interrupt()?;
+        if start.elapsed() > STEP_LIMIT {
+            return Err(format!("took longer than {} minutes", STEP_LIMIT.as_secs() / 60));
+        }
+    }
+}
+
+/// Builds with cargo and returns the path of the executable of the target called `name`.
+fn build_executable(arguments: &[&str], name: &str) -> Fallible<String> {
+    println!("building {name}");
+    let mut command = cargo(arguments);
+    let messages = run_quiet(command.arg("--message-format=json-render-diagnostics"))?;
+    executable(&String::from_utf8_lossy(&messages), name)
+        .ok_or_else(|| format!("cargo built no executable called {name}"))
+}
