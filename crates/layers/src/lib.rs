@@ -12,6 +12,7 @@ pub mod delay;
 pub mod error;
 pub mod linear;
 pub mod null;
+pub mod partition;
 pub mod stripe;
 #[cfg(test)]
 mod testing;
@@ -22,6 +23,7 @@ pub const DRIVERS: &[Driver] = &[
     linear::DRIVER,
     concat::DRIVER,
     stripe::DRIVER,
+    partition::DRIVER,
     delay::DRIVER,
     error::DRIVER,
     null::DRIVER,
