@@ -1,4 +1,5 @@
-//! Answers for files and block devices as bottoms: how they are opened, locked and what they can do.
+//! Answers for files and block devices as bottoms: how they are opened, locked and what they can
+//! do.
 //!
 //! Direct I/O is used where the file takes it with blocks of at most 4096 bytes (statx reports the
 //! alignment since 6.1; before, it is tried); else the page cache is, with a warning.
@@ -111,7 +112,8 @@ fn open_regular(wish: &Wish<'_>) -> Result<Opened> {
     Ok(Opened { fd, kind: FileKind::Regular, limits, direct, warnings })
 }
 
-/// Keeps other servers away for as long as the file is open: from a writer all, from a reader writers.
+/// Keeps other servers away for as long as the file is open: from a writer all, from a reader
+/// writers.
 fn lock(fd: &OwnedFd, wish: &Wish<'_>) -> Result<()> {
     let lock = if wish.read_only {
         FlockOperation::NonBlockingLockShared

@@ -1,5 +1,5 @@
-//! Answers for what the kernel says of a block device under /sys/dev/block (Documentation/ABI/stable/
-//! sysfs-block).
+//! Answers for what the kernel says of a block device under /sys/dev/block
+//! (Documentation/ABI/stable/ sysfs-block).
 
 use std::fs::read_to_string;
 use std::path::PathBuf;

@@ -1,5 +1,5 @@
-//! Answers for `devsplice add`: checks what can be checked at once, starts the server, tells how that
-//! went.
+//! Answers for `devsplice add`: checks what can be checked at once, starts the server, tells how
+//! that went.
 
 use std::io::{BufRead, BufReader, PipeWriter, Write};
 use std::process::ExitCode;

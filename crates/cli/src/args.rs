@@ -3,13 +3,15 @@
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use devsplice_exports::ublk::DataPath;
 
+const AFTER_HELP: &str = "\
+Exit codes: 0 done; 1 it failed, the message says what and what to do (doctor: no disk can be made
+here); 2 the command line makes no sense.
+Stacks: docs/stack.md. State: /run/devsplice.";
+
 /// Block devices from a stack of layers, served from user space without copying.
 #[derive(Debug, Parser)]
 #[command(name = "devsplice", version, max_term_width = 100, arg_required_else_help = true)]
-#[command(
-    after_help = "Exit codes: 0 done; 1 it failed, the message says what and what to do (doctor: no disk can be \
-    made here); 2 the command line makes no sense.\nStacks: docs/stack.md. State: /run/devsplice."
-)]
+#[command(after_help = AFTER_HELP)]
 pub struct Options {
     #[command(subcommand)]
     pub command: Command,

@@ -27,8 +27,8 @@ pub fn mounts_of(device: &str) -> Vec<String> {
         .collect()
 }
 
-/// Writes out what the file systems on the disk, and its own page cache, have in memory. Whether that
-/// was done within `limit`: the disk may be what is stuck, so nothing waits longer.
+/// Writes out what the file systems on the disk, and its own page cache, have in memory. Whether
+/// that was done within `limit`: the disk may be what is stuck, so nothing waits longer.
 pub fn sync(device: &str, limit: Duration) -> bool {
     let mounts = mounts_of(device);
     let device = device.to_owned();

@@ -49,8 +49,8 @@ fn run(command: &Command) -> Result<ExitCode> {
     }
 }
 
-/// A thread that panics and lives on would leave its queue unserved: in every build a panic ends the
-/// process, and the guard cleans up.
+/// A thread that panics and lives on would leave its queue unserved: in every build a panic ends
+/// the process, and the guard cleans up.
 fn abort_on_panic() {
     let print = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {

@@ -182,8 +182,8 @@ impl Server {
             }
             let log = state::path(name, "log");
             return Some(json!({ "error": format!(
-                "{name} ({device}): data in memory could not be written to it; see {}, or --force to \
-                 lose it",
+                "{name} ({device}): data in memory could not be written to it; see {}, or --force \
+                 to lose it",
                 log.display()
             )}));
         }

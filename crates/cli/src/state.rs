@@ -92,7 +92,8 @@ pub struct Claim {
 }
 
 impl Claim {
-    /// Takes `name`, or the first free of d0, d1, ... What a dead server left under it is cleaned up.
+    /// Takes `name`, or the first free of d0, d1, ... What a dead server left under it is cleaned
+    /// up.
     ///
     /// # Errors
     /// If the name is taken.

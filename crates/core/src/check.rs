@@ -1,4 +1,5 @@
-//! Answers for the contract between the router and a layer: each answer is checked, also in release.
+//! Answers for the contract between the router and a layer: each answer is checked, also in
+//! release.
 //!
 //! A broken contract would put data in the wrong place, so it is a panic that names the layer, and
 //! the process, built with `panic = "abort"`, takes the device down rather than guess.
@@ -50,7 +51,7 @@ pub(crate) fn no_port(layer: &str, port: Port) -> ! {
 #[inline(never)]
 fn no_destination(layer: &str, extent: Extent, below: &Limits) -> ! {
     panic!(
-        "layer {layer} broke its contract: sent {extent:?} to a device of {} bytes in {}-byte blocks",
+        "layer {layer} broke its contract: sent {extent:?} to {} bytes in {}-byte blocks",
         below.size, below.block
     )
 }

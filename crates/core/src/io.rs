@@ -9,7 +9,8 @@ pub enum Op {
     Write,
     /// Make every write that was completed before this request was sent durable.
     Flush,
-    /// The bytes are no longer needed; afterwards they may read as anything that was there or zeros.
+    /// The bytes are no longer needed; afterwards they may read as anything that was there or
+    /// zeros.
     Discard,
     /// Afterwards the bytes read as zeros.
     WriteZeroes {

@@ -1,8 +1,8 @@
 //! Answers for numbers as users type them: sizes and durations.
 //!
-//! Sizes: plain bytes, `k M G T P E` (either case) as powers of 1024, `s` for 512-byte sectors, `0x`
-//! hexadecimal, `_` as separator. Durations: `ns`, `us`, `ms`, `s`, with decimals. Overflow and
-//! trailing junk are refused.
+//! Sizes: plain bytes, `k M G T P E` (either case) as powers of 1024, `s` for 512-byte sectors,
+//! `0x` hexadecimal, `_` as separator. Durations: `ns`, `us`, `ms`, `s`, with decimals. Overflow
+//! and trailing junk are refused.
 
 /// Reads a size in bytes.
 ///

@@ -26,8 +26,8 @@ impl Arena {
             .filter(|bytes| *bytes > 0 && stride.is_multiple_of(4096))
             .ok_or_else(|| Error::invalid("request memory", format!("{slots} x {stride} bytes")))?;
         let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
-        // SAFETY: a fresh private mapping at an address of the kernel's choice aliases nothing; this
-        // value alone owns it until drop.
+        // SAFETY: a fresh private mapping at an address of the kernel's choice aliases nothing;
+        // this value alone owns it until drop.
         let base = unsafe {
             mmap_anonymous(std::ptr::null_mut(), bytes, ProtFlags::READ | ProtFlags::WRITE, flags)
         }
@@ -79,8 +79,8 @@ impl Arena {
         // SAFETY: `slot` is below the number of slots (indexed above), so the offset is inside the
         // mapping.
         let start = unsafe { self.base.as_ptr().add(slot * self.stride) };
-        // SAFETY: the mapping holds initialised (zero-filled) bytes; no queued entry names them (the
-        // count above, kept by `Uring`), and `&mut self` excludes other slices.
+        // SAFETY: the mapping holds initialised (zero-filled) bytes; no queued entry names them
+        // (the count above, kept by `Uring`), and `&mut self` excludes other slices.
         unsafe { std::slice::from_raw_parts_mut(start, self.stride) }
     }
 

@@ -1,5 +1,5 @@
-//! Answers for commands that may block: a small ring of 128-byte entries, used one at a time, with a
-//! bounded wait. Not for I/O threads.
+//! Answers for commands that may block: a small ring of 128-byte entries, used one at a time, with
+//! a bounded wait. Not for I/O threads.
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::time::Duration;

@@ -1,5 +1,5 @@
-//! Answers for files that a ring has been given: registered once, named by index, with what is known
-//! of the operations they take.
+//! Answers for files that a ring has been given: registered once, named by index, with what is
+//! known of the operations they take.
 
 use std::os::fd::OwnedFd;
 

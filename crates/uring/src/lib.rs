@@ -1,5 +1,5 @@
-//! Answers for io_uring: a [`Ring`](devsplice_engine::Ring) that owns every entry's memory until its
-//! completion, and `dev_splice`, the one table of how pages reach a place.
+//! Answers for io_uring: a [`Ring`](devsplice_engine::Ring) that owns every entry's memory until
+//! its completion, and `dev_splice`, the one table of how pages reach a place.
 //!
 //! All `unsafe` of the data path is in this crate. What the kernel is given an address of lies in a
 //! table or an arena that lives as long as the ring.

@@ -1,4 +1,5 @@
-//! Answers for an I/O thread's ring: what the engine and the exports submit, what comes back to whom.
+//! Answers for an I/O thread's ring: what the engine and the exports submit, what comes back to
+//! whom.
 
 use std::os::fd::{AsRawFd, OwnedFd};
 
@@ -195,8 +196,8 @@ impl Uring {
         }
     }
 
-    /// Reads from `file` at `off` into bytes `at..at + len` of a tag's memory. The completion's index
-    /// is `index`, whose low half must be the tag.
+    /// Reads from `file` at `off` into bytes `at..at + len` of a tag's memory. The completion's
+    /// index is `index`, whose low half must be the tag.
     pub fn read(
         &mut self,
         (lane, index): (u16, u32),

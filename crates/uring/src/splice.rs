@@ -1,10 +1,13 @@
 //! Answers for `dev_splice`: pages kind x place x operation -> one submission entry. The only table
 //! of copy modes.
 //!
-//! | pages \ operation | read, write (one part) | read, write (more parts) |
-//! |---|---|---|
-//! | registered slot   | `READ_FIXED`, `WRITE_FIXED`: the device's own pages, no copy | `READV_FIXED`, `WRITEV_FIXED` |
-//! | memory of ours    | `READ`, `WRITE`: one copy between device and memory, made elsewhere | `READV`, `WRITEV` |
+//! | pages           | read, write of one part         | of more parts                   |
+//! |-----------------|---------------------------------|---------------------------------|
+//! | registered slot | `READ_FIXED`, `WRITE_FIXED`     | `READV_FIXED`, `WRITEV_FIXED`   |
+//! | memory of ours  | `READ`, `WRITE`                 | `READV`, `WRITEV`               |
+//!
+//! A slot is the device's own pages: no copy. Memory of ours costs one, between the device and that
+//! memory, made before or after by the front end.
 //!
 //! Direction (Linux 7.3, io_uring/rsrc.c): a slot of a READ request can only be filled, one of a
 //! WRITE only drained; anything else is EFAULT. Reads of nothing come from /dev/zero, so that a
@@ -97,8 +100,8 @@ pub(crate) struct Around<'a> {
     pub(crate) zeroes: u64,
 }
 
-/// The entry that carries out `splice`, without its user data. `flight` is the splice's own and does
-/// not move until its completion.
+/// The entry that carries out `splice`, without its user data. `flight` is the splice's own and
+/// does not move until its completion.
 pub(crate) fn entry(flight: &mut Flight, splice: &Splice<'_>, around: &Around<'_>) -> Sqe {
     let file = match splice.to {
         To::File(file) => file.0,

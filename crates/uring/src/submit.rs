@@ -10,7 +10,8 @@ use crate::uapi::{ENTER_GETEVENTS, ENTER_REGISTERED_RING, REGISTER_RING_FDS, Sqe
 /// The pair of queues with its counters.
 pub(crate) struct Queues {
     pub(crate) ring: IoUring,
-    /// What `io_uring_enter` is told: the descriptor, or its index among the task's registered ones.
+    /// What `io_uring_enter` is told: the descriptor, or its index among the task's registered
+    /// ones.
     enter_fd: i32,
     enter_flags: u32,
     pub(crate) sqes: u64,

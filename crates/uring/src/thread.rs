@@ -1,5 +1,5 @@
-//! Answers for what threads must be in a process that serves a device: an I/O thread never waits for
-//! it, and a thread that does wait for it stands apart.
+//! Answers for what threads must be in a process that serves a device: an I/O thread never waits
+//! for it, and a thread that does wait for it stands apart.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};

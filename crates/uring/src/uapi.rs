@@ -1,5 +1,5 @@
-//! Answers for io_uring's binary interface as far as it is used here (include/uapi/linux/io_uring.h,
-//! Linux 7.3; every value is stable).
+//! Answers for io_uring's binary interface as far as it is used here
+//! (include/uapi/linux/io_uring.h, Linux 7.3; every value is stable).
 
 /// `struct io_uring_sqe`, 64 bytes.
 #[repr(C)]

@@ -19,8 +19,8 @@ pub(crate) struct Descriptors {
     bytes: usize,
 }
 
-// SAFETY: the mapping is read-only and belongs to this value alone; moving it to another thread of the
-// process changes nothing.
+// SAFETY: the mapping is read-only and belongs to this value alone; moving it to another thread of
+// the process changes nothing.
 unsafe impl Send for Descriptors {}
 
 impl Descriptors {

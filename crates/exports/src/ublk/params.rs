@@ -59,8 +59,8 @@ fn attrs(limits: &Limits, read_only: bool) -> u32 {
     if limits.rotational {
         attrs |= ATTR_ROTATIONAL;
     }
-    // Without a cache below no flush is needed, and with the flag databases would wait for them; with
-    // a cache and without the flag none would ever arrive.
+    // Without a cache below no flush is needed, and with the flag databases would wait for them;
+    // with a cache and without the flag none would ever arrive.
     if limits.volatile_cache {
         attrs |= ATTR_VOLATILE_CACHE;
         if limits.fua {

@@ -1,9 +1,9 @@
 //! Answers for one ublk queue: descriptors become requests, results become commits.
 //!
 //! Each tag goes round: fetch -> (bring the data) -> engine -> (deliver the data) -> commit, which
-//! fetches the next. What the steps in brackets are is the data path's affair ([`DataPath`]); the engine
-//! sees pages and nothing else. A command that comes back with `ENODEV` is dead: the disk was
-//! stopped, the tag is not used again.
+//! fetches the next. What the steps in brackets are is the data path's affair ([`DataPath`]); the
+//! engine sees pages and nothing else. A command that comes back with `ENODEV` is dead: the disk
+//! was stopped, the tag is not used again.
 
 use devsplice_core::{Errno, Error, ErrorKind, Io, Op, Result};
 use devsplice_engine::{Completion, Export, FileId, Inbox, Request};

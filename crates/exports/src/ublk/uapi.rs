@@ -126,8 +126,8 @@ pub(crate) struct IoCmd {
     pub(crate) addr: u64,
 }
 
-/// `struct ublk_params` as far as devices without zones and integrity need it: header, basic, discard,
-/// devt, zoned (unused), dma alignment, segments.
+/// `struct ublk_params` as far as devices without zones and integrity need it: header, basic,
+/// discard, devt, zoned (unused), dma alignment, segments.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, IntoBytes, FromBytes, Immutable)]
 pub(crate) struct Params {
