@@ -148,7 +148,7 @@ fn fit(limits: &Limits, at: u64, len: u64) -> (u64, u64) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(256))]
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(1024) })]
 
     #[test]
     fn a_stack_behaves_like_one_flat_disk(shape in shapes(), steps in steps()) {

@@ -71,7 +71,7 @@ fn same(a: &Plan, b: &Plan) -> bool {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(4096))]
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(4096) })]
 
     #[test]
     fn any_text_is_a_plan_or_an_error(text in ".{0,200}") {
