@@ -98,7 +98,9 @@ fn agrees_with(dump: &str, image: &Image, block: u32) -> usize {
         }
         for (key, name) in [("name", "label"), ("uuid", "uuid")] {
             if let Some(value) = field(line, key) {
-                assert_eq!(place(&bytes, block, name, value), want, "{line}");
+                // The one letter beyond ASCII in these tests, as sfdisk prints it.
+                let value = value.replace("\\xc3\\xa9", "\u{e9}");
+                assert_eq!(place(&bytes, block, name, &value), want, "{line}");
             }
         }
     }
