@@ -105,6 +105,9 @@ fn open_regular(wish: &Wish<'_>) -> Result<Opened> {
     let fd = if use_direct.is_some() { open_with(wish, OFlags::DIRECT)? } else { plain };
     if wish.access == Access::Serve {
         lock(&fd, wish)?;
+        if !wish.read_only {
+            not_under_loop(&fd, wish)?;
+        }
     }
     let need = use_direct.unwrap_or(DirectNeed { offset: SECTOR, memory: 1 });
     let limits = regular_limits(&fd, wish, need)?;
@@ -124,6 +127,21 @@ fn lock(fd: &OwnedFd, wish: &Wish<'_>) -> Result<()> {
         Error::new(ErrorKind::Busy, wish.path, "is in use: another process has locked it")
             .next("see who: fuser -v, or devsplice list")
     })
+}
+
+/// A loop device takes no lock on its file, so it has to be looked for.
+fn not_under_loop(fd: &OwnedFd, wish: &Wish<'_>) -> Result<()> {
+    let os = |errno: rustix::io::Errno| Error::os(wish.path, &errno.into());
+    let ours = rustix::fs::fstat(fd).map_err(os)?;
+    for (device, file) in crate::sysfs::loops() {
+        let is_ours = rustix::fs::stat(&file)
+            .is_ok_and(|its| (its.st_dev, its.st_ino) == (ours.st_dev, ours.st_ino));
+        if is_ours {
+            return Err(Error::new(ErrorKind::Busy, wish.path, format!("is in use by {device}"))
+                .next(format!("losetup -d {device}, or serve {device} instead")));
+        }
+    }
+    Ok(())
 }
 
 fn regular_limits(fd: &OwnedFd, wish: &Wish<'_>, need: DirectNeed) -> Result<Limits> {

@@ -41,3 +41,14 @@ impl Device {
         Some(read_to_string(self.queue.join(name)).ok()?.trim().to_owned())
     }
 }
+
+/// Loop devices and the files they lie over.
+pub(crate) fn loops() -> Vec<(String, String)> {
+    let Ok(blocks) = std::fs::read_dir("/sys/block") else { return Vec::new() };
+    let pair = |entry: std::fs::DirEntry| {
+        let file = read_to_string(entry.path().join("loop/backing_file")).ok()?;
+        let device = format!("/dev/{}", entry.file_name().to_str()?);
+        Some((device, file.trim_end_matches('\n').to_owned()))
+    };
+    blocks.flatten().filter_map(pair).collect()
+}

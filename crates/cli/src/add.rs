@@ -43,6 +43,9 @@ pub fn run(add: &Add) -> Result<ExitCode> {
 }
 
 fn start(add: &Add, plan: &Plan) -> Result<Server> {
+    // A core dump could end up on the very disk that has just lost its server.
+    let none = rustix::process::Rlimit { current: Some(0), maximum: Some(0) };
+    let _ = rustix::process::setrlimit(rustix::process::Resource::Core, none);
     let choice = front::choose(add.export, add.data_path)?;
     let guard = guard::start()?;
     Server::start(add, plan, choice, guard)

@@ -6,8 +6,8 @@ use devsplice_core::{Error, ErrorKind, Result};
 use serde_json::json;
 
 use crate::args::Del;
-use crate::state::Found;
-use crate::{client, guard, state};
+use crate::state::{Claim, Found};
+use crate::{client, state};
 
 /// Longer than the server's own patience with the device.
 const LIMIT: Duration = Duration::from_secs(240);
@@ -36,7 +36,10 @@ pub fn run(del: &Del) -> Result<()> {
 
 fn remove(found: &Found, force: bool) -> Result<()> {
     if !found.alive {
-        guard::clean(&found.disk);
+        // Taking the name cleans up after its last server.
+        if let Some(claim) = Claim::try_take(&found.disk.name)? {
+            claim.remove();
+        }
         return Ok(());
     }
     client::call(&found.disk.name, "stop", &json!({ "force": force }), LIMIT).map(drop)

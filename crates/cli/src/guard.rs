@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use devsplice_core::{Error, ErrorKind, Result};
 use devsplice_exports::{fuse, ublk};
 
-use crate::state::{self, Disk};
+use crate::state::{Claim, Disk};
 
 /// The server's end: its end tells the guard.
 pub struct Guard {
@@ -51,12 +51,10 @@ fn watch(mut reader: PipeReader) {
     // The lock goes with the last descriptor, a moment after the pipe.
     let end = Instant::now() + PATIENCE;
     while Instant::now() < end {
-        match state::find(name) {
-            Ok(found) if found.alive => std::thread::sleep(Duration::from_millis(5)),
-            Ok(found) => {
-                clean(&found.disk);
-                return;
-            }
+        match Claim::try_take(name) {
+            // Whatever the server left is cleaned up by now; it is ours until it is removed.
+            Ok(Some(claim)) => return claim.remove(),
+            Ok(None) => std::thread::sleep(Duration::from_millis(5)),
             Err(_) => return,
         }
     }
@@ -76,8 +74,8 @@ impl Guard {
     }
 }
 
-/// Clears up after a server that is gone: device, link, files. Best effort: each step is tried even
-/// if the one before it failed.
+/// Takes the device of a server that is gone away. For who holds the claim on its name. Best effort:
+/// each step is tried even if the one before it failed.
 pub fn clean(disk: &Disk) {
     if let Some(id) = disk.ublk_id
         && let Ok(mut control) = ublk::Control::open()
@@ -87,7 +85,6 @@ pub fn clean(disk: &Disk) {
     if disk.export == "fuse" && !disk.device.is_empty() {
         let _ = fuse::clear_loop(&disk.device, &disk.name);
     }
-    state::remove_files(&disk.name);
 }
 
 /// Deletes a ublk device, unless a living process other than the dead server has it by now.

@@ -1,13 +1,33 @@
 //! Answers for what this machine is: root or not, which kernel, who holds a disk.
 
+use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use rustix::fs::{Mode, OFlags};
 
-/// Whether somebody holds the disk exclusively: a mounted file system, swap, LVM, another server.
+/// How long looking at a disk may take.
+const LOOK_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Whether somebody holds the disk exclusively: a mounted file system, swap, LVM, another server. A
+/// disk that cannot be looked at in time counts as held.
 pub fn is_held(device: &str) -> bool {
-    let flags = OFlags::RDONLY | OFlags::EXCL | OFlags::CLOEXEC | OFlags::NONBLOCK;
-    matches!(rustix::fs::open(device, flags, Mode::empty()), Err(rustix::io::Errno::BUSY))
+    let device = device.to_owned();
+    apart(LOOK_PATIENCE, move || open(&device, OFlags::EXCL).err() == Some(rustix::io::Errno::BUSY))
+        .unwrap_or(true)
+}
+
+/// Does what may wait for I/O that this process serves: on a thread that keeps no descriptor of the
+/// device open (a kill must close them all), and for at most `limit`.
+fn apart<T: Send + 'static>(
+    limit: Duration,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Option<T> {
+    devsplice_uring::thread::apart(None, |_| work()).ok()?.recv_timeout(limit).ok()
+}
+
+fn open(path: &str, more: OFlags) -> Result<OwnedFd, rustix::io::Errno> {
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | more;
+    rustix::fs::open(path, flags, Mode::empty())
 }
 
 /// Where the disk, or a partition of it, is mounted in this mount namespace.
@@ -32,21 +52,16 @@ pub fn mounts_of(device: &str) -> Vec<String> {
 pub fn sync(device: &str, limit: Duration) -> bool {
     let mounts = mounts_of(device);
     let device = device.to_owned();
-    let (done, news) = std::sync::mpsc::channel();
-    let spawned = std::thread::Builder::new().name("sync".into()).spawn(move || {
-        let open = |path: &str| {
-            let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
-            rustix::fs::open(path, flags, Mode::empty())
-        };
+    let write_out = move || {
         let mut all_well = true;
         for mount in mounts {
-            all_well &= open(&mount).and_then(rustix::fs::syncfs).is_ok();
+            all_well &= open(&mount, OFlags::empty()).and_then(rustix::fs::syncfs).is_ok();
         }
         // Gone already: then there is nothing to write out.
-        if let Ok(disk) = open(&device) {
+        if let Ok(disk) = open(&device, OFlags::empty()) {
             all_well &= rustix::fs::fsync(disk).is_ok();
         }
-        let _ = done.send(all_well);
-    });
-    spawned.is_ok() && news.recv_timeout(limit) == Ok(true)
+        all_well
+    };
+    apart(limit, write_out) == Some(true)
 }

@@ -114,14 +114,18 @@ impl Claim {
         Err(Error::new(ErrorKind::Busy, "names", "d0 to d65535 are all taken"))
     }
 
-    fn try_take(name: &str) -> Result<Option<Claim>> {
+    /// Takes `name` unless a server has it; what a dead one left under it is cleaned up.
+    ///
+    /// # Errors
+    /// If the state file cannot be opened.
+    pub fn try_take(name: &str) -> Result<Option<Claim>> {
         let path = path(name, "json");
         let os = |error| Error::os(path.display().to_string(), &error);
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(false).mode(0o600);
         for _ in 0..100 {
             let file = options.open(&path).map_err(os)?;
-            if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+            if !lock(&file) {
                 return Ok(None);
             }
             // Between open and lock its owner may have removed it: then the lock is on a ghost.
@@ -166,16 +170,23 @@ impl Claim {
 
     /// Removes all state of the disk, and the link to its node.
     pub fn remove(self) {
-        remove_files(&self.name);
+        let _ = std::fs::remove_file(link(&self.name));
+        for ending in ["sock", "log", "json"] {
+            let _ = std::fs::remove_file(path(&self.name, ending));
+        }
     }
 }
 
-/// Removes the files of a disk that has no server.
-pub fn remove_files(name: &str) {
-    let _ = std::fs::remove_file(link(name));
-    for ending in ["sock", "log", "json"] {
-        let _ = std::fs::remove_file(path(name, ending));
+/// Locks a state file, unless a server has. Who only looks (`list`) has it for a moment, which is
+/// not to be taken for a server.
+fn lock(file: &File) -> bool {
+    for _ in 0..20 {
+        if flock(file, FlockOperation::NonBlockingLockExclusive).is_ok() {
+            return true;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(1));
     }
+    false
 }
 
 /// A disk as found under /run/devsplice.
