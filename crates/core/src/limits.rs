@@ -117,6 +117,9 @@ impl Limits {
             all.rotational |= one.rotational;
         }
         all.physical = all.physical.max(all.block);
+        if all.discard != 0 {
+            all.discard = all.discard.max(all.block);
+        }
         all.checked()
     }
 
@@ -177,6 +180,10 @@ impl Limits {
             return Err(Error::invalid("size", "0 bytes are no device"));
         }
         self.aligned("size", self.size)?;
+        // loff_t, in which the kernel counts, is signed.
+        if self.size > i64::MAX.cast_unsigned() {
+            return Err(Error::invalid("size", format!("{} bytes are beyond 2^63", self.size)));
+        }
         if !self.physical.is_power_of_two() || self.physical < self.block {
             let reason = format!("{} is no power of two from the block up", self.physical);
             return Err(Error::invalid("physical block", reason));
@@ -213,6 +220,18 @@ mod tests {
         ] {
             assert!(disk.window(offset, size).is_err(), "{offset} {size:?}");
         }
+    }
+
+    #[test]
+    fn a_discard_is_never_finer_than_a_block() {
+        let a = Limits { block: 4096, physical: 4096, ..Limits::ideal(1 << 20) };
+        assert_eq!(Limits::stack(&[a, Limits::ideal(1 << 20)], 2 << 20).unwrap().discard, 4096);
+    }
+
+    #[test]
+    fn a_size_that_the_kernel_cannot_count_is_refused() {
+        assert!(Limits::ideal(1 << 63).checked().is_err());
+        assert!(Limits::ideal((1 << 63) - 512).checked().is_ok());
     }
 
     #[test]

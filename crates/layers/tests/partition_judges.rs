@@ -33,8 +33,8 @@ impl Image {
         let end = Instant::now() + Duration::from_secs(30);
         while child.try_wait().unwrap().is_none() {
             if Instant::now() > end {
-                eprintln!("skipped: {tool} hangs; its sync waits for another file system");
-                return None;
+                let _ = child.kill();
+                panic!("{tool} hangs; perhaps its sync waits for another file system");
             }
             std::thread::sleep(Duration::from_millis(5));
         }

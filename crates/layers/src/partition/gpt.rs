@@ -46,7 +46,7 @@ fn read_copy(below: &mut dyn Lower, disk: &Limits, own: u64) -> Result<Vec<Part>
     header.truncate(size as usize);
     let crc = number::<4>(&header, 16);
     header[16..20].fill(0);
-    if crc != u64::from(crc32(&header)) {
+    if crc != u64::from(crc32fast::hash(&header)) {
         return Err(damaged("its CRC is wrong"));
     }
     let (low, high) = (number::<8>(&header, 40), number::<8>(&header, 48));
@@ -66,7 +66,7 @@ fn read_copy(below: &mut dyn Lower, disk: &Limits, own: u64) -> Result<Vec<Part>
     let mut entries = vec![0; (blocks * block) as usize];
     read(below, table.at, &mut entries)?;
     entries.truncate(total as usize);
-    if number::<4>(&header, 88) != u64::from(crc32(&entries)) {
+    if number::<4>(&header, 88) != u64::from(crc32fast::hash(&entries)) {
         return Err(damaged("the CRC of its entries is wrong"));
     }
     let parts = (1..).zip(entries.chunks(entry as usize));
@@ -98,14 +98,6 @@ fn guid(bytes: &[u8]) -> String {
     format!("{a:08x}-{b:04x}-{c:04x}-{:02x}{:02x}-{tail}", bytes[24], bytes[25])
 }
 
-/// CRC-32 as in Ethernet and zip. A bit at a time: it runs over a few pages, once.
-fn crc32(bytes: &[u8]) -> u32 {
-    !bytes.iter().fold(u32::MAX, |crc, byte| {
-        let step = |crc: u32, _| (crc >> 1) ^ (0xedb8_8320 & (crc & 1).wrapping_neg());
-        (0..8).fold(crc ^ u32::from(*byte), step)
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::DRIVER;
@@ -133,9 +125,9 @@ mod tests {
         header.extend(f.size.to_le_bytes());
         header.resize(24, 0);
         header.extend([own, 0, f.low, f.high, 0, 0, f.entries].map(u64::to_le_bytes).concat());
-        header.extend([f.count, f.entry, crc32(entries)].map(u32::to_le_bytes).concat());
+        header.extend([f.count, f.entry, crc32fast::hash(entries)].map(u32::to_le_bytes).concat());
         header.resize(block, 0);
-        let crc = crc32(&header[..block.min(f.size as usize)]);
+        let crc = crc32fast::hash(&header[..block.min(f.size as usize)]);
         header[16..20].copy_from_slice(&crc.to_le_bytes());
         let own = own as usize * block;
         image[own..own + block].copy_from_slice(&header);
@@ -173,7 +165,7 @@ mod tests {
 
     #[test]
     fn the_check_sum_is_the_usual_one() {
-        assert_eq!(crc32(b"123456789"), 0xcbf4_3926);
+        assert_eq!(crc32fast::hash(b"123456789"), 0xcbf4_3926);
     }
 
     #[test]
