@@ -19,6 +19,9 @@ pub const POLL: Duration = Duration::from_millis(20);
 /// How long a child may take to end after SIGTERM before SIGKILL follows.
 const GRACE: Duration = Duration::from_secs(5);
 
+/// What makes `setpriv` tie a process to this one.
+const TIE: [&str; 3] = ["--pdeathsig", "KILL", "--"];
+
 static SIGNAL: OnceLock<Arc<AtomicUsize>> = OnceLock::new();
 
 /// Turns SIGINT, SIGTERM and SIGHUP into a flag, so that destructors run and nothing is left over.
@@ -120,7 +123,7 @@ pub fn tied(program: impl AsRef<OsStr>) -> Command {
     match find_program("setpriv") {
         Some(setpriv) => {
             let mut command = Command::new(setpriv);
-            command.args(["--pdeathsig", "KILL", "--"]).arg(program);
+            command.args(TIE).arg(program);
             command
         }
         None => Command::new(program),
@@ -160,12 +163,11 @@ fn collect(pipe: Option<impl Read + Send + 'static>) -> JoinHandle<Vec<u8>> {
 
 /// A command line for people to read: the program and its first arguments.
 pub fn show(command: &Command) -> String {
-    let mut line = command.get_program().to_string_lossy().into_owned();
-    for arg in command.get_args().take(3) {
-        line.push(' ');
-        line.push_str(&arg.to_string_lossy());
-    }
-    line
+    let words = std::iter::once(command.get_program()).chain(command.get_args());
+    let tie =
+        if command.get_args().next().is_some_and(|arg| arg == TIE[0]) { TIE.len() + 1 } else { 0 };
+    let words: Vec<_> = words.skip(tie).take(4).map(OsStr::to_string_lossy).collect();
+    words.join(" ")
 }
 
 /// Where `name` would be started from: PATH, then the directories of the administrator's tools.

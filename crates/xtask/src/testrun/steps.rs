@@ -1,6 +1,7 @@
 //! The steps of a test run: which command each is, and how its answer is read.
 
 use std::io::{BufRead, BufReader};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
@@ -15,7 +16,9 @@ const STEP_LIMIT: Duration = Duration::from_secs(25 * 60);
 const ROUTE_BAR: u64 = 250;
 /// The requests of the two runs whose difference counts: what start and end cost cancels out.
 const ROUTE_REQUESTS: (u64, u64) = (1000, 11_000);
-const ROUTE_EXAMPLE: &str = "crates/core/examples/route_cost.rs";
+/// Where the example that routes may be: crate, and directory.
+const ROUTE_HOMES: [(&str, &str); 2] =
+    [("devsplice-layers", "crates/layers"), ("devsplice-core", "crates/core")];
 
 /// The programs of the end-to-end tests.
 pub struct Programs {
@@ -63,13 +66,14 @@ pub fn unit_tests(filter: Option<&str>) -> Fallible<Counts> {
 /// Counts the instructions of routing a request through three layers.
 pub fn price_of_a_request() -> Fallible<Counts> {
     let name = "routing three layers";
-    if !std::path::Path::new(ROUTE_EXAMPLE).exists() {
+    let is_home = |dir: &str| Path::new(dir).join("examples/route_cost.rs").exists();
+    let Some((package, _)) = ROUTE_HOMES.into_iter().find(|(_, dir)| is_home(dir)) else {
         return Ok(Counts::skip(name, "there is no example route_cost"));
-    }
+    };
     let Some(valgrind) = proc::find_program("valgrind") else {
         return Ok(Counts::skip(name, "valgrind is not installed"));
     };
-    let build = ["build", "--release", "-p", "devsplice-core", "--example", "route_cost"];
+    let build = ["build", "--release", "-p", package, "--example", "route_cost"];
     let program = build_executable(&build, "route_cost")?;
     let count = |requests: u64| {
         let mut command = tied(&valgrind);
