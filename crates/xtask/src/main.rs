@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod apt;
+mod demo;
 mod deps;
 mod kernel;
 mod proc;
@@ -27,6 +28,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    Demo(demo::Options),
     Vm(vm::Options),
     Test(testrun::Options),
     /// Check the style rules that no compiler checks.
@@ -37,6 +39,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let failure = if matches!(cli.command, Command::Vm(_)) { vm::RC_NO_VM } else { 1 };
     let done = proc::watch_signals().and_then(|()| match cli.command {
+        Command::Demo(options) => demo::run(&options),
         Command::Vm(options) => vm::run(&options),
         Command::Test(options) => testrun::run(&options),
         Command::Tidy => tidy::run().map(|findings| u8::from(findings > 0)),
