@@ -42,11 +42,13 @@ impl Counts {
     }
 }
 
-/// Name and reason of a line `test NAME ... ignored, REASON`.
+/// Name and reason of a line `test NAME ... ignored, REASON`, or `ignored (REASON)` where a test
+/// decided so itself.
 fn ignored(line: &str) -> Option<(&str, &str)> {
     let (name, outcome) = line.strip_prefix("test ")?.rsplit_once(" ... ")?;
     let rest = outcome.strip_prefix("ignored")?;
     let reason = rest.strip_prefix(',').unwrap_or(rest).trim();
+    let reason = reason.strip_prefix('(').and_then(|r| r.strip_suffix(')')).unwrap_or(reason);
     Some((name.trim(), if reason.is_empty() { "no reason given" } else { reason }))
 }
 
@@ -83,10 +85,13 @@ mod tests {
         let mut counts = Counts::default();
         counts.line("test ublk_read ... ignored, no /dev/ublk-control; see: a, b");
         counts.line("test old ... ignored");
+        counts.line("test fuse   ... ignored (no /dev/fuse (really))");
         counts.line("test helper ... ignored, is run by other tests");
         let pair = |a: &str, b: &str| (a.to_owned(), b.to_owned());
         let reason = "no /dev/ublk-control; see: a, b";
-        assert_eq!(counts.skipped, [pair("ublk_read", reason), pair("old", "no reason given")]);
+        let old = pair("old", "no reason given");
+        let fuse = pair("fuse", "no /dev/fuse (really)");
+        assert_eq!(counts.skipped, [pair("ublk_read", reason), old, fuse]);
     }
 
     #[test]
