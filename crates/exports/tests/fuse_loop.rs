@@ -2,8 +2,10 @@
 //!
 //! Needs root, /dev/fuse and loop devices; without them each test says so and does nothing. Nothing
 //! here waits without a bound: whatever touches a device runs under `timeout`.
+#![allow(clippy::unwrap_used)]
 
 use std::fs::{File, OpenOptions};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -16,6 +18,7 @@ use devsplice_engine::{Counts, Stuck};
 use devsplice_exports::fuse::{self, Device, Options};
 use devsplice_exports::threads::Bottom;
 use devsplice_uring::FileKind;
+use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsmount, fsopen};
 
 const MIB: u64 = 1 << 20;
 const O_DIRECT: i32 = 0o40000;
@@ -68,6 +71,7 @@ fn on_stuck(stuck: &Stuck) {
     println!("stuck: {stuck:?}");
 }
 
+#[allow(clippy::needless_pass_by_value)]
 fn on_death(error: Error) {
     panic!("an I/O thread died: {error}");
 }
@@ -318,4 +322,358 @@ fn a_file_system_lives_on_it() {
     run(&["umount", mount]);
     assert!(!disk.device.is_busy());
     println!("{:?}", disk.end());
+}
+
+fn blocks(path: &Path) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    File::open(path).unwrap().sync_all().unwrap();
+    std::fs::metadata(path).unwrap().blocks() * 512
+}
+
+fn reads_as_zeros(disk: &Disk, at: u64, len: usize) -> bool {
+    let mut pages = Pages::new(len, |_| 0xee);
+    disk.open().read_exact_at(pages.all(), at).unwrap();
+    pages.all().iter().all(|byte| *byte == 0)
+}
+
+#[test]
+fn discards_give_room_back_and_zeroing_zeroes() {
+    let Some(_alone) = ready() else { return };
+    let disk = disk("discard", 16 * MIB);
+    let mut data = Pages::new(16 << 20, pattern(3));
+    disk.open().write_all_at(data.all(), 0).unwrap();
+    let full = blocks(&disk.file);
+    run(&["blkdiscard", "-o", "0", "-l", "4194304", disk.path()]);
+    assert!(blocks(&disk.file) <= full - 4 * MIB, "{} of {full}", blocks(&disk.file));
+    assert!(reads_as_zeros(&disk, 0, 4 << 20) && !reads_as_zeros(&disk, 4 * MIB, 4096));
+    run(&["blkdiscard", "-z", "-o", "8388608", "-l", "2097152", disk.path()]);
+    assert!(reads_as_zeros(&disk, 8 * MIB, 2 << 20) && !reads_as_zeros(&disk, 10 * MIB, 4096));
+    let counts = disk.end();
+    assert!(counts.discards >= 2 && counts.errors == 0, "{counts:?}");
+}
+
+#[test]
+fn without_discard_below_it_is_refused_and_zeroing_still_works() {
+    let Some(_alone) = ready() else { return };
+    let limits = Limits { discard: 0, ..limits(16 * MIB) };
+    let disk = disk_of(&options("nodiscard"), limits, None);
+    let mut data = Pages::new(4 << 20, pattern(3));
+    disk.open().write_all_at(data.all(), 0).unwrap();
+    assert!(!output(20, &["blkdiscard", "-o", "0", "-l", "1048576", disk.path()]).status.success());
+    assert_eq!(disk.counts().discards, 0);
+    assert!(!reads_as_zeros(&disk, 0, 4096));
+    run(&["blkdiscard", "-z", "-o", "0", "-l", "1048576", disk.path()]);
+    assert!(reads_as_zeros(&disk, 0, 1 << 20) && !reads_as_zeros(&disk, MIB, 4096));
+    disk.end();
+}
+
+#[test]
+fn a_flush_reaches_the_file_below_and_its_error_the_client() {
+    let Some(_alone) = ready() else { return };
+    let disk = disk("flush", 4 * MIB);
+    let mut data = Pages::new(4096, pattern(1));
+    let before = disk.counts().flushes;
+    disk.open().write_all_at(data.all(), 0).unwrap();
+    disk.open().sync_all().unwrap();
+    assert!(disk.counts().flushes > before);
+    disk.end();
+
+    let options = options("badflush");
+    let disk = disk_of(&options, limits(4 * MIB), Some(("error", "flush=EIO")));
+    disk.open().write_all_at(data.all(), 0).unwrap();
+    assert_eq!(disk.open().sync_all().unwrap_err().raw_os_error(), Some(5));
+    let unflushed = disk.device.detach(false).unwrap_err();
+    assert!(unflushed.to_string().contains("flush"), "{unflushed}");
+    disk.device.detach(true).unwrap();
+
+    // Nothing below loses anything: no flush is sent at all.
+    let durable = Limits { volatile_cache: false, ..limits(4 * MIB) };
+    let disk = disk_of(&options, durable, Some(("error", "flush=EIO")));
+    disk.open().write_all_at(data.all(), 0).unwrap();
+    disk.open().sync_all().unwrap();
+    assert_eq!(disk.end().flushes, 0);
+}
+
+#[test]
+fn only_what_touches_a_bad_place_fails() {
+    let Some(_alone) = ready() else { return };
+    let bad = Some(("error", "read=EIO write=ENOSPC at=1M len=64k"));
+    let disk = disk_of(&options("bad"), limits(8 * MIB), bad);
+    let file = disk.open();
+    let mut data = Pages::new(4096, pattern(1));
+    for (at, good) in [(MIB - 4096, true), (MIB, false), (MIB + 61440, false), (MIB + 65536, true)]
+    {
+        let written = file.write_all_at(data.all(), at);
+        let read = file.read_exact_at(Pages::new(4096, |_| 0).all(), at);
+        assert_eq!((written.is_ok(), read.is_ok()), (good, good), "{at}: {written:?} {read:?}");
+        if !good {
+            assert_eq!(written.unwrap_err().raw_os_error(), Some(28));
+            assert_eq!(read.unwrap_err().raw_os_error(), Some(5));
+        }
+    }
+    // Across its beginning, too: no half of a read counts.
+    assert!(file.read_exact_at(Pages::new(8192, |_| 0).all(), MIB - 4096).is_err());
+    drop(file);
+    assert_eq!(disk.end().errors, 5);
+}
+
+#[test]
+fn a_read_only_device_stays_as_it_is() {
+    let Some(_alone) = ready() else { return };
+    let stacks = Limits { read_only: true, ..limits(4 * MIB) };
+    for (asked, limits) in [(true, limits(4 * MIB)), (false, stacks)] {
+        let options = Options { read_only: asked, ..options("ro") };
+        let disk = disk_of(&options, limits, None);
+        assert_eq!(run(&["blockdev", "--getro", disk.path()]).trim(), "1");
+        run(&["dd", "bs=64k", "iflag=direct", "of=/dev/null", &format!("if={}", disk.path())]);
+        let to = format!("of={}", disk.path());
+        let write = ["dd", "bs=4k", "count=1", "if=/dev/zero", "oflag=direct", &to];
+        assert!(!output(20, &write).status.success());
+        assert!(!output(20, &["blkdiscard", disk.path()]).status.success());
+        let counts = disk.end();
+        assert_eq!((counts.writes, counts.discards, counts.errors), (0, 0, 0));
+    }
+}
+
+#[test]
+fn the_disk_is_as_asked() {
+    let Some(_alone) = ready() else { return };
+    for (part_scan, block, rotational) in [(true, 4096, true), (false, 512, false)] {
+        let limits = Limits { block, physical: block, rotational, ..limits(32 * MIB) };
+        let disk = disk_of(&Options { part_scan, ..options("shape") }, limits, None);
+        assert_eq!(run(&["blockdev", "--getss", disk.path()]).trim(), block.to_string());
+        let base = disk.path().replace("/dev/", "/sys/block/");
+        let read = |name: &str| std::fs::read_to_string(format!("{base}/{name}")).unwrap();
+        assert_eq!(read("loop/dio").trim(), "1");
+        assert_eq!(read("loop/partscan").trim(), if part_scan { "1" } else { "0" });
+        assert_eq!(read("queue/rotational").trim(), if rotational { "1" } else { "0" });
+        assert_eq!(read("queue/discard_granularity").trim(), "4096");
+        disk.end();
+    }
+}
+
+#[test]
+fn force_ends_a_mounted_device_and_the_loop_goes_with_the_mount() {
+    let Some(_alone) = ready() else { return };
+    let disk = disk("force", 32 * MIB);
+    let dir = Dir::new();
+    let mount = dir.at("mnt");
+    std::fs::create_dir(&mount).unwrap();
+    let mount = mount.to_str().unwrap();
+    run(&["mkfs.ext4", "-q", "-O", "^has_journal", disk.path()]);
+    run(&["mount", disk.path(), mount]);
+    run(&["sh", "-c", &format!("head -c 4M /dev/urandom > {mount}/data && sync -f {mount}")]);
+    let start = Instant::now();
+    disk.device.detach(true).unwrap();
+    assert!(start.elapsed() < Duration::from_secs(15), "{:?}", start.elapsed());
+    assert!(disk.device.crew().is_over());
+    let direct = ["dd", "bs=64k", "iflag=direct", "of=/dev/null", &format!("if={mount}/data")];
+    assert!(!output(20, &direct).status.success(), "reads after the end");
+    run(&["umount", mount]);
+    assert!(soon(|| !loops().contains(&format!("/force-{}", std::process::id()))), "{}", loops());
+}
+
+#[test]
+fn an_open_device_goes_when_it_is_closed() {
+    let Some(_alone) = ready() else { return };
+    let disk = disk("open", 4 * MIB);
+    let file = disk.open();
+    let held = disk.device.detach(false).unwrap_err();
+    println!("refused as it should be: {held}");
+    let me = format!("({})", std::process::id());
+    assert!(held.kind() == ErrorKind::Busy && held.to_string().contains(&me), "{held}");
+    // It works until then.
+    file.read_exact_at(Pages::new(4096, |_| 0).all(), 0).unwrap();
+    drop(file);
+    assert!(soon(|| disk.device.crew().is_over()));
+    disk.end();
+}
+
+fn loops() -> String {
+    run(&["losetup", "-l", "-n", "-O", "NAME,BACK-FILE"])
+}
+
+fn soon(is_so: impl Fn() -> bool) -> bool {
+    let end = Instant::now() + Duration::from_secs(5);
+    while !is_so() {
+        if Instant::now() > end {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    true
+}
+
+/// What would pile up: loop devices, FUSE connections, mounts, threads, descriptors.
+fn what_there_is() -> [usize; 5] {
+    let count = |path: &str| std::fs::read_dir(path).map_or(0, Iterator::count);
+    let context = fsopen("fusectl", FsOpenFlags::FSOPEN_CLOEXEC).unwrap();
+    fsconfig_create(&context).unwrap();
+    let none = MountAttrFlags::empty();
+    let connections = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, none).unwrap();
+    [
+        loops().lines().count(),
+        count(&format!("/proc/self/fd/{}", connections.as_raw_fd())),
+        std::fs::read_to_string("/proc/self/mountinfo").unwrap().lines().count(),
+        count("/proc/self/task"),
+        count("/proc/self/fd"),
+    ]
+}
+
+#[test]
+fn coming_and_going_leaves_nothing_behind() {
+    let Some(_alone) = ready() else { return };
+    let warm = disk("warm", MIB);
+    let there = what_there_is();
+    assert!(there[0] > 0 && there[1] > 0, "{there:?}");
+    warm.end();
+    let before = what_there_is();
+    for _ in 0..20 {
+        let disk = disk("again", MIB);
+        reads_as_zeros(&disk, 0, 4096);
+        disk.end();
+    }
+    assert!(soon(|| what_there_is() == before), "{before:?} then {:?}", what_there_is());
+}
+
+#[test]
+fn several_at_once_get_devices_of_their_own() {
+    let Some(_alone) = ready() else { return };
+    let before = loops();
+    let threads: Vec<_> = (0..6)
+        .map(|index| std::thread::spawn(move || disk(&format!("many{index}"), MIB)))
+        .collect();
+    let disks: Vec<_> = threads.into_iter().map(|thread| thread.join().unwrap()).collect();
+    let mut paths: Vec<_> = disks.iter().map(Disk::path).collect();
+    paths.sort_unstable();
+    paths.dedup();
+    assert_eq!(paths.len(), 6);
+    for disk in disks {
+        disk.end();
+    }
+    assert_eq!(loops(), before);
+}
+
+#[test]
+fn names_that_a_loop_device_cannot_have_are_refused() {
+    let Some(_alone) = ready() else { return };
+    for name in ["", ".", "..", "a/b", "a b", "\u{e9}", "x".repeat(60).as_str()] {
+        let options = Options { name: name.to_owned(), ..options("x") };
+        let made = Device::attach(&options, stack(limits(MIB), None), vec![], on_stuck, on_death);
+        assert_eq!(made.map(|_| ()).unwrap_err().kind(), ErrorKind::Invalid, "{name:?}");
+    }
+}
+
+/// The other half of the tests of an abrupt end: a process that serves a device until it is killed.
+#[test]
+#[ignore = "is run by other tests"]
+fn serves_until_killed() {
+    let Ok(keys) = std::env::var("DEVSPLICE_TEST_LAYER") else { return };
+    let name = std::env::var("DEVSPLICE_TEST_NAME").unwrap();
+    let options = Options { name, ..options("") };
+    let disk = disk_of(&options, limits(16 * MIB), Some(("delay", &keys)));
+    println!("serving {}", disk.path());
+    std::io::stdin().read_line(&mut String::new()).unwrap();
+    println!("detaching");
+    let _ = disk.device.detach(false);
+    std::thread::sleep(Duration::from_secs(60));
+}
+
+/// Another process with a device: itself, and the device's path.
+fn server(name: &str, keys: &str) -> (std::process::Child, String) {
+    use std::io::{BufRead, BufReader};
+    let mut child = Command::new(std::env::current_exe().unwrap())
+        .args(["--ignored", "--exact", "serves_until_killed", "--nocapture"])
+        .env("DEVSPLICE_TEST_NAME", name)
+        .env("DEVSPLICE_TEST_LAYER", keys)
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let path = lines.find_map(|line| Some(line.ok()?.split_once("serving ")?.1.to_owned()));
+    std::thread::spawn(move || lines.for_each(drop));
+    (child, path.unwrap())
+}
+
+/// Kills it; panics if it does not go.
+fn kill(child: &mut std::process::Child) {
+    child.kill().unwrap();
+    let end = Instant::now() + Duration::from_secs(8);
+    while child.try_wait().unwrap().is_none() {
+        assert!(Instant::now() < end, "process {} cannot be killed", child.id());
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+#[test]
+fn a_killed_server_leaves_errors_and_a_loop_that_a_guard_clears() {
+    let Some(_alone) = ready() else { return };
+    let name = format!("killed-{}", std::process::id());
+    let (mut child, path) = server(&name, "");
+    let from = format!("if={path}");
+    let read = ["dd", "bs=64k", "count=1", "iflag=direct", "of=/dev/null", &from];
+    run(&read);
+    kill(&mut child);
+    assert!(!output(20, &read).status.success(), "reads after the end");
+    assert!(!fuse::clear_loop(&path, "another").unwrap());
+    assert!(loops().contains(&name));
+    assert!(fuse::clear_loop(&path, &name).unwrap());
+    assert!(soon(|| !loops().contains(&name)), "{}", loops());
+    assert!(!fuse::clear_loop(&path, &name).unwrap());
+}
+
+#[test]
+fn a_server_killed_while_its_detach_waits_for_itself_dies() {
+    use std::io::Write;
+    let Some(_alone) = ready() else { return };
+    let name = format!("flushing-{}", std::process::id());
+    let (mut child, path) = server(&name, "write=4s");
+    // Dirty pages of the loop device, which the detach flushes through the server.
+    let holder = OpenOptions::new().write(true).open(&path).unwrap();
+    holder.write_all_at(&[7; 65536], 0).unwrap();
+    child.stdin.take().unwrap().write_all(b"\n").unwrap();
+    std::thread::sleep(Duration::from_millis(800));
+    // It cannot end: it waits for itself. A guard cuts the knot.
+    child.kill().unwrap();
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(fuse::clear_loop(&path, &name).unwrap());
+    kill(&mut child);
+    drop(holder);
+    assert!(soon(|| !loops().contains(&name)), "{}", loops());
+}
+
+/// Random reads and writes of 4 KiB with 32 in flight, on `path`: thousands a second.
+fn rate(path: &str, kind: &str) -> String {
+    let file = format!("--filename={path}");
+    let rw = format!("--rw={kind}");
+    let words = ["fio", "--name=job", "--direct=1", "--ioengine=io_uring", "--iodepth=32", &file];
+    let more = [&rw, "--bs=4k", "--runtime=3", "--time_based", "--output-format=terse"];
+    let text = run(&[&words[..], &more[..]].concat());
+    // fio(1), terse output: fields 8 and 49 are the read and write rates.
+    let fields: Vec<_> = text.trim().split(';').collect();
+    format!("{kind} {} + {}", fields[7], fields[48])
+}
+
+#[test]
+#[ignore = "a measurement, not a test"]
+fn figures() {
+    let Some(_alone) = ready() else { return };
+    let file = format!("/dev/shm/devsplice-figures-{}", std::process::id());
+    std::fs::write(&file, vec![1_u8; 256 << 20]).unwrap();
+    let plain = run(&["losetup", "-f", "--show", "--direct-io=on", &file]);
+    for kind in ["randread", "randwrite"] {
+        println!("plain loop: {}", rate(plain.trim(), kind));
+    }
+    run(&["losetup", "-d", plain.trim()]);
+    for (queues, threads) in [(1, 1), (2, 2)] {
+        let options = Options { queues, threads, ..options("figures") };
+        let (stack, bottoms) = (stack(limits(256 * MIB), None), vec![bottom(Path::new(&file))]);
+        let device = Device::attach(&options, stack, bottoms, on_stuck, on_death).unwrap();
+        for kind in ["randread", "randwrite"] {
+            println!("fuse, {queues} queues: {}", rate(device.path(), kind));
+        }
+        report("of these", &device.detach(false).unwrap());
+    }
+    std::fs::remove_file(&file).unwrap();
 }

@@ -113,17 +113,34 @@ pub fn clear(device: BorrowedFd<'_>) -> io::Result<()> {
     Ok(())
 }
 
-/// The name that [`configure`] gave a loop device.
+/// What a loop device says of itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Status {
+    /// The name that [`configure`] gave it.
+    pub name: String,
+    /// The minor number of what its file lies on; for FUSE, the connection's number.
+    pub minor: u32,
+}
+
+/// What a loop device says of itself.
 ///
 /// # Errors
 /// As the kernel says; `ENXIO` if there is no file under it.
-pub fn name(device: BorrowedFd<'_>) -> io::Result<String> {
+pub fn status(device: BorrowedFd<'_>) -> io::Result<Status> {
     let mut info = Info::EMPTY;
     // SAFETY: `info` is a live `struct loop_info64` (size asserted above), written during the call
     // alone; every bit pattern is valid for it.
     done(unsafe { libc::ioctl(device.as_raw_fd(), LOOP_GET_STATUS64, &raw mut info) })?;
     let len = info.file_name.iter().position(|byte| *byte == 0).unwrap_or(NAME_LEN);
-    Ok(String::from_utf8_lossy(&info.file_name[..len]).into_owned())
+    let name = String::from_utf8_lossy(&info.file_name[..len]).into_owned();
+    Ok(Status { name, minor: minor(info.device) })
+}
+
+/// The minor number in a device number as the kernel encodes it (include/linux/kdev_t.h,
+/// `new_encode_dev`: 8 bits, then 12 of the major, then the rest).
+fn minor(device: u64) -> u32 {
+    let low = u32::try_from(device & 0xffff_ffff).unwrap_or(0);
+    low & 0xff | low >> 12 & 0xfff00
 }
 
 /// Makes `new`, a fresh /dev/fuse, one more queue of the connection that `old` belongs to.
@@ -135,4 +152,15 @@ pub fn clone_fuse(new: BorrowedFd<'_>, old: BorrowedFd<'_>) -> io::Result<()> {
     // SAFETY: the command reads the four bytes of `old` during the call alone.
     done(unsafe { libc::ioctl(new.as_raw_fd(), FUSE_DEV_IOC_CLONE, &raw const old) })?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn a_minor_number_is_taken_apart_as_the_kernel_put_it_together() {
+        for (device, minor) in [(39, 39), (0x0010_0005, 0x105), (0x103, 3), (0xfff0_00ff, 0xfffff)]
+        {
+            assert_eq!(super::minor(device), minor, "{device:#x}");
+        }
+    }
 }

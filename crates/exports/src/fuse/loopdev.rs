@@ -9,7 +9,7 @@ use devsplice_uring::loopctl;
 use rustix::fs::{Mode, OFlags, fsync, open, openat};
 use rustix::io::Errno;
 
-use super::connection::os;
+use super::connection::{abort, os};
 
 /// Where free loop devices come from.
 pub const LOOP_CONTROL: &str = "/dev/loop-control";
@@ -29,6 +29,10 @@ pub struct Wanted {
     pub read_only: bool,
     /// Whether the kernel looks for partitions.
     pub part_scan: bool,
+    /// Whether ranges can be discarded.
+    pub discard: bool,
+    /// Whether seeks cost.
+    pub rotational: bool,
 }
 
 /// Puts the file on `mount` under a free loop device, with direct I/O; its path.
@@ -52,7 +56,10 @@ pub fn attach(mount: &OwnedFd, wanted: &Wanted) -> Result<String> {
         let device = open(path.as_str(), access | OFlags::CLOEXEC, Mode::empty())
             .map_err(|errno| os(&path, errno).next("mount devtmpfs on /dev, or mknod it"))?;
         match loopctl::configure(device.as_fd(), file.as_fd(), wanted.block, flags, &name) {
-            Ok(()) => return Ok(path),
+            Ok(()) => {
+                tune(number, wanted);
+                return Ok(path);
+            }
             // Somebody else asked for a free one at the same time, and was first.
             Err(error) if error.kind() == std::io::ErrorKind::ResourceBusy => {}
             Err(error) => return Err(Error::os(path, &error)),
@@ -60,6 +67,17 @@ pub fn attach(mount: &OwnedFd, wanted: &Wanted) -> Result<String> {
     }
     let reason = format!("{MAX_TRIES} free loop devices in a row were taken by others");
     Err(Error::new(ErrorKind::Busy, LOOP_CONTROL, reason).next("try again"))
+}
+
+/// Tells the queue what a loop device cannot be told. All of it is advice: a discard that comes
+/// nevertheless is refused, so a kernel without these files loses nothing.
+fn tune(number: u32, wanted: &Wanted) {
+    let queue = format!("/sys/block/loop{number}/queue");
+    if !wanted.discard {
+        let _ = std::fs::write(format!("{queue}/discard_max_bytes"), "0");
+    }
+    let _ =
+        std::fs::write(format!("{queue}/rotational"), if wanted.rotational { "1" } else { "0" });
 }
 
 /// Opens the place where loop devices come from.
@@ -92,35 +110,56 @@ pub enum Cleared {
 /// # Errors
 /// [`ErrorKind::Busy`] while somebody holds it; or the flush failed.
 pub fn clear(path: &str, name: &str, even_if_held: bool) -> Result<Cleared> {
-    let mut flags = OFlags::RDONLY | OFlags::CLOEXEC;
-    if !even_if_held {
-        flags |= OFlags::EXCL;
-    }
-    let device = match open(path, flags, Mode::empty()) {
-        Ok(device) => device,
-        Err(Errno::NXIO | Errno::NODEV | Errno::NOENT) => return Ok(Cleared::NotOurs),
-        Err(Errno::BUSY) => return Err(held(path)),
-        Err(errno) => return Err(os(path, errno)),
-    };
-    match loopctl::name(device.as_fd()) {
-        Ok(found) if found == name => {}
-        Ok(_) => return Ok(Cleared::NotOurs),
-        Err(error) if error.raw_os_error() == Some(Errno::NXIO.raw_os_error()) => {
-            return Ok(Cleared::NotOurs);
-        }
-        Err(error) => return Err(Error::os(path, &error)),
-    }
+    let exclusive = if even_if_held { OFlags::empty() } else { OFlags::EXCL };
+    let Some((device, _)) = open_ours(path, name, exclusive)? else { return Ok(Cleared::NotOurs) };
     let flushed = fsync(&device).map_err(|errno| os(path, errno).within("flush"));
     if !even_if_held {
         flushed?;
     }
-    match loopctl::clear(device.as_fd()) {
-        Ok(()) => Ok(Cleared::Yes),
-        Err(error) if error.raw_os_error() == Some(Errno::NXIO.raw_os_error()) => {
-            Ok(Cleared::NotOurs)
-        }
+    give_back(path, &device)
+}
+
+/// Cuts the connection that served the loop device at `path`, if its name is `name`, and gives it
+/// back; whether it was that one.
+///
+/// # Errors
+/// As the kernel says.
+pub fn clear_dead(path: &str, name: &str) -> Result<bool> {
+    let Some((device, connection)) = open_ours(path, name, OFlags::empty())? else {
+        return Ok(false);
+    };
+    // Most often it is cut already, or the last use of it ends with the loop device.
+    let _ = abort(connection);
+    Ok(give_back(path, &device)? == Cleared::Yes)
+}
+
+/// The loop device at `path` and the connection below it, if its name is `name`.
+fn open_ours(path: &str, name: &str, exclusive: OFlags) -> Result<Option<(OwnedFd, u32)>> {
+    let device = match open(path, OFlags::RDONLY | OFlags::CLOEXEC | exclusive, Mode::empty()) {
+        Ok(device) => device,
+        Err(Errno::NXIO | Errno::NODEV | Errno::NOENT) => return Ok(None),
+        Err(Errno::BUSY) => return Err(held(path)),
+        Err(errno) => return Err(os(path, errno)),
+    };
+    match loopctl::status(device.as_fd()) {
+        Ok(status) if status.name == name => Ok(Some((device, status.minor))),
+        Ok(_) => Ok(None),
+        Err(error) if is_free(&error) => Ok(None),
         Err(error) => Err(Error::os(path, &error)),
     }
+}
+
+fn give_back(path: &str, device: &OwnedFd) -> Result<Cleared> {
+    match loopctl::clear(device.as_fd()) {
+        Ok(()) => Ok(Cleared::Yes),
+        Err(error) if is_free(&error) => Ok(Cleared::NotOurs),
+        Err(error) => Err(Error::os(path, &error)),
+    }
+}
+
+/// Whether a loop device has no file: somebody else has given it back.
+fn is_free(error: &std::io::Error) -> bool {
+    error.raw_os_error() == Some(Errno::NXIO.raw_os_error())
 }
 
 /// The error for a device that somebody has.
@@ -141,13 +180,17 @@ pub fn holders(path: &str) -> Vec<String> {
     let mut all = Vec::new();
     let Ok(processes) = std::fs::read_dir("/proc") else { return all };
     for process in processes.flatten() {
+        let pid = process.file_name().to_string_lossy().into_owned();
+        if !pid.bytes().all(|byte| byte.is_ascii_digit()) {
+            continue;
+        }
         let Ok(files) = std::fs::read_dir(process.path().join("fd")) else { continue };
         let has = |file: std::fs::DirEntry| {
             std::fs::read_link(file.path()).is_ok_and(|to| to.to_str() == Some(path))
         };
         if files.flatten().any(has) {
             let name = std::fs::read_to_string(process.path().join("comm")).unwrap_or_default();
-            all.push(format!("{} ({})", name.trim_end(), process.file_name().to_string_lossy()));
+            all.push(format!("{} ({pid})", name.trim_end()));
         }
     }
     all

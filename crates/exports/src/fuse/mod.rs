@@ -19,7 +19,6 @@ use std::time::{Duration, Instant};
 use devsplice_core::{Error, ErrorKind, Result, Stack};
 use devsplice_engine::{Counts, Stuck};
 use devsplice_uring::{FileKind, LaneMemory, RingFile, loopctl, thread::apart};
-use rustix::fs::{Mode, OFlags};
 
 use crate::threads::{Bottom, Crew, Shape, Work};
 use connection::{DEV_FUSE, Mount};
@@ -100,6 +99,8 @@ impl Device {
             block: limits.block,
             read_only,
             part_scan: options.part_scan,
+            discard: limits.discard != 0,
+            rotational: limits.rotational,
         };
         let name = format!("{PREFIX}{}", options.name);
         let Mount { fd, queues, number } =
@@ -166,7 +167,7 @@ impl Device {
             // Where it is not ours any more, somebody else has taken the file away already.
             let (Cleared::Yes | Cleared::NotOurs) = cleared?;
         }
-        if wait_until(if force { LOOK_LIMIT } else { END_LIMIT }, || self.crew.is_over()) {
+        if wait_until(LOOK_LIMIT, || self.crew.is_over()) {
             return Ok(self.crew.counts());
         }
         if !force {
@@ -188,29 +189,19 @@ impl Device {
     }
 }
 
-/// Gives the loop device at `path` back whose server is gone: for a guard that cleans up after it.
-/// Whether it was the one of device `name`; any other is left alone.
+/// Gives the loop device at `path` back whose server is gone: for a guard, another process, that
+/// cleans up after it. Whether it was the one of device `name`; any other is left alone.
+///
+/// The connection is cut first: a dying process may still wait for I/O that it served itself, and as
+/// long as it does, its memory keeps its rings, and these keep the connection.
 ///
 /// # Errors
 /// If it cannot be given back.
 pub fn clear_loop(path: &str, name: &str) -> Result<bool> {
-    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
-    let device = match rustix::fs::open(path, flags, Mode::empty()) {
-        Ok(device) => device,
-        Err(rustix::io::Errno::NXIO | rustix::io::Errno::NOENT) => return Ok(false),
-        Err(errno) => return Err(connection::os(path, errno)),
-    };
-    match loopctl::name(device.as_fd()) {
-        Ok(found) if found.strip_prefix(PREFIX) == Some(name) => {}
-        _ => return Ok(false),
-    }
-    match loopctl::clear(device.as_fd()) {
-        Ok(()) => Ok(true),
-        Err(error) if error.raw_os_error() == Some(rustix::io::Errno::NXIO.raw_os_error()) => {
-            Ok(false)
-        }
-        Err(error) => Err(Error::os(path, &error)),
-    }
+    let (path, name) = (path.to_owned(), format!("{PREFIX}{name}"));
+    bounded("clearing a loop device", None, FORCED_FLUSH_LIMIT, move |_| {
+        loopdev::clear_dead(&path, &name)
+    })
 }
 
 fn shape(options: &Options) -> Shape {
