@@ -92,6 +92,8 @@ pub fn run(options: &Options) -> Fallible<u8> {
             run.step(&name, || steps::end_to_end_vm(&programs, kernel, filter))?;
         }
     }
+    // A run that was cut short has no result.
+    proc::check_interrupt()?;
     Ok(report(&run.done, start.elapsed()))
 }
 
