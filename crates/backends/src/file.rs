@@ -53,7 +53,13 @@ pub fn open(args: &Args, access: Access) -> Result<Opened> {
         direct: args.switch("direct")?,
         block,
     };
-    let stat = rustix::fs::stat(path).map_err(|errno| Error::os(path, &errno.into()))?;
+    let stat = rustix::fs::stat(path).map_err(|errno| {
+        let error = Error::os(path, &errno.into());
+        match error.kind() {
+            ErrorKind::NotFound => error.next(format!("truncate -s 1G {path} makes an empty disk")),
+            _ => error,
+        }
+    })?;
     match FileType::from_raw_mode(stat.st_mode) {
         FileType::RegularFile => open_regular(&wish),
         FileType::BlockDevice => open_block(&wish, stat.st_rdev),

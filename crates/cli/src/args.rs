@@ -44,7 +44,7 @@ pub enum Export {
     Auto,
     /// /dev/ublkbN; Linux 6.0 or later.
     Ublk,
-    /// /dev/loopN over a file that this process serves; any Linux from 5.8.
+    /// /dev/loopN over a file that this process serves; any Linux from 5.19.
     Fuse,
 }
 
