@@ -1,5 +1,5 @@
-//! Answers for the FUSE protocol without a kernel: what is taken for what, what is answered, and that
-//! no bytes at all make it panic.
+//! Answers for the FUSE protocol without a kernel: what is taken for what, what is answered, and
+//! that no bytes at all make it panic.
 #![allow(clippy::unwrap_used)]
 
 use devsplice_core::{Errno, Io, Limits, Op};

@@ -1,5 +1,5 @@
-//! Answers for the connection to the kernel: a mount that is attached to no path, its queues, and how
-//! it is cut.
+//! Answers for the connection to the kernel: a mount that is attached to no path, its queues, and
+//! how it is cut.
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
@@ -20,8 +20,8 @@ pub fn os(thing: &str, errno: Errno) -> Error {
     Error::os(thing, &errno.into())
 }
 
-/// A mount that only the holder of [`Mount::fd`], and of files opened through it, can reach. It goes
-/// with the last of them.
+/// A mount that only the holder of [`Mount::fd`], and of files opened through it, can reach. It
+/// goes with the last of them.
 pub struct Mount {
     /// The mount itself.
     pub fd: OwnedFd,
@@ -88,8 +88,8 @@ pub fn open_fuse() -> Result<OwnedFd> {
     })
 }
 
-/// Cuts the connection: every request, in flight or to come, fails, and its queues close. This is the
-/// way out when nothing else moves. No error if there is no such connection any more.
+/// Cuts the connection: every request, in flight or to come, fails, and its queues close. This is
+/// the way out when nothing else moves. No error if there is no such connection any more.
 ///
 /// # Errors
 /// If the kernel offers no way to do it.

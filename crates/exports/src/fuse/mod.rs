@@ -1,9 +1,10 @@
-//! Answers for a block device without ublk: one file of a FUSE mount that nobody else can reach, and
-//! a loop device with direct I/O over it.
+//! Answers for a block device without ublk: one file of a FUSE mount that nobody else can reach,
+//! and a loop device with direct I/O over it.
 //!
 //! The mount is attached to no path and lives by the loop device's reference alone: when the loop
-//! device goes, the connection closes, and the I/O threads end. What waits for I/O that this process
-//! serves runs apart (`devsplice_uring::thread::apart`) and is given up after a bounded time.
+//! device goes, the connection closes, and the I/O threads end. What waits for I/O that this
+//! process serves runs apart (`devsplice_uring::thread::apart`) and is given up after a bounded
+//! time.
 
 mod connection;
 mod loopdev;
@@ -114,7 +115,8 @@ impl Device {
             on_stuck,
             on_death,
         };
-        // From here on, whatever fails: without the mount the connection closes, and the threads end.
+        // From here on, whatever fails: without the mount the connection closes, and the threads
+        // end.
         let crew = Crew::start(shape(options), work)?;
         let attach = move |mount: Option<OwnedFd>| match mount {
             Some(mount) => loopdev::attach(&mount, &wanted),
@@ -192,8 +194,8 @@ impl Device {
 /// Gives the loop device at `path` back whose server is gone: for a guard, another process, that
 /// cleans up after it. Whether it was the one of device `name`; any other is left alone.
 ///
-/// The connection is cut first: a dying process may still wait for I/O that it served itself, and as
-/// long as it does, its memory keeps its rings, and these keep the connection.
+/// The connection is cut first: a dying process may still wait for I/O that it served itself, and
+/// as long as it does, its memory keeps its rings, and these keep the connection.
 ///
 /// # Errors
 /// If it cannot be given back.

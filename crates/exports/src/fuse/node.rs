@@ -114,8 +114,8 @@ impl Node {
             Ask::Write { at, len } if len <= MAX_WRITE => {
                 Answer::Request(Io::new(Op::Write, at, u64::from(len)))
             }
-            // Without a cache below, every write that was completed is durable. The kernel remembers
-            // this answer and does not ask again.
+            // Without a cache below, every write that was completed is durable. The kernel
+            // remembers this answer and does not ask again.
             Ask::Sync if !self.cached => refuse(ENOSYS),
             Ask::Sync => Answer::Request(Io::new(Op::Flush, 0, 0)),
             // A loop device punches for both discards and zeroing: zeros must be what is read then.

@@ -5,13 +5,13 @@
 //! it, splice, write the reply.
 //!
 //! How many reads are out is what matters. One for each free tag would be the simplest, but where
-//! nothing is queued the kernel parks a read on the device's wait queue, and each request then wakes
-//! all of them to no avail. One alone would fetch a single request per call into the kernel. So there
-//! is a window: it doubles when every read that was out has brought a request (more may be queued),
-//! and shrinks when one that had been parked comes back while others still wait. With one request at
-//! a time it stays at one or two; in a burst a call into the kernel fetches as many as there are.
-//! A parked read is also the wait for the next request: a poll is needed only on kernels that answer
-//! EAGAIN instead of parking.
+//! nothing is queued the kernel parks a read on the device's wait queue, and each request then
+//! wakes all of them to no avail. One alone would fetch a single request per call into the kernel.
+//! So there is a window: it doubles when every read that was out has brought a request (more may be
+//! queued), and shrinks when one that had been parked comes back while others still wait. With one
+//! request at a time it stays at one or two; in a burst a call into the kernel fetches as many as
+//! there are. A parked read is also the wait for the next request: a poll is needed only on kernels
+//! that answer EAGAIN instead of parking.
 
 use std::sync::Arc;
 
@@ -23,8 +23,8 @@ use zerocopy::IntoBytes;
 use super::node::{Answer, MAX_WRITE, Node};
 use super::wire::{self, OUT_HEADER, OutHeader, WRITE_HEADER, WriteOut};
 
-/// Where a request is read to, and how much of it: exactly what the kernel asks a reader to have room
-/// for (fs/fuse/dev.c, `fuse_dev_do_read`).
+/// Where a request is read to, and how much of it: exactly what the kernel asks a reader to have
+/// room for (fs/fuse/dev.c, `fuse_dev_do_read`).
 const READ_RANGE: (usize, usize) =
     (Uring::DATA_AT - WRITE_HEADER, WRITE_HEADER + MAX_WRITE as usize);
 /// Where a reply begins.
@@ -199,8 +199,8 @@ impl Queue {
         ring.write((self.lane, index), self.file, 0, (REPLY_AT, len));
     }
 
-    /// A reply is out. Where the kernel did not take it, the request is gone (aborted) or the kernel
-    /// has ended it with an error of its own.
+    /// A reply is out. Where the kernel did not take it, the request is gone (aborted) or the
+    /// kernel has ended it with an error of its own.
     fn replied(&mut self, ring: &mut Uring, tag: u16, result: i32) {
         let state = &mut self.tags[usize::from(tag)];
         let errno = Errno::from_result(result);
