@@ -74,8 +74,8 @@ impl Guard {
     }
 }
 
-/// Takes the device of a server that is gone away. For who holds the claim on its name. Best effort:
-/// each step is tried even if the one before it failed.
+/// Takes the device of a server that is gone away. For who holds the claim on its name. Best
+/// effort: each step is tried even if the one before it failed.
 pub fn clean(disk: &Disk) {
     if let Some(id) = disk.ublk_id
         && let Ok(mut control) = ublk::Control::open()

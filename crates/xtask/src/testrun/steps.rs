@@ -24,6 +24,8 @@ const ROUTE_HOMES: [(&str, &str); 2] =
 pub struct Programs {
     /// The tests.
     tests: String,
+    /// The test that counts allocations, which also runs in the VM for ublk's sake.
+    allocations: String,
     /// The command `devsplice`, built for release.
     command: String,
 }
@@ -60,7 +62,8 @@ pub fn documentation() -> Fallible<Counts> {
 pub fn unit_tests(filter: Option<&str>) -> Fallible<Counts> {
     let mut command =
         cargo(&["test", "--workspace", "--exclude", "devsplice-e2e", "--no-fail-fast"]);
-    tests(command.args(filter))
+    // What a test that passed has printed may say that it could not run here.
+    tests(command.args(filter).args(["--", "--show-output"]))
 }
 
 /// Counts the instructions of routing a request through three layers.
@@ -97,7 +100,9 @@ pub fn build_end_to_end() -> Fallible<Programs> {
     )?;
     let tests =
         build_executable(&["test", "-p", "devsplice-e2e", "--test", "e2e", "--no-run"], "e2e")?;
-    Ok(Programs { tests, command })
+    let allocations = ["test", "-p", "devsplice-exports", "--test", "no_allocation", "--no-run"];
+    let allocations = build_executable(&allocations, "no_allocation")?;
+    Ok(Programs { tests, allocations, command })
 }
 
 /// The end-to-end tests that this machine's own kernel allows.
@@ -116,7 +121,12 @@ pub fn end_to_end_vm(programs: &Programs, kernel: &str, filter: Option<&str>) ->
     let limit = (STEP_LIMIT.as_secs() - 30).to_string();
     let mut command = tied(this);
     command.args(["vm", "--kernel", kernel, "--timeout", &limit, "--scratch", "4G", "--"]);
-    command.args([&programs.tests, "--test-threads=1"]).args(filter);
+    let filter = filter.map(|filter| format!("'{filter}'")).unwrap_or_default();
+    let Programs { tests: suite, allocations, .. } = programs;
+    // One shell for both, so that one boot does; the second runs whatever the first came to.
+    command.arg(format!(
+        "{suite} --test-threads=1 {filter}; r=$?; {allocations} --nocapture {filter} && exit $r"
+    ));
     tests(command.env("DEVSPLICE_E2E", "vm").env("DEVSPLICE_BIN", &programs.command))
 }
 
