@@ -353,13 +353,16 @@ fn discards_give_room_back_and_zeroing_zeroes() {
 }
 
 #[test]
-fn without_discard_below_it_is_refused_and_zeroing_still_works() {
+fn without_discard_below_nothing_is_discarded_and_zeroing_still_works() {
     let Some(_alone) = ready() else { return };
     let limits = Limits { discard: 0, ..limits(16 * MIB) };
     let disk = disk_of(&options("nodiscard"), limits, None);
     let mut data = Pages::new(4 << 20, pattern(3));
     disk.open().write_all_at(data.all(), 0).unwrap();
-    assert!(!output(20, &["blkdiscard", "-o", "0", "-l", "1048576", disk.path()]).status.success());
+    // The kernel tries once; that it was refused is nothing it tells, as discards are advice.
+    for _ in 0..2 {
+        output(20, &["blkdiscard", "-o", "0", "-l", "1048576", disk.path()]);
+    }
     assert_eq!(disk.counts().discards, 0);
     assert!(!reads_as_zeros(&disk, 0, 4096));
     run(&["blkdiscard", "-z", "-o", "0", "-l", "1048576", disk.path()]);

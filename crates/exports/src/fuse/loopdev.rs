@@ -29,8 +29,6 @@ pub struct Wanted {
     pub read_only: bool,
     /// Whether the kernel looks for partitions.
     pub part_scan: bool,
-    /// Whether ranges can be discarded.
-    pub discard: bool,
     /// Whether seeks cost.
     pub rotational: bool,
 }
@@ -69,15 +67,11 @@ pub fn attach(mount: &OwnedFd, wanted: &Wanted) -> Result<String> {
     Err(Error::new(ErrorKind::Busy, LOOP_CONTROL, reason).next("try again"))
 }
 
-/// Tells the queue what a loop device cannot be told. All of it is advice: a discard that comes
-/// nevertheless is refused, so a kernel without these files loses nothing.
+/// Tells the queue what a loop device cannot be told; advice, so no error if that is not possible.
+/// Only what the next use of the loop device sets anew: a limit on discards would outlast us.
 fn tune(number: u32, wanted: &Wanted) {
-    let queue = format!("/sys/block/loop{number}/queue");
-    if !wanted.discard {
-        let _ = std::fs::write(format!("{queue}/discard_max_bytes"), "0");
-    }
-    let _ =
-        std::fs::write(format!("{queue}/rotational"), if wanted.rotational { "1" } else { "0" });
+    let rotational = if wanted.rotational { "1" } else { "0" };
+    let _ = std::fs::write(format!("/sys/block/loop{number}/queue/rotational"), rotational);
 }
 
 /// Opens the place where loop devices come from.

@@ -100,7 +100,6 @@ impl Device {
             block: limits.block,
             read_only,
             part_scan: options.part_scan,
-            discard: limits.discard != 0,
             rotational: limits.rotational,
         };
         let name = format!("{PREFIX}{}", options.name);
