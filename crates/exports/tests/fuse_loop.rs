@@ -582,12 +582,14 @@ fn serves_until_killed() {
     std::thread::sleep(Duration::from_secs(60));
 }
 
-/// Another process with a device: itself, and the device's path.
-fn server(name: &str, keys: &str) -> (std::process::Child, String) {
+/// Another process with a device: itself, the device's path, and where its files are.
+fn server(name: &str, keys: &str) -> (std::process::Child, String, Dir) {
     use std::io::{BufRead, BufReader};
+    let dir = Dir::new();
     let mut child = Command::new(std::env::current_exe().unwrap())
         .args(["--ignored", "--exact", "serves_until_killed", "--nocapture"])
         .env("DEVSPLICE_TEST_NAME", name)
+        .env("TMPDIR", &dir.0)
         .env("DEVSPLICE_TEST_LAYER", keys)
         .stdin(std::process::Stdio::piped())
         .stdout(std::process::Stdio::piped())
@@ -596,7 +598,7 @@ fn server(name: &str, keys: &str) -> (std::process::Child, String) {
     let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
     let path = lines.find_map(|line| Some(line.ok()?.split_once("serving ")?.1.to_owned()));
     std::thread::spawn(move || lines.for_each(drop));
-    (child, path.unwrap())
+    (child, path.unwrap(), dir)
 }
 
 /// Kills it; panics if it does not go.
@@ -613,7 +615,7 @@ fn kill(child: &mut std::process::Child) {
 fn a_killed_server_leaves_errors_and_a_loop_that_a_guard_clears() {
     let Some(_alone) = ready() else { return };
     let name = format!("killed-{}", std::process::id());
-    let (mut child, path) = server(&name, "");
+    let (mut child, path, _dir) = server(&name, "");
     let from = format!("if={path}");
     let read = ["dd", "bs=64k", "count=1", "iflag=direct", "of=/dev/null", &from];
     run(&read);
@@ -631,7 +633,7 @@ fn a_server_killed_while_its_detach_waits_for_itself_dies() {
     use std::io::Write;
     let Some(_alone) = ready() else { return };
     let name = format!("flushing-{}", std::process::id());
-    let (mut child, path) = server(&name, "write=4s");
+    let (mut child, path, _dir) = server(&name, "write=4s");
     // Dirty pages of the loop device, which the detach flushes through the server.
     let holder = OpenOptions::new().write(true).open(&path).unwrap();
     holder.write_all_at(&[7; 65536], 0).unwrap();
