@@ -92,7 +92,7 @@ pub struct Add {
     /// Number of the ublk device: 3 for /dev/ublkb3. The first free one if not given.
     #[arg(long, value_name = "N")]
     pub id: Option<u32>,
-    /// Queues [default: one per CPU, at most 4].
+    /// Queues [default: ublk one per CPU, at most 4; FUSE one].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     pub queues: Option<u16>,
     /// I/O threads that serve the queues [default: one per queue].

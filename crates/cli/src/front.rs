@@ -96,7 +96,9 @@ impl Front {
         hooks: Hooks,
     ) -> Result<Front> {
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-        let queues = add.queues.unwrap_or_else(|| u16::try_from(cpus.min(QUEUES)).unwrap_or(1));
+        // FUSE has one list of requests per connection: more readers only wake each other in vain.
+        let most = if export == Export::Fuse { 1 } else { QUEUES };
+        let queues = add.queues.unwrap_or_else(|| u16::try_from(cpus.min(most)).unwrap_or(1));
         let threads = add.threads.unwrap_or(queues);
         if export == Export::Fuse {
             let options = fuse::Options {

@@ -647,38 +647,3 @@ fn a_server_killed_while_its_detach_waits_for_itself_dies() {
     drop(holder);
     assert!(soon(|| !loops().contains(&name)), "{}", loops());
 }
-
-/// Random reads and writes of 4 KiB with 32 in flight, on `path`: thousands a second.
-fn rate(path: &str, kind: &str) -> String {
-    let file = format!("--filename={path}");
-    let rw = format!("--rw={kind}");
-    let words = ["fio", "--name=job", "--direct=1", "--ioengine=io_uring", "--iodepth=32", &file];
-    let more = [&rw, "--bs=4k", "--runtime=3", "--time_based", "--output-format=terse"];
-    let text = run(&[&words[..], &more[..]].concat());
-    // fio(1), terse output: fields 8 and 49 are the read and write rates.
-    let fields: Vec<_> = text.trim().split(';').collect();
-    format!("{kind} {} + {}", fields[7], fields[48])
-}
-
-#[test]
-#[ignore = "a measurement, not a test"]
-fn figures() {
-    let Some(_alone) = ready() else { return };
-    let file = format!("/dev/shm/devsplice-figures-{}", std::process::id());
-    std::fs::write(&file, vec![1_u8; 256 << 20]).unwrap();
-    let plain = run(&["losetup", "-f", "--show", "--direct-io=on", &file]);
-    for kind in ["randread", "randwrite"] {
-        println!("plain loop: {}", rate(plain.trim(), kind));
-    }
-    run(&["losetup", "-d", plain.trim()]);
-    for (queues, threads) in [(1, 1), (2, 2)] {
-        let options = Options { queues, threads, ..options("figures") };
-        let (stack, bottoms) = (stack(limits(256 * MIB), None), vec![bottom(Path::new(&file))]);
-        let device = Device::attach(&options, stack, bottoms, on_stuck, on_death).unwrap();
-        for kind in ["randread", "randwrite"] {
-            println!("fuse, {queues} queues: {}", rate(device.path(), kind));
-        }
-        report("of these", &device.detach(false).unwrap());
-    }
-    std::fs::remove_file(&file).unwrap();
-}
