@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod apt;
+mod bench;
 mod demo;
 mod deps;
 mod kernel;
@@ -28,6 +29,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    Bench(bench::Options),
     Demo(demo::Options),
     Vm(vm::Options),
     Test(testrun::Options),
@@ -39,6 +41,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let failure = if matches!(cli.command, Command::Vm(_)) { vm::RC_NO_VM } else { 1 };
     let done = proc::watch_signals().and_then(|()| match cli.command {
+        Command::Bench(options) => bench::run(&options),
         Command::Demo(options) => demo::run(&options),
         Command::Vm(options) => vm::run(&options),
         Command::Test(options) => testrun::run(&options),

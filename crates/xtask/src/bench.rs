@@ -1,0 +1,202 @@
+//! Answers for `cargo xtask bench`: what is measured where, against whom, and where figures go.
+
+mod cells;
+mod data;
+mod guest;
+mod peers;
+mod report;
+mod run;
+
+use std::path::{Path, PathBuf};
+
+use clap::{Args, Parser};
+use serde_json::{Map, Value, json};
+
+use crate::proc::run_quiet;
+use crate::{Fallible, deps, proc, tidy, vm};
+use cells::{CELLS, DEVICES, Device, Whose};
+use data::Results;
+
+/// What the VM part starts in the machine.
+const VM_PROGRAMS: &[&str] = &["fio", "dmsetup", "losetup", "modprobe"];
+/// Seconds for the machine's whole run.
+const VM_LIMIT: &str = "5400";
+/// Seconds for cargo.
+const BUILD_LIMIT: u32 = 1800;
+
+/// Measure devsplice against the kernel's own devices and other userspace servers.
+///
+/// In a VM that counts instructions, and natively through FUSE and loop; both unless one is named.
+/// Tables and charts of a whole run go to docs/bench, raw data to target/bench. Needs root.
+#[derive(Args)]
+pub struct Options {
+    /// Only the part in the VM
+    #[arg(long, conflicts_with = "native")]
+    vm: bool,
+    /// Only the part on this machine
+    #[arg(long)]
+    native: bool,
+    /// Loads of the VM part, by the start of their names [default: all]
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    cells: Vec<String>,
+    /// Peers, by name; `none` for none [default: all]
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    peers: Vec<String>,
+    /// Our own devices, by name [default: all]
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    ours: Vec<String>,
+    /// Samples of each figure; the median counts
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    samples: u32,
+    /// Another build of devsplice, measured in turn with this one
+    #[arg(long, value_name = "PATH")]
+    against: Option<PathBuf>,
+    /// The devsplice to measure, instead of building it
+    #[arg(long, value_name = "PATH")]
+    bin: Option<PathBuf>,
+    /// Only carry out the plan in this directory, in the machine
+    #[arg(long, value_name = "DIR", hide = true)]
+    inside: Option<PathBuf>,
+}
+
+/// The options of a VM, as its own command line would give them.
+#[derive(Parser)]
+struct Machine {
+    #[command(flatten)]
+    options: vm::Options,
+}
+
+/// Runs what the options ask for.
+pub fn run(options: &Options) -> Fallible<u8> {
+    if let Some(directory) = &options.inside {
+        return guest::run(&guest::Plan::read(directory)?);
+    }
+    if !proc::is_root() {
+        return Err("the bench makes block devices and needs root".into());
+    }
+    let bin = match &options.bin {
+        Some(bin) => absolute(bin)?,
+        None => build()?,
+    };
+    let directory = tidy::workspace()?.join("target/bench");
+    std::fs::create_dir_all(&directory)
+        .map_err(|e| format!("cannot create {}: {e}", directory.display()))?;
+    vm_part(options, &bin, &directory)
+}
+
+fn absolute(path: &Path) -> Fallible<PathBuf> {
+    path.canonicalize().map_err(|e| format!("{}: {e}", path.display()))
+}
+
+/// Builds the command for release; where it is.
+fn build() -> Fallible<PathBuf> {
+    eprintln!("xtask: building devsplice for release");
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut command = run::bounded(BUILD_LIMIT, cargo);
+    command.args(["build", "--release", "--package", "devsplice"]);
+    command.args(["--message-format", "json-render-diagnostics", "--manifest-path"]);
+    command.arg(tidy::workspace()?.join("Cargo.toml"));
+    let messages = run_quiet(&mut command)?;
+    let executable = |line: &str| {
+        let message: Value = serde_json::from_str(line).ok()?;
+        message["executable"].as_str().map(PathBuf::from)
+    };
+    let messages = String::from_utf8_lossy(&messages);
+    let executables = messages.lines().filter_map(executable);
+    executables.last().ok_or_else(|| "cargo built no executable".into())
+}
+
+/// Whether a device is to be measured.
+fn is_wanted(options: &Options, device: &Device) -> bool {
+    let named = |names: &[String]| names.is_empty() || names.iter().any(|n| n == device.name);
+    match device.whose {
+        Whose::Peer => named(&options.peers),
+        Whose::Ours => named(&options.ours),
+        Whose::Against => options.against.is_some(),
+    }
+}
+
+/// Whether everything that goes into the tables is measured.
+fn is_whole(options: &Options) -> bool {
+    options.cells.is_empty() && options.peers.is_empty() && options.ours.is_empty()
+}
+
+/// Measures in a machine that counts instructions.
+fn vm_part(options: &Options, bin: &Path, directory: &Path) -> Fallible<u8> {
+    deps::ensure(VM_PROGRAMS)?;
+    let wanted: Vec<&Device> = DEVICES.iter().filter(|d| is_wanted(options, d)).collect();
+    let named = |name: &str| {
+        options.cells.is_empty() || options.cells.iter().any(|start| name.starts_with(start))
+    };
+    let cells: Vec<&str> = CELLS.iter().map(|cell| cell.name).filter(|name| named(name)).collect();
+    let (mut programs, mut reasons) = (Map::new(), Map::new());
+    programs.insert("devsplice".into(), json!(bin));
+    if let Some(other) = &options.against {
+        programs.insert("other".into(), json!(absolute(other)?));
+    }
+    for name in ["kublk", "rublk"] {
+        if !wanted.iter().any(|device| device.make.first() == Some(&name)) {
+            continue;
+        }
+        match peers::find(name) {
+            Ok(path) => programs.insert(name.into(), json!(path)),
+            Err(reason) => reasons.insert(name.into(), json!(reason)),
+        };
+    }
+    let plan = json!({
+        "programs": programs,
+        "reasons": reasons,
+        "devices": wanted.iter().map(|device| device.name).collect::<Vec<_>>(),
+        "cells": cells,
+        "samples": options.samples,
+    });
+    let write = |path: PathBuf, text: String| {
+        std::fs::write(&path, text).map_err(|e| format!("cannot write {}: {e}", path.display()))
+    };
+    write(directory.join("plan.json"), format!("{plan:#}\n"))?;
+    // Of an earlier run; this one may end before its first figure.
+    let _ = std::fs::remove_file(directory.join("vm.json"));
+    let code = boot(directory)?;
+    let mut results = Results::load(&directory.join("vm.json"))?;
+    results.conditions.extend(conditions(bin));
+    results.save(&directory.join("vm.json"))?;
+    println!("\n{}", report::vm_text(&results));
+    if code == 0 && is_whole(options) {
+        report::write_vm(&results, &tidy::workspace()?.join("docs/bench"))?;
+    }
+    Ok(code)
+}
+
+/// Runs the plan in the machine.
+fn boot(directory: &Path) -> Fallible<u8> {
+    let this = std::env::current_exe().map_err(|e| format!("where is this program? {e}"))?;
+    let words = ["vm", "--accel", "icount", "--cpus", "1", "--timeout", VM_LIMIT, "--rw"];
+    let mut words: Vec<std::ffi::OsString> = words.map(Into::into).to_vec();
+    words.extend([directory.into(), "--".into(), this.into(), "bench".into()]);
+    words.extend(["--inside".into(), directory.into()]);
+    let machine = Machine::try_parse_from(words).map_err(|e| format!("the VM's options: {e}"))?;
+    vm::run(&machine.options)
+}
+
+/// What the figures depend on, of this machine and its programs.
+fn conditions(bin: &Path) -> Vec<(String, String)> {
+    let first_line = |program: &str, arguments: &[&str]| {
+        let output = run_quiet(run::bounded(20, program).args(arguments)).unwrap_or_default();
+        String::from_utf8_lossy(&output).lines().next().unwrap_or("unknown").trim().to_owned()
+    };
+    let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let cpu = cpu.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
+    let root = tidy::workspace().unwrap_or_default();
+    let root = root.to_string_lossy();
+    let bin = bin.to_string_lossy();
+    let rows = [
+        ("date", first_line("date", &["-u", "+%Y-%m-%d"])),
+        ("commit", first_line("git", &["-C", &root, "describe", "--always", "--dirty"])),
+        ("devsplice", first_line(&bin, &["--version"])),
+        ("fio", first_line("fio", &["--version"])),
+        ("QEMU", first_line("qemu-system-x86_64", &["--version"])),
+        ("kernel of this machine", first_line("uname", &["-r"])),
+        ("CPU of this machine", cpu.map_or("unknown", |(_, name)| name).to_owned()),
+    ];
+    rows.map(|(key, value)| (key.to_owned(), value)).to_vec()
+}

@@ -1,0 +1,135 @@
+//! Answers for the figures: one per device, load and sample; their median and spread; as JSON.
+
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use crate::Fallible;
+
+/// One run of a load on a device.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sample {
+    /// The device's name.
+    pub device: String,
+    /// The cell's name.
+    pub cell: String,
+    /// What was measured, in the table's unit.
+    pub value: f64,
+    /// Share of the run's time in which the CPU was idle, in percent.
+    pub idle: f64,
+}
+
+/// All that a part of the bench has found out.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Results {
+    /// The figures.
+    pub samples: Vec<Sample>,
+    /// Devices that were not measured, and why.
+    pub absent: Vec<(String, String)>,
+    /// The devices' commands.
+    pub commands: Vec<(String, String)>,
+    /// What it was measured on.
+    pub conditions: Vec<(String, String)>,
+}
+
+/// The figures of one cell on one device.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Figure {
+    /// The middle sample.
+    pub median: f64,
+    /// Distance of the outer samples, in percent of the middle one.
+    pub spread: f64,
+}
+
+impl Results {
+    /// The figures of `cell` on `device`.
+    pub fn figure(&self, device: &str, cell: &str) -> Option<Figure> {
+        let is_wanted = |sample: &&Sample| sample.device == device && sample.cell == cell;
+        let values = self.samples.iter().filter(is_wanted).map(|sample| sample.value);
+        summary(values.collect())
+    }
+
+    /// Writes everything to a file.
+    pub fn save(&self, path: &Path) -> Fallible<()> {
+        let samples: Vec<Value> = self
+            .samples
+            .iter()
+            .map(|s| json!({"device": s.device, "cell": s.cell, "value": s.value, "idle": s.idle}))
+            .collect();
+        let all = json!({
+            "samples": samples,
+            "absent": self.absent,
+            "commands": self.commands,
+            "conditions": self.conditions,
+        });
+        std::fs::write(path, format!("{all:#}\n"))
+            .map_err(|e| format!("cannot write {}: {e}", path.display()))
+    }
+
+    /// Reads what `save` wrote.
+    pub fn load(path: &Path) -> Fallible<Self> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|e| format!("cannot read {}: {e}", path.display()))?;
+        let all: Value = serde_json::from_str(&text)
+            .map_err(|e| format!("{} is no JSON: {e}", path.display()))?;
+        let sample = |value: &Value| {
+            Some(Sample {
+                device: value["device"].as_str()?.to_owned(),
+                cell: value["cell"].as_str()?.to_owned(),
+                value: value["value"].as_f64()?,
+                idle: value["idle"].as_f64()?,
+            })
+        };
+        let samples = all["samples"].as_array().into_iter().flatten().filter_map(sample);
+        Ok(Self {
+            samples: samples.collect(),
+            absent: pairs(&all["absent"]),
+            commands: pairs(&all["commands"]),
+            conditions: pairs(&all["conditions"]),
+        })
+    }
+}
+
+/// A list of pairs of texts.
+fn pairs(list: &Value) -> Vec<(String, String)> {
+    let pair = |value: &Value| Some((value[0].as_str()?.to_owned(), value[1].as_str()?.to_owned()));
+    list.as_array().into_iter().flatten().filter_map(pair).collect()
+}
+
+/// Median and spread of some values.
+fn summary(mut values: Vec<f64>) -> Option<Figure> {
+    values.sort_by(f64::total_cmp);
+    let (first, last) = (*values.first()?, *values.last()?);
+    let middle = values.len() / 2;
+    let median = match values.len() % 2 {
+        0 => f64::midpoint(values[middle - 1], values[middle]),
+        _ => values[middle],
+    };
+    Some(Figure { median, spread: (last - first) / median * 100.0 })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_figure_is_the_middle_sample_and_the_distance_of_the_outer_ones() {
+        let odd = summary(vec![3.0, 2.0, 2.5]).unwrap();
+        assert_eq!((odd.median, odd.spread), (2.5, 40.0));
+        assert_eq!(summary(vec![1.0, 3.0]).unwrap().median, 2.0);
+        assert_eq!(summary(vec![]), None);
+    }
+
+    #[test]
+    fn what_is_saved_can_be_loaded() {
+        let pair = || vec![("a".to_owned(), "b".to_owned())];
+        let sample = Sample { device: "d".into(), cell: "c".into(), value: 1.5, idle: 0.0 };
+        let results =
+            Results { samples: vec![sample], absent: pair(), commands: pair(), conditions: pair() };
+        let path = std::env::temp_dir().join(format!("devsplice-bench.{}", std::process::id()));
+        results.save(&path).unwrap();
+        let loaded = Results::load(&path);
+        std::fs::remove_file(&path).unwrap();
+        assert_eq!(loaded, Ok(results));
+    }
+}

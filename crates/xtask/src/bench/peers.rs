@@ -1,0 +1,112 @@
+//! Answers for the programs that devsplice is compared with: fetched and built once, in the cache.
+//!
+//! They are other people's programs under their own licences; they are only built and run.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use super::run::bounded;
+use crate::apt::Suite;
+use crate::kernel::Scratch;
+use crate::proc::{find_program, run_quiet};
+use crate::{Fallible, deps};
+
+/// Where the kernel's sources and headers are; they must be of the kernel that is booted.
+const SOURCE_SUITE: &str = "trixie-backports";
+const SOURCE: &str = "linux-source-7.3";
+const HEADERS: &str = "linux-libc-dev";
+/// kublk wants a liburing that Debian 12 does not have.
+const LIBRARY_SUITE: &str = "trixie";
+const LIBRARY: &str = "liburing-dev";
+/// Seconds for a build.
+const BUILD_LIMIT: u32 = 900;
+/// The release of rublk that is compared with.
+const RUBLK: &str = "0.2.15";
+
+/// The peer of that name: where it is, after building it if it is not there.
+pub fn find(name: &str) -> Fallible<PathBuf> {
+    match name {
+        "kublk" => cached("kublk-7.3", build_kublk),
+        "rublk" => cached(&format!("rublk-{RUBLK}"), build_rublk),
+        _ => find_program(name).ok_or_else(|| format!("{name} is not installed")),
+    }
+}
+
+/// The cached program called `name`; `build` puts one into a directory of its own.
+fn cached(name: &str, build: fn(&Path) -> Fallible<PathBuf>) -> Fallible<PathBuf> {
+    let home = cache_directory()?;
+    let program = home.join(name);
+    if program.is_file() {
+        return Ok(program);
+    }
+    eprintln!("xtask: building {name} into {}", home.display());
+    fs::create_dir_all(&home).map_err(|e| format!("cannot create {}: {e}", home.display()))?;
+    let work = Scratch::new(home.join(format!(".build-{name}-{}", std::process::id())))?;
+    let built = build(&work.0)?;
+    fs::rename(&built, &program).map_err(|e| format!("cannot keep {}: {e}", built.display()))?;
+    Ok(program)
+}
+
+fn cache_directory() -> Fallible<PathBuf> {
+    let base = match std::env::var_os("XDG_CACHE_HOME").filter(|dir| !dir.is_empty()) {
+        Some(dir) => PathBuf::from(dir),
+        None => PathBuf::from(std::env::var_os("HOME").ok_or("neither HOME nor XDG_CACHE_HOME")?)
+            .join(".cache"),
+    };
+    Ok(base.join("devsplice").join("peers"))
+}
+
+/// Unpacks the newest package called `name` of a suite.
+fn unpack(suite: &Suite, name: &str, tree: &Path) -> Fallible<()> {
+    let packages = suite.packages(name)?;
+    let package = packages.iter().rfind(|package| package.name == name);
+    let package = package.ok_or_else(|| format!("the archive has no {name}"))?;
+    let file = suite.fetch(package)?;
+    run_quiet(bounded(300, "dpkg").arg("-x").arg(file).arg(tree)).map(drop)
+}
+
+/// The kernel's own test server, from the kernel's sources.
+fn build_kublk(work: &Path) -> Fallible<PathBuf> {
+    deps::ensure(&["gcc", "xz"])?;
+    let tree = work.join("tree");
+    let kernel = Suite::new(SOURCE_SUITE, work)?;
+    unpack(&kernel, HEADERS, &tree)?;
+    unpack(&kernel, SOURCE, &tree)?;
+    unpack(&Suite::new(LIBRARY_SUITE, work)?, LIBRARY, &tree)?;
+    let sources = work.join("tools/testing/selftests/ublk");
+    let mut tar = bounded(300, "tar");
+    tar.arg("-xJf").arg(tree.join(format!("usr/src/{SOURCE}.tar.xz"))).arg("-C").arg(work);
+    tar.args(["--strip-components=1", "--wildcards", "*/tools/testing/selftests/ublk"]);
+    run_quiet(&mut tar)?;
+    let program = work.join("kublk");
+    let mut gcc = bounded(BUILD_LIMIT, "gcc");
+    gcc.args(["-O3", "-w", "-D_GNU_SOURCE", "-I"]).arg(tree.join("usr/include"));
+    gcc.arg("-o").arg(&program).args(c_files(&sources)?);
+    gcc.arg(tree.join("usr/lib/x86_64-linux-gnu/liburing.a")).args(["-lpthread", "-lm"]);
+    run_quiet(&mut gcc)?;
+    Ok(program)
+}
+
+/// The C files of kublk: all in its directory but a helper of the tests.
+fn c_files(sources: &Path) -> Fallible<Vec<PathBuf>> {
+    let list =
+        fs::read_dir(sources).map_err(|e| format!("cannot list {}: {e}", sources.display()))?;
+    let mut files: Vec<PathBuf> = list.flatten().map(|entry| entry.path()).collect();
+    files.retain(|file| file.extension().is_some_and(|e| e == "c"));
+    files.retain(|file| file.file_name().is_some_and(|name| name != "metadata_size.c"));
+    Ok(files)
+}
+
+/// rublk, from the crate registry; its bindings are made with libclang.
+fn build_rublk(work: &Path) -> Fallible<PathBuf> {
+    if find_program("clang-14").is_none() && find_program("clang").is_none() {
+        deps::install(&["libclang-dev", "clang"])?;
+    }
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut command: Command = bounded(BUILD_LIMIT, cargo);
+    command.args(["install", "rublk", "--version", RUBLK, "--locked", "--root"]).arg(work);
+    command.env("CARGO_TARGET_DIR", work.join("target"));
+    run_quiet(&mut command)?;
+    Ok(work.join("bin/rublk"))
+}
