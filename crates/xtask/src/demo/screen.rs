@@ -22,7 +22,7 @@ impl Screen {
         Self { is_terminal: std::io::stdout().is_terminal() }
     }
 
-    /// Runs one step. `what` is shown on a terminal while it runs; what the step returns is shown
+    /// Runs one step. `what`, if anything, is shown on a terminal while it runs; what it returns is shown
     /// when it is done. A failure is told by the caller's `fail`.
     pub fn step(
         &self,
@@ -32,7 +32,8 @@ impl Screen {
     ) -> Result<(), Failure> {
         let failed = |message| Failure { step: name, message };
         proc::check_interrupt().map_err(failed)?;
-        if self.is_terminal {
+        let is_shown = self.is_terminal && !what.is_empty();
+        if is_shown {
             let mut line = format!("{:>8}  {name:<10} {what}", "...");
             line.truncate(WIDTH - 20);
             put(&line);
@@ -40,7 +41,7 @@ impl Screen {
         let start = Instant::now();
         let done = body();
         let seconds = start.elapsed().as_secs_f64();
-        if self.is_terminal {
+        if is_shown {
             put("\r\x1b[K");
         }
         let text = done.map_err(failed)?;

@@ -6,6 +6,8 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 use serde_json::Value;
 
 use super::tool::{QUICK, SLOW, Tool};
@@ -16,6 +18,8 @@ use crate::proc;
 const PREFIX: &str = "devsplice-demo-";
 /// How long what must go may take to go.
 const PATIENCE: Duration = Duration::from_secs(15);
+/// And a server that is told to stop with force, before it is killed.
+const FORCED: Duration = Duration::from_secs(40);
 
 /// The demo's surroundings.
 pub struct Site {
@@ -78,24 +82,27 @@ impl Site {
         json(&self.devsplice(QUICK).args(["info", "--json", &self.name]).run()?)
     }
 
-    /// Stops the disk, and waits for its server's end: until then it holds the images.
-    pub fn del(&self) -> Fallible<()> {
+    /// Stops the disk, and waits for its server's end. The kernel takes a ring apart, and with it
+    /// the server's hold on the images, a moment after that.
+    pub fn del(&self, images: &[PathBuf]) -> Fallible<()> {
         self.devsplice(SLOW).uncut().args(["del", &self.name]).run()?;
-        match wait_until(|| self.processes().is_empty()) {
+        let is_over =
+            || self.processes().is_empty() && images.iter().all(|image| !is_locked(image));
+        match wait_until(is_over) {
             true => Ok(()),
-            false => Err(format!("the server lives on {} s after del", PATIENCE.as_secs())),
+            false => Err(format!("the server holds on {} s after del", PATIENCE.as_secs())),
         }
     }
 
     /// Mounts the file system on `device`.
     pub fn mount(&self, device: &str) -> Fallible<()> {
-        let mount = Tool::new("mount", QUICK).uncut().arg(device);
+        let mount = Tool::new("mount", QUICK).arg(device);
         mount.arg(self.mount_point()).run().map(drop)
     }
 
     /// Unmounts it; all data is written out then.
-    pub fn unmount(&self, limit: Duration) -> Fallible<()> {
-        Tool::new("umount", limit).uncut().arg(self.mount_point()).run().map(drop)
+    pub fn unmount(&self) -> Fallible<()> {
+        Tool::new("umount", SLOW).arg(self.mount_point()).run().map(drop)
     }
 
     fn is_mounted(&self) -> bool {
@@ -108,12 +115,11 @@ impl Site {
     pub fn clean(&self) -> Vec<String> {
         if self.is_mounted() {
             // If that fails, the disk goes first, and then the mount.
-            let _ = self.unmount(PATIENCE);
+            let umount = Tool::new("umount", PATIENCE).uncut();
+            let _ = umount.arg(self.mount_point()).run();
         }
         if self.run_directory().exists() {
-            let del = self.devsplice(SLOW).uncut().args(["del", "--all", "--force"]);
-            let _ = del.run();
-            self.end_servers();
+            self.end_disks();
         }
         if self.is_mounted() {
             let umount = Tool::new("umount", PATIENCE).uncut().arg("--lazy");
@@ -126,25 +132,32 @@ impl Site {
         self.left()
     }
 
-    /// Sees to it that no server outlives the disks: the guard clears up after one that is killed.
-    fn end_servers(&self) {
-        if wait_until(|| self.processes().is_empty()) {
-            return;
+    /// Removes the disks. A server that does not obey is killed, and its guard clears up after it;
+    /// a guard that does not is killed, too, and the command clears up.
+    fn end_disks(&self) {
+        for _ in 0..3 {
+            let del = self.devsplice(FORCED).uncut().args(["del", "--all", "--force"]);
+            // Whether that worked is seen from what is still there.
+            let _ = del.run();
+            if wait_until(|| self.processes().is_empty()) && self.named_servers().is_empty() {
+                return;
+            }
+            let living = self.processes();
+            let mut unwanted = self.named_servers();
+            unwanted.retain(|pid| living.contains(pid));
+            for pid in if unwanted.is_empty() { living } else { unwanted } {
+                // It may have ended by itself.
+                let _ = Tool::new("kill", QUICK).uncut().args(["-KILL", &pid.to_string()]).run();
+            }
+            wait_until(|| self.processes().is_empty());
         }
-        for pid in self.servers() {
-            let kill = Tool::new("kill", QUICK).uncut();
-            let _ = kill.args(["-KILL", &pid.to_string()]).run();
-        }
-        wait_until(|| self.processes().is_empty());
     }
 
-    /// The servers that state files name.
-    fn servers(&self) -> Vec<u64> {
-        let living = self.processes();
+    /// The servers that state files name, living or dead.
+    fn named_servers(&self) -> Vec<u64> {
         let files = fs::read_dir(self.run_directory()).into_iter().flatten().flatten();
         files
             .filter_map(|file| json(&fs::read_to_string(file.path()).ok()?).ok()?["pid"].as_u64())
-            .filter(|pid| living.contains(pid))
             .collect()
     }
 
@@ -194,6 +207,12 @@ impl Site {
             .filter(|name| name.starts_with("loop") && is_ours(name))
             .collect()
     }
+}
+
+/// Whether some process has locked the file, as the server does with what it serves from.
+fn is_locked(file: &Path) -> bool {
+    let lock = FlockOperation::NonBlockingLockExclusive;
+    fs::File::open(file).is_ok_and(|file| flock(&file, lock) == Err(Errno::WOULDBLOCK))
 }
 
 fn json(text: &str) -> Fallible<Value> {

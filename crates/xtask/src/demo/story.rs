@@ -167,7 +167,7 @@ impl<'a> Story<'a> {
 
     fn unmount(&self) -> Told {
         self.screen.step("unmount", "writing out and unmounting", || {
-            self.site.unmount(SLOW)?;
+            self.site.unmount()?;
             Ok("everything is written out".to_owned())
         })
     }
@@ -195,7 +195,7 @@ impl<'a> Story<'a> {
         let mut counters = Counters::default();
         self.screen.step("stop", "devsplice del", || {
             counters = Counters::of(&self.site.info()?);
-            self.site.del()?;
+            self.site.del(&[self.image('a'), self.image('b')])?;
             Ok("devsplice del: the disk is gone, its server has ended".to_owned())
         })?;
         Ok(counters)
