@@ -35,6 +35,10 @@ pub enum Command {
     Features(Features),
     /// Check this machine and what is served on it; say what to do about what is wrong.
     Doctor(Doctor),
+    /// Write manual pages, one per command.
+    Man(Man),
+    /// Print the completion script of a shell.
+    Completions(Completions),
 }
 
 /// Which front end makes the disk.
@@ -206,4 +210,17 @@ pub struct Doctor {
     /// Print JSON.
     #[arg(long)]
     pub json: bool,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct Man {
+    /// The directory to write them to; it must be there.
+    pub dir: std::path::PathBuf,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct Completions {
+    /// Which shell.
+    #[arg(value_enum)]
+    pub shell: clap_complete::Shell,
 }

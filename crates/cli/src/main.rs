@@ -14,6 +14,7 @@ mod guard;
 mod host;
 mod info;
 mod list;
+mod papers;
 mod server;
 mod state;
 
@@ -46,6 +47,8 @@ fn run(command: &Command) -> Result<ExitCode> {
         Command::Explain(explain) => explain::run(explain).map(done),
         Command::Features(features) => features::run(features).map(done),
         Command::Doctor(doctor) => doctor::run(doctor),
+        Command::Man(man) => papers::man(man).map(done),
+        Command::Completions(completions) => papers::completions(completions).map(done),
     }
 }
 
