@@ -7,6 +7,7 @@ mod demo;
 mod deps;
 mod kernel;
 mod proc;
+mod sim;
 mod testrun;
 mod tidy;
 mod vm;
@@ -31,6 +32,7 @@ struct Cli {
 enum Command {
     Bench(bench::Options),
     Demo(demo::Options),
+    Sim(sim::Options),
     Vm(vm::Options),
     Test(testrun::Options),
     /// Check the style rules that no compiler checks.
@@ -43,6 +45,7 @@ fn main() -> ExitCode {
     let done = proc::watch_signals().and_then(|()| match cli.command {
         Command::Bench(options) => bench::run(&options),
         Command::Demo(options) => demo::run(&options),
+        Command::Sim(options) => sim::run(&options),
         Command::Vm(options) => vm::run(&options),
         Command::Test(options) => testrun::run(&options),
         Command::Tidy => tidy::run().map(|findings| u8::from(findings > 0)),

@@ -13,6 +13,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("uring", &["core", "engine"]),
     ("backends", &["core", "engine", "uring"]),
     ("exports", &["core", "engine", "uring"]),
+    ("sim", &["core", "engine", "layers"]),
 ];
 /// Crates above all arrows.
 const TOP: &[&str] = &["cli", "e2e", "xtask"];
