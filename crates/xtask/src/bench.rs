@@ -3,9 +3,11 @@
 mod cells;
 mod data;
 mod guest;
+mod native;
 mod peers;
 mod report;
 mod run;
+mod svg;
 
 use std::path::{Path, PathBuf};
 
@@ -19,6 +21,14 @@ use data::Results;
 
 /// What the VM part starts in the machine.
 const VM_PROGRAMS: &[&str] = &["fio", "dmsetup", "losetup", "modprobe"];
+/// Peers of the native part, and the packages that have them; without one the others go on.
+const NATIVE_PACKAGES: &[(&str, &str)] = &[
+    ("qemu-storage-daemon", "qemu-system-common"),
+    ("nbdfuse", "libnbd-bin"),
+    ("nbdkit", "nbdkit"),
+];
+/// Fewest samples of the native part: clocks are less steady than counts.
+const NATIVE_SAMPLES: u32 = 5;
 /// Seconds for the machine's whole run.
 const VM_LIMIT: &str = "5400";
 /// Seconds for cargo.
@@ -54,6 +64,9 @@ pub struct Options {
     /// The devsplice to measure, instead of building it
     #[arg(long, value_name = "PATH")]
     bin: Option<PathBuf>,
+    /// A remark for the conditions of the tables
+    #[arg(long, value_name = "TEXT")]
+    note: Option<String>,
     /// Only carry out the plan in this directory, in the machine
     #[arg(long, value_name = "DIR", hide = true)]
     inside: Option<PathBuf>,
@@ -81,7 +94,34 @@ pub fn run(options: &Options) -> Fallible<u8> {
     let directory = tidy::workspace()?.join("target/bench");
     std::fs::create_dir_all(&directory)
         .map_err(|e| format!("cannot create {}: {e}", directory.display()))?;
-    vm_part(options, &bin, &directory)
+    let mut code = 0;
+    if !options.native {
+        code = vm_part(options, &bin, &directory)?;
+    }
+    if !options.vm && code == 0 {
+        native_part(options, &bin, &directory)?;
+    }
+    Ok(code)
+}
+
+/// Measures on this machine.
+fn native_part(options: &Options, bin: &Path, directory: &Path) -> Fallible<()> {
+    for (program, package) in NATIVE_PACKAGES {
+        if proc::find_program(program).is_none()
+            && let Err(reason) = deps::install(&[package])
+        {
+            eprintln!("xtask: going on without {program}: {reason}");
+        }
+    }
+    let file = directory.join("native.json");
+    let samples = options.samples.max(NATIVE_SAMPLES);
+    let mut results = native::run(bin, samples, &file)?;
+    results.conditions.push(("samples".into(), samples.to_string()));
+    results.conditions.extend(conditions(bin));
+    results.conditions.extend(options.note.iter().map(|note| ("note".to_owned(), note.clone())));
+    results.save(&file)?;
+    println!("\n{}", report::native_text(&results));
+    report::write_native(&results, &tidy::workspace()?.join("docs/bench"))
 }
 
 fn absolute(path: &Path) -> Fallible<PathBuf> {
@@ -102,8 +142,8 @@ fn build() -> Fallible<PathBuf> {
         message["executable"].as_str().map(PathBuf::from)
     };
     let messages = String::from_utf8_lossy(&messages);
-    let executables = messages.lines().filter_map(executable);
-    executables.last().ok_or_else(|| "cargo built no executable".into())
+    let mut executables = messages.lines().filter_map(executable);
+    executables.next_back().ok_or_else(|| "cargo built no executable".into())
 }
 
 /// Whether a device is to be measured.
@@ -159,6 +199,7 @@ fn vm_part(options: &Options, bin: &Path, directory: &Path) -> Fallible<u8> {
     let code = boot(directory)?;
     let mut results = Results::load(&directory.join("vm.json"))?;
     results.conditions.extend(conditions(bin));
+    results.conditions.extend(options.note.iter().map(|note| ("note".to_owned(), note.clone())));
     results.save(&directory.join("vm.json"))?;
     println!("\n{}", report::vm_text(&results));
     if code == 0 && is_whole(options) {

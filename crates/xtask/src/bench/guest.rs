@@ -121,6 +121,7 @@ fn make_backing(name: &str) -> Fallible<String> {
     let size = SIZE.to_string();
     let settings = [
         ("size", size.as_str()),
+        ("blocksize", "4096"),
         ("memory_backed", "1"),
         ("irqmode", "0"),
         ("queue_mode", "2"),

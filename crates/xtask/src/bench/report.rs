@@ -3,8 +3,10 @@
 use std::fmt::Write;
 use std::path::Path;
 
-use super::cells::{BARS, Bar, CELLS, DEVICES};
+use super::cells::{BARS, Bar, CELLS, DEVICES, Whose};
 use super::data::Results;
+use super::native;
+use super::svg::{self, Group};
 use crate::Fallible;
 
 /// The loads that there are figures of.
@@ -129,21 +131,83 @@ pub fn write_vm(results: &Results, directory: &Path) -> Fallible<()> {
     text += &figures(results);
     text += VM_BARS;
     text += &bars(results);
-    if !results.absent.is_empty() {
-        text += "\nNot measured:\n\n";
-        for (device, reason) in &results.absent {
-            let _ = writeln!(text, "- {device}: {reason}");
-        }
-    }
-    text += "\n## Conditions\n\n";
-    for (key, value) in &results.conditions {
-        let _ = writeln!(text, "- {key}: {value}");
-    }
-    text += "\n## The devices\n\n";
-    for (device, command) in &results.commands {
-        let _ = writeln!(text, "- {device}: `{command}`");
-    }
+    text += &appendix(results);
+    save(directory, "vm.svg", &vm_chart(results))?;
     save(directory, "vm.md", &text)
+}
+
+/// The chart of the VM part: each device's cost as a multiple of the kernel's loop device.
+fn vm_chart(results: &Results) -> String {
+    let group = |cell: &&'static str| {
+        let base = results.figure(CHART_BASE, cell)?.median;
+        let bar = |name: &&str| {
+            let device = DEVICES.iter().find(|device| device.name == *name)?;
+            let ratio = results.figure(name, cell)?.median / base;
+            Some(((*name).to_owned(), ratio, device.whose == Whose::Ours))
+        };
+        let bars = CHARTED.iter().filter_map(bar).collect();
+        Some(Group { name: (*cell).to_owned(), bars })
+    };
+    let groups: Vec<Group> = cells(results).iter().filter_map(group).collect();
+    svg::chart("Instructions per I/O; kernel loop = 1; less is better", &groups, 1.0)
+}
+
+/// Ratios of the native part to the first of `NATIVE_BASES` that was measured.
+fn native_ratios(results: &Results) -> (String, Vec<Group>) {
+    let cells: Vec<&str> = native::CELLS.iter().map(|cell| cell.name).collect();
+    let has = |base: &&&str| results.figure(base, cells[0]).is_some();
+    let base = NATIVE_BASES.iter().find(has).copied().unwrap_or(NATIVE_BASES[0]);
+    let ratio = |device: &str, cell: &str| {
+        Some(results.figure(device, cell)?.median / results.figure(base, cell)?.median)
+    };
+    let names: Vec<&str> = native::DEVICES.iter().map(|(name, _)| *name).collect();
+    let mut rows = vec![heading(&format!("throughput, {base} = 1"), &cells)];
+    for name in &names {
+        let mut row = vec![(*name).to_owned()];
+        row.extend(cells.iter().map(|cell| {
+            let spread = results.figure(name, cell).map_or(0.0, |figure| figure.spread);
+            let shown = |ratio| format!("{ratio:.2} (spread {spread:.0} %)");
+            ratio(name, cell).map_or("-".into(), shown)
+        }));
+        rows.push(row);
+    }
+    let group = |cell: &&str| {
+        let bar =
+            |name: &&str| Some(((*name).to_owned(), ratio(name, cell)?, *name == native::OWN));
+        Group { name: (*cell).to_owned(), bars: names.iter().filter_map(bar).collect() }
+    };
+    (aligned(&rows), cells.iter().map(group).collect())
+}
+
+/// Everything about the native part, for the terminal.
+pub fn native_text(results: &Results) -> String {
+    native_ratios(results).0
+}
+
+/// Writes the page of the native part.
+pub fn write_native(results: &Results, directory: &Path) -> Fallible<()> {
+    let (table, groups) = native_ratios(results);
+    let title = "Throughput over files in memory; more is better";
+    save(directory, "native.svg", &svg::chart(title, &groups, 1.0))?;
+    let text = format!("{NATIVE_HEAD}{table}{}", appendix(results));
+    save(directory, "native.md", &text)
+}
+
+/// What was not measured, the conditions, the commands.
+fn appendix(results: &Results) -> String {
+    let mut text = String::new();
+    let mut list = |title: &str, rows: &[(String, String)], mark: &str| {
+        if !rows.is_empty() {
+            let _ = write!(text, "\n## {title}\n\n");
+        }
+        for (key, value) in rows {
+            let _ = writeln!(text, "- {key}: {mark}{value}{mark}");
+        }
+    };
+    list("Not measured", &results.absent, "");
+    list("Conditions", &results.conditions, "");
+    list("The devices", &results.commands, "`");
+    text
 }
 
 fn save(directory: &Path, name: &str, text: &str) -> Fallible<()> {
@@ -153,10 +217,40 @@ fn save(directory: &Path, name: &str, text: &str) -> Fallible<()> {
         .map_err(|e| format!("cannot write {}: {e}", path.display()))
 }
 
+/// The device that the chart of the VM part compares with, and those that it shows.
+const CHART_BASE: &str = "loop";
+const CHARTED: &[&str] =
+    &["null_blk", "loop", "dm-stripe", "kublk", "kublk-batch", "rublk", "file", "stripe", "stack"];
+/// The devices that the native part compares with, the best known first.
+const NATIVE_BASES: &[&str] = &["qsd", "loop"];
+
 const VM_HEAD: &str = "# Guest instructions per I/O
 
 Written by `cargo xtask bench --vm`. Thousand instructions of the whole machine (fio, kernel and
 server) for each I/O; less is better.
+
+The machine is QEMU's software emulation, one CPU, one instruction one nanosecond of guest time
+(`-icount shift=0,sleep=off`). The backing device is memory (`null_blk`, 64 MiB, 4 KiB blocks,
+filled) that completes an I/O where it is submitted, so the CPU is never idle while fio runs, and
+fio's own run time divided by its I/Os is instructions per I/O. Every device has one queue, depth
+64 and backing devices of its own; all are made in the same boot; samples go round the devices; the
+median is shown. Such counts know no caches, no second CPU and no contention: they rank code paths,
+not disks.
+
+![chart](vm.svg)
+
+| load | fio |
+|---|---|
+| 4k-qd1 | `--rw=randread --bs=4k --iodepth=1`, 10000 I/Os |
+| 4k-qd32-read, 4k-qd32-write | `--rw=randread` or `randwrite`, `--bs=4k --iodepth=32`, 20000 I/Os |
+| 64k-qd8 | `--rw=randread --bs=64k --iodepth=8`, 4000 I/Os |
+| 1m-read, 1m-write | `--rw=read` or `write`, `--bs=1M --iodepth=4`, 300 I/Os |
+
+All with `--ioengine=io_uring --direct=1 --norandommap`. `kublk` is the kernel's own test server
+(zero copy by automatic registration), `rublk` the one of libublk-rs (zero copy). `file` is a
+devsplice device over one backing device, `stripe` over two, `stack` a `linear` over such a stripe;
+the suffix names a forced data path. A read of devsplice's `null` fills the pages with zeros; the
+other null servers leave them as they are.
 
 ";
 
@@ -164,5 +258,16 @@ const VM_BARS: &str = "
 ## Bounds
 
 Ratio of two lines of the table above; **bold** where it is above its bound.
+
+";
+
+const NATIVE_HEAD: &str = "# FUSE and loop
+
+Written by `cargo xtask bench --native`. A loop device over a file that a server shows through
+FUSE, over a file in memory (tmpfs, 256 MiB); `loop` is the kernel's loop device over such a file
+itself. fio with `--ioengine=io_uring --direct=1 --bs=4k --iodepth=32`, 3 s a sample, devices in
+turn, medians. The machine is shared and its clock is no basis for figures: only ratios are given.
+
+![chart](native.svg)
 
 ";
