@@ -1,0 +1,158 @@
+//! Answers for this machine: which program is tested, root, tools, modules, front ends.
+
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use crate::command::call;
+use crate::suite::{Outcome, skip};
+
+/// Where the suite runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// On a machine that others use as well.
+    Native,
+    /// In a machine of its own, which may be changed at will, and is slow.
+    Vm,
+}
+
+/// As DEVSPLICE_E2E says: `native` if nothing is said.
+///
+/// # Panics
+/// If it is neither `native` nor `vm`.
+#[must_use]
+pub fn mode() -> Mode {
+    match std::env::var("DEVSPLICE_E2E").as_deref() {
+        Ok("vm") => Mode::Vm,
+        Ok("native") | Err(_) => Mode::Native,
+        Ok(other) => panic!("DEVSPLICE_E2E={other}: neither native nor vm"),
+    }
+}
+
+/// The command that is tested: DEVSPLICE_BIN, or what cargo built beside these tests.
+#[must_use]
+pub fn program() -> Option<PathBuf> {
+    if let Some(path) = std::env::var_os("DEVSPLICE_BIN") {
+        return Some(PathBuf::from(path));
+    }
+    let this = std::env::current_exe().ok()?;
+    let target = this.parent()?.parent()?.parent()?;
+    let built = |profile: &str| target.join(profile).join("devsplice");
+    ["release", "debug"].into_iter().map(built).find(|path| path.is_file())
+}
+
+/// Whether this is root.
+#[must_use]
+pub fn is_root() -> bool {
+    rustix::process::geteuid().is_root()
+}
+
+/// Goes on if `is_so`, else skips.
+///
+/// # Errors
+/// The skip.
+pub fn need(is_so: bool, reason: &str) -> Outcome {
+    if is_so { Ok(()) } else { skip(reason) }
+}
+
+/// Goes on if there is such a program.
+///
+/// # Errors
+/// The skip.
+pub fn need_tool(name: &str) -> Outcome {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = std::env::split_paths(&path).any(|dir| dir.join(name).is_file());
+    need(found, &format!("no program {name} here"))
+}
+
+/// Whether the kernel can mount such a file system, if need be with a module.
+#[must_use]
+pub fn kernel_has_file_system(name: &str) -> bool {
+    let known = || {
+        let all = std::fs::read_to_string("/proc/filesystems").unwrap_or_default();
+        all.split_whitespace().any(|word| word == name)
+    };
+    if !known() && need_tool("modprobe").is_ok() {
+        let _ = call("modprobe", ["-q", name]).run();
+    }
+    known()
+}
+
+/// ublk's data paths, best first, as `--data-path` takes them.
+pub const PATHS: [&str; 4] = ["auto-register", "register", "user-copy", "copy"];
+
+/// A front end, and how data moves through it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// FUSE + loop.
+    Fuse,
+    /// ublk with a data path.
+    Ublk(&'static str),
+}
+
+impl Kind {
+    /// As part of a test's name.
+    #[must_use]
+    pub fn name(self) -> String {
+        match self {
+            Kind::Fuse => "fuse".to_owned(),
+            Kind::Ublk(path) => format!("ublk::{}", path.replace('-', "_")),
+        }
+    }
+
+    /// The arguments of `devsplice add`.
+    #[must_use]
+    pub fn arguments(self) -> Vec<&'static str> {
+        match self {
+            Kind::Fuse => vec!["--export", "fuse"],
+            Kind::Ublk(path) => vec!["--export", "ublk", "--data-path", path],
+        }
+    }
+
+    /// Whether data passes through the process.
+    #[must_use]
+    pub fn copies(self) -> bool {
+        !matches!(self, Kind::Ublk("auto-register" | "register"))
+    }
+
+    /// Whether it is ublk.
+    #[must_use]
+    pub fn is_ublk(self) -> bool {
+        self != Kind::Fuse
+    }
+
+    /// Open if disks of this kind can be made here.
+    ///
+    /// # Errors
+    /// The skip.
+    pub fn gate(self) -> Outcome {
+        need(is_root(), "needs root")?;
+        match self {
+            Kind::Fuse => {
+                let opens = |path: &str| {
+                    let open = std::fs::OpenOptions::new().read(true).write(true).open(path);
+                    need(open.is_ok(), &format!("{path} cannot be opened"))
+                };
+                opens("/dev/fuse")?;
+                opens("/dev/loop-control")
+            }
+            Kind::Ublk(path) => {
+                need(Path::new("/dev/ublk-control").exists(), "no /dev/ublk-control: no ublk_drv")?;
+                let offered = offered_paths();
+                need(offered.iter().any(|one| one == path), &{
+                    format!("this kernel's ublk has no {path} path, but: {}", offered.join(", "))
+                })
+            }
+        }
+    }
+}
+
+fn offered_paths() -> &'static [String] {
+    static PATHS: OnceLock<Vec<String>> = OnceLock::new();
+    PATHS.get_or_init(|| {
+        let Some(program) = program() else { return Vec::new() };
+        let text = call(program, ["features", "--json"]).ok();
+        let value: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
+        let paths = value["ublk"]["data_paths"].as_array().cloned().unwrap_or_default();
+        paths.iter().filter_map(|path| path.as_str().map(str::to_owned)).collect()
+    })
+}

@@ -1,0 +1,87 @@
+//! Answers for the end-to-end suite: which tests run where, and that the run leaves nothing.
+//!
+//! `DEVSPLICE_E2E` says where this is: `native` (the default), or `vm` for a machine that the tests
+//! may turn upside down. What cannot run is skipped with its reason.
+#![forbid(unsafe_code)]
+#![allow(clippy::expect_used, clippy::unwrap_used)] // A failed expectation is a failed test.
+
+mod bad;
+mod cli;
+mod life;
+mod luck;
+mod manners;
+mod reach;
+mod verify;
+
+use std::process::ExitCode;
+
+use devsplice_e2e::{
+    Group, Kind, Mode, PATHS, Skip, is_root, leftovers, mode, need, program, trials,
+};
+use libtest_mimic::{Arguments, Completion, Trial};
+
+fn main() -> ExitCode {
+    let arguments = Arguments::from_args();
+    if program().is_none() {
+        let reason = "no devsplice: cargo build --release -p devsplice, or set DEVSPLICE_BIN";
+        let body = move || Ok(Completion::ignored_with(reason));
+        let trial = Trial::ignorable_test("everything", body);
+        return libtest_mimic::run(&arguments, vec![trial]).exit_code();
+    }
+    let listing = arguments.list;
+    let conclusion = libtest_mimic::run(&arguments, trials(groups()));
+    if listing {
+        return ExitCode::SUCCESS;
+    }
+    let rest = libtest_mimic::run(&Arguments::default(), vec![nothing_is_left()]);
+    if conclusion.has_failed() { conclusion.exit_code() } else { rest.exit_code() }
+}
+
+fn nothing_is_left() -> Trial {
+    Trial::test("end::nothing_is_left_behind", || {
+        let left = leftovers();
+        if left.is_empty() { Ok(()) } else { Err(format!("left: {}", left.join("\n")).into()) }
+    })
+}
+
+/// The front end that tests use which do not care.
+fn home() -> Kind {
+    match mode() {
+        Mode::Native => Kind::Fuse,
+        Mode::Vm => [PATHS[0], PATHS[1], PATHS[2], PATHS[3]]
+            .into_iter()
+            .map(Kind::Ublk)
+            .find(|kind| kind.gate().is_ok())
+            .unwrap_or(Kind::Fuse),
+    }
+}
+
+fn groups() -> Vec<Group> {
+    let home = home();
+    let mut cli = Group::new("cli", Ok(()));
+    cli::add(&mut cli, home);
+    let mut bad = Group::new("bad", need(is_root(), "needs root"));
+    bad::add(&mut bad, home);
+    let mut groups = vec![cli, bad];
+    for kind in [Kind::Fuse].into_iter().chain(PATHS.map(Kind::Ublk)) {
+        if mode() == Mode::Native && kind.is_ublk() && kind.gate().is_err() {
+            continue;
+        }
+        let mut group = Group::of(kind);
+        verify::add(&mut group, kind);
+        if kind == home || kind == Kind::Fuse {
+            life::add(&mut group, kind);
+            manners::add(&mut group, kind);
+            luck::add(&mut group, kind);
+            reach::add(&mut group, kind);
+        }
+        groups.push(group);
+    }
+    if mode() == Mode::Native && Kind::Ublk(PATHS[3]).gate().is_err() {
+        let reason = "no ublk here; the VM tests it".to_owned();
+        let mut ublk = Group::new("ublk", Err(Skip(reason)));
+        verify::add(&mut ublk, Kind::Ublk(PATHS[0]));
+        groups.push(ublk);
+    }
+    groups
+}

@@ -1,0 +1,65 @@
+//! Answers for what a disk costs: nothing while it idles, little memory, no more time to make than
+//! the kernel's own loop device.
+
+use std::time::Duration;
+
+use devsplice_e2e::{Group, Kind, MIB, Outcome, Room, call, need_tool};
+
+/// KiB that the process of a disk may have resident.
+const MEMORY_KIB: u64 = 20_000;
+/// How often each of two ways is timed.
+const ROUNDS: usize = 7;
+
+pub fn add(group: &mut Group, kind: Kind) {
+    group.alone("an_idle_disk_uses_no_cpu_and_little_memory", move || idle(kind));
+    if kind.is_ublk() {
+        group.alone("add_takes_no_longer_than_losetup", move || add_against_losetup(kind));
+    }
+}
+
+fn idle(kind: Kind) -> Outcome {
+    let room = Room::new();
+    let [a, b] = ["a", "b"].map(|name| room.file(name, 64 * MIB));
+    let disk = room.add(kind, &format!("stripe({a}, {b})"), &[]);
+    let of = format!("of={}", disk.node.display());
+    // Memory that is touched once stays.
+    call("dd", ["if=/dev/zero", &of, "bs=1M", "count=64", "oflag=direct"]).ok();
+    let (server, guard) = (disk.server(), disk.guard());
+    let resident = (server.status_kib("VmRSS"), guard.status_kib("VmRSS"));
+    eprintln!(
+        "{}: resident {} KiB (most: {}), its guard {} KiB",
+        kind.name(),
+        resident.0,
+        server.status_kib("VmHWM"),
+        resident.1
+    );
+    std::thread::sleep(Duration::from_secs(2));
+    let before = (server.ticks(), guard.ticks());
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!((server.ticks(), guard.ticks()), before, "CPU was used while idle");
+    assert!(resident.0 <= MEMORY_KIB, "{} KiB are resident", resident.0);
+    disk.remove();
+    Ok(())
+}
+
+fn add_against_losetup(kind: Kind) -> Outcome {
+    need_tool("losetup")?;
+    let room = Room::new();
+    let file = room.file("a", 64 * MIB);
+    let (mut add, mut losetup) = (Duration::MAX, Duration::MAX);
+    for _ in 0..ROUNDS {
+        let name = room.name();
+        let arguments = room.add_arguments(kind, &file, &["-n", &name]);
+        let ran = room.devsplice(arguments).run().ok();
+        add = add.min(ran.took);
+        room.devsplice(["del", &name]).ok();
+        let ran = call("losetup", ["--direct-io=on", "-f", "--show", &file]).run().ok();
+        losetup = losetup.min(ran.took);
+        call("losetup", ["-d", ran.out.trim()]).ok();
+    }
+    let ratio = add.as_secs_f64() / losetup.as_secs_f64();
+    let line = format!("add {add:?}, losetup {losetup:?}, ratio {ratio:.2}");
+    eprintln!("{line}");
+    assert!(ratio <= 1.0, "{line}");
+    Ok(())
+}
