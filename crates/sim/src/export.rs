@@ -130,6 +130,7 @@ impl World {
         }
         let slot = &mut self.slots[slot];
         slot.error = None;
+        slot.short = false;
         slot.request = Some(Asked { io, start, change });
         self.asked += 1;
     }
@@ -147,15 +148,15 @@ impl World {
         if io.op == Op::Flush && got.is_ok() {
             device.oracle.flushed(start, now, oldest);
         }
-        let may_fail = device.may_fail;
         let refused = refusal(&export.limits, &io);
+        let by_layer = |errno: Errno| refused.is_none() && device.errors.contains(&errno);
         match (got, refused.or(error.map(Errno::for_client))) {
             (Ok(()), None) if io.op == Op::Read => self.judge_read(export, slot, asked),
             (Ok(()), None) => {}
             (Ok(()), Some(must)) => {
                 self.fail(Kind::WrongResult, format!("{io:?} succeeded, must fail with {must}"));
             }
-            (Err(_), _) if may_fail && refused.is_none() => {}
+            (Err(errno), _) if by_layer(errno) => {}
             (Err(errno), None) => {
                 self.fail(Kind::NeedlessError, format!("{io:?} failed with {errno}"));
             }

@@ -45,6 +45,12 @@ pub enum Mutant {
     HalfTwice,
     /// A layer answers reads with zeros now and then.
     ReadsZero,
+    /// A layer does not tell that completed writes below may be lost.
+    CacheHidden,
+    /// A layer offers a write-zeroes that what lies below does not.
+    ZeroesOffered,
+    /// The watchdog never reports.
+    WatchdogSilent,
 }
 
 impl Mutant {
@@ -70,15 +76,21 @@ impl Mutant {
         Mutant::ZeroesDropped,
         Mutant::HalfTwice,
         Mutant::ReadsZero,
+        Mutant::CacheHidden,
+        Mutant::ZeroesOffered,
+        Mutant::WatchdogSilent,
     ];
 
-    /// The layer that has the bug, for one that is in a layer; empty for all layers.
+    /// The layer that has the bug; empty for all layers, `None` for a bug that is in no layer.
     fn layer(self) -> Option<&'static str> {
         match self {
             Mutant::StripeSwapped => Some("stripe"),
             Mutant::LinearOff | Mutant::HalfTwice | Mutant::ReadsZero => Some("linear"),
             Mutant::MirrorOneLeg => Some("mirror"),
-            Mutant::FlushOneLeg | Mutant::ZeroesDropped => Some(""),
+            Mutant::FlushOneLeg
+            | Mutant::ZeroesDropped
+            | Mutant::CacheHidden
+            | Mutant::ZeroesOffered => Some(""),
             _ => None,
         }
     }
@@ -135,7 +147,10 @@ impl Bent {
 impl Layer for Bent {
     fn open(&mut self, below: &mut dyn Lower) -> Result<Limits> {
         self.below = below.limits().to_vec();
-        self.inner.open(below)
+        let mut limits = self.inner.open(below)?;
+        limits.volatile_cache &= self.bug != Mutant::CacheHidden;
+        limits.write_zeroes |= self.bug == Mutant::ZeroesOffered;
+        Ok(limits)
     }
 
     fn map(&self, io: Io) -> Result<Map, Errno> {

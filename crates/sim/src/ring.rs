@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use devsplice_core::{Error, ErrorKind, Op, Result};
+use devsplice_core::{Error, ErrorKind, Limits, Op, Result};
 use devsplice_engine::ring::MAX_PARTS;
 use devsplice_engine::{Event, Part, Ring, RingCounts, Splice, To};
 
@@ -104,15 +104,14 @@ impl Ring for SimRing {
             return None;
         }
         let ready = world.ready.pop_front()?;
-        if let (Event::Splice { key, result }, Some((serial, slot, error))) =
-            (ready.event, ready.splice)
-        {
+        if let (Event::Splice { key, result }, Some(ended)) = (ready.event, ready.splice) {
             world.ended_count += 1;
-            world.ended[serial as usize] = world.ended_count;
+            world.ended[ended.serial as usize] = world.ended_count;
             world.keys[key as usize] = false;
-            let slot = &mut world.slots[slot as usize];
+            let slot = &mut world.slots[ended.slot as usize];
             slot.out -= 1;
-            if let Some(error) = error {
+            slot.short |= ended.short;
+            if let Some(error) = ended.error {
                 slot.error.get_or_insert(error);
             }
             let number = match result {
@@ -129,6 +128,22 @@ impl Ring for SimRing {
 
     fn counts(&self) -> RingCounts {
         self.world.counts
+    }
+}
+
+/// What a disk of these limits has against a splice. Only what follows a short one may begin
+/// inside a block.
+fn refusal(limits: &Limits, splice: &Splice<'_>, short: bool) -> Option<&'static str> {
+    let block = u64::from(limits.block);
+    let whole = splice.at.is_multiple_of(block) && splice.len.is_multiple_of(block);
+    match splice.op {
+        _ if splice.at + splice.len > limits.size => Some("behind the end of the disk"),
+        _ if !whole && !short => Some("off the blocks of the disk"),
+        Op::Discard if limits.discard == 0 => Some("a discard that the disk does not offer"),
+        Op::WriteZeroes { .. } if !limits.write_zeroes => {
+            Some("a write-zeroes that the disk does not offer")
+        }
+        _ => None,
     }
 }
 
@@ -151,13 +166,14 @@ impl World {
         match splice.to {
             To::Zero if splice.op != Op::Read => return say("a change of nothing"),
             To::Zero => {}
-            To::File(file) => match self.disks.get(usize::from(file.0)) {
-                None => return say("a file that was not given"),
-                Some(disk) if splice.at + splice.len > disk.limits.size => {
-                    return say("behind the end of the disk");
+            To::File(file) => {
+                let Some(disk) = self.disks.get(usize::from(file.0)) else {
+                    return say("a file that was not given");
+                };
+                if let Some(what) = refusal(&disk.limits, splice, slot.short) {
+                    return say(what);
                 }
-                Some(_) => {}
-            },
+            }
         }
         if !splice.op.has_pages() {
             let empty = splice.len == 0;

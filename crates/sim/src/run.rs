@@ -112,7 +112,7 @@ impl Run {
     fn add_device(&mut self, number: u64, rng: &mut Rng) -> Result<(), Failure> {
         let grown = grow(rng);
         self.note(format_args!("device {number}: {:?} over {:?}", grown.tree, grown.disks));
-        let stack = build(&grown.tree, None)?;
+        let stack = build(&grown.tree, self.world.mutant)?;
         let limits = *stack.limits();
         let first_disk = self.world.disks.len();
         self.world.disks.extend(grown.disks.iter().map(|limits| Disk::new(*limits)));
@@ -126,7 +126,7 @@ impl Run {
             planes: grown.planes,
             first_disk,
             disk_count: grown.disks.len(),
-            may_fail: grown.may_fail,
+            errors: grown.errors,
             writes: 0,
         });
         self.trees.push(grown.tree);
@@ -158,7 +158,8 @@ impl Run {
             let mut told = told.lock().unwrap_or_else(PoisonError::into_inner);
             told.push((stuck.lane, stuck.tag));
         });
-        let watch = (self.world.plan.stuck_s, on_stuck);
+        let silent = self.world.mutant == Some(Mutant::WatchdogSilent);
+        let watch = (if silent { 0 } else { self.world.plan.stuck_s }, on_stuck);
         let ring = SimRing::new(std::mem::take(&mut self.world), home.clone());
         let shared = Arc::new(Shared::default());
         let result = catch_unwind(AssertUnwindSafe(|| {

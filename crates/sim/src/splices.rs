@@ -10,12 +10,16 @@ use crate::failure::Kind;
 use crate::mutants::Mutant;
 use crate::plan::Crash;
 use crate::rng::{Rng, index};
-use crate::world::{Echo, End, Flying, Ready, What, World};
+use crate::world::{Echo, End, Ended, Flying, Ready, What, World};
 
 /// Most pieces in which a splice moves its bytes, each in its own time.
 const MOST_MOVES: u64 = 4;
 /// Most nanoseconds that a late splice takes more than others.
 const LATE_NS: u64 = 800_000_000;
+
+/// What a broken place says. Clients are told of some of these as `EIO`.
+const LASTING: [Errno; 6] =
+    [Errno::EIO, Errno::EIO, Errno::ENODATA, Errno::ETIMEDOUT, Errno::ECANCELED, Errno::EILSEQ];
 
 impl World {
     /// Starts what was handed over.
@@ -65,11 +69,12 @@ impl World {
             return (Err(Errno::EINTR), 0);
         }
         if rng.permille(faults.io_error) {
-            return (Err(Errno::EIO), flying.len);
+            return (Err(rng.pick(&LASTING)), flying.len);
         }
         let grows = matches!(flying.op, Op::Write | Op::WriteZeroes { .. });
         if grows && rng.permille(faults.no_space) {
-            return (Err(Errno::ENOSPC), flying.len);
+            let full = rng.pick(&[Errno::ENOSPC, Errno::ENOSPC, Errno::EDQUOT, Errno::EFBIG]);
+            return (Err(full), flying.len);
         }
         if flying.op.has_pages() && rng.permille(faults.nothing) {
             return (Ok(0), 0);
@@ -258,7 +263,9 @@ impl World {
             }
         }
         let event = Event::Splice { key: flying.key, result: flying.result };
-        let splice = Some((flying.serial, flying.slot, flying.error));
+        let Flying { serial, slot, error, len, .. } = flying;
+        let short = flying.result.is_ok_and(|done| done < len);
+        let splice = Some(Ended { serial, slot, error, short });
         self.ready.push_back(Ready { event, splice });
     }
 

@@ -54,8 +54,8 @@ pub(crate) struct Grown {
     pub(crate) planes: Planes,
     /// The disks' limits, in the order of the backends.
     pub(crate) disks: Vec<Limits>,
-    /// Some layer answers with errors of its own.
-    pub(crate) may_fail: bool,
+    /// What layers answer by themselves.
+    pub(crate) errors: Vec<Errno>,
 }
 
 struct Grower<'a> {
@@ -63,7 +63,7 @@ struct Grower<'a> {
     /// Sectors that all sizes and offsets are multiples of.
     grain: u64,
     disks: Vec<Limits>,
-    may_fail: bool,
+    errors: Vec<Errno>,
     /// Mirrors that are being grown: a leg of one that keeps nothing would be no copy.
     mirrors: u32,
 }
@@ -72,10 +72,10 @@ struct Grower<'a> {
 pub(crate) fn grow(rng: &mut Rng) -> Grown {
     let grain = if rng.percent(30) { 8 } else { 1 };
     let depth = rng.below(MOST_LAYERS + 1);
-    let mut grower = Grower { rng, grain, disks: Vec::new(), may_fail: false, mirrors: 0 };
+    let mut grower = Grower { rng, grain, disks: Vec::new(), errors: Vec::new(), mirrors: 0 };
     let (tree, planes) = grower.tree(depth);
-    let Grower { disks, may_fail, .. } = grower;
-    Grown { tree, planes, disks, may_fail }
+    let Grower { disks, errors, .. } = grower;
+    Grown { tree, planes, disks, errors }
 }
 
 fn size(planes: &Planes) -> u64 {
@@ -224,10 +224,13 @@ impl Grower<'_> {
         ];
         for key in ["read", "write", "flush", "discard", "zeroes"] {
             if self.rng.percent(35) {
-                keys.push((key, self.rng.pick(&["EIO", "ENOSPC", "ENODATA"]).to_owned()));
+                let errno = self.rng.pick(&[Errno::EIO, Errno::ENOSPC, Errno::ENODATA]);
+                keys.push((key, errno.name().to_owned()));
+                self.errors.push(errno);
             }
         }
-        self.may_fail = true;
+        // Without any number given, reads and writes fail with this one.
+        self.errors.push(Errno::EIO);
         (driver("error", &keys, vec![below]), planes)
     }
 
@@ -307,7 +310,7 @@ mod tests {
     fn the_slow_mapping_and_the_layers_agree() {
         for seed in 0..300 {
             let grown = grow(&mut Rng::new(seed, 9));
-            if grown.may_fail {
+            if !grown.errors.is_empty() {
                 continue;
             }
             assert!(size(&grown.planes) <= MOST_SECTORS + 64);

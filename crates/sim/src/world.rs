@@ -109,6 +109,8 @@ pub(crate) struct Slot {
     pub(crate) cells: Vec<Cell>,
     /// The first lasting error that the engine was told of.
     pub(crate) error: Option<Errno>,
+    /// A splice of it was short, so that the rest may begin anywhere.
+    pub(crate) short: bool,
     /// Splices of it that have not been seen to end.
     pub(crate) out: u32,
 }
@@ -129,8 +131,8 @@ pub(crate) struct Device {
     pub(crate) planes: Planes,
     pub(crate) first_disk: usize,
     pub(crate) disk_count: usize,
-    /// Some layer answers with errors of its own.
-    pub(crate) may_fail: bool,
+    /// What its layers may answer by themselves.
+    pub(crate) errors: Vec<Errno>,
     pub(crate) writes: u32,
 }
 
@@ -155,7 +157,18 @@ pub(crate) enum End {
 #[derive(Clone, Copy)]
 pub(crate) struct Ready {
     pub(crate) event: Event,
-    pub(crate) splice: Option<(u32, u32, Option<Errno>)>,
+    pub(crate) splice: Option<Ended>,
+}
+
+/// What a completed splice means for its request.
+#[derive(Clone, Copy)]
+pub(crate) struct Ended {
+    pub(crate) serial: u32,
+    pub(crate) slot: u32,
+    /// The error with which the request must fail.
+    pub(crate) error: Option<Errno>,
+    /// It did a part of what was asked.
+    pub(crate) short: bool,
 }
 
 /// What a finished write left, for the bug that writes it again.
@@ -262,7 +275,7 @@ impl World {
     fn happen(&mut self, what: What) {
         match what {
             What::Timer { key: TICK_KEY } => {
-                if self.now - self.progress > PATIENCE_NS {
+                if self.now - self.progress > PATIENCE_NS || self.only_ticks_wake() {
                     return self.asleep();
                 }
                 self.tell(Event::Timer { key: TICK_KEY });
@@ -279,6 +292,15 @@ impl World {
             What::Again { echo } => self.echo(echo),
         }
         self.progress = self.now;
+    }
+
+    /// Whether the watchdog's tick is all that there was to wait for while requests are in flight:
+    /// the engine went to sleep with work left, and a device that is merely busy would crawl.
+    fn only_ticks_wake(&self) -> bool {
+        self.heap.is_empty()
+            && self.ready.is_empty()
+            && self.lost.is_none()
+            && self.slots.iter().any(|slot| slot.request.is_some())
     }
 
     fn tell(&mut self, event: Event) {

@@ -17,10 +17,14 @@ fn find(mutant: Mutant) -> Option<(u64, Kind, String)> {
 /// What a bug may show itself as.
 fn kinds(mutant: Mutant) -> &'static [Kind] {
     match mutant {
-        Mutant::FlushEarly | Mutant::FuaIgnored | Mutant::FlushTooOld | Mutant::FlushOneLeg => {
-            &[Kind::LostData]
-        }
+        Mutant::FlushEarly
+        | Mutant::FuaIgnored
+        | Mutant::FlushTooOld
+        | Mutant::FlushOneLeg
+        | Mutant::CacheHidden => &[Kind::LostData],
         Mutant::ShortRead => &[Kind::Unfilled],
+        Mutant::ZeroesOffered => &[Kind::Contract],
+        Mutant::WatchdogSilent => &[Kind::Silent],
         Mutant::AckEarly => &[Kind::StalePages],
         Mutant::ErrorSwallowed => &[Kind::WrongResult],
         Mutant::CompletionLost => &[Kind::Hang],
