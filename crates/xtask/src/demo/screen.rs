@@ -22,8 +22,8 @@ impl Screen {
         Self { is_terminal: std::io::stdout().is_terminal() }
     }
 
-    /// Runs one step. `what`, if anything, is shown on a terminal while it runs; what it returns is shown
-    /// when it is done. A failure is told by the caller's `fail`.
+    /// Runs one step. `what`, if anything, is shown on a terminal while it runs; what the step
+    /// returns is shown when it is done. A failure is told by the caller's `fail`.
     pub fn step(
         &self,
         name: &'static str,
@@ -32,8 +32,7 @@ impl Screen {
     ) -> Result<(), Failure> {
         let failed = |message| Failure { step: name, message };
         proc::check_interrupt().map_err(failed)?;
-        let is_shown = self.is_terminal && !what.is_empty();
-        if is_shown {
+        if self.is_terminal && !what.is_empty() {
             let mut line = format!("{:>8}  {name:<10} {what}", "...");
             line.truncate(WIDTH - 20);
             put(&line);
@@ -41,7 +40,8 @@ impl Screen {
         let start = Instant::now();
         let done = body();
         let seconds = start.elapsed().as_secs_f64();
-        if is_shown {
+        if self.is_terminal {
+            // Ours, or what a program that was cut short left on the line.
             put("\r\x1b[K");
         }
         let text = done.map_err(failed)?;
