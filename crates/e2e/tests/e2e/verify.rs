@@ -159,8 +159,8 @@ fn keeps_every_byte(kind: Kind, bottom: Bottom, make: Make) -> Outcome {
     Ok(())
 }
 
-/// Where the kernel can do without, no byte was copied; elsewhere each was, and nowhere did anything
-/// fail.
+/// Where the kernel can do without, no byte was copied; elsewhere each was, and nowhere did
+/// anything fail.
 pub fn counts_fit(disk: &Disk<'_>, moved: Moved) {
     let info = disk.info();
     let count = |name: &str| info["counts"][name].as_u64().expect("a counter");
