@@ -5,6 +5,7 @@
 //! alignment since 6.1; before, it is tried); else the page cache is, with a warning.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 use devsplice_core::limits::{MAX_BLOCK, SECTOR};
 use devsplice_core::{Args, Dma, Error, ErrorKind, Key, Kind, Limits, Result, Source};
@@ -26,6 +27,10 @@ pub const SOURCE: Source = Source {
     ],
     main_key: Some("path"),
 };
+
+/// How long a server that was killed may take to let its files go: the kernel closes the files of a
+/// ring some time after the process is gone.
+const LOCK_PATIENCE: Duration = Duration::from_secs(1);
 
 /// `TMPFS_MAGIC` (include/uapi/linux/magic.h).
 const TMPFS: u64 = 0x0102_1994;
@@ -129,10 +134,16 @@ fn lock(fd: &OwnedFd, wish: &Wish<'_>) -> Result<()> {
     } else {
         FlockOperation::NonBlockingLockExclusive
     };
-    rustix::fs::flock(fd, lock).map_err(|_| {
-        Error::new(ErrorKind::Busy, wish.path, "is in use: another process has locked it")
-            .next("see who: fuser -v, or devsplice list")
-    })
+    let end = Instant::now() + LOCK_PATIENCE;
+    while rustix::fs::flock(fd, lock).is_err() {
+        if Instant::now() > end {
+            let reason = "is in use: another process has locked it";
+            return Err(Error::new(ErrorKind::Busy, wish.path, reason)
+                .next("see who: fuser -v, or devsplice list"));
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    Ok(())
 }
 
 /// A loop device takes no lock on its file, so it has to be looked for.

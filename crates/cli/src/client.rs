@@ -19,7 +19,7 @@ pub fn call(name: &str, method: &str, params: &Value, limit: Duration) -> Result
         if matches!(error.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut) {
             let reason = format!("its server has not answered in {} s", limit.as_secs());
             let log = state::path(name, "log");
-            return Error::new(ErrorKind::Busy, name, reason)
+            return Error::new(ErrorKind::Timeout, name, reason)
                 .next(format!("see {}; as a last resort, kill its process", log.display()));
         }
         Error::os(path.display().to_string(), &error)

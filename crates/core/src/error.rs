@@ -16,6 +16,8 @@ pub enum ErrorKind {
     Permission,
     /// This kernel or machine cannot do it.
     Unsupported,
+    /// No answer within the time given.
+    Timeout,
     /// The operating system said no.
     Os,
 }

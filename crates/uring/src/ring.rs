@@ -428,6 +428,14 @@ impl Ring for Uring {
     }
 }
 
+impl Drop for Uring {
+    fn drop(&mut self) {
+        // The kernel takes a closed ring apart at its leisure; until then the files in its table stay
+        // open, and locked. So they are let go here.
+        let _ = self.queues.ring.submitter().unregister_files();
+    }
+}
+
 /// Opens `path` for a ring.
 ///
 /// # Errors

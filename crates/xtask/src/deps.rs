@@ -12,7 +12,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("depmod", "kmod"),
     ("fio", "fio"),
     ("gpgv", "gpgv"),
-    ("losetup", "util-linux"),
+    ("losetup", "mount"),
     ("mkfs.ext4", "e2fsprogs"),
     ("mkfs.xfs", "xfsprogs"),
     ("modprobe", "kmod"),
