@@ -1,19 +1,32 @@
 //! Answers for what this machine is: root or not, which kernel, who holds a disk.
 
 use std::os::fd::OwnedFd;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{Mode, OFlags};
 
 /// How long looking at a disk may take.
 const LOOK_PATIENCE: Duration = Duration::from_secs(5);
+/// How long a claim has to last to count: the kernel claims a disk itself while it looks for
+/// partitions, and so do tools that probe it.
+const CLAIM_LASTS: Duration = Duration::from_millis(400);
 
 /// Whether somebody holds the disk exclusively: a mounted file system, swap, LVM, another server. A
 /// disk that cannot be looked at in time counts as held.
 pub fn is_held(device: &str) -> bool {
     let device = device.to_owned();
-    apart(LOOK_PATIENCE, move || open(&device, OFlags::EXCL).err() == Some(rustix::io::Errno::BUSY))
-        .unwrap_or(true)
+    let is_mounted = !mounts_of(&device).is_empty();
+    let look = move || {
+        let end = Instant::now() + CLAIM_LASTS;
+        while open(&device, OFlags::EXCL).err() == Some(rustix::io::Errno::BUSY) {
+            if is_mounted || Instant::now() > end {
+                return true;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        false
+    };
+    apart(LOOK_PATIENCE, look).unwrap_or(true)
 }
 
 /// Does what may wait for I/O that this process serves: on a thread that keeps no descriptor of the

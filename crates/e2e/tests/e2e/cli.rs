@@ -206,7 +206,12 @@ fn as_nobody(room: &Room, arguments: &[&str]) -> Result<Call, devsplice_e2e::Ski
     need_tool("setpriv")?;
     let copy = room.path("devsplice");
     if !std::path::Path::new(&copy).exists() {
-        std::fs::copy(program().unwrap(), &copy).unwrap();
+        // By another process: a descriptor of ours that is open for writing could be inherited by a
+        // child of another test's at this moment, and the copy would be "busy" when it is run.
+        let source = program().unwrap();
+        assert!(
+            std::process::Command::new("cp").arg(source).arg(&copy).status().unwrap().success()
+        );
         std::fs::set_permissions(&copy, std::fs::Permissions::from_mode(0o755)).unwrap();
     }
     let ids = ["--reuid", "65534", "--regid", "65534", "--clear-groups", &copy];
