@@ -14,6 +14,10 @@ use parse::Counts;
 /// Programs that end-to-end tests start; without one of them its tests skip themselves.
 const TOOLS: &[&str] = &["fio", "mkfs.ext4", "sfdisk", "sgdisk", "losetup", "valgrind"];
 
+/// Seeds of the simulator: some 20 s on two cores, and a tenth of that.
+const SEEDS: &str = "100000";
+const QUICK_SEEDS: &str = "10000";
+
 /// Run every check and test: format, lints, style, unit and property tests, documentation, the
 /// price of a request, FUSE on this machine, and everything in a virtual machine.
 ///
@@ -74,6 +78,8 @@ pub fn run(options: &Options) -> Fallible<u8> {
     if filter.is_none() {
         run.step("documentation", steps::documentation)?;
         run.step("price of a request", steps::price_of_a_request)?;
+        let seeds = if options.quick { QUICK_SEEDS } else { SEEDS };
+        run.step("simulator", || steps::simulator(seeds))?;
     }
     let mut programs = None;
     run.step("build for end-to-end tests", || {

@@ -92,6 +92,13 @@ pub fn price_of_a_request() -> Fallible<Counts> {
     Ok(Counts::check(each <= ROUTE_BAR))
 }
 
+/// The engine over simulated disks that fail, lie and lose power: so many seeds of it.
+pub fn simulator(seeds: &str) -> Fallible<Counts> {
+    let build = ["build", "--release", "-p", "devsplice-sim", "--bin", "sim"];
+    let mut command = tied(build_executable(&build, "sim")?);
+    check(command.args(["--seeds", seeds]))
+}
+
 /// Builds the end-to-end tests and the command they test.
 pub fn build_end_to_end() -> Fallible<Programs> {
     let command = build_executable(
