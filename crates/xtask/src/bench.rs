@@ -46,6 +46,9 @@ pub struct Options {
     /// Only the part on this machine
     #[arg(long)]
     native: bool,
+    /// Measure nothing: write the pages anew from the raw data of the last whole run
+    #[arg(long)]
+    render: bool,
     /// Loads of the VM part, by the start of their names [default: all]
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     cells: Vec<String>,
@@ -84,6 +87,9 @@ pub fn run(options: &Options) -> Fallible<u8> {
     if let Some(directory) = &options.inside {
         return guest::run(&guest::Plan::read(directory)?);
     }
+    if options.render {
+        return render(options);
+    }
     if !proc::is_root() {
         return Err("the bench makes block devices and needs root".into());
     }
@@ -121,7 +127,24 @@ fn native_part(options: &Options, bin: &Path, directory: &Path) -> Fallible<()> 
     results.conditions.extend(options.note.iter().map(|note| ("note".to_owned(), note.clone())));
     results.save(&file)?;
     println!("\n{}", report::native_text(&results));
-    report::write_native(&results, &tidy::workspace()?.join("docs/bench"))
+    report::write_native(&results, &pages()?)
+}
+
+/// Writes the pages from raw data.
+fn render(options: &Options) -> Fallible<u8> {
+    let (raw, pages) = (tidy::workspace()?.join("target/bench"), pages()?);
+    if !options.native {
+        report::write_vm(&Results::load(&raw.join("vm.json"))?, &pages)?;
+    }
+    if !options.vm {
+        report::write_native(&Results::load(&raw.join("native.json"))?, &pages)?;
+    }
+    Ok(0)
+}
+
+/// Where the pages go.
+fn pages() -> Fallible<PathBuf> {
+    Ok(tidy::workspace()?.join("docs/bench"))
 }
 
 fn absolute(path: &Path) -> Fallible<PathBuf> {
@@ -203,7 +226,7 @@ fn vm_part(options: &Options, bin: &Path, directory: &Path) -> Fallible<u8> {
     results.save(&directory.join("vm.json"))?;
     println!("\n{}", report::vm_text(&results));
     if code == 0 && is_whole(options) {
-        report::write_vm(&results, &tidy::workspace()?.join("docs/bench"))?;
+        report::write_vm(&results, &pages()?)?;
     }
     Ok(code)
 }

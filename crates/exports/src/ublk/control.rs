@@ -166,12 +166,13 @@ fn device(dev_id: u32) -> CtrlCmd {
 }
 
 fn explain(thing: String, errno: Errno) -> Error {
-    let error = Error::os(thing.clone(), &std::io::Error::from_raw_os_error(errno.raw()));
+    let os = std::io::Error::from_raw_os_error(errno.raw());
+    let error = Error::os(thing.clone(), &os);
     match errno {
         Errno::EPERM | Errno::EACCES => error.next("run as root"),
         Errno::ENODEV => Error::new(ErrorKind::NotFound, thing, "no such device"),
         Errno::EOPNOTSUPP | Errno::EINVAL => {
-            Error::new(ErrorKind::Unsupported, thing, error.to_string())
+            Error::new(ErrorKind::Unsupported, thing, os.to_string())
         }
         _ if errno.raw() == 17 => Error::new(ErrorKind::Busy, thing, "the number is taken"),
         Errno::EBUSY => error.next("another process holds the device"),

@@ -10,6 +10,9 @@ use super::uapi::{
 /// Most bytes of one discard or write-zeroes. Bounds how long routing one can take.
 const MAX_ZERO_BYTES: u64 = 1 << 30;
 const PAGE: u32 = 4096;
+/// No boundary that matters. One more has to be a power of two (`ublk_validate_params`), so all
+/// ones will not do.
+const NO_BOUNDARY: u64 = u64::MAX >> 1;
 
 /// The parameters of a disk whose requests are at most `max_io` bytes. `sees_memory` is whether the
 /// client's own memory reaches the backend, so that its alignment matters.
@@ -43,7 +46,7 @@ pub(crate) fn params(limits: &Limits, read_only: bool, max_io: u32, sees_memory:
             limits.dma.max_segments < u16::MAX || limits.dma.max_segment_size < u32::MAX;
         if segments_matter && limits.dma.virt_boundary == 0 {
             params.types |= PARAM_SEGMENT;
-            params.seg_boundary_mask = u64::MAX;
+            params.seg_boundary_mask = NO_BOUNDARY;
             params.max_segment_size = limits.dma.max_segment_size.max(PAGE);
             params.max_segments = limits.dma.max_segments.max(1);
         }
@@ -94,6 +97,16 @@ mod tests {
         let seen = params(&limits, false, 1 << 20, true);
         assert_eq!((seen.types & PARAM_DMA_ALIGN, seen.dma_alignment), (PARAM_DMA_ALIGN, 511));
         assert_eq!(params(&limits, false, 1 << 20, false).types & PARAM_DMA_ALIGN, 0);
+    }
+
+    #[test]
+    fn segment_limits_of_a_device_below_are_such_as_the_kernel_takes() {
+        let mut limits = Limits::ideal(1 << 20);
+        (limits.dma.max_segments, limits.dma.max_segment_size) = (128, 65_536);
+        let disk = params(&limits, false, 1 << 20, true);
+        assert_ne!(disk.types & PARAM_SEGMENT, 0);
+        assert!((disk.seg_boundary_mask + 1).is_power_of_two());
+        assert_eq!((disk.max_segments, disk.max_segment_size), (128, 65_536));
     }
 
     #[test]
