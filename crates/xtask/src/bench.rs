@@ -259,6 +259,7 @@ fn conditions(bin: &Path) -> Vec<(String, String)> {
         ("devsplice", first_line(&bin, &["--version"])),
         ("fio", first_line("fio", &["--version"])),
         ("QEMU", first_line("qemu-system-x86_64", &["--version"])),
+        ("load of this machine at the end", first_line("cat", &["/proc/loadavg"])),
         ("kernel of this machine", first_line("uname", &["-r"])),
         ("CPU of this machine", cpu.map_or("unknown", |(_, name)| name).to_owned()),
     ];

@@ -39,6 +39,8 @@ pub struct Figure {
     pub median: f64,
     /// Distance of the outer samples, in percent of the middle one.
     pub spread: f64,
+    /// The largest sample.
+    pub largest: f64,
 }
 
 impl Results {
@@ -105,7 +107,7 @@ fn summary(mut values: Vec<f64>) -> Option<Figure> {
         0 => f64::midpoint(values[middle - 1], values[middle]),
         _ => values[middle],
     };
-    Some(Figure { median, spread: (last - first) / median * 100.0 })
+    Some(Figure { median, spread: (last - first) / median * 100.0, largest: last })
 }
 
 #[cfg(test)]
@@ -115,7 +117,7 @@ mod tests {
     #[test]
     fn a_figure_is_the_middle_sample_and_the_distance_of_the_outer_ones() {
         let odd = summary(vec![3.0, 2.0, 2.5]).unwrap();
-        assert_eq!((odd.median, odd.spread), (2.5, 40.0));
+        assert_eq!((odd.median, odd.spread, odd.largest), (2.5, 40.0, 3.0));
         assert_eq!(summary(vec![1.0, 3.0]).unwrap().median, 2.0);
         assert_eq!(summary(vec![]), None);
     }

@@ -73,7 +73,9 @@ pub fn run(plan: &Plan) -> Fallible<u8> {
     for (id, device) in wanted.enumerate() {
         match make(plan, id, device) {
             Ok((node, command)) => {
-                results.commands.push((device.name.into(), command));
+                if !command.is_empty() {
+                    results.commands.push((device.name.into(), command));
+                }
                 live.push(Live { device, node });
             }
             Err(reason) => {

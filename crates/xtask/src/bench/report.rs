@@ -160,13 +160,17 @@ fn native_ratios(results: &Results) -> (String, Vec<Group>) {
     let ratio = |device: &str, cell: &str| {
         Some(results.figure(device, cell)?.median / results.figure(base, cell)?.median)
     };
+    let best = |device: &str, cell: &str| {
+        Some(results.figure(device, cell)?.largest / results.figure(base, cell)?.largest)
+    };
     let names: Vec<&str> = native::DEVICES.iter().map(|(name, _)| *name).collect();
     let mut rows = vec![heading(&format!("throughput, {base} = 1"), &cells)];
     for name in &names {
         let mut row = vec![(*name).to_owned()];
         row.extend(cells.iter().map(|cell| {
             let spread = results.figure(name, cell).map_or(0.0, |figure| figure.spread);
-            let shown = |ratio| format!("{ratio:.2} (spread {spread:.0} %)");
+            let best = best(name, cell).unwrap_or(0.0);
+            let shown = |ratio| format!("{ratio:.2} (best {best:.2}, spread {spread:.0} %)");
             ratio(name, cell).map_or("-".into(), shown)
         }));
         rows.push(row);
@@ -201,6 +205,7 @@ fn appendix(results: &Results) -> String {
             let _ = write!(text, "\n## {title}\n\n");
         }
         for (key, value) in rows {
+            let mark = if value.is_empty() { "" } else { mark };
             let _ = writeln!(text, "- {key}: {mark}{value}{mark}");
         }
     };
@@ -266,7 +271,9 @@ const NATIVE_HEAD: &str = "# FUSE and loop
 Written by `cargo xtask bench --native`. A loop device over a file that a server shows through
 FUSE, over a file in memory (tmpfs, 256 MiB); `loop` is the kernel's loop device over such a file
 itself. fio with `--ioengine=io_uring --direct=1 --bs=4k --iodepth=32`, 3 s a sample, devices in
-turn, medians. The machine is shared and its clock is no basis for figures: only ratios are given.
+turn. The machine is shared and its clock is no basis for figures: only ratios are given, of the
+medians and of the best samples, with the distance of the outer samples from each other. Where that
+is above some 20 %, something else was running and the ratios rank little.
 
 ![chart](native.svg)
 
