@@ -67,16 +67,21 @@ fn background(add: &Add, plan: &Plan, mut status: PipeWriter) -> Result<ExitCode
     let server = match started {
         Ok(server) => server,
         Err(_) => {
-            let _ = writeln!(status, "{report}");
+            send(&mut status, &report);
             return Ok(ExitCode::from(1));
         }
     };
     // The current directory of a daemon must keep no file system busy. Files are open by now.
     let _ = std::env::set_current_dir("/");
     server::silence(Some(&server.disk().name))?;
-    let _ = writeln!(status, "{report}");
+    send(&mut status, &report);
     drop(status);
     server.run().map(|()| ExitCode::SUCCESS)
+}
+
+/// Sends the report in one write: formatting into the pipe would wake the reader for every word.
+fn send(status: &mut PipeWriter, report: &serde_json::Value) {
+    let _ = status.write_all(format!("{report}\n").as_bytes());
 }
 
 /// The caller's process: waits for the report and passes it on.
@@ -114,8 +119,8 @@ fn show(add: &Add, disk: &Disk) {
         return;
     }
     say!("{}", disk.device);
-    eprintln!(
-        "{}: {} over {} ({}), data path {}; devsplice info {} says more",
+    let about = format!(
+        "{}: {} over {} ({}), data path {}; devsplice info {} says more\n",
         disk.name,
         show_size(disk.size),
         disk.export,
@@ -123,4 +128,5 @@ fn show(add: &Add, disk: &Disk) {
         disk.data_path,
         disk.name
     );
+    let _ = std::io::stderr().write_all(about.as_bytes());
 }

@@ -63,12 +63,12 @@ fn watch(mut reader: PipeReader) {
 impl Guard {
     /// Names the disk that is to be cleaned up after.
     pub fn name(&mut self, name: &str) {
-        let _ = writeln!(self.pipe, "{name}");
+        let _ = self.pipe.write_all(format!("{name}\n").as_bytes());
     }
 
     /// Tells the guard that all is cleaned up, and waits for it to go.
     pub fn dismiss(mut self) {
-        let _ = writeln!(self.pipe, "{FAREWELL}\n{FAREWELL}");
+        let _ = self.pipe.write_all(format!("{FAREWELL}\n{FAREWELL}\n").as_bytes());
         drop(self.pipe);
         let _ = fork::waitpid(self.pid);
     }
