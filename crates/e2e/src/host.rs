@@ -156,3 +156,28 @@ fn offered_paths() -> &'static [String] {
         paths.iter().filter_map(|path| path.as_str().map(str::to_owned)).collect()
     })
 }
+
+/// A value below /proc/sys that is changed for a while.
+pub struct Setting {
+    path: &'static str,
+    before: String,
+}
+
+impl Setting {
+    /// Changes it; nothing where there is no such value, or on a machine that others use as well.
+    #[must_use]
+    pub fn change(path: &'static str, value: &str) -> Option<Setting> {
+        if mode() != Mode::Vm {
+            return None;
+        }
+        let before = std::fs::read_to_string(path).ok()?;
+        std::fs::write(path, value).ok()?;
+        Some(Setting { path, before })
+    }
+}
+
+impl Drop for Setting {
+    fn drop(&mut self) {
+        let _ = std::fs::write(self.path, &self.before);
+    }
+}

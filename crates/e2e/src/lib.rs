@@ -17,7 +17,7 @@ pub use command::{Call, Ran, Running, call, wait_until};
 pub use disk::{Disk, Process};
 pub use fio::{Moved, engines, load, verify};
 pub use host::{
-    Kind, Mode, PATHS, is_root, kernel_has_file_system, mode, need, need_tool, program,
+    Kind, Mode, PATHS, Setting, is_root, kernel_has_file_system, mode, need, need_tool, program,
 };
 pub use left::leftovers;
 pub use room::Room;

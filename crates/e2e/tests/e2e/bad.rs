@@ -5,8 +5,8 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 
 use devsplice_e2e::{
-    Group, Kind, MIB, Mode, Outcome, PATHS, Room, call, kernel_has_file_system, mode, need,
-    need_tool, skip,
+    Group, Kind, MIB, Mode, Outcome, PATHS, Room, Setting, call, kernel_has_file_system, mode,
+    need, need_tool, skip,
 };
 use serde_json::Value;
 
@@ -230,23 +230,6 @@ fn no_partition(kind: Kind) -> Outcome {
     room.add_refused(kind, &stack, &[], &["dta", "data"]);
     room.add_refused(kind, &format!("partition({file})"), &[], &["number=1"]);
     Ok(())
-}
-
-/// Sets a value below /proc/sys and sets it back.
-struct Setting(&'static str, String);
-
-impl Setting {
-    fn change(path: &'static str, value: &str) -> Option<Setting> {
-        let before = std::fs::read_to_string(path).ok()?;
-        std::fs::write(path, value).ok()?;
-        Some(Setting(path, before))
-    }
-}
-
-impl Drop for Setting {
-    fn drop(&mut self) {
-        let _ = std::fs::write(self.0, &self.1);
-    }
 }
 
 fn io_uring_disabled(kind: Kind) -> Outcome {

@@ -73,8 +73,9 @@ fn groups() -> Vec<Group> {
             life::add(&mut group, kind);
             manners::add(&mut group, kind);
             luck::add(&mut group, kind);
-            reach::add(&mut group, kind);
+            reach::add_once(&mut group, kind);
         }
+        reach::add(&mut group, kind);
         groups.push(group);
     }
     if mode() == Mode::Native && Kind::Ublk(PATHS[3]).gate().is_err() {
