@@ -79,7 +79,7 @@ fn ublk_or_module() -> Result<()> {
                 .next("run it with sudo; explain, features and doctor work without"));
         }
     }
-    ublk::Control::open().map(drop)
+    ublk::available()
 }
 
 impl Front {

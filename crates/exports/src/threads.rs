@@ -179,7 +179,7 @@ fn prepare(
 ) -> Result<Worker<Uring>> {
     let lanes = vec![shape.memory; queues.len()];
     let tags = u32::from(shape.memory.depth) * u32::try_from(queues.len()).unwrap_or(1);
-    let flights = (tags * 4).clamp(64, 4096);
+    let flights = (tags * 2).clamp(64, 4096);
     let files = work.bottoms.len() + queues.len();
     let files = u16::try_from(files)
         .map_err(|_| Error::invalid("stack", format!("{files} files in one ring")))?;

@@ -430,8 +430,8 @@ impl Ring for Uring {
 
 impl Drop for Uring {
     fn drop(&mut self) {
-        // The kernel takes a closed ring apart at its leisure; until then the files in its table stay
-        // open, and locked. So they are let go here.
+        // The kernel takes a closed ring apart at its leisure; until then the files in its table
+        // stay open, and locked. So they are let go here.
         let _ = self.queues.ring.submitter().unregister_files();
     }
 }

@@ -23,20 +23,31 @@ pub struct Control {
     features: u64,
 }
 
+fn open_node() -> Result<OwnedFd> {
+    devsplice_uring::open(CONTROL, OFlags::RDWR).map_err(|error| match error.kind() {
+        ErrorKind::NotFound => Error::new(ErrorKind::NotFound, CONTROL, "not found").next(
+            "modprobe ublk_drv (Linux 6.0 or later with CONFIG_BLK_DEV_UBLK), or --export fuse",
+        ),
+        ErrorKind::Permission => error.next("run as root"),
+        _ => error,
+    })
+}
+
+/// Whether there is a driver, and the right to use it.
+///
+/// # Errors
+/// What is missing, and the next step.
+pub fn available() -> Result<()> {
+    open_node().map(drop)
+}
+
 impl Control {
     /// Connects and asks what the driver can do.
     ///
     /// # Errors
     /// Without the driver, the right to use it, or io_uring; names the next step.
     pub fn open() -> Result<Control> {
-        let flags = OFlags::RDWR;
-        let file = devsplice_uring::open(CONTROL, flags).map_err(|error| match error.kind() {
-            ErrorKind::NotFound => Error::new(ErrorKind::NotFound, CONTROL, "not found").next(
-                "modprobe ublk_drv (Linux 6.0 or later with CONFIG_BLK_DEV_UBLK), or --export fuse",
-            ),
-            ErrorKind::Permission => error.next("run as root"),
-            _ => error,
-        })?;
+        let file = open_node()?;
         let mut control = Control { ring: ControlRing::new()?, file, features: 0 };
         let mut bits = [0_u8; 8];
         // Kernels before 6.5 fail it: then nothing beyond copying can be counted on.

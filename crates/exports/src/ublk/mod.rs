@@ -17,7 +17,7 @@ use devsplice_uring::{FileKind, LaneMemory, RingFile, Uring};
 use rustix::fs::OFlags;
 use rustix::thread::CpuSet;
 
-pub use control::{CONTROL, Control};
+pub use control::{CONTROL, Control, available};
 
 use crate::threads::{Bottom, Crew, Shape, Work};
 use queue::{Queue, QueueConfig};
