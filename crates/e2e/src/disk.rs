@@ -196,22 +196,17 @@ impl Process {
         self.stat().first().is_some_and(|state| state != "Z" && state != "X")
     }
 
-    /// How often its threads have been put on a CPU: exact, where clock ticks are samples and some
-    /// of them the kernel's own.
+    /// Clock ticks that it has used, all threads together.
     ///
     /// # Panics
-    /// If there is no such process.
+    /// If it is not there.
     #[must_use]
-    pub fn switches(self) -> u64 {
-        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.0))
-            .unwrap_or_else(|error| panic!("no process {}: {error}", self.0));
-        let number = |line: &str| line.split_whitespace().nth(1)?.parse::<u64>().ok();
-        let of = |status: String| {
-            let lines = status.lines().filter(|line| line.contains("ctxt_switches:"));
-            lines.filter_map(number).sum::<u64>()
-        };
-        let status = |task: std::fs::DirEntry| std::fs::read_to_string(task.path().join("status"));
-        tasks.flatten().filter_map(|task| status(task).ok()).map(of).sum()
+    pub fn ticks(self) -> u64 {
+        let stat = self.stat();
+        let number = |index: usize| stat.get(index).and_then(|text| text.parse::<u64>().ok());
+        let both = number(11).zip(number(12));
+        let (user, system) = both.unwrap_or_else(|| panic!("no process {}", self.0));
+        user + system
     }
 
     /// A line of its `status` in KiB, such as `VmRSS`.
