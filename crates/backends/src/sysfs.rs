@@ -46,9 +46,10 @@ impl Device {
 pub(crate) fn loops() -> Vec<(String, String)> {
     let Ok(blocks) = std::fs::read_dir("/sys/block") else { return Vec::new() };
     let pair = |entry: std::fs::DirEntry| {
+        let name = entry.file_name();
+        let name = name.to_str().filter(|name| name.starts_with("loop"))?;
         let file = read_to_string(entry.path().join("loop/backing_file")).ok()?;
-        let device = format!("/dev/{}", entry.file_name().to_str()?);
-        Some((device, file.trim_end_matches('\n').to_owned()))
+        Some((format!("/dev/{name}"), file.trim_end_matches('\n').to_owned()))
     };
     blocks.flatten().filter_map(pair).collect()
 }

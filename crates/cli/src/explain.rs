@@ -151,10 +151,7 @@ fn describe_piece(
         Place::Zero if op == Op::Read => ("nothing", "zeros from the kernel", false),
         Place::Zero => ("nothing", "done without effect", false),
         Place::Backend(id) => match bottoms.get(usize::from(id.0)) {
-            Some((label, opened)) if !op.has_pages() => (label.as_str(), "no data moves", {
-                let _ = opened;
-                false
-            }),
+            Some((label, _)) if !op.has_pages() => (label.as_str(), "no data moves", false),
             Some((label, opened)) if opened.direct && way.copies == 0 => {
                 (label.as_str(), "the client's own pages, direct", false)
             }

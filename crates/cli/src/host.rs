@@ -1,4 +1,5 @@
-//! Answers for what this machine is: root or not, which kernel, who holds a disk.
+//! Answers for a served disk as this machine sees it: who holds it, where it is mounted, what of
+//! it is still in memory.
 
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
