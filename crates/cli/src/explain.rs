@@ -2,7 +2,7 @@
 
 use devsplice_backends::{Access, Opened};
 use devsplice_core::size::show_size;
-use devsplice_core::{Error, Io, Op, Place, Result, Stack};
+use devsplice_core::{Error, Io, Op, Place, Result, Stack, Stop};
 use devsplice_exports::ublk::{self, DataPath};
 use devsplice_spec::{Kind, Plan};
 use serde_json::{Value, json};
@@ -104,6 +104,8 @@ fn describe(plan: &Plan, assembled: &Assembled, way: &Way, io: Io) -> Value {
     let mut pieces = Vec::new();
     let mut count = 0;
     let mut failure = None;
+    // A layer that would first read or write metadata of its own, before it can say the rest.
+    let mut waits_for = None;
     let mut route = assembled.stack.route(io);
     while let Some(piece) = route.next(&assembled.stack) {
         match piece {
@@ -113,8 +115,12 @@ fn describe(plan: &Plan, assembled: &Assembled, way: &Way, io: Io) -> Value {
                     pieces.push(describe_piece(&piece, &assembled.bottoms, way, io.op));
                 }
             }
-            Err(errno) => {
+            Err(Stop::Error(errno)) => {
                 failure = Some(errno.name());
+                break;
+            }
+            Err(Stop::Miss(node, _)) => {
+                waits_for = Some(assembled.stack.name_of(node));
                 break;
             }
         }
@@ -136,6 +142,7 @@ fn describe(plan: &Plan, assembled: &Assembled, way: &Way, io: Io) -> Value {
         "piece_count": count,
         "pieces": pieces,
         "fails_with": failure,
+        "waits_for": waits_for,
         "copies_in_process": if io.op.has_pages() { way.copies } else { 0 },
         "notes": assembled.warnings(),
     })
@@ -208,6 +215,9 @@ fn show(plan: &Plan, value: &Value) {
     let hidden = number("piece_count").saturating_sub(pieces.len() as u64);
     if hidden > 0 {
         say!("  ... and {hidden} more pieces");
+    }
+    if let Some(layer) = value["waits_for"].as_str() {
+        say!("the rest waits until {layer} has read or written metadata of its own");
     }
     if let Some(errno) = value["fails_with"].as_str() {
         say!("  then it fails with {errno}");

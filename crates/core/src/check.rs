@@ -32,6 +32,33 @@ pub fn destination(layer: &str, extent: Extent, below: &Limits, mask: u64) {
     }
 }
 
+/// Checks that a fan-out to some ports names at least one, and none that is not there.
+///
+/// # Panics
+/// If it does; names the layer.
+#[inline]
+pub(crate) fn ports(layer: &str, ports: u32, count: usize) {
+    let there = u32::try_from((1_u64 << count.min(32)) - 1).unwrap_or(u32::MAX);
+    assert!(
+        ports != 0 && ports & !there == 0,
+        "layer {layer} broke its contract: sent to ports {ports:#b} of {count}"
+    );
+}
+
+/// Checks that a layer that answers a miss can resolve it.
+///
+/// # Panics
+/// If it cannot; names the layer.
+pub(crate) fn may_miss(layer: &str, is_live: bool) {
+    assert!(is_live, "layer {layer} broke its contract: a miss, but nothing to resolve it");
+}
+
+/// The panic for a flush that is sent to places.
+#[cold]
+pub(crate) fn no_flush(layer: &str) -> ! {
+    panic!("layer {layer} broke its contract: sent a flush to places, not to devices")
+}
+
 // The messages are made far from the checks, so that the path without an error stays short.
 
 #[cold]

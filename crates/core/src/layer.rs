@@ -1,10 +1,13 @@
 //! Answers for what a driver is: a layer that says where data goes, and how it is made.
 
+use std::sync::Arc;
+
 use crate::args::{Args, Key};
 use crate::errno::Errno;
 use crate::error::{Error, Result};
 use crate::io::Io;
 use crate::limits::Limits;
+use crate::live::Live;
 use crate::map::{Map, Port};
 
 /// Decides where data goes. Never sees it, so a stack of these copies nothing by construction.
@@ -29,6 +32,12 @@ pub trait Layer: Send + Sync {
     /// The flush fails with the number.
     fn flush(&self) -> Result<Map, Errno> {
         Ok(Map::All { len: 0, at: 0 })
+    }
+
+    /// The side of this layer that changes what `map` answers: metadata, failures, work in the
+    /// background. Asked once, after `open`. Most layers have none.
+    fn live(&self) -> Option<Arc<dyn Live>> {
+        None
     }
 }
 
@@ -56,6 +65,15 @@ pub trait Lower {
     /// # Errors
     /// As the device reports them; `EINVAL` for a bad range.
     fn read(&mut self, port: Port, at: u64, into: &mut [u8]) -> Result<(), Errno>;
+
+    /// Writes metadata durably, blocking. Only possible while a [`Format`] runs.
+    ///
+    /// # Errors
+    /// As the device reports them; `EINVAL` for a bad range, `EROFS` where writing is not possible.
+    fn write(&mut self, port: Port, at: u64, bytes: &[u8]) -> Result<(), Errno> {
+        let _ = (port, at, bytes);
+        Err(Errno::EROFS)
+    }
 }
 
 /// How many devices a layer lies over.
@@ -83,6 +101,11 @@ pub struct Driver {
     /// Makes one from checked arguments.
     pub make: fn(&Args) -> Result<Box<dyn Layer>>,
 }
+
+/// Writes fresh metadata, for a driver that keeps any below: the arguments of the layer, the
+/// devices below, and whether what looks like somebody's data there may be overwritten. Says what
+/// was made.
+pub type Format = fn(&Args, &mut dyn Lower, bool) -> Result<String>;
 
 /// A kind of bottom as users name it: a file, memory. How it is opened is its crate's affair.
 #[derive(Clone, Copy, Debug)]

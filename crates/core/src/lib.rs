@@ -11,10 +11,13 @@ pub mod error;
 pub mod io;
 pub mod layer;
 pub mod limits;
+pub mod live;
 pub mod map;
 pub mod route;
 pub mod size;
 pub mod stack;
+pub mod trace;
+pub mod wait;
 
 pub use args::{Args, Key, Kind};
 pub use errno::Errno;
@@ -22,8 +25,9 @@ pub use error::{Error, ErrorKind, Result};
 pub use io::{Extent, Io, Op};
 pub use layer::{Arity, Driver, Layer, Lower, Source};
 pub use limits::{Dma, Limits};
+pub use live::{Live, Meta, Slow, Value};
 pub use map::{Map, Port};
-pub use route::{Piece, Place, Route};
+pub use route::{Piece, Place, Route, Stop};
 pub use stack::{BackendId, NodeId, Stack, StackBuilder};
 
 /// What a layer's file imports.
@@ -34,5 +38,6 @@ pub mod prelude {
     pub use crate::io::{Extent, Io, Op};
     pub use crate::layer::{Arity, Driver, Layer, Lower};
     pub use crate::limits::Limits;
+    pub use crate::live::{Live, Meta, Slow, Value};
     pub use crate::map::{Map, Port};
 }

@@ -46,6 +46,31 @@ struct Frame {
     node: NodeId,
     /// The next port of a fan-out from `node`; for a request to `node` itself `WHOLE`, or `FLUSH`.
     port: u16,
+    /// Which of the first 32 ports a fan-out goes to.
+    ports: u32,
+}
+
+/// Every port.
+const EVERY: u32 = u32::MAX;
+
+/// Why routing stopped before the end of a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// A layer refuses the rest with this number.
+    Error(Errno),
+    /// This layer cannot answer for this part from memory. The route stands where it stood: asked
+    /// for the next piece, it asks the layer again.
+    Miss(NodeId, Io),
+}
+
+/// For whoever cannot resolve a miss: it is "not now".
+impl From<Stop> for Errno {
+    fn from(stop: Stop) -> Errno {
+        match stop {
+            Stop::Error(errno) => errno,
+            Stop::Miss(..) => Errno::EAGAIN,
+        }
+    }
 }
 
 const WHOLE: u16 = u16::MAX;
@@ -69,19 +94,26 @@ impl Route {
     #[inline]
     pub(crate) fn new(io: Io, root: NodeId) -> Route {
         let Extent { at, len } = io.extent;
-        let first = Frame { at, len, part: 0, wait_ns: 0, node: root, port: itself(io.op) };
+        let first =
+            Frame { at, len, part: 0, wait_ns: 0, node: root, port: itself(io.op), ports: EVERY };
         Route { op: io.op, fua: io.fua, depth: 1, frames: [first; MAX_FRAMES] }
     }
 
     /// Starts over with another request, without touching what need not change.
     #[inline]
     pub fn restart(&mut self, stack: &Stack, io: Io) {
+        self.restart_at(io, stack.root());
+    }
+
+    /// As [`Route::restart`], from a place inside the stack.
+    #[inline]
+    pub fn restart_at(&mut self, io: Io, node: NodeId) {
         let Extent { at, len } = io.extent;
         self.op = io.op;
         self.fua = io.fua;
         self.depth = 1;
         let port = itself(io.op);
-        self.frames[0] = Frame { at, len, part: 0, wait_ns: 0, node: stack.root(), port };
+        self.frames[0] = Frame { at, len, part: 0, wait_ns: 0, node, port, ports: EVERY };
     }
 
     /// Whether every piece was handed out.
@@ -96,17 +128,17 @@ impl Route {
         self.depth = 0;
     }
 
-    /// The next piece, an error that a layer answered, or `None` at the end.
+    /// The next piece, why there is none, or `None` at the end.
     ///
     /// # Panics
     /// If a layer breaks its contract; see [`check`].
     #[inline]
-    pub fn next(&mut self, stack: &Stack) -> Option<Result<Piece, Errno>> {
+    pub fn next(&mut self, stack: &Stack) -> Option<Result<Piece, Stop>> {
         self.next_in(&stack.nodes)
     }
 
     #[inline]
-    pub(crate) fn next_in(&mut self, nodes: &[Node]) -> Option<Result<Piece, Errno>> {
+    pub(crate) fn next_in(&mut self, nodes: &[Node]) -> Option<Result<Piece, Stop>> {
         'frames: loop {
             let mut frame = self.pop()?;
             if frame.port != WHOLE {
@@ -126,7 +158,7 @@ impl Route {
                     match layer.map(Io { op: self.op, extent, fua: self.fua }) {
                         Ok(Map::To { len, port, at }) => (len, port, at, 0),
                         Ok(Map::After { len, port, at, wait_ns }) => (len, port, at, wait_ns),
-                        other => match self.end(node, frame, other) {
+                        other => match self.end(nodes, frame, other) {
                             None => continue 'frames,
                             piece => return piece,
                         },
@@ -145,27 +177,47 @@ impl Route {
     #[inline(never)]
     fn end(
         &mut self,
-        node: &Node,
+        nodes: &[Node],
         mut frame: Frame,
         answer: Result<Map, Errno>,
-    ) -> Option<Result<Piece, Errno>> {
+    ) -> Option<Result<Piece, Stop>> {
+        let node = &nodes[frame.node.index()];
         let answer = match answer {
+            Ok(Map::Miss) => return Some(Err(self.missed(node, frame))),
             Ok(answer) => answer,
-            Err(errno) => return Some(Err(errno)),
+            Err(errno) => return Some(Err(Stop::Error(errno))),
         };
         self.keep_rest(node, &mut frame, answer.len());
         match answer {
-            Map::All { at, .. } => {
-                self.push(Frame { at, port: 0, ..frame });
-                None
+            Map::All { at, .. } => self.push(Frame { at, port: 0, ports: EVERY, ..frame }),
+            Map::Some { at, ports, .. } => {
+                check::ports(&node.name, ports, node.ports().len());
+                self.push(Frame { at, port: 0, ports, ..frame });
             }
-            _ => Some(Ok(piece(Place::Zero, &frame))),
+            Map::Both { first, second, .. } => {
+                for (port, at) in [second, first] {
+                    let extent = Extent { at, len: frame.len };
+                    let (child, _) = lower(nodes, node, node.ports(), (port, extent));
+                    self.push(Frame { at, node: child, port: WHOLE, ..frame });
+                }
+            }
+            _ => return Some(Ok(piece(Place::Zero, &frame))),
         }
+        None
+    }
+
+    /// Puts back what a layer could not answer, so that it is asked again.
+    fn missed(&mut self, node: &Node, frame: Frame) -> Stop {
+        check::may_miss(&node.name, node.is_live());
+        self.push(frame);
+        let Frame { at, len, .. } = frame;
+        let extent = Extent { at, len };
+        Stop::Miss(frame.node, Io { op: self.op, extent, fua: self.fua })
     }
 
     /// What the frame that was just popped leads to, when it is no request with an extent.
     #[inline(never)]
-    fn spread(&mut self, nodes: &[Node]) -> Option<Result<Piece, Errno>> {
+    fn spread(&mut self, nodes: &[Node]) -> Option<Result<Piece, Stop>> {
         let frame = self.frames[usize::from(self.depth)];
         if frame.port == FLUSH {
             return self.sink(nodes, frame);
@@ -175,7 +227,7 @@ impl Route {
     }
 
     /// Follows a flush down. It has no extent, so nothing is ever left over.
-    fn sink(&mut self, nodes: &[Node], mut frame: Frame) -> Option<Result<Piece, Errno>> {
+    fn sink(&mut self, nodes: &[Node], mut frame: Frame) -> Option<Result<Piece, Stop>> {
         loop {
             let node = &nodes[frame.node.index()];
             let (layer, ports) = match &node.what {
@@ -186,11 +238,19 @@ impl Route {
                 Ok(Map::To { port, .. }) => (port, 0),
                 Ok(Map::After { port, wait_ns, .. }) => (port, wait_ns),
                 Ok(Map::All { .. }) => {
-                    self.push(Frame { port: 0, ..frame });
+                    self.push(Frame { port: 0, ports: EVERY, ..frame });
                     return None;
                 }
+                Ok(Map::Some { ports: some, .. }) => {
+                    check::ports(&node.name, some, ports.len());
+                    self.push(Frame { port: 0, ports: some, ..frame });
+                    return None;
+                }
+                // A flush goes to devices, not to places on them.
+                Ok(Map::Both { .. }) => check::no_flush(&node.name),
                 Ok(Map::Zero { .. }) => return Some(Ok(piece(Place::Zero, &frame))),
-                Err(errno) => return Some(Err(errno)),
+                Ok(Map::Miss) => return Some(Err(self.missed(node, frame))),
+                Err(errno) => return Some(Err(Stop::Error(errno))),
             };
             (frame.node, _) = lower(nodes, node, ports, (port, Extent { at: 0, len: 0 }));
             frame.wait_ns = frame.wait_ns.saturating_add(wait_ns);
@@ -201,10 +261,13 @@ impl Route {
     fn fan(&mut self, nodes: &[Node], frame: &Frame) {
         let node = &nodes[frame.node.index()];
         let What::Layer { ports, .. } = &node.what else { return };
-        let Some(&child) = ports.get(usize::from(frame.port)) else { return };
-        if usize::from(frame.port) + 1 < ports.len() {
-            self.push(Frame { port: frame.port + 1, ..*frame });
+        let is_meant = |port: &u16| *port >= 32 || frame.ports >> port & 1 == 1;
+        let mut meant = (frame.port..).take(ports.len() - usize::from(frame.port)).filter(is_meant);
+        let Some(port) = meant.next() else { return };
+        if let Some(next) = meant.next() {
+            self.push(Frame { port: next, ..*frame });
         }
+        let child = ports[usize::from(port)];
         let below = &nodes[child.index()];
         let extent = Extent { at: frame.at, len: frame.len };
         check::destination(&node.name, extent, &below.limits, below.mask);
@@ -290,7 +353,7 @@ mod tests {
         builder.finish(top)
     }
 
-    fn pieces(stack: &Stack, io: Io) -> Vec<Result<Piece, Errno>> {
+    fn pieces(stack: &Stack, io: Io) -> Vec<Result<Piece, Stop>> {
         let mut route = stack.route(io);
         std::iter::from_fn(|| route.next(stack)).collect()
     }
@@ -344,7 +407,7 @@ mod tests {
             over(|io, len| if io.extent.at < 1024 { to(io, len) } else { Err(Errno::EIO) }, 512, 1);
         let got = pieces(&stack, Io::new(Op::Read, 0, 2048));
         assert!(got[0].is_ok() && got[1].is_ok());
-        assert_eq!(got[2], Err(Errno::EIO));
+        assert_eq!(got[2], Err(Stop::Error(Errno::EIO)));
     }
 
     #[test]

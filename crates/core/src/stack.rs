@@ -2,12 +2,15 @@
 //!
 //! Composition is data. Layers never hold each other; the router walks the stack for them.
 
+use std::sync::Arc;
+
 use crate::check;
 use crate::errno::Errno;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{Extent, Io, Op};
 use crate::layer::{Layer, Lower};
 use crate::limits::Limits;
+use crate::live::Live;
 use crate::map::Port;
 use crate::route::{Place, Route};
 
@@ -20,12 +23,12 @@ pub const MAX_NODES: usize = 4096;
 
 /// A place in a stack.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct NodeId(pub(crate) u32);
+pub struct NodeId(pub(crate) u16);
 
 impl NodeId {
     #[inline]
     pub(crate) fn index(self) -> usize {
-        self.0 as usize
+        usize::from(self.0)
     }
 }
 
@@ -44,9 +47,25 @@ pub(crate) struct Node {
     /// The bits that no position and no length may have: the block minus one.
     pub(crate) mask: u64,
     pub(crate) what: What,
+    live: Option<Arc<dyn Live>>,
     /// Layers from here to the deepest bottom.
     depth: usize,
     used: bool,
+}
+
+impl Node {
+    /// The places below.
+    pub(crate) fn ports(&self) -> &[NodeId] {
+        match &self.what {
+            What::Layer { ports, .. } => ports,
+            What::Backend(_) => &[],
+        }
+    }
+
+    /// Whether it has a live side.
+    pub(crate) fn is_live(&self) -> bool {
+        self.live.is_some()
+    }
 }
 
 /// A finished stack.
@@ -69,7 +88,9 @@ impl Stack {
         self.backend_count
     }
 
-    pub(crate) fn root(&self) -> NodeId {
+    /// Where a client's requests enter.
+    #[must_use]
+    pub fn root(&self) -> NodeId {
         self.root
     }
 
@@ -104,6 +125,48 @@ impl Stack {
             Op::WriteZeroes { .. } if !limits.write_zeroes => Err(Errno::EOPNOTSUPP),
             _ => Ok(()),
         }
+    }
+
+    /// As [`Stack::admit`], for what a layer asks of a place below it: in range and on its blocks.
+    ///
+    /// # Errors
+    /// `EINVAL` if it is not.
+    pub fn admit_at(&self, node: NodeId, io: &Io) -> Result<(), Errno> {
+        let Node { limits, mask, .. } = self.node(node);
+        let Extent { at, len } = io.extent;
+        let fits = len != 0 && (at | len) & mask == 0 && io.extent.within(limits.size);
+        if io.op == Op::Flush || fits { Ok(()) } else { Err(Errno::EINVAL) }
+    }
+
+    /// What a place offers.
+    #[must_use]
+    pub fn limits_of(&self, node: NodeId) -> &Limits {
+        &self.node(node).limits
+    }
+
+    /// What a place is called: its driver or source.
+    #[must_use]
+    pub fn name_of(&self, node: NodeId) -> &str {
+        &self.node(node).name
+    }
+
+    /// The place below a layer's port, if it has it.
+    #[must_use]
+    pub fn below(&self, node: NodeId, port: Port) -> Option<NodeId> {
+        self.node(node).ports().get(usize::from(port.0)).copied()
+    }
+
+    /// The live side of a layer, if it has one.
+    #[must_use]
+    pub fn live(&self, node: NodeId) -> Option<&Arc<dyn Live>> {
+        self.node(node).live.as_ref()
+    }
+
+    /// The layers with a live side, from the bottom up.
+    pub fn lives(&self) -> impl Iterator<Item = (NodeId, &str, &Arc<dyn Live>)> {
+        (0..).zip(&self.nodes).filter_map(|(index, node)| {
+            node.live.as_ref().map(|live| (NodeId(index), &*node.name, live))
+        })
     }
 
     fn node(&self, id: NodeId) -> &Node {
@@ -173,16 +236,27 @@ impl StackBuilder {
             let mut below = Below { nodes: &self.nodes, ports, limits, reader };
             layer.open(&mut below).and_then(Limits::checked).map_err(|error| error.within(name))?
         };
-        self.push(name, limits, What::Layer { layer, ports: ports.into() }, depth)
+        let live = layer.live();
+        let node = self.push(name, limits, What::Layer { layer, ports: ports.into() }, depth)?;
+        self.nodes[node.index()].live = live;
+        Ok(node)
     }
 
     fn push(&mut self, name: &str, limits: Limits, what: What, depth: usize) -> Result<NodeId> {
         if self.nodes.len() == MAX_NODES {
             return Err(Error::invalid(name, format!("more than {MAX_NODES} places in a stack")));
         }
-        let id = NodeId(u32::try_from(self.nodes.len()).unwrap_or(u32::MAX));
+        let id = NodeId(u16::try_from(self.nodes.len()).unwrap_or(u16::MAX));
         let mask = u64::from(limits.block) - 1;
-        self.nodes.push(Node { name: name.into(), limits, mask, what, depth, used: false });
+        self.nodes.push(Node {
+            name: name.into(),
+            limits,
+            mask,
+            what,
+            live: None,
+            depth,
+            used: false,
+        });
         Ok(id)
     }
 
@@ -221,6 +295,7 @@ impl Lower for Below<'_, '_> {
         }
         let mut route = Route::new(Io { op: Op::Read, extent, fua: false }, node);
         while let Some(piece) = route.next_in(self.nodes) {
+            // Nothing serves the stack yet, so nobody could resolve a miss.
             let piece = piece?;
             let part = usize::try_from(piece.part).map_err(|_| Errno::EINVAL)?;
             let len = usize::try_from(piece.len).map_err(|_| Errno::EINVAL)?;

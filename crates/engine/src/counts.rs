@@ -2,6 +2,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use devsplice_core::Op;
+
 /// What a ring counts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RingCounts {
@@ -14,6 +16,8 @@ pub struct RingCounts {
     pub bytes_spliced: u64,
     /// Payload bytes that were copied into or out of this process.
     pub bytes_copied: u64,
+    /// Bytes that layers moved for themselves: metadata, rebuilds.
+    pub bytes_meta: u64,
 }
 
 macro_rules! counts {
@@ -74,6 +78,8 @@ counts! {
     splices,
     /// Splices sent again after short results or transient errors.
     retries,
+    /// Times that a request waited for a layer to learn something.
+    misses,
     /// Requests that the watchdog reported.
     stuck,
     /// Submission queue entries.
@@ -84,15 +90,31 @@ counts! {
     bytes_spliced,
     /// Payload bytes copied into or out of this process.
     bytes_copied,
+    /// Bytes that layers moved for themselves: metadata, rebuilds. Not a client's payload.
+    bytes_meta,
 }
 
 impl Counts {
+    /// Counts a client's request that has ended.
+    #[inline]
+    pub(crate) fn finished(&mut self, op: Op, ok: bool) {
+        self.requests += 1;
+        self.errors += u64::from(!ok);
+        match op {
+            Op::Read => self.reads += 1,
+            Op::Write => self.writes += 1,
+            Op::Flush => self.flushes += 1,
+            Op::Discard | Op::WriteZeroes { .. } => self.discards += 1,
+        }
+    }
+
     /// Takes over what the ring counted.
     pub fn set_ring(&mut self, ring: RingCounts) {
         self.sqes = ring.sqes;
         self.enters = ring.enters;
         self.bytes_spliced = ring.bytes_spliced;
         self.bytes_copied = ring.bytes_copied;
+        self.bytes_meta = ring.bytes_meta;
     }
 }
 

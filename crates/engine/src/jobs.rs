@@ -1,8 +1,16 @@
 //! Answers for requests in flight: a fixed table per export, one entry a tag.
 
-use devsplice_core::{Errno, Io, Op, Piece, Route, Stack};
+use devsplice_core::trace::Trace;
+use devsplice_core::{Errno, Io, NodeId, Op, Piece, Route, Stack, Stop};
 
 use crate::ring::Pages;
+
+/// A request that failed and is routed again, piece by piece.
+pub(crate) struct Careful {
+    pub(crate) trace: Trace,
+    /// Times that a layer was asked to see to a failure of it.
+    pub(crate) rounds: u8,
+}
 
 /// A request between fetch and finish.
 pub(crate) struct Job {
@@ -18,8 +26,17 @@ pub(crate) struct Job {
     pub(crate) errno: Option<Errno>,
     /// The watchdog's tick at the start.
     pub(crate) since: u32,
+    /// Where it enters the stack.
+    pub(crate) node: NodeId,
     /// Fetched and not finished.
     pub(crate) active: bool,
+    /// It is over, whatever layers could do about its error.
+    pub(crate) refused: bool,
+    /// The phase in which its last pass was routed, until that has landed.
+    pub(crate) phase: Option<usize>,
+    /// The layer that must resolve something before routing can go on.
+    pub(crate) missed: Option<(NodeId, Io)>,
+    pub(crate) careful: Option<Box<Careful>>,
 }
 
 impl Job {
@@ -34,8 +51,34 @@ impl Job {
             flying: 0,
             errno: None,
             since: 0,
+            node: stack.root(),
             active: false,
+            refused: false,
+            phase: None,
+            missed: None,
+            careful: None,
         }
+    }
+
+    /// Begins a request at a place of its stack.
+    #[inline]
+    pub(crate) fn begin(&mut self, (io, pages): (Io, Pages), node: NodeId, tick: u32) {
+        self.io = io;
+        self.pages = pages;
+        self.flying = 0;
+        self.errno = None;
+        self.since = tick;
+        self.node = node;
+        self.active = true;
+        self.refused = false;
+        self.route.restart_at(self.routed(), node);
+    }
+
+    /// The request as it is routed: where a flush is said to be has no meaning; Linux leaves
+    /// anything there.
+    #[inline]
+    pub(crate) fn routed(&self) -> Io {
+        if self.io.op == Op::Flush { Io::new(Op::Flush, 0, 0) } else { self.io }
     }
 
     /// Records the request's first error and gives up what was not sent yet.
@@ -47,15 +90,19 @@ impl Job {
 
     /// The next piece to find room for.
     #[inline]
-    pub(crate) fn next(&mut self, stack: &Stack) -> Option<Result<Piece, Errno>> {
+    pub(crate) fn next(&mut self, stack: &Stack) -> Option<Result<Piece, Stop>> {
         match self.held.take() {
             Some(piece) => Some(Ok(piece)),
             None => self.route.next(stack),
         }
     }
 
-    /// Whether all of it was routed and all that was sent has landed.
+    /// Whether all of it was routed, or given up, now that all that was sent has landed.
     pub(crate) fn is_over(&self) -> bool {
-        self.flying == 0 && self.held.is_none() && self.route.is_done()
+        let is_done = match &self.careful {
+            Some(careful) => careful.trace.is_done(),
+            None => self.route.is_done(),
+        };
+        self.flying == 0 && self.held.is_none() && is_done || self.errno.is_some()
     }
 }

@@ -3,16 +3,21 @@
 #![forbid(unsafe_code)]
 
 pub mod counts;
+pub mod desk;
 pub mod export;
 pub mod flights;
 mod gather;
 pub mod jobs;
+mod live;
 pub mod queue;
 pub mod ring;
+pub mod served;
+mod slow;
 pub mod watch;
 
 pub use counts::{Counts, RingCounts, Shared};
 pub use export::{Export, Inbox, Request};
 pub use queue::{Lane, Worker};
 pub use ring::{Completion, Event, FileId, Pages, Part, Ring, Splice, To};
+pub use served::{Answer, Served, Wake};
 pub use watch::Stuck;

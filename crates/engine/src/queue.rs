@@ -5,14 +5,16 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use devsplice_core::{Errno, Io, Op, Result, Stack};
+use devsplice_core::{Errno, Result, Stack, Stop};
 
 use crate::counts::{Counts, Shared};
 use crate::export::{Export, Inbox, Request};
 use crate::flights::{self, Flights, Next};
 use crate::gather::Gather;
 use crate::jobs::Job;
+use crate::live::{LaneLive, SlowSide, is_sleep_key};
 use crate::ring::{Event, FileId, Ring};
+use crate::served::Served;
 use crate::watch::{OnStuck, Stuck, TICK_KEY, TICK_NS, Watch};
 
 /// Pieces routed for one request before others get their turn: a discard of a whole device over a
@@ -22,47 +24,56 @@ const PIECES_A_PASS: u32 = 1024;
 /// One queue of an export with the stack that serves it.
 pub struct Lane<R: Ring> {
     export: Box<dyn Export<R>>,
-    stack: Arc<Stack>,
+    pub(crate) served: Arc<Served>,
+    pub(crate) stack: Arc<Stack>,
     /// The ring's names for the stack's bottoms, in their order.
-    files: Box<[FileId]>,
-    jobs: Box<[Job]>,
+    pub(crate) files: Box<[FileId]>,
+    pub(crate) jobs: Box<[Job]>,
+    /// Only over a stack with live layers.
+    pub(crate) live: Option<LaneLive>,
+    /// Its requests are layers' own.
+    pub(crate) is_inner: bool,
 }
 
 impl<R: Ring> Lane<R> {
     /// # Panics
     /// If `files` are not as many as the stack has bottoms.
     #[must_use]
-    pub fn new(export: Box<dyn Export<R>>, stack: Arc<Stack>, files: Box<[FileId]>) -> Lane<R> {
+    pub fn new(export: Box<dyn Export<R>>, served: Arc<Served>, files: Box<[FileId]>) -> Lane<R> {
+        let stack = served.stack.clone();
         assert_eq!(files.len(), usize::from(stack.backend_count()), "a file for each bottom");
         let jobs = (0..export.depth()).map(|_| Job::idle(&stack)).collect();
-        Lane { export, stack, files, jobs }
+        Lane { export, served, stack, files, jobs, live: None, is_inner: false }
     }
 }
 
 /// An I/O thread's work: a ring and the lanes that it serves.
 pub struct Worker<R: Ring> {
-    ring: R,
-    lanes: Box<[Lane<R>]>,
-    flights: Flights,
+    pub(crate) ring: R,
+    pub(crate) lanes: Box<[Lane<R>]>,
+    pub(crate) flights: Flights,
     inbox: Inbox,
     /// Requests with pieces left to route and none out, in the order they came to wait.
     waiting: VecDeque<(u16, u16)>,
-    busy: u32,
-    counts: Counts,
+    pub(crate) busy: u32,
+    pub(crate) counts: Counts,
     shared: Arc<Shared>,
-    watch: Watch,
+    pub(crate) watch: Watch,
+    /// Only with live layers.
+    pub(crate) slow: Option<Box<SlowSide>>,
 }
 
 impl<R: Ring> Worker<R> {
     /// `flight_count` bounds the splices in flight and is at least 1. `stuck_seconds` is when a
     /// request is reported to `on_stuck`; 0 for never.
     pub fn new(
-        ring: R,
-        lanes: Vec<Lane<R>>,
+        mut ring: R,
+        mut lanes: Vec<Lane<R>>,
         flight_count: u32,
         shared: Arc<Shared>,
         (stuck_seconds, on_stuck): (u32, OnStuck),
     ) -> Worker<R> {
+        let slow = Self::make_live(&mut ring, &mut lanes);
         let tags: usize = lanes.iter().map(|lane| lane.jobs.len()).sum();
         Worker {
             ring,
@@ -74,6 +85,7 @@ impl<R: Ring> Worker<R> {
             counts: Counts::default(),
             shared,
             watch: Watch { tick: 0, armed: false, limit: stuck_seconds, on_stuck },
+            slow,
         }
     }
 
@@ -85,6 +97,7 @@ impl<R: Ring> Worker<R> {
         for (index, lane) in self.lanes.iter_mut().enumerate() {
             lane.export.arm(&mut self.ring, u16::try_from(index).unwrap_or(u16::MAX))?;
         }
+        self.start_background();
         self.ring.enter(false)
     }
 
@@ -107,7 +120,9 @@ impl<R: Ring> Worker<R> {
             match event {
                 Event::Splice { key, result } => self.landed(key, result),
                 Event::Timer { key: TICK_KEY } => self.tick(),
+                Event::Timer { key } if is_sleep_key(key) => self.slept(key),
                 Event::Timer { key } => self.send(key),
+                Event::Woken => {}
                 Event::Export { lane, completion } => {
                     let export = &mut self.lanes[usize::from(lane)].export;
                     export.event(&mut self.ring, completion, &mut self.inbox)?;
@@ -120,9 +135,11 @@ impl<R: Ring> Worker<R> {
         while let Some((lane, request)) = self.inbox.pop() {
             self.start(lane, request);
         }
+        self.slow_turn();
         self.counts.set_ring(self.ring.counts());
         self.shared.publish(&self.counts);
-        if self.busy == 0 && self.lanes.iter().all(|lane| lane.export.is_closed()) {
+        let is_closed = self.busy == 0 && self.lanes.iter().all(|lane| lane.export.is_closed());
+        if is_closed && self.is_at_rest() {
             self.ring.enter(false)?;
             return Ok(false);
         }
@@ -149,36 +166,46 @@ impl<R: Ring> Worker<R> {
         let Lane { stack, jobs, .. } = &mut self.lanes[usize::from(lane)];
         let job = &mut jobs[usize::from(request.tag)];
         assert!(!job.active, "export handed out tag {} twice", request.tag);
-        job.io = request.io;
-        job.pages = request.pages;
-        job.flying = 0;
-        job.errno = None;
-        job.since = self.watch.tick;
-        job.active = true;
+        job.begin((request.io, request.pages), stack.root(), self.watch.tick);
         self.busy += 1;
-        // Where a flush is said to be has no meaning; Linux leaves anything there.
-        let io = if request.io.op == Op::Flush { Io::new(Op::Flush, 0, 0) } else { request.io };
-        job.route.restart(stack, io);
-        if let Err(errno) = stack.admit(&request.io) {
-            job.fail(errno);
+        match stack.admit(&request.io) {
+            Ok(()) => self.route(lane, request.tag),
+            Err(errno) => self.refuse(lane, request.tag, errno),
         }
-        self.route(lane, request.tag);
+    }
+
+    /// Ends a request of which nothing is out with an error that is nobody's to mend.
+    pub(crate) fn refuse(&mut self, lane: u16, tag: u16, errno: Errno) {
+        let job = &mut self.lanes[usize::from(lane)].jobs[usize::from(tag)];
+        job.fail(errno);
+        job.refused = true;
+        self.settle(lane, tag);
     }
 
     /// One pass of a request of which nothing is out: routes it as far as the tables allow and
     /// sends what was gathered. The next pass follows when all of it has landed: then neighbours
     /// find each other, which they would not if each flight that lands made room for one piece, and
     /// no request takes more of the table than one pass.
-    fn route(&mut self, lane: u16, tag: u16) {
-        let mut gather = Gather::new();
-        let Lane { stack, jobs, files, .. } = &mut self.lanes[usize::from(lane)];
+    pub(crate) fn route(&mut self, lane: u16, tag: u16) {
+        let Lane { stack, jobs, files, live, .. } = &mut self.lanes[usize::from(lane)];
         let job = &mut jobs[usize::from(tag)];
+        if let Some(live) = live {
+            job.phase = Some(live.served.begin(&live.shard));
+            if job.careful.is_some() {
+                return self.route_carefully(lane, tag);
+            }
+        }
+        let mut gather = Gather::new();
         debug_assert!(job.active && job.flying == 0, "tag {tag} routed while it is out");
         for _ in 0..PIECES_A_PASS {
             let piece = match job.next(stack) {
                 None => break,
-                Some(Err(errno)) => {
+                Some(Err(Stop::Error(errno))) => {
                     job.fail(errno);
+                    break;
+                }
+                Some(Err(Stop::Miss(node, io))) => {
+                    job.missed = Some((node, io));
                     break;
                 }
                 Some(Ok(piece)) => piece,
@@ -211,7 +238,17 @@ impl<R: Ring> Worker<R> {
     }
 
     /// What follows when nothing of a request is out any more: its end, or its next pass.
-    fn settle(&mut self, lane: u16, tag: u16) {
+    pub(crate) fn settle(&mut self, lane: u16, tag: u16) {
+        let Lane { jobs, live, .. } = &mut self.lanes[usize::from(lane)];
+        let job = &mut jobs[usize::from(tag)];
+        if let Some(live) = live {
+            if let Some(phase) = job.phase.take() {
+                live.served.end(&live.shard, phase);
+            }
+            if self.needs_slow(lane, tag) {
+                return;
+            }
+        }
         let job = &self.lanes[usize::from(lane)].jobs[usize::from(tag)];
         if job.is_over() {
             self.finish(lane, tag);
@@ -220,7 +257,7 @@ impl<R: Ring> Worker<R> {
         }
     }
 
-    fn send(&mut self, key: u32) {
+    pub(crate) fn send(&mut self, key: u32) {
         let flight = self.flights.get(key);
         if flight.is_void() {
             let len = flight.len;
@@ -256,25 +293,16 @@ impl<R: Ring> Worker<R> {
     }
 
     fn finish(&mut self, lane: u16, tag: u16) {
-        let Lane { export, jobs, .. } = &mut self.lanes[usize::from(lane)];
+        let Lane { export, jobs, is_inner, .. } = &mut self.lanes[usize::from(lane)];
         let job = &mut jobs[usize::from(tag)];
         debug_assert!(job.active, "tag {tag} finished twice");
         job.active = false;
+        job.careful = None;
         self.busy -= 1;
-        self.counts.requests += 1;
-        match job.io.op {
-            Op::Read => self.counts.reads += 1,
-            Op::Write => self.counts.writes += 1,
-            Op::Flush => self.counts.flushes += 1,
-            Op::Discard | Op::WriteZeroes { .. } => self.counts.discards += 1,
+        let result = job.errno.map_or(Ok(()), |errno| Err(errno.for_client()));
+        if !*is_inner {
+            self.counts.finished(job.io.op, result.is_ok());
         }
-        let result = match job.errno {
-            None => Ok(()),
-            Some(errno) => {
-                self.counts.errors += 1;
-                Err(errno.for_client())
-            }
-        };
         export.finish(&mut self.ring, tag, &job.io, result);
     }
 

@@ -3,6 +3,7 @@
 use devsplice_core::{Errno, Op, Result};
 
 use crate::counts::RingCounts;
+use crate::served::Wake;
 
 /// Most parts of one splice. Bounds the vector that a ring keeps for it.
 pub const MAX_PARTS: usize = 16;
@@ -78,6 +79,8 @@ pub enum Event {
         /// As given.
         key: u32,
     },
+    /// Another thread has called what [`Ring::wake`] returned.
+    Woken,
     /// Something that an export submitted.
     Export {
         /// The export's lane.
@@ -104,6 +107,21 @@ pub trait Ring {
 
     /// The next event, if one is there.
     fn next(&mut self) -> Option<Event>;
+
+    /// Nanoseconds since some moment.
+    fn now_ns(&self) -> u64;
+
+    /// What makes this ring report [`Event::Woken`], from any thread. Asked once.
+    fn wake(&mut self) -> Wake;
+
+    /// The memory of a tag of an inner lane, of [`INNER_BYTES`](crate::desk::INNER_BYTES).
+    fn inner_pages(&self, lane: u16, tag: u16) -> Pages;
+
+    /// Puts bytes at the start of such memory. No splice of it is out.
+    fn put(&mut self, lane: u16, tag: u16, bytes: &[u8]);
+
+    /// Gets bytes from the start of such memory. No splice of it is out.
+    fn get(&mut self, lane: u16, tag: u16, bytes: &mut [u8]);
 
     /// What the ring has counted since its start.
     fn counts(&self) -> RingCounts;

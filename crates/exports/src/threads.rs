@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::thread::JoinHandle;
 
 use devsplice_core::{Error, ErrorKind, Result, Stack};
-use devsplice_engine::{Counts, Export, Lane, Shared, Stuck, Worker};
+use devsplice_engine::{Counts, Export, Lane, Served, Shared, Stuck, Worker};
 use devsplice_uring::{Config, FileKind, LaneMemory, RingFile, Uring};
 use rustix::thread::{CpuSet, sched_setaffinity};
 
@@ -55,6 +55,8 @@ pub struct Work {
 
 /// Running I/O threads.
 pub struct Crew {
+    /// The stack, as its threads share it.
+    pub served: Arc<Served>,
     handles: Vec<JoinHandle<()>>,
     shared: Vec<Arc<Shared>>,
     /// Disconnected when the last thread has ended.
@@ -70,10 +72,12 @@ impl Crew {
     /// The first thing that any thread could not do. The others are left to end with the process.
     pub fn start(shape: Shape, work: Work) -> Result<Crew> {
         let threads = shape.threads.clamp(1, shape.queues.max(1));
+        let served = Served::quietly(work.stack.clone());
         let work = Arc::new(work);
         let (ready, news) = mpsc::channel();
         let (alive, end) = mpsc::channel::<()>();
         let mut crew = Crew {
+            served: Arc::clone(&served),
             handles: Vec::new(),
             shared: Vec::new(),
             end: Mutex::new(Some(end)),
@@ -85,11 +89,12 @@ impl Crew {
             let shared = Arc::new(Shared::default());
             crew.shared.push(Arc::clone(&shared));
             let (work, ready, alive) = (Arc::clone(&work), ready.clone(), alive.clone());
+            let served = Arc::clone(&served);
             let handle = std::thread::Builder::new()
                 .name(format!("io/{thread}"))
                 .stack_size(256 << 10)
                 .spawn(move || {
-                    serve(&shape, &work, &queues, shared, &ready);
+                    serve(&shape, (&work, &served), &queues, shared, &ready);
                     drop(alive);
                 })
                 .map_err(|error| Error::os("I/O thread", &error))?;
@@ -149,7 +154,13 @@ impl Crew {
 type Ready = mpsc::Sender<Result<Option<String>>>;
 
 /// An I/O thread from start to end.
-fn serve(shape: &Shape, work: &Work, queues: &[u16], shared: Arc<Shared>, ready: &Ready) {
+fn serve(
+    shape: &Shape,
+    (work, served): (&Work, &Arc<Served>),
+    queues: &[u16],
+    shared: Arc<Shared>,
+    ready: &Ready,
+) {
     let mut warning = None;
     if let Err(error) = devsplice_uring::thread::set_io_flusher() {
         warning = Some(error.to_string());
@@ -158,7 +169,7 @@ fn serve(shape: &Shape, work: &Work, queues: &[u16], shared: Arc<Shared>, ready:
         // Where the CPUs are not ours to use, running anywhere is the next best.
         let _ = sched_setaffinity(None, &cpus);
     }
-    let mut worker = match prepare(shape, work, queues, shared) {
+    let mut worker = match prepare(shape, (work, served), queues, shared) {
         Ok(worker) => worker,
         Err(error) => {
             let _ = ready.send(Err(error));
@@ -173,7 +184,7 @@ fn serve(shape: &Shape, work: &Work, queues: &[u16], shared: Arc<Shared>, ready:
 
 fn prepare(
     shape: &Shape,
-    work: &Work,
+    (work, served): (&Work, &Arc<Served>),
     queues: &[u16],
     shared: Arc<Shared>,
 ) -> Result<Worker<Uring>> {
@@ -183,7 +194,8 @@ fn prepare(
     let files = work.bottoms.len() + queues.len();
     let files = u16::try_from(files)
         .map_err(|_| Error::invalid("stack", format!("{files} files in one ring")))?;
-    let mut ring = Uring::new(&Config { flights, files, lanes })?;
+    let inner = u16::from(served.stack.lives().next().is_some());
+    let mut ring = Uring::new(&Config { flights, files, lanes, inner })?;
     let mut bottoms = Vec::new();
     for bottom in &work.bottoms {
         let fd = bottom.fd.try_clone().map_err(|error| Error::os("a file's copy", &error))?;
@@ -192,7 +204,7 @@ fn prepare(
     let mut lanes = Vec::new();
     for queue in queues {
         let export = (work.make)(*queue, &mut ring)?;
-        lanes.push(Lane::new(export, Arc::clone(&work.stack), bottoms.clone().into()));
+        lanes.push(Lane::new(export, Arc::clone(served), bottoms.clone().into()));
     }
     let on_stuck = work.on_stuck;
     let watch = (shape.stuck_seconds, Box::new(on_stuck) as Box<dyn Fn(&Stuck) + Send>);

@@ -60,6 +60,15 @@ impl Mixes {
         bytes
     }
 
+    /// The cell of a sector with these bytes.
+    pub(crate) fn keep(&mut self, bytes: [u8; SECTOR]) -> Cell {
+        if bytes == [0; SECTOR] {
+            return ZERO;
+        }
+        self.sectors.push(bytes);
+        MIXED | (self.sectors.len() as u64 - 1)
+    }
+
     /// What a sector that holds `old` holds after its bytes `from..to` were replaced by those that
     /// begin `at` bytes into `source`.
     pub(crate) fn replace(
@@ -87,8 +96,7 @@ impl Mixes {
                 return whole;
             }
         }
-        self.sectors.push(bytes);
-        MIXED | (self.sectors.len() as u64 - 1)
+        self.keep(bytes)
     }
 
     /// Whether each byte of `cell` is one that a sector of `candidates` has in that place.

@@ -2,10 +2,12 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use devsplice_core::{Error, ErrorKind, Limits, Op, Result};
+use devsplice_core::{Error, ErrorKind, Extent, Io, Limits, Op, Result};
+use devsplice_engine::desk::{INNER_BYTES, INNER_DEPTH};
 use devsplice_engine::ring::MAX_PARTS;
-use devsplice_engine::{Event, Part, Ring, RingCounts, Splice, To};
+use devsplice_engine::{Event, Pages, Part, Ring, RingCounts, Splice, To, Wake};
 
+use crate::cells::SECTOR;
 use crate::failure::Kind;
 use crate::world::{End, Flying, What, World};
 
@@ -126,6 +128,40 @@ impl Ring for SimRing {
         Some(ready.event)
     }
 
+    fn now_ns(&self) -> u64 {
+        self.world.now
+    }
+
+    fn wake(&mut self) -> Wake {
+        // All is on one thread.
+        Arc::new(|| {})
+    }
+
+    fn inner_pages(&self, lane: u16, tag: u16) -> Pages {
+        let world = &*self.world;
+        let inner = usize::from(lane) - world.fronts.len();
+        let slot = world.first_inner + inner * usize::from(INNER_DEPTH) + usize::from(tag);
+        // There are few lanes and tags.
+        Pages(slot as u32)
+    }
+
+    fn put(&mut self, lane: u16, tag: u16, bytes: &[u8]) {
+        let slot = self.inner_pages(lane, tag).0 as usize;
+        let World { slots, mixes, .. } = &mut *self.world;
+        slots[slot].short = false;
+        for (cell, sector) in slots[slot].cells.iter_mut().zip(bytes.chunks_exact(SECTOR)) {
+            *cell = mixes.keep(sector.try_into().unwrap_or([0; SECTOR]));
+        }
+    }
+
+    fn get(&mut self, lane: u16, tag: u16, bytes: &mut [u8]) {
+        let slot = self.inner_pages(lane, tag).0 as usize;
+        let World { slots, mixes, .. } = &*self.world;
+        for (cell, sector) in slots[slot].cells.iter().zip(bytes.chunks_exact_mut(SECTOR)) {
+            sector.copy_from_slice(&mixes.render(*cell));
+        }
+    }
+
     fn counts(&self) -> RingCounts {
         self.world.counts
     }
@@ -154,13 +190,22 @@ impl World {
         let Some(slot) = self.slots.get(splice.pages.0 as usize) else {
             return say("pages that nobody minted");
         };
-        let Some(asked) = slot.request else { return say("a splice of a request that has ended") };
+        // What layers ask for themselves has no client, only memory.
+        let inner = Io {
+            op: splice.op,
+            extent: Extent { at: 0, len: u64::from(INNER_BYTES) },
+            fua: splice.fua,
+        };
+        let is_inner = splice.pages.0 as usize >= self.first_inner;
+        let Some(io) = slot.request.map(|asked| asked.io).or(is_inner.then_some(inner)) else {
+            return say("a splice of a request that has ended");
+        };
         match self.keys.get(key as usize) {
             None => return say("a key beyond the table"),
             Some(true) => return say("a key that is out"),
             Some(false) => {}
         }
-        if splice.op != asked.io.op || splice.fua != asked.io.fua {
+        if splice.op != io.op || splice.fua != io.fua {
             return say("another operation than was asked for");
         }
         match splice.to {
@@ -181,9 +226,8 @@ impl World {
             return if fits { Ok(()) } else { say("parts or a length where none belong") };
         }
         let sum: u64 = splice.parts.iter().map(|part| u64::from(part.len)).sum();
-        let inside = |part: &Part| {
-            part.len > 0 && u64::from(part.at) + u64::from(part.len) <= asked.io.extent.len
-        };
+        let inside =
+            |part: &Part| part.len > 0 && u64::from(part.at) + u64::from(part.len) <= io.extent.len;
         let count = (1..=MAX_PARTS).contains(&splice.parts.len());
         if !count || sum != splice.len || !splice.parts.iter().all(inside) {
             return say("parts that are not the request's");

@@ -4,9 +4,11 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use devsplice_core::{Limits, Result, Stack, StackBuilder};
+use devsplice_engine::desk::{INNER_BYTES, INNER_DEPTH};
 use devsplice_engine::watch::OnStuck;
-use devsplice_engine::{FileId, Lane, Shared, Stuck, Worker};
+use devsplice_engine::{FileId, Lane, Served, Shared, Stuck, Worker};
 
+use crate::cells::{SECTOR, ZERO};
 use crate::disk::Disk;
 use crate::export::SimExport;
 use crate::failure::{Failure, Kind};
@@ -145,6 +147,11 @@ impl Run {
                 self.world.slots.push(Slot { lane, tag, ..Slot::default() });
             }
         }
+        self.world.first_inner = self.world.slots.len();
+        for _ in 0..plan.devices * u64::from(INNER_DEPTH) {
+            let cells = vec![ZERO; INNER_BYTES as usize / SECTOR];
+            self.world.slots.push(Slot { lane: u16::MAX, cells, ..Slot::default() });
+        }
     }
 
     /// One life of the engine, from arming to its end. `None` if it ended well.
@@ -189,11 +196,11 @@ impl Run {
         let world = &self.world;
         let mut stacks = Vec::new();
         for tree in &self.trees {
-            stacks.push(Arc::new(build(tree, world.mutant)?));
+            stacks.push(Served::quietly(Arc::new(build(tree, world.mutant)?)));
         }
         let lane = |(lane, front): (u16, &Front)| {
-            let stack = stacks[front.device].clone();
-            let limits: Limits = *stack.limits();
+            let served = stacks[front.device].clone();
+            let limits: Limits = *served.stack.limits();
             let count = world.fronts.len() as u64;
             let export = SimExport {
                 // At most 32.
@@ -206,7 +213,7 @@ impl Run {
             let device = &world.devices[front.device];
             let disks = device.first_disk..device.first_disk + device.disk_count;
             let files = disks.map(|disk| FileId(disk as u16)).collect();
-            Lane::new(Box::new(export), stack, files)
+            Lane::new(Box::new(export), served, files)
         };
         Ok((0..).zip(&world.fronts).map(lane).collect())
     }

@@ -45,7 +45,8 @@ impl World {
         let early = self.mutant == Some(Mutant::AckEarly) && flying.op == Op::Write;
         let lasts = if early { latency * 3 } else { latency };
         flying.due = self.begin_moves(splice, &flying, lasts);
-        if u64::from(flying.serial) + 1 == self.plan.faults.lost_at {
+        let is_inner = flying.slot as usize >= self.first_inner;
+        if u64::from(flying.serial) + 1 == self.plan.faults.lost_at && !is_inner {
             let slot = &self.slots[flying.slot as usize];
             self.lost = Some((slot.lane, slot.tag));
         } else if !(self.mutant == Some(Mutant::CompletionLost) && self.rng.permille(5)) {

@@ -21,6 +21,8 @@ use crate::workload::Workload;
 const PATIENCE_NS: u64 = 20_000_000_000;
 /// The timer key that the engine's watchdog uses.
 const TICK_KEY: u32 = u32::MAX;
+/// Timer keys beyond this are the engine's sleepers.
+const SLEEPERS: u32 = u32::MAX - 16;
 
 /// Something that will happen.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -193,6 +195,8 @@ pub(crate) struct World {
     pub(crate) devices: Vec<Device>,
     pub(crate) fronts: Vec<Front>,
     pub(crate) slots: Vec<Slot>,
+    /// From here on they are for what layers ask themselves.
+    pub(crate) first_inner: usize,
     pub(crate) mixes: Mixes,
     pub(crate) trace: Trace,
     pub(crate) end: Option<End>,
@@ -279,6 +283,11 @@ impl World {
                     return self.asleep();
                 }
                 self.tell(Event::Timer { key: TICK_KEY });
+                return;
+            }
+            What::Timer { key } if key > SLEEPERS => {
+                // A sleeper in the background is no progress.
+                self.tell(Event::Timer { key });
                 return;
             }
             What::Timer { key } => self.tell(Event::Timer { key }),

@@ -7,6 +7,7 @@
 mod arena;
 pub mod control;
 mod files;
+mod inner;
 pub mod loopctl;
 pub mod probe;
 mod ring;

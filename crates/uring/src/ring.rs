@@ -2,9 +2,12 @@
 //! whom.
 
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Instant;
 
 use devsplice_core::{Errno, Error, Op, Result};
-use devsplice_engine::{Completion, Event, FileId, Pages, Ring, RingCounts, Splice};
+use devsplice_engine::desk::{INNER_BYTES, INNER_DEPTH};
+use devsplice_engine::{Completion, Event, FileId, Pages, Ring, RingCounts, Splice, Wake};
 use rustix::fs::{Mode, OFlags};
 
 use crate::arena::Arena;
@@ -36,6 +39,8 @@ pub struct Config {
     pub files: u16,
     /// One per lane.
     pub lanes: Vec<LaneMemory>,
+    /// Lanes behind those for requests that layers make themselves.
+    pub inner: u16,
 }
 
 /// A command for a character device (`IORING_OP_URING_CMD`).
@@ -57,6 +62,8 @@ const KIND_TIMER: u64 = 2 << 56;
 const KIND_EXPORT: u64 = 3 << 56;
 /// As `KIND_EXPORT`, for an entry that names the memory of the tag in the index's low half.
 const KIND_EXPORT_LENT: u64 = 4 << 56;
+/// Somebody has rung from another thread.
+pub(crate) const KIND_WAKE: u64 = 6 << 56;
 const KIND_MASK: u64 = 0xff << 56;
 
 /// `struct __kernel_timespec`.
@@ -67,21 +74,30 @@ struct Timespec {
     nanoseconds: i64,
 }
 
+/// Timer keys that are no flight's: the last `u32`s (the watchdog's and sleepers').
+const KEYS_BEYOND: usize = 16;
+
 /// io_uring, one per I/O thread.
 pub struct Uring {
     // Dropped first: the arenas and tables outlive it.
-    queues: Queues,
+    pub(crate) queues: Queues,
     files: Vec<Slot>,
     file_room: u16,
     flights: Box<[Flight]>,
-    /// One per flight, and one for the watchdog.
+    /// One per flight, and some for keys beyond them.
     times: Box<[Timespec]>,
     arenas: Vec<Option<Arena>>,
     /// Where each lane's slots start in the table of registered buffers.
     slot_bases: Vec<Option<u16>>,
     zeroes: Arena,
+    /// The first of the inner lanes.
+    first_inner: u16,
+    /// Rung by other threads.
+    pub(crate) bell: Option<Arc<OwnedFd>>,
+    start: Instant,
     bytes_spliced: u64,
     bytes_copied: u64,
+    bytes_meta: u64,
 }
 
 impl Uring {
@@ -91,13 +107,17 @@ impl Uring {
     /// If the kernel has no io_uring to give, or the tables do not fit its limits.
     pub fn new(config: &Config) -> Result<Uring> {
         let depth: u32 = config.lanes.iter().map(|lane| u32::from(lane.depth)).sum();
+        let depth = depth + u32::from(config.inner) * u32::from(INNER_DEPTH);
         // A tag has at most its own command and its splices out at a time.
         let entries = (depth + config.flights).next_power_of_two().clamp(64, 4096);
         let queues = Queues::new(entries, entries * 4)?;
         let mut arenas = Vec::new();
         let mut slot_bases = Vec::new();
         let mut slots = 0_u32;
-        for lane in &config.lanes {
+        let own =
+            LaneMemory { depth: INNER_DEPTH, bytes: INNER_BYTES, slots: false, locked: false };
+        let inner = std::iter::repeat_n(&own, usize::from(config.inner));
+        for lane in config.lanes.iter().chain(inner) {
             let stride = DATA_AT + (lane.bytes as usize).next_multiple_of(4096);
             let has_memory = lane.bytes > 0;
             let depth = usize::from(lane.depth);
@@ -120,12 +140,16 @@ impl Uring {
             files: Vec::with_capacity(usize::from(config.files) + 1),
             file_room: config.files + 1,
             flights: vec![Flight::IDLE; config.flights as usize].into(),
-            times: vec![Timespec::default(); config.flights as usize + 1].into(),
+            times: vec![Timespec::default(); config.flights as usize + KEYS_BEYOND].into(),
             arenas,
             slot_bases,
             zeroes: Arena::new(1, ZEROES_LEN, false)?,
+            first_inner: u16::try_from(config.lanes.len()).unwrap_or(u16::MAX),
+            bell: None,
+            start: Instant::now(),
             bytes_spliced: 0,
             bytes_copied: 0,
+            bytes_meta: 0,
         };
         let zero = rustix::fs::open("/dev/zero", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
             .map_err(|errno| Error::os("/dev/zero", &errno.into()))?;
@@ -295,6 +319,11 @@ impl Uring {
         };
         match (flight.op, flight.pages) {
             (Op::Read | Op::Write, Some(PagesKind::Slot(_))) => self.bytes_spliced += done,
+            (Op::Read | Op::Write, Some(PagesKind::Memory { lane, .. }))
+                if u16::from(lane) >= self.first_inner =>
+            {
+                self.bytes_meta += done;
+            }
             (Op::Read | Op::Write, _) => self.bytes_copied += done,
             (Op::WriteZeroes { .. }, _) if flight.way == ZeroWay::Write => {}
             // The others report no length: they are done whole or not at all.
@@ -356,8 +385,9 @@ impl Ring for Uring {
     }
 
     fn after(&mut self, key: u32, ns: u64) {
-        // The watchdog's key is beyond all flights; it has the last entry.
-        let index = (key as usize).min(self.times.len() - 1);
+        let beyond = (u32::MAX - key) as usize;
+        let flights = self.times.len() - KEYS_BEYOND;
+        let index = if beyond < KEYS_BEYOND { flights + beyond } else { key as usize };
         let seconds = i64::try_from(ns / 1_000_000_000).unwrap_or(i64::MAX);
         let nanoseconds = i64::try_from(ns % 1_000_000_000).unwrap_or(0);
         self.times[index] = Timespec { seconds, nanoseconds };
@@ -407,6 +437,10 @@ impl Ring for Uring {
                     }
                 }
                 KIND_TIMER => return Some(Event::Timer { key: index }),
+                KIND_WAKE => {
+                    self.woken();
+                    return Some(Event::Woken);
+                }
                 kind => {
                     if kind == KIND_EXPORT_LENT {
                         self.arena(lane).give_back(tag_of(index));
@@ -418,12 +452,33 @@ impl Ring for Uring {
         }
     }
 
+    fn now_ns(&self) -> u64 {
+        u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(u64::MAX)
+    }
+
+    fn wake(&mut self) -> Wake {
+        self.make_wake()
+    }
+
+    fn inner_pages(&self, lane: u16, tag: u16) -> Pages {
+        self.memory_pages(lane, tag)
+    }
+
+    fn put(&mut self, lane: u16, tag: u16, bytes: &[u8]) {
+        self.memory(lane, tag)[DATA_AT..][..bytes.len()].copy_from_slice(bytes);
+    }
+
+    fn get(&mut self, lane: u16, tag: u16, bytes: &mut [u8]) {
+        bytes.copy_from_slice(&self.memory(lane, tag)[DATA_AT..][..bytes.len()]);
+    }
+
     fn counts(&self) -> RingCounts {
         RingCounts {
             sqes: self.queues.sqes,
             enters: self.queues.enters,
             bytes_spliced: self.bytes_spliced,
             bytes_copied: self.bytes_copied,
+            bytes_meta: self.bytes_meta,
         }
     }
 }

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 
 use devsplice_core::{Errno, Io, Limits, Op, Stack};
 use devsplice_engine::watch::OnStuck;
-use devsplice_engine::{Counts, FileId, Lane, Shared, Worker};
+use devsplice_engine::{Counts, FileId, Lane, Served, Shared, Worker};
 
 pub use export::{Ask, Done, FakeExport};
 pub use layers::{Kind, Tree, build, disk, over};
@@ -53,6 +53,8 @@ pub struct Setup {
     pub stuck: (u32, OnStuck),
     /// The front end stays open when all was asked.
     pub open: bool,
+    /// The stack as it is served, if a test wants to hold on to it.
+    pub served: Option<Arc<Served>>,
 }
 
 pub const MIB: u64 = 1 << 20;
@@ -74,6 +76,7 @@ pub fn setup(tree: Tree, disk: Limits, plan: Vec<Ask>) -> Setup {
         zeros: (0, 0),
         stuck: (0, Box::new(|_| ())),
         open: false,
+        served: None,
     }
 }
 
@@ -98,6 +101,12 @@ pub struct Outcome {
 }
 
 impl Setup {
+    /// The stack as the run will serve it.
+    pub fn served(&mut self) -> Arc<Served> {
+        let stack = &self.stack;
+        self.served.get_or_insert_with(|| Served::quietly(stack.clone())).clone()
+    }
+
     pub fn bench(self) -> Bench {
         let count = self.stack.backend_count();
         let mut world = World::new(self.seed, self.faults, self.flights);
@@ -117,7 +126,9 @@ impl Setup {
         let lanes = exports.into_iter().map(|(base, mut export)| {
             export.stays_open = self.open;
             let file = |index| FileId(u16::try_from(base).unwrap() + index);
-            Lane::new(Box::new(export), self.stack.clone(), (0..count).map(file).collect())
+            let quiet = || Served::quietly(self.stack.clone());
+            let served = self.served.clone().unwrap_or_else(quiet);
+            Lane::new(Box::new(export), served, (0..count).map(file).collect())
         });
         let shared = Arc::new(Shared::default());
         let ring = FakeRing { world: world.clone() };

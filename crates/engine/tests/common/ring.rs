@@ -4,8 +4,11 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 
 use devsplice_core::{Errno, Io, Op, Result};
+use devsplice_engine::desk::{INNER_BYTES, INNER_DEPTH};
 use devsplice_engine::ring::MAX_PARTS;
-use devsplice_engine::{Completion, Event, FileId, Pages, Part, Ring, RingCounts, Splice, To};
+use devsplice_engine::{
+    Completion, Event, FileId, Pages, Part, Ring, RingCounts, Splice, To, Wake,
+};
 
 use super::Rng;
 
@@ -102,6 +105,8 @@ pub struct World {
     pub asleep: bool,
     pub timers: u64,
     flights: u32,
+    /// The first page of each inner lane.
+    inner: std::collections::BTreeMap<u16, u32>,
     due: Vec<Due>,
     ready: VecDeque<Event>,
     counts: RingCounts,
@@ -121,6 +126,7 @@ impl World {
             asleep: false,
             timers: 0,
             flights,
+            inner: std::collections::BTreeMap::new(),
             due: Vec::with_capacity(1 << 12),
             ready: VecDeque::with_capacity(1 << 12),
             counts: RingCounts::default(),
@@ -340,6 +346,35 @@ impl Ring for FakeRing {
 
     fn next(&mut self) -> Option<Event> {
         self.world.lock().unwrap().ready.pop_front()
+    }
+
+    fn now_ns(&self) -> u64 {
+        self.world.lock().unwrap().now
+    }
+
+    fn wake(&mut self) -> Wake {
+        // All is on one thread.
+        Arc::new(|| {})
+    }
+
+    fn inner_pages(&self, lane: u16, tag: u16) -> Pages {
+        let world = &mut *self.world.lock().unwrap();
+        let first = *world.inner.entry(lane).or_insert_with(|| {
+            let first = u32::try_from(world.pages.len()).unwrap();
+            world.pages.extend((0..INNER_DEPTH).map(|_| vec![0; INNER_BYTES as usize]));
+            first
+        });
+        Pages(first + u32::from(tag))
+    }
+
+    fn put(&mut self, lane: u16, tag: u16, bytes: &[u8]) {
+        let pages = self.inner_pages(lane, tag).0 as usize;
+        self.world.lock().unwrap().pages[pages][..bytes.len()].copy_from_slice(bytes);
+    }
+
+    fn get(&mut self, lane: u16, tag: u16, bytes: &mut [u8]) {
+        let pages = self.inner_pages(lane, tag).0 as usize;
+        bytes.copy_from_slice(&self.world.lock().unwrap().pages[pages][..bytes.len()]);
     }
 
     fn counts(&self) -> RingCounts {

@@ -1,0 +1,376 @@
+//! Answers for live layers on an I/O thread: requests that miss or fail wait here while a layer
+//! resolves or sees to it; what runs beside requests; the end of a device.
+
+use std::rc::Rc;
+use std::sync::Arc;
+
+use devsplice_core::trace::Trace;
+use devsplice_core::{Errno, Io, Meta, NodeId, Result, Stop};
+
+use crate::desk::{self, Desk, Inner, SharedDesk};
+use crate::flights;
+use crate::jobs::Careful;
+use crate::queue::{Lane, Worker};
+use crate::ring::{Pages, Ring};
+use crate::served::{Served, Shard, Wake};
+use crate::slow::{Executor, Hand, Purpose, see_to};
+
+/// Times that a failed request is routed again after a layer has seen to its failure.
+const MAX_ROUNDS: u8 = 24;
+/// Timer keys of sleepers: these many below the watchdog's.
+const SLEEP_KEYS: u32 = 8;
+/// The first of them.
+const FIRST_SLEEP_KEY: u32 = u32::MAX - SLEEP_KEYS;
+
+/// What a lane over live layers needs.
+pub(crate) struct LaneLive {
+    pub(crate) served: Arc<Served>,
+    pub(crate) shard: Arc<Shard>,
+    desk: SharedDesk,
+    /// Whether a layer may see to failures.
+    pub(crate) guarded: bool,
+}
+
+/// The live side of one device on this thread.
+struct Side {
+    served: Arc<Served>,
+    desk: SharedDesk,
+    lane: u16,
+    is_home: bool,
+    has_left: bool,
+}
+
+/// The slow work of a thread.
+pub(crate) struct SlowSide {
+    executor: Executor,
+    sides: Vec<Side>,
+    /// When each timer for sleepers fires; 0 for one that is free.
+    timers: [u64; SLEEP_KEYS as usize],
+    stopping: bool,
+}
+
+/// Whether a timer is a sleeper's.
+pub(crate) fn is_sleep_key(key: u32) -> bool {
+    (FIRST_SLEEP_KEY..u32::MAX).contains(&key)
+}
+
+impl LaneLive {
+    fn hand(&self, node: NodeId) -> Rc<dyn Meta> {
+        Rc::new(Hand { served: self.served.clone(), desk: self.desk.clone(), node })
+    }
+}
+
+impl<R: Ring> Worker<R> {
+    /// Gives each live stack among `lanes` an inner lane, behind those of the exports.
+    pub(crate) fn make_live(ring: &mut R, lanes: &mut Vec<Lane<R>>) -> Option<Box<SlowSide>> {
+        let lives = |lane: &Lane<R>| lane.served.stack.lives().next().is_some();
+        if !lanes.iter().any(lives) {
+            return None;
+        }
+        let wake: Wake = ring.wake();
+        let mut sides: Vec<Side> = Vec::new();
+        let mut shards = Vec::new();
+        for index in 0..lanes.len() {
+            let served = lanes[index].served.clone();
+            if !lives(&lanes[index]) {
+                continue;
+            }
+            let known = sides.iter().position(|side| Arc::ptr_eq(&side.served, &served));
+            let place = known.unwrap_or_else(|| {
+                let (desk, shard) = (Desk::new(), Arc::new(Shard::default()));
+                let is_home = served.join(&shard, &wake);
+                let lane = u16::try_from(lanes.len()).unwrap_or(u16::MAX);
+                let inner = Inner { desk: desk.clone(), lane };
+                let files = lanes[index].files.clone();
+                let mut inner = Lane::new(Box::new(inner), served.clone(), files);
+                inner.live = Some(LaneLive::new(&served, &shard, &desk));
+                inner.is_inner = true;
+                lanes.push(inner);
+                sides.push(Side { served: served.clone(), desk, lane, is_home, has_left: false });
+                shards.push(shard);
+                sides.len() - 1
+            });
+            lanes[index].live = Some(LaneLive::new(&served, &shards[place], &sides[place].desk));
+        }
+        let timers = [0; SLEEP_KEYS as usize];
+        Some(Box::new(SlowSide { executor: Executor::new(wake), sides, timers, stopping: false }))
+    }
+
+    /// Starts what live layers do in the background.
+    pub(crate) fn start_background(&mut self) {
+        let Some(slow) = &mut self.slow else { return };
+        for side in slow.sides.iter().filter(|side| side.is_home) {
+            for (node, _, live) in side.served.stack.lives() {
+                let hand = side.hand(node);
+                slow.executor.spawn(Purpose::Background, live.clone().run(hand));
+            }
+        }
+    }
+
+    /// Lets slow work go on as far as it can without anything new from the kernel.
+    pub(crate) fn slow_turn(&mut self) {
+        let Some(mut slow) = self.slow.take() else { return };
+        let now_ns = self.ring.now_ns();
+        for side in &slow.sides {
+            desk::lock(&side.desk).now_ns = now_ns;
+            if side.is_home && !slow.stopping {
+                while let Some(letter) = side.served.next_letter() {
+                    slow.executor.spawn(Purpose::Background, side.answer(letter));
+                }
+            }
+        }
+        slow.set_timers(&mut self.ring, now_ns);
+        loop {
+            let mut quiet = true;
+            while let Some(ended) = slow.executor.poll() {
+                quiet = false;
+                if let Some((Purpose::Request(lane, tag), result)) = ended {
+                    self.slow = Some(slow);
+                    self.slow_done(lane, tag, result);
+                    slow = match self.slow.take() {
+                        Some(slow) => slow,
+                        None => return,
+                    };
+                }
+            }
+            for side in 0..slow.sides.len() {
+                let (desk, lane) = (slow.sides[side].desk.clone(), slow.sides[side].lane);
+                loop {
+                    let next = desk::lock(&desk).next();
+                    let Some((tag, node, io)) = next else { break };
+                    quiet = false;
+                    let bytes = desk::lock(&desk).take_bytes(tag);
+                    if !bytes.is_empty() {
+                        self.ring.put(lane, tag, &bytes);
+                    }
+                    let pages = self.ring.inner_pages(lane, tag);
+                    self.slow = Some(slow);
+                    self.start_at(lane, (tag, pages), node, io);
+                    slow = match self.slow.take() {
+                        Some(slow) => slow,
+                        None => return,
+                    };
+                }
+            }
+            if quiet {
+                break;
+            }
+        }
+        slow.set_timers(&mut self.ring, now_ns);
+        self.slow = Some(slow);
+    }
+
+    /// A request of a layer's own, from a place inside its stack.
+    fn start_at(&mut self, lane: u16, (tag, pages): (u16, Pages), node: NodeId, io: Io) {
+        let Lane { stack, jobs, .. } = &mut self.lanes[usize::from(lane)];
+        let refused = stack.admit_at(node, &io).err();
+        jobs[usize::from(tag)].begin((io, pages), node, self.watch.tick);
+        self.busy += 1;
+        match refused {
+            Some(errno) => self.refuse(lane, tag, errno),
+            None => self.route(lane, tag),
+        }
+    }
+
+    /// A sleepers' timer has fired.
+    pub(crate) fn slept(&mut self, key: u32) {
+        if let Some(slow) = &mut self.slow {
+            slow.timers[(key - FIRST_SLEEP_KEY) as usize] = 0;
+        }
+    }
+
+    /// Nothing of a request is out, and a layer must do something before it can go on: whether so.
+    pub(crate) fn needs_slow(&mut self, lane: u16, tag: u16) -> bool {
+        let Lane { stack, jobs, live, .. } = &mut self.lanes[usize::from(lane)];
+        let job = &mut jobs[usize::from(tag)];
+        let (Some(live), Some(slow)) = (live, &mut self.slow) else { return false };
+        let purpose = Purpose::Request(lane, tag);
+        if job.errno.is_some() {
+            return live.guarded && !job.refused && Self::care(slow, live, stack, job, purpose);
+        }
+        let Some((node, io)) = job.missed.take() else { return false };
+        let Some(layer) = stack.live(node) else { return false };
+        self.counts.misses += 1;
+        slow.executor.spawn(purpose, layer.clone().resolve(io, live.hand(node)));
+        true
+    }
+
+    /// A request has failed. The first time it is routed again with care, one piece at a time, so
+    /// that it is known who sent what where; then the layers above the failure are asked.
+    fn care(
+        slow: &mut SlowSide,
+        live: &LaneLive,
+        stack: &devsplice_core::Stack,
+        job: &mut crate::jobs::Job,
+        purpose: Purpose,
+    ) -> bool {
+        let (io, node) = (job.routed(), job.node);
+        let Some(errno) = job.errno else { return false };
+        let Some(careful) = &mut job.careful else {
+            let trace = Trace::new(node, io);
+            job.careful = Some(Box::new(Careful { trace, rounds: 0 }));
+            job.errno = None;
+            slow.executor.spawn(purpose, Box::pin(std::future::ready(Ok(()))));
+            return true;
+        };
+        careful.rounds += 1;
+        if careful.rounds > MAX_ROUNDS {
+            return false;
+        }
+        let mut layers = Vec::new();
+        for step in careful.trace.steps() {
+            if let Some(layer) = stack.live(step.node)
+                && layer.sees_to_failures()
+            {
+                layers.push((layer.clone(), (step.io, step.port), live.hand(step.node)));
+            }
+        }
+        if layers.is_empty() {
+            return false;
+        }
+        careful.trace = Trace::new(node, io);
+        slow.executor.spawn(purpose, see_to(layers, errno));
+        true
+    }
+
+    /// What a request waited for is done.
+    fn slow_done(&mut self, lane: u16, tag: u16, result: Result<(), Errno>) {
+        let job = &mut self.lanes[usize::from(lane)].jobs[usize::from(tag)];
+        match result {
+            Ok(()) => {
+                job.errno = None;
+                self.route(lane, tag);
+            }
+            Err(errno) => {
+                job.errno = None;
+                self.refuse(lane, tag, errno);
+            }
+        }
+    }
+
+    /// Sends the next piece of a request that is routed with care.
+    pub(crate) fn route_carefully(&mut self, lane: u16, tag: u16) {
+        let Lane { stack, jobs, files, .. } = &mut self.lanes[usize::from(lane)];
+        let job = &mut jobs[usize::from(tag)];
+        let Some(careful) = &mut job.careful else { return };
+        let piece = match job.held.take() {
+            Some(piece) => Some(Ok(piece)),
+            None => careful.trace.next(stack),
+        };
+        match piece {
+            None => {}
+            Some(Err(Stop::Error(errno))) => job.errno = Some(errno),
+            Some(Err(Stop::Miss(node, io))) => job.missed = Some((node, io)),
+            Some(Ok(piece)) => {
+                let Some(key) = self.flights.take() else {
+                    job.held = Some(piece);
+                    return self.settle(lane, tag);
+                };
+                let to = flights::place(&piece, files);
+                let flight = self.flights.get(key);
+                flight.start((lane, tag), (job.io.op, job.io.fua), to, &piece);
+                job.flying = 1;
+                self.counts.pieces += 1;
+                self.counts.splices += 1;
+                return match piece.wait_ns {
+                    0 => self.send(key),
+                    wait_ns => self.ring.after(key, wait_ns),
+                };
+            }
+        }
+        self.settle(lane, tag);
+    }
+
+    /// All exports are closed and no request is left: whether live layers are done as well.
+    pub(crate) fn is_at_rest(&mut self) -> bool {
+        let Some(slow) = &mut self.slow else { return true };
+        if !slow.stopping {
+            slow.executor.drop_background();
+            for side in slow.sides.iter_mut().filter(|side| !side.is_home && !side.has_left) {
+                side.has_left = true;
+                side.served.leave();
+            }
+            if slow.sides.iter().any(|side| side.is_home && !side.served.is_alone()) {
+                return false;
+            }
+            slow.stopping = true;
+            for side in slow.sides.iter().filter(|side| side.is_home) {
+                side.served.drop_mail();
+                slow.executor.spawn(Purpose::Stop, side.stop());
+            }
+            self.slow_turn();
+        }
+        let is_over = |slow: &SlowSide| !slow.executor.has(Purpose::Stop);
+        self.busy == 0 && self.slow.as_deref().is_none_or(is_over)
+    }
+}
+
+impl LaneLive {
+    fn new(served: &Arc<Served>, shard: &Arc<Shard>, desk: &SharedDesk) -> LaneLive {
+        let guarded = served.stack.lives().any(|(_, _, live)| live.sees_to_failures());
+        LaneLive { served: served.clone(), shard: shard.clone(), desk: desk.clone(), guarded }
+    }
+}
+
+impl Side {
+    fn hand(&self, node: NodeId) -> Rc<dyn Meta> {
+        Rc::new(Hand { served: self.served.clone(), desk: self.desk.clone(), node })
+    }
+
+    /// Has a layer carry out a command and sends its answer.
+    fn answer(&self, letter: crate::served::Letter) -> devsplice_core::Slow {
+        let hand = self.hand(letter.node);
+        let live = self.served.stack.live(letter.node).cloned();
+        Box::pin(async move {
+            let answer = match live {
+                None => Err("this layer takes no commands".to_owned()),
+                Some(live) => match live.command(letter.words, hand).await {
+                    Ok(answer) => answer,
+                    Err(errno) => Err(errno.to_string()),
+                },
+            };
+            // Whoever asked may have gone.
+            let _ = letter.reply.send(answer);
+            Ok(())
+        })
+    }
+
+    /// Ends the layers one after another from the top, since each may still use those below it.
+    fn stop(&self) -> devsplice_core::Slow {
+        let mut layers: Vec<_> = self
+            .served
+            .stack
+            .lives()
+            .map(|(node, name, live)| (name.to_owned(), live.clone(), self.hand(node)))
+            .collect();
+        layers.reverse();
+        let served = self.served.clone();
+        Box::pin(async move {
+            for (name, live, hand) in layers {
+                if let Err(errno) = live.stop(hand).await {
+                    served.event(format!("{name}: not stopped cleanly: {errno}"));
+                }
+            }
+            Ok(())
+        })
+    }
+}
+
+impl SlowSide {
+    /// Wakes sleepers, and sees to it that the next one is woken in time.
+    fn set_timers<R: Ring>(&mut self, ring: &mut R, now_ns: u64) {
+        let due = self.sides.iter().filter_map(|side| desk::lock(&side.desk).wake_sleepers()).min();
+        let Some(due) = due else { return };
+        let armed = self.timers.iter().filter(|at| **at != 0).min();
+        if armed.is_some_and(|armed| *armed <= due) {
+            return;
+        }
+        // Each timer that is armed is sooner than those before it, so a free one is found unless
+        // the soonest of all is soon anyway.
+        if let Some(free) = self.timers.iter().position(|at| *at == 0) {
+            self.timers[free] = due;
+            let key = FIRST_SLEEP_KEY + u32::try_from(free).unwrap_or(0);
+            ring.after(key, (due - now_ns).max(1));
+        }
+    }
+}
