@@ -28,7 +28,7 @@ pub use limits::{Dma, Limits};
 pub use live::{Live, Meta, Slow, Value};
 pub use map::{Map, Port};
 pub use route::{Piece, Place, Route, Stop};
-pub use stack::{BackendId, NodeId, Stack, StackBuilder};
+pub use stack::{BackendId, Bottoms, NodeId, Stack, StackBuilder};
 
 /// What a layer's file imports.
 pub mod prelude {

@@ -66,6 +66,9 @@ pub struct Limits {
     pub fua: bool,
     /// Whether seeks cost.
     pub rotational: bool,
+    /// Whether the pages of a write must not change while it is under way: it goes to several
+    /// places that have to be the same.
+    pub stable_writes: bool,
 }
 
 impl Limits {
@@ -87,6 +90,7 @@ impl Limits {
             volatile_cache: false,
             fua: true,
             rotational: false,
+            stable_writes: false,
         }
     }
 
@@ -115,6 +119,7 @@ impl Limits {
             all.volatile_cache |= one.volatile_cache;
             all.fua &= one.fua;
             all.rotational |= one.rotational;
+            all.stable_writes |= one.stable_writes;
         }
         all.physical = all.physical.max(all.block);
         if all.discard != 0 {

@@ -34,9 +34,10 @@ pub trait Live: Send + Sync {
     /// again. The request waits, and none of its pages are in use. Several may run at once.
     fn resolve(self: Arc<Self>, io: Io, meta: Rc<dyn Meta>) -> Slow;
 
-    /// `io`, or its way down through `port`, failed with `errno`. `Ok` when the layer has seen to
-    /// it (a leg was dropped, a block repaired): then the whole request is routed again. An error
-    /// is the request's, unless a layer further up sees to it.
+    /// `io`, or its way down through `port`, failed with `errno`. Told of every part of a request
+    /// that still fails when it is tried again, also when the request is lost anyway. `Ok` when the
+    /// layer has seen to it (a leg was dropped, a block repaired): then the whole request is routed
+    /// again. An error is the request's, unless a layer further up sees to it.
     fn failed(self: Arc<Self>, io: Io, port: Port, errno: Errno, meta: Rc<dyn Meta>) -> Slow {
         let _ = (io, port, meta);
         Box::pin(std::future::ready(Err(errno)))
@@ -100,6 +101,11 @@ pub trait Meta {
     /// Waits until no request is under way any more that was routed before this call. What `map`
     /// answers from now on holds for all that are.
     fn grace(&self) -> Slow;
+
+    /// Whether a request that changes data has failed below and has not ended yet: what it left
+    /// behind differs from place to place, and the layers concerned may not have been told. To be
+    /// asked after a grace, which does not wait for such requests.
+    fn is_unsettled(&self) -> bool;
 
     /// Tells whoever watches the device.
     fn event(&self, text: String);

@@ -12,7 +12,7 @@ use crate::layer::{Layer, Lower};
 use crate::limits::Limits;
 use crate::live::Live;
 use crate::map::Port;
-use crate::route::{Place, Route};
+use crate::route::{Piece, Place, Route};
 
 /// Most layers above one another. Bounds what a request keeps while it is routed.
 pub const MAX_DEPTH: usize = 12;
@@ -184,6 +184,34 @@ pub struct StackBuilder {
 /// Reads metadata from a bottom while a stack is built: backend, position, where to.
 pub type Reader<'a> = dyn FnMut(BackendId, u64, &mut [u8]) -> Result<(), Errno> + 'a;
 
+/// The bottoms of a stack, while metadata is written to them.
+pub trait Bottoms {
+    /// Reads from one, blocking.
+    ///
+    /// # Errors
+    /// As it reports them.
+    fn read(&mut self, id: BackendId, at: u64, into: &mut [u8]) -> Result<(), Errno>;
+
+    /// Writes to one, durably, blocking.
+    ///
+    /// # Errors
+    /// As it reports them.
+    fn write(&mut self, id: BackendId, at: u64, bytes: &[u8]) -> Result<(), Errno>;
+}
+
+/// Bottoms that are only read.
+struct ReadOnly<'a, 'r>(&'a mut Reader<'r>);
+
+impl Bottoms for ReadOnly<'_, '_> {
+    fn read(&mut self, id: BackendId, at: u64, into: &mut [u8]) -> Result<(), Errno> {
+        (self.0)(id, at, into)
+    }
+
+    fn write(&mut self, _: BackendId, _: u64, _: &[u8]) -> Result<(), Errno> {
+        Err(Errno::EROFS)
+    }
+}
+
 impl StackBuilder {
     /// An empty one.
     #[must_use]
@@ -232,14 +260,33 @@ impl StackBuilder {
             return Err(Error::invalid(name, reason));
         }
         let limits = {
-            let limits: Vec<_> = ports.iter().map(|port| self.nodes[port.index()].limits).collect();
-            let mut below = Below { nodes: &self.nodes, ports, limits, reader };
+            let mut bottoms = ReadOnly(reader);
+            let mut below = self.over(ports, &mut bottoms);
             layer.open(&mut below).and_then(Limits::checked).map_err(|error| error.within(name))?
         };
         let live = layer.live();
         let node = self.push(name, limits, What::Layer { layer, ports: ports.into() }, depth)?;
         self.nodes[node.index()].live = live;
         Ok(node)
+    }
+
+    fn over<'a>(&'a self, ports: &'a [NodeId], bottoms: &'a mut dyn Bottoms) -> Below<'a> {
+        let limits = ports.iter().map(|port| self.nodes[port.index()].limits).collect();
+        Below { nodes: &self.nodes, ports, limits, bottoms }
+    }
+
+    /// Writes fresh metadata for a layer over these places.
+    ///
+    /// # Errors
+    /// What `format` reports.
+    pub fn format(
+        &self,
+        name: &str,
+        ports: &[NodeId],
+        bottoms: &mut dyn Bottoms,
+        format: impl FnOnce(&mut dyn Lower) -> Result<String>,
+    ) -> Result<String> {
+        format(&mut self.over(ports, bottoms)).map_err(|error| error.within(name))
     }
 
     fn push(&mut self, name: &str, limits: Limits, what: What, depth: usize) -> Result<NodeId> {
@@ -273,36 +320,59 @@ impl StackBuilder {
     }
 }
 
-struct Below<'a, 'r> {
+struct Below<'a> {
     nodes: &'a [Node],
     ports: &'a [NodeId],
     limits: Vec<Limits>,
-    reader: &'a mut Reader<'r>,
+    bottoms: &'a mut dyn Bottoms,
 }
 
-impl Lower for Below<'_, '_> {
+impl Below<'_> {
+    /// Where a request to a port goes, or `EINVAL` if it does not fit there.
+    fn route(&self, port: Port, op: Op, at: u64, len: usize) -> Result<Route, Errno> {
+        let node = *self.ports.get(usize::from(port.0)).ok_or(Errno::EINVAL)?;
+        let limits = &self.limits[usize::from(port.0)];
+        let extent = Extent { at, len: len as u64 };
+        let block = u64::from(limits.block) - 1;
+        if extent.len == 0 || !extent.within(limits.size) || (at | extent.len) & block != 0 {
+            return Err(Errno::EINVAL);
+        }
+        Ok(Route::new(Io { op, extent, fua: false }, node))
+    }
+}
+
+/// The bytes of a request that a piece is about.
+fn bytes_of(piece: &Piece) -> Result<std::ops::Range<usize>, Errno> {
+    let part = usize::try_from(piece.part).map_err(|_| Errno::EINVAL)?;
+    let len = usize::try_from(piece.len).map_err(|_| Errno::EINVAL)?;
+    Ok(part..part + len)
+}
+
+impl Lower for Below<'_> {
     fn limits(&self) -> &[Limits] {
         &self.limits
     }
 
     fn read(&mut self, port: Port, at: u64, into: &mut [u8]) -> Result<(), Errno> {
-        let node = *self.ports.get(usize::from(port.0)).ok_or(Errno::EINVAL)?;
-        let limits = &self.limits[usize::from(port.0)];
-        let extent = Extent { at, len: into.len() as u64 };
-        let block = u64::from(limits.block) - 1;
-        if extent.len == 0 || !extent.within(limits.size) || (at | extent.len) & block != 0 {
-            return Err(Errno::EINVAL);
-        }
-        let mut route = Route::new(Io { op: Op::Read, extent, fua: false }, node);
+        let mut route = self.route(port, Op::Read, at, into.len())?;
         while let Some(piece) = route.next_in(self.nodes) {
             // Nothing serves the stack yet, so nobody could resolve a miss.
             let piece = piece?;
-            let part = usize::try_from(piece.part).map_err(|_| Errno::EINVAL)?;
-            let len = usize::try_from(piece.len).map_err(|_| Errno::EINVAL)?;
-            let bytes = &mut into[part..part + len];
+            let bytes = &mut into[bytes_of(&piece)?];
             match piece.place {
-                Place::Backend(id) => (self.reader)(id, piece.at, bytes)?,
+                Place::Backend(id) => self.bottoms.read(id, piece.at, bytes)?,
                 Place::Zero => bytes.fill(0),
+            }
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, port: Port, at: u64, bytes: &[u8]) -> Result<(), Errno> {
+        let mut route = self.route(port, Op::Write, at, bytes.len())?;
+        while let Some(piece) = route.next_in(self.nodes) {
+            let piece = piece?;
+            if let Place::Backend(id) = piece.place {
+                self.bottoms.write(id, piece.at, &bytes[bytes_of(&piece)?])?;
             }
         }
         Ok(())

@@ -1,6 +1,6 @@
 //! Answers for requests in flight: a fixed table per export, one entry a tag.
 
-use devsplice_core::trace::Trace;
+use devsplice_core::trace::{Step, Trace};
 use devsplice_core::{Errno, Io, NodeId, Op, Piece, Route, Stack, Stop};
 
 use crate::ring::Pages;
@@ -8,7 +8,9 @@ use crate::ring::Pages;
 /// A request that failed and is routed again, piece by piece.
 pub(crate) struct Careful {
     pub(crate) trace: Trace,
-    /// Times that a layer was asked to see to a failure of it.
+    /// What failed this time: the layers that it came through, from the bottom up, and how.
+    pub(crate) failures: Vec<(Vec<Step>, Errno)>,
+    /// Times that it was begun again because layers have seen to all failures.
     pub(crate) rounds: u8,
 }
 
@@ -37,6 +39,8 @@ pub(crate) struct Job {
     /// The layer that must resolve something before routing can go on.
     pub(crate) missed: Option<(NodeId, Io)>,
     pub(crate) careful: Option<Box<Careful>>,
+    /// A change of it has failed below.
+    pub(crate) unsettled: bool,
 }
 
 impl Job {
@@ -57,6 +61,7 @@ impl Job {
             phase: None,
             missed: None,
             careful: None,
+            unsettled: false,
         }
     }
 
@@ -74,6 +79,20 @@ impl Job {
         self.route.restart_at(self.routed(), node);
     }
 
+    /// Takes it from the top again: whatever layers answered before counts for nothing any more.
+    pub(crate) fn restart(&mut self) {
+        let (io, node) = (self.routed(), self.node);
+        self.errno = None;
+        self.held = None;
+        match &mut self.careful {
+            Some(careful) => {
+                careful.trace = Trace::new(node, io);
+                careful.failures.clear();
+            }
+            None => self.route.restart_at(io, node),
+        }
+    }
+
     /// The request as it is routed: where a flush is said to be has no meaning; Linux leaves
     /// anything there.
     #[inline]
@@ -86,6 +105,7 @@ impl Job {
         self.errno.get_or_insert(errno);
         self.route.abandon();
         self.held = None;
+        self.missed = None;
     }
 
     /// The next piece to find room for.
@@ -97,12 +117,12 @@ impl Job {
         }
     }
 
-    /// Whether all of it was routed, or given up, now that all that was sent has landed.
+    /// Whether all of it was routed and all that was sent has landed.
     pub(crate) fn is_over(&self) -> bool {
         let is_done = match &self.careful {
             Some(careful) => careful.trace.is_done(),
             None => self.route.is_done(),
         };
-        self.flying == 0 && self.held.is_none() && is_done || self.errno.is_some()
+        self.flying == 0 && self.held.is_none() && is_done
     }
 }

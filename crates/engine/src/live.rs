@@ -5,18 +5,20 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use devsplice_core::trace::Trace;
-use devsplice_core::{Errno, Io, Meta, NodeId, Result, Stop};
+use devsplice_core::{Errno, Io, Meta, NodeId, Result, Slow, Stack, Stop};
 
 use crate::desk::{self, Desk, Inner, SharedDesk};
 use crate::flights;
-use crate::jobs::Careful;
+use crate::jobs::{Careful, Job};
 use crate::queue::{Lane, Worker};
 use crate::ring::{Pages, Ring};
 use crate::served::{Served, Shard, Wake};
-use crate::slow::{Executor, Hand, Purpose, see_to};
+use crate::slow::{Executor, Hand, Purpose, see_to_all};
 
 /// Times that a failed request is routed again after a layer has seen to its failure.
 const MAX_ROUNDS: u8 = 24;
+/// Failures of one pass that layers are told of; with more of them they are told before its end.
+const MOST_FAILURES: usize = 256;
 /// Timer keys of sleepers: these many below the watchdog's.
 const SLEEP_KEYS: u32 = 8;
 /// The first of them.
@@ -57,6 +59,68 @@ pub(crate) fn is_sleep_key(key: u32) -> bool {
 impl LaneLive {
     fn hand(&self, node: NodeId) -> Rc<dyn Meta> {
         Rc::new(Hand { served: self.served.clone(), desk: self.desk.clone(), node })
+    }
+
+    /// A request of which nothing is out: what is to be done about its failures, if anything. The
+    /// first time it fails it is routed again with care, one piece at a time, so that it is known
+    /// who sent what where. At the end of such a pass the layers above each failure are told.
+    fn care(&self, stack: &Stack, job: &mut Job) -> Option<Slow> {
+        let (io, node) = (job.routed(), job.node);
+        let Some(careful) = &mut job.careful else {
+            job.errno.take()?;
+            let trace = Trace::new(node, io);
+            job.careful = Some(Box::new(Careful { trace, failures: Vec::new(), rounds: 0 }));
+            return Some(Box::pin(std::future::ready(Ok(()))));
+        };
+        if let Some(errno) = job.errno.take() {
+            careful.failures.push((careful.trace.steps().copied().collect(), errno));
+        }
+        let is_over = careful.trace.is_done() || careful.failures.len() >= MOST_FAILURES;
+        if !is_over || careful.failures.is_empty() || job.held.is_some() {
+            return None;
+        }
+        careful.rounds += 1;
+        let give_up = careful.rounds > MAX_ROUNDS;
+        let failures = std::mem::take(&mut careful.failures);
+        let told = failures.into_iter().map(|(steps, errno)| {
+            let concerned = steps.into_iter().filter_map(|step| {
+                let layer = stack.live(step.node).filter(|layer| layer.sees_to_failures())?;
+                Some((layer.clone(), (step.io, step.port), self.hand(step.node)))
+            });
+            (concerned.collect(), errno)
+        });
+        Some(see_to_all(told.collect(), give_up))
+    }
+
+    /// A splice of a request has failed for good.
+    pub(crate) fn failed(&self, job: &mut Job) {
+        if job.io.op.changes() && !std::mem::replace(&mut job.unsettled, true) {
+            self.served.unsettle();
+        }
+    }
+
+    /// A request is about to be routed. It counts as under way until nothing that a layer has
+    /// answered is held any more: to its end, or to where it waits for slow work, from which it
+    /// starts anew.
+    pub(crate) fn begin(&self, job: &mut Job) {
+        if job.phase.is_none() {
+            job.phase = Some(self.served.begin(&self.shard));
+        }
+    }
+
+    fn end(&self, job: &mut Job) {
+        if let Some(phase) = job.phase.take() {
+            self.served.end(&self.shard, phase);
+        }
+    }
+
+    /// A request has ended.
+    pub(crate) fn ended(&self, job: &mut Job) {
+        self.end(job);
+        job.careful = None;
+        if std::mem::take(&mut job.unsettled) {
+            self.served.settled();
+        }
     }
 }
 
@@ -184,52 +248,21 @@ impl<R: Ring> Worker<R> {
         let Lane { stack, jobs, live, .. } = &mut self.lanes[usize::from(lane)];
         let job = &mut jobs[usize::from(tag)];
         let (Some(live), Some(slow)) = (live, &mut self.slow) else { return false };
-        let purpose = Purpose::Request(lane, tag);
-        if job.errno.is_some() {
-            return live.guarded && !job.refused && Self::care(slow, live, stack, job, purpose);
-        }
-        let Some((node, io)) = job.missed.take() else { return false };
-        let Some(layer) = stack.live(node) else { return false };
-        self.counts.misses += 1;
-        slow.executor.spawn(purpose, layer.clone().resolve(io, live.hand(node)));
-        true
-    }
-
-    /// A request has failed. The first time it is routed again with care, one piece at a time, so
-    /// that it is known who sent what where; then the layers above the failure are asked.
-    fn care(
-        slow: &mut SlowSide,
-        live: &LaneLive,
-        stack: &devsplice_core::Stack,
-        job: &mut crate::jobs::Job,
-        purpose: Purpose,
-    ) -> bool {
-        let (io, node) = (job.routed(), job.node);
-        let Some(errno) = job.errno else { return false };
-        let Some(careful) = &mut job.careful else {
-            let trace = Trace::new(node, io);
-            job.careful = Some(Box::new(Careful { trace, rounds: 0 }));
-            job.errno = None;
-            slow.executor.spawn(purpose, Box::pin(std::future::ready(Ok(()))));
-            return true;
-        };
-        careful.rounds += 1;
-        if careful.rounds > MAX_ROUNDS {
+        if job.refused {
             return false;
         }
-        let mut layers = Vec::new();
-        for step in careful.trace.steps() {
-            if let Some(layer) = stack.live(step.node)
-                && layer.sees_to_failures()
-            {
-                layers.push((layer.clone(), (step.io, step.port), live.hand(step.node)));
+        let work = match job.missed.take() {
+            Some((node, io)) => {
+                let Some(layer) = stack.live(node) else { return false };
+                self.counts.misses += 1;
+                Some(layer.clone().resolve(io, live.hand(node)))
             }
-        }
-        if layers.is_empty() {
-            return false;
-        }
-        careful.trace = Trace::new(node, io);
-        slow.executor.spawn(purpose, see_to(layers, errno));
+            None if live.guarded => live.care(stack, job),
+            None => None,
+        };
+        let Some(work) = work else { return false };
+        live.end(job);
+        slow.executor.spawn(Purpose::Request(lane, tag), work);
         true
     }
 
@@ -238,7 +271,7 @@ impl<R: Ring> Worker<R> {
         let job = &mut self.lanes[usize::from(lane)].jobs[usize::from(tag)];
         match result {
             Ok(()) => {
-                job.errno = None;
+                job.restart();
                 self.route(lane, tag);
             }
             Err(errno) => {
@@ -318,7 +351,7 @@ impl Side {
     }
 
     /// Has a layer carry out a command and sends its answer.
-    fn answer(&self, letter: crate::served::Letter) -> devsplice_core::Slow {
+    fn answer(&self, letter: crate::served::Letter) -> Slow {
         let hand = self.hand(letter.node);
         let live = self.served.stack.live(letter.node).cloned();
         Box::pin(async move {
@@ -336,7 +369,7 @@ impl Side {
     }
 
     /// Ends the layers one after another from the top, since each may still use those below it.
-    fn stop(&self) -> devsplice_core::Slow {
+    fn stop(&self) -> Slow {
         let mut layers: Vec<_> = self
             .served
             .stack

@@ -177,6 +177,7 @@ impl<R: Ring> Worker<R> {
     /// Ends a request of which nothing is out with an error that is nobody's to mend.
     pub(crate) fn refuse(&mut self, lane: u16, tag: u16, errno: Errno) {
         let job = &mut self.lanes[usize::from(lane)].jobs[usize::from(tag)];
+        job.careful = None;
         job.fail(errno);
         job.refused = true;
         self.settle(lane, tag);
@@ -190,7 +191,7 @@ impl<R: Ring> Worker<R> {
         let Lane { stack, jobs, files, live, .. } = &mut self.lanes[usize::from(lane)];
         let job = &mut jobs[usize::from(tag)];
         if let Some(live) = live {
-            job.phase = Some(live.served.begin(&live.shard));
+            live.begin(job);
             if job.careful.is_some() {
                 return self.route_carefully(lane, tag);
             }
@@ -239,15 +240,8 @@ impl<R: Ring> Worker<R> {
 
     /// What follows when nothing of a request is out any more: its end, or its next pass.
     pub(crate) fn settle(&mut self, lane: u16, tag: u16) {
-        let Lane { jobs, live, .. } = &mut self.lanes[usize::from(lane)];
-        let job = &mut jobs[usize::from(tag)];
-        if let Some(live) = live {
-            if let Some(phase) = job.phase.take() {
-                live.served.end(&live.shard, phase);
-            }
-            if self.needs_slow(lane, tag) {
-                return;
-            }
+        if self.slow.is_some() && self.needs_slow(lane, tag) {
+            return;
         }
         let job = &self.lanes[usize::from(lane)].jobs[usize::from(tag)];
         if job.is_over() {
@@ -282,10 +276,14 @@ impl<R: Ring> Worker<R> {
             Next::Done(result) => result,
         };
         self.flights.release(key);
-        let job = &mut self.lanes[usize::from(lane)].jobs[usize::from(tag)];
+        let Lane { jobs, live, .. } = &mut self.lanes[usize::from(lane)];
+        let job = &mut jobs[usize::from(tag)];
         job.flying -= 1;
         if let Err(errno) = result {
             job.fail(errno);
+            if let Some(live) = live {
+                live.failed(job);
+            }
         }
         if job.flying == 0 {
             self.settle(lane, tag);
@@ -293,13 +291,15 @@ impl<R: Ring> Worker<R> {
     }
 
     fn finish(&mut self, lane: u16, tag: u16) {
-        let Lane { export, jobs, is_inner, .. } = &mut self.lanes[usize::from(lane)];
+        let Lane { export, jobs, is_inner, live, .. } = &mut self.lanes[usize::from(lane)];
         let job = &mut jobs[usize::from(tag)];
         debug_assert!(job.active, "tag {tag} finished twice");
         job.active = false;
-        job.careful = None;
-        self.busy -= 1;
         let result = job.errno.map_or(Ok(()), |errno| Err(errno.for_client()));
+        if let Some(live) = live {
+            live.ended(job);
+        }
+        self.busy -= 1;
         if !*is_inner {
             self.counts.finished(job.io.op, result.is_ok());
         }

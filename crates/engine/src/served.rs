@@ -43,6 +43,8 @@ pub struct Served {
     graces: AtomicU32,
     quiet: Bell,
     grace: Turn,
+    /// Requests that change data, have failed below and have not ended.
+    unsettled: AtomicU32,
     /// Threads that serve the stack and have not come to their end.
     workers: AtomicU32,
     /// Wakes the thread that does what is done once for a device: the first that came.
@@ -67,6 +69,7 @@ impl Served {
             graces: AtomicU32::new(0),
             quiet: Bell::default(),
             grace: Turn::default(),
+            unsettled: AtomicU32::new(0),
             workers: AtomicU32::new(0),
             home: Mutex::default(),
             mail: Mutex::default(),
@@ -157,6 +160,21 @@ impl Served {
         if before == 1 && self.graces.load(Ordering::SeqCst) != 0 {
             self.quiet.ring();
         }
+    }
+
+    /// A request that changes data has failed below. Counted before its pass ends, so that a grace
+    /// that saw it off sees this.
+    pub(crate) fn unsettle(&self) {
+        self.unsettled.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// Such a request has ended.
+    pub(crate) fn settled(&self) {
+        self.unsettled.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    pub(crate) fn is_unsettled(&self) -> bool {
+        self.unsettled.load(Ordering::SeqCst) != 0
     }
 
     /// Waits until nothing is under way that was routed before this call.

@@ -212,6 +212,10 @@ impl Meta for Hand {
         })
     }
 
+    fn is_unsettled(&self) -> bool {
+        self.served.is_unsettled()
+    }
+
     fn event(&self, text: String) {
         self.served.event(format!("{}: {text}", self.served.stack.name_of(self.node)));
     }
@@ -293,14 +297,24 @@ impl Drop for Sleep {
 pub(crate) type Concerned = (Arc<dyn Live>, (Io, Port), Rc<dyn Meta>);
 
 /// A failure on its way up: each layer that can see to failures is asked, from the bottom up.
-pub(crate) fn see_to(layers: Vec<Concerned>, mut errno: Errno) -> Slow {
-    Box::pin(async move {
-        for (live, (io, port), meta) in layers {
-            match live.failed(io, port, errno, meta).await {
-                Ok(()) => return Ok(()),
-                Err(other) => errno = other,
-            }
+async fn see_to(layers: Vec<Concerned>, mut errno: Errno) -> Result<(), Errno> {
+    for (live, (io, port), meta) in layers {
+        match live.failed(io, port, errno, meta).await {
+            Ok(()) => return Ok(()),
+            Err(other) => errno = other,
         }
-        Err(errno)
+    }
+    Err(errno)
+}
+
+/// Failures of one request, each on its way up, also those behind one that nobody sees to: every
+/// layer hears what became of its part. With `give_up` the request fails in any case.
+pub(crate) fn see_to_all(failures: Vec<(Vec<Concerned>, Errno)>, give_up: bool) -> Slow {
+    Box::pin(async move {
+        let mut all = if give_up { Err(Errno::EIO) } else { Ok(()) };
+        for (layers, errno) in failures {
+            all = all.and(see_to(layers, errno).await);
+        }
+        all
     })
 }

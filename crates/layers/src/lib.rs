@@ -5,12 +5,14 @@
 #![forbid(unsafe_code)]
 
 use devsplice_core::Driver;
+use devsplice_core::layer::Format;
 
 pub mod bottom;
 pub mod concat;
 pub mod delay;
 pub mod error;
 pub mod linear;
+pub mod mirror;
 pub mod null;
 pub mod partition;
 pub mod stripe;
@@ -23,6 +25,7 @@ pub const DRIVERS: &[Driver] = &[
     linear::DRIVER,
     concat::DRIVER,
     stripe::DRIVER,
+    mirror::DRIVER,
     partition::DRIVER,
     delay::DRIVER,
     error::DRIVER,
@@ -34,6 +37,15 @@ pub const DRIVERS: &[Driver] = &[
 #[must_use]
 pub fn find(name: &str) -> Option<&'static Driver> {
     DRIVERS.iter().find(|driver| driver.name == name)
+}
+
+/// How fresh metadata is written for a driver, if it keeps any below.
+#[must_use]
+pub fn format_of(name: &str) -> Option<Format> {
+    match name {
+        "mirror" => Some(mirror::format),
+        _ => None,
+    }
 }
 
 #[cfg(test)]

@@ -2,6 +2,8 @@
 //!
 //! A short transfer can end in the middle of a sector; only such a sector is kept as bytes.
 
+use std::collections::HashMap;
+
 use crate::rng::mix;
 
 /// Bytes of a sector.
@@ -41,6 +43,12 @@ pub(crate) const fn is_mixed(cell: Cell) -> bool {
 #[derive(Default)]
 pub(crate) struct Mixes {
     sectors: Vec<[u8; SECTOR]>,
+    /// Stamps that were shown as bytes, by their first bytes: written back, they are those stamps.
+    shown: HashMap<[u8; 16], Cell>,
+}
+
+fn start(bytes: &[u8; SECTOR]) -> [u8; 16] {
+    bytes[..16].try_into().unwrap_or_default()
 }
 
 impl Mixes {
@@ -60,10 +68,22 @@ impl Mixes {
         bytes
     }
 
+    /// The bytes of a sector, for somebody who may write them elsewhere.
+    pub(crate) fn show(&mut self, cell: Cell) -> [u8; SECTOR] {
+        let bytes = self.render(cell);
+        self.shown.insert(start(&bytes), cell);
+        bytes
+    }
+
     /// The cell of a sector with these bytes.
     pub(crate) fn keep(&mut self, bytes: [u8; SECTOR]) -> Cell {
         if bytes == [0; SECTOR] {
             return ZERO;
+        }
+        if let Some(known) = self.shown.get(&start(&bytes))
+            && self.render(*known) == bytes
+        {
+            return *known;
         }
         self.sectors.push(bytes);
         MIXED | (self.sectors.len() as u64 - 1)

@@ -1,10 +1,11 @@
 //! Answers for a front end without a kernel: asks, and judges what comes back.
 
-use devsplice_core::{Errno, Io, Limits, Op, Result};
+use devsplice_core::{Errno, Extent, Io, Limits, Op, Result};
 use devsplice_engine::{Completion, Export, Inbox, Pages, Request};
 
 use crate::cells::{POISON, ZERO, is_mixed, show, stamp};
 use crate::failure::Kind;
+use crate::live::Told;
 use crate::ring::SimRing;
 use crate::rng::index;
 use crate::world::{Asked, Front, What, World};
@@ -17,6 +18,8 @@ pub(crate) struct SimExport {
     pub(crate) left: u64,
     pub(crate) limits: Limits,
     pub(crate) front: Front,
+    /// Where commands go.
+    pub(crate) told: Told,
 }
 
 /// With what a request must be refused at the door, if it must.
@@ -61,10 +64,17 @@ impl Export<SimRing> for SimExport {
         }
         self.left -= 1;
         let world = &mut *ring.world;
+        let habits = world.devices[self.front.device].habits;
+        if let (Some(habits), Some((served, node))) = (habits, &self.told)
+            && let Some(words) = habits.command(&mut world.rng)
+        {
+            // What comes of it shows in the data.
+            drop(served.command(*node, words));
+        }
         // Tags are below the depth, which fits 16 bits.
         let tag = got.index as u16;
         let slot = self.front.first_slot + usize::from(tag);
-        let io = world.devices[self.front.device].workload.next();
+        let io = world.next_request(self.front.device);
         if world.slots[slot].request.is_some() {
             world.fail(Kind::Contract, format!("tag {tag} was free and has a request"));
             return Ok(());
@@ -104,7 +114,35 @@ impl Export<SimRing> for SimExport {
     }
 }
 
+/// Times that a client of a mirror looks for a request that overlaps no change in flight.
+const LOOKS: u32 = 8;
+
 impl World {
+    /// What a device's client asks next. Legs of a mirror may carry out two changes of one place
+    /// that are in flight together in different order (as md's do), so clients of mirrors wait for
+    /// the first one, as file systems do.
+    fn next_request(&mut self, device: usize) -> Io {
+        let World { devices, fronts, slots, .. } = self;
+        let is_live = devices[device].habits.is_some();
+        let meets = |io: &Io| {
+            let end = io.extent.at + io.extent.len;
+            slots.iter().filter_map(|slot| Some((slot.lane, slot.request?))).any(|(lane, asked)| {
+                let Extent { at, len } = asked.io.extent;
+                fronts.get(usize::from(lane)).is_some_and(|front| front.device == device)
+                    && asked.io.op.changes()
+                    && at < end
+                    && io.extent.at < at + len
+            })
+        };
+        for _ in 0..LOOKS {
+            let io = devices[device].workload.next();
+            if !is_live || !io.op.changes() || !meets(&io) {
+                return io;
+            }
+        }
+        Io::new(Op::Flush, 0, 0)
+    }
+
     /// Fills the pages and tells the oracle.
     fn ask(&mut self, export: &SimExport, slot: usize, io: Io) {
         let start = self.tick();
@@ -149,6 +187,9 @@ impl World {
             device.oracle.flushed(start, now, oldest);
         }
         let refused = refusal(&export.limits, &io);
+        if device.habits.is_some() {
+            return self.judge_live(export, slot, asked, (got, refused));
+        }
         let by_layer = |errno: Errno| refused.is_none() && device.errors.contains(&errno);
         match (got, refused.or(error.map(Errno::for_client))) {
             (Ok(()), None) if io.op == Op::Read => self.judge_read(export, slot, asked),
@@ -165,6 +206,32 @@ impl World {
                 self.fail(Kind::WrongResult, text);
             }
             (Err(_), Some(_)) => {}
+        }
+    }
+
+    /// Over live layers an error below need not be the client's, and an error for the client may
+    /// come from what a layer did for itself.
+    fn judge_live(
+        &mut self,
+        export: &SimExport,
+        slot: usize,
+        asked: &Asked,
+        (got, refused): (Result<(), Errno>, Option<Errno>),
+    ) {
+        let io = asked.io;
+        match (got, refused) {
+            (Ok(()), Some(must)) => {
+                self.fail(Kind::WrongResult, format!("{io:?} succeeded, must fail with {must}"));
+            }
+            (Ok(()), None) if io.op == Op::Read => self.judge_read(export, slot, asked),
+            (Err(errno), Some(must)) if errno != must => {
+                let text = format!("{io:?} failed with {errno}, must with {must}");
+                self.fail(Kind::WrongResult, text);
+            }
+            (Err(errno), None) if !self.erred => {
+                self.fail(Kind::NeedlessError, format!("{io:?} failed with {errno}"));
+            }
+            _ => {}
         }
     }
 

@@ -11,6 +11,7 @@ mod cells;
 mod disk;
 mod export;
 mod failure;
+mod live;
 mod mirror;
 mod mutants;
 mod oracle;

@@ -1,6 +1,10 @@
 //! Answers for bugs put in on purpose: the simulator is tested by finding each of them.
 
+use std::sync::Arc;
+
 use devsplice_core::prelude::*;
+
+use crate::live::BentLive;
 
 /// A bug.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,6 +55,20 @@ pub enum Mutant {
     ZeroesOffered,
     /// The watchdog never reports.
     WatchdogSilent,
+    /// A live layer's log never reaches the disks.
+    LogLost,
+    /// A mirror's changes of its legs' states never reach the disks.
+    StateLost,
+    /// What a live layer writes is not durable when it says so.
+    MetaNotDurable,
+    /// A live layer's flushes do nothing.
+    MetaFlushSkipped,
+    /// A live layer copies nothing.
+    CopySkipped,
+    /// A live layer does not wait for what is under way.
+    GraceSkipped,
+    /// A live layer does not know that a change has failed and is not seen to.
+    DoubtIgnored,
 }
 
 impl Mutant {
@@ -79,6 +97,13 @@ impl Mutant {
         Mutant::CacheHidden,
         Mutant::ZeroesOffered,
         Mutant::WatchdogSilent,
+        Mutant::LogLost,
+        Mutant::StateLost,
+        Mutant::MetaNotDurable,
+        Mutant::MetaFlushSkipped,
+        Mutant::CopySkipped,
+        Mutant::GraceSkipped,
+        Mutant::DoubtIgnored,
     ];
 
     /// The layer that has the bug; empty for all layers, `None` for a bug that is in no layer.
@@ -86,7 +111,14 @@ impl Mutant {
         match self {
             Mutant::StripeSwapped => Some("stripe"),
             Mutant::LinearOff | Mutant::HalfTwice | Mutant::ReadsZero => Some("linear"),
-            Mutant::MirrorOneLeg => Some("mirror"),
+            Mutant::MirrorOneLeg => Some("fan"),
+            Mutant::LogLost
+            | Mutant::StateLost
+            | Mutant::MetaNotDurable
+            | Mutant::MetaFlushSkipped
+            | Mutant::CopySkipped
+            | Mutant::GraceSkipped
+            | Mutant::DoubtIgnored => Some("mirror"),
             Mutant::FlushOneLeg
             | Mutant::ZeroesDropped
             | Mutant::CacheHidden
@@ -175,5 +207,10 @@ impl Layer for Bent {
             }
             (_, answer) => Ok(answer),
         }
+    }
+
+    fn live(&self) -> Option<Arc<dyn Live>> {
+        let inner = self.inner.live()?;
+        Some(Arc::new(BentLive { inner, bug: self.bug }))
     }
 }

@@ -114,6 +114,7 @@ impl Ring for SimRing {
             slot.out -= 1;
             slot.short |= ended.short;
             if let Some(error) = ended.error {
+                world.erred = true;
                 slot.error.get_or_insert(error);
             }
             let number = match result {
@@ -156,9 +157,9 @@ impl Ring for SimRing {
 
     fn get(&mut self, lane: u16, tag: u16, bytes: &mut [u8]) {
         let slot = self.inner_pages(lane, tag).0 as usize;
-        let World { slots, mixes, .. } = &*self.world;
+        let World { slots, mixes, .. } = &mut *self.world;
         for (cell, sector) in slots[slot].cells.iter().zip(bytes.chunks_exact_mut(SECTOR)) {
-            sector.copy_from_slice(&mixes.render(*cell));
+            sector.copy_from_slice(&mixes.show(*cell));
         }
     }
 

@@ -1,23 +1,24 @@
 //! Answers for one seed: builds its world, lets the engine live and die in it, judges the rest.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 
 use devsplice_core::{Limits, Result, Stack, StackBuilder};
 use devsplice_engine::desk::{INNER_BYTES, INNER_DEPTH};
 use devsplice_engine::watch::OnStuck;
-use devsplice_engine::{FileId, Lane, Served, Shared, Stuck, Worker};
+use devsplice_engine::{Answer, FileId, Lane, Served, Shared, Stuck, Worker};
 
 use crate::cells::{SECTOR, ZERO};
 use crate::disk::Disk;
 use crate::export::SimExport;
 use crate::failure::{Failure, Kind};
+use crate::live::{Direct, mirror_of};
 use crate::mutants::Mutant;
 use crate::oracle::Oracle;
-use crate::plan::{Crash, Plan};
+use crate::plan::{Crash, Faults, Plan};
 use crate::ring::{Home, SimRing};
-use crate::rng::Rng;
-use crate::tree::{Tree, grow};
+use crate::rng::{Rng, index};
+use crate::tree::{Grown, Tree, grow};
 use crate::workload::Workload;
 use crate::world::{Device, End, Front, Slot, World};
 
@@ -54,7 +55,14 @@ pub struct Report {
 pub fn run(seed: u64, options: Options) -> Report {
     let mut rng = Rng::new(seed, 0);
     let plan = Plan::new(&mut rng);
-    let mut run = Run { trees: Vec::new(), world: World::default(), crashes: 0 };
+    let mut run = Run {
+        trees: Vec::new(),
+        world: World::default(),
+        crashes: 0,
+        checks: false,
+        served: Vec::new(),
+        answers: Vec::new(),
+    };
     run.world.seed = seed;
     run.world.mutant = options.mutant;
     run.world.rng = Rng::new(seed, 1);
@@ -76,10 +84,16 @@ struct Run {
     trees: Vec<Tree>,
     world: World,
     crashes: u64,
+    /// Whether mirrors are told to compare their legs.
+    checks: bool,
+    /// The stacks of this life, for what they have to tell.
+    served: Vec<Arc<Served>>,
+    answers: Vec<mpsc::Receiver<Answer>>,
 }
 
 impl Run {
-    fn all(&mut self, plan: Plan, rng: &mut Rng) -> Result<(), Failure> {
+    fn all(&mut self, mut plan: Plan, rng: &mut Rng) -> Result<(), Failure> {
+        self.world.plan = plan.clone();
         for device in 0..plan.devices {
             self.add_device(device, rng)?;
         }
@@ -88,6 +102,10 @@ impl Run {
         let lives = plan.crashes.clone();
         self.world.keys = vec![false; plan.flights as usize];
         self.world.streaks = vec![0; plan.flights as usize];
+        if self.world.devices.iter().any(|device| device.habits.is_some()) {
+            // A request that waits for a layer that waits for a lost splice is not the one lost.
+            plan.faults.lost_at = 0;
+        }
         self.world.plan = plan;
         for crash in lives {
             self.world.crash = match crash {
@@ -104,6 +122,42 @@ impl Run {
             }
             self.power_cut()?;
         }
+        if self.world.devices.iter().any(|device| device.habits.is_some()) {
+            return self.sweep();
+        }
+        Ok(())
+    }
+
+    /// A last life without faults: everything is read, and mirrors compare their legs.
+    fn sweep(&mut self) -> Result<(), Failure> {
+        self.world.forget();
+        self.world.crash = Crash::Never;
+        self.world.plan.faults = Faults::default();
+        let mut most = 0;
+        for device in &mut self.world.devices {
+            most = most.max(device.workload.sweep());
+            if let Some(habits) = &mut device.habits {
+                habits.commands = 0;
+            }
+        }
+        self.world.plan.requests = most * self.world.fronts.len() as u64;
+        self.checks = true;
+        let ended = self.live()?;
+        match ended {
+            None => self.at_rest()?,
+            Some(end) => return Err(Failure::new(Kind::Hang, format!("{end:?}"))),
+        }
+        for answer in std::mem::take(&mut self.answers) {
+            let equal = match answer.try_recv() {
+                Ok(Ok(text)) => text.contains(" 0 differing"),
+                // A single leg has nothing to differ from.
+                Ok(Err(text)) => text.contains("fewer than two"),
+                Err(_) => true,
+            };
+            if !equal {
+                return Err(Failure::new(Kind::Misplaced, "legs of a mirror differ"));
+            }
+        }
         Ok(())
     }
 
@@ -112,24 +166,49 @@ impl Run {
     }
 
     fn add_device(&mut self, number: u64, rng: &mut Rng) -> Result<(), Failure> {
-        let grown = grow(rng);
+        let (grown, habits) = if rng.percent(25) {
+            let (grown, habits) = crate::live::grow(rng);
+            (grown, Some(habits))
+        } else {
+            (grow(rng), None)
+        };
         self.note(format_args!("device {number}: {:?} over {:?}", grown.tree, grown.disks));
-        let stack = build(&grown.tree, self.world.mutant)?;
-        let limits = *stack.limits();
         let first_disk = self.world.disks.len();
         self.world.disks.extend(grown.disks.iter().map(|limits| Disk::new(*limits)));
-        let kept = (0..grown.planes.first().map_or(0, Vec::len))
-            .map(|sector| grown.planes.iter().any(|plane| plane[sector].get().is_some()));
-        let stable = !grown.tree.has_mirror();
-        let oracle = Oracle::new(kept, limits.volatile_cache, stable);
+        let disks = (first_disk, grown.disks.len());
+        let mutant = self.world.mutant;
+        let stack = build(&grown.tree, mutant, &mut self.world, disks, true)?;
+        let limits = *stack.limits();
+        let faults = self.world.plan.faults;
+        let kept = |sector: usize| {
+            let keeps = |plane: &Vec<crate::tree::Place>| plane[sector].get().is_some();
+            habits.is_some() || grown.planes.iter().any(keeps)
+        };
+        let Grown { tree, planes, errors, .. } = &grown;
+        let sectors = index(limits.size / 512);
+        // What a mirror's legs hold of a write that was never acknowledged may differ as long as
+        // they are not made equal, and stays so where a leg is lost before; so it does in blocks
+        // that were discarded.
+        let failures = faults.io_error
+            + faults.nothing
+            + faults.no_space
+            + faults.again
+            + faults.interrupted
+            + u64::from(faults.disk_queue);
+        let settles = limits.discard == 0
+            && failures == 0
+            && habits.is_none_or(|habits| habits.commands == 0);
+        let stable = if habits.is_some() { settles } else { !tree.has_mirror() };
+        let oracle = Oracle::new((0..sectors).map(kept), limits.volatile_cache, stable);
         self.world.devices.push(Device {
             oracle,
             workload: Workload::new(Rng::new(rng.next(), number), limits),
-            planes: grown.planes,
+            planes: planes.clone(),
             first_disk,
-            disk_count: grown.disks.len(),
-            errors: grown.errors,
+            disk_count: disks.1,
+            errors: errors.clone(),
             writes: 0,
+            habits,
         });
         self.trees.push(grown.tree);
         Ok(())
@@ -174,6 +253,11 @@ impl Run {
             worker.arm().and_then(|()| worker.run())
         }));
         self.world = std::mem::take(&mut home.lock().unwrap_or_else(PoisonError::into_inner));
+        for served in std::mem::take(&mut self.served) {
+            for event in served.events() {
+                self.note(format_args!("told: {event}"));
+            }
+        }
         let end = self.world.end.take();
         let result = result.map_err(|panic| {
             let text = panic.downcast_ref::<String>().cloned();
@@ -192,14 +276,27 @@ impl Run {
         }
     }
 
-    fn lanes(&self) -> Result<Vec<Lane<SimRing>>, Failure> {
-        let world = &self.world;
+    fn lanes(&mut self) -> Result<Vec<Lane<SimRing>>, Failure> {
+        let mutant = self.world.mutant;
         let mut stacks = Vec::new();
-        for tree in &self.trees {
-            stacks.push(Served::quietly(Arc::new(build(tree, world.mutant)?)));
+        for (number, tree) in self.trees.iter().enumerate() {
+            let device = &self.world.devices[number];
+            let disks = (device.first_disk, device.disk_count);
+            let served =
+                Served::quietly(Arc::new(build(tree, mutant, &mut self.world, disks, false)?));
+            let mirror = mirror_of(&served.stack);
+            if let Some(mirror) = mirror
+                && self.checks
+                && served.stack.limits().discard == 0
+            {
+                self.answers.push(served.command(mirror, vec!["check".to_owned()]));
+            }
+            self.served.push(served.clone());
+            stacks.push((served, mirror));
         }
+        let world = &self.world;
         let lane = |(lane, front): (u16, &Front)| {
-            let served = stacks[front.device].clone();
+            let (served, mirror) = stacks[front.device].clone();
             let limits: Limits = *served.stack.limits();
             let count = world.fronts.len() as u64;
             let export = SimExport {
@@ -209,6 +306,7 @@ impl Run {
                 left: world.plan.requests / count + 1,
                 limits,
                 front: *front,
+                told: mirror.map(|mirror| (served.clone(), mirror)),
             };
             let device = &world.devices[front.device];
             let disks = device.first_disk..device.first_disk + device.disk_count;
@@ -263,7 +361,9 @@ impl Run {
 
     fn check_images(&self, kind: Kind, image: ImageOf, judge: Judge) -> Result<(), Failure> {
         let World { devices, disks, mixes, .. } = &self.world;
-        for (number, device) in devices.iter().enumerate() {
+        // What live layers leave where is their own affair; what it is worth shows in what is read.
+        let plain = devices.iter().enumerate().filter(|(_, device)| device.habits.is_none());
+        for (number, device) in plain {
             let disks = &disks[device.first_disk..][..device.disk_count];
             let mut mapped: Vec<Vec<bool>> =
                 disks.iter().map(|disk| vec![false; image(disk).len()]).collect();
@@ -295,10 +395,20 @@ type ImageOf = fn(&Disk) -> &[crate::cells::Cell];
 type Judge =
     fn(&Oracle, usize, crate::cells::Cell, &crate::cells::Mixes) -> std::result::Result<(), String>;
 
-fn build(tree: &Tree, mutant: Option<Mutant>) -> Result<Stack, Failure> {
+/// Builds a device's stack over its disks: the first one and how many; with fresh metadata if it is
+/// new.
+fn build(
+    tree: &Tree,
+    mutant: Option<Mutant>,
+    world: &mut World,
+    (first, count): (usize, usize),
+    is_new: bool,
+) -> Result<Stack, Failure> {
     let mut builder = StackBuilder::new();
+    let World { disks, mixes, .. } = world;
+    let mut disks = Direct { disks: &mut disks[first..first + count], mixes };
     let root = tree
-        .build(&mut builder, mutant)
+        .build(&mut builder, mutant, &mut disks, is_new)
         .map_err(|error| Failure::new(Kind::Build, format!("{error}: {tree:?}")))?;
     Ok(builder.finish(root))
 }

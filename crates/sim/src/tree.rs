@@ -1,7 +1,9 @@
 //! Answers for random stacks, and for where each sector of one must lie: a second, slow mapping
 //! that shares nothing with the layers' own.
 
-use devsplice_core::{Args, BackendId, Errno, Error, Layer, Limits, NodeId, Result, StackBuilder};
+use devsplice_core::{
+    Args, BackendId, Bottoms, Errno, Error, Layer, Limits, NodeId, Result, StackBuilder,
+};
 
 use crate::mirror::Mirror;
 use crate::mutants::{Bent, Mutant};
@@ -250,22 +252,32 @@ impl Tree {
         &self,
         builder: &mut StackBuilder,
         mutant: Option<Mutant>,
+        disks: &mut dyn Bottoms,
+        is_new: bool,
     ) -> Result<NodeId> {
+        let mut args = Args::default();
         let (name, layer, below): (_, Box<dyn Layer>, _) = match self {
             Tree::Disk(limits) => return builder.backend("disk", *limits).map(|(node, _)| node),
-            Tree::Mirror(below) => ("mirror", Box::new(Mirror::default()), below),
+            Tree::Mirror(below) => ("fan", Box::new(Mirror::default()), below),
             Tree::Driver { name, keys, below } => {
                 let driver = devsplice_layers::find(name)
                     .ok_or_else(|| Error::invalid(*name, "no such driver"))?;
-                let layer = (driver.make)(&Args::new(name, driver.keys, keys)?)?;
-                (*name, layer, below)
+                args = Args::new(name, driver.keys, keys)?;
+                (*name, (driver.make)(&args)?, below)
             }
         };
-        let ports =
-            below.iter().map(|tree| tree.build(builder, mutant)).collect::<Result<Vec<_>>>()?;
+        let mut ports = Vec::new();
+        for tree in below {
+            ports.push(tree.build(builder, mutant, disks, is_new)?);
+        }
+        if let Some(format) = devsplice_layers::format_of(name)
+            && is_new
+        {
+            builder.format(name, &ports, disks, |lower| format(&args, lower, false))?;
+        }
         let layer = Bent::wrap(layer, name, mutant);
-        let mut nothing = |_: BackendId, _: u64, _: &mut [u8]| Err(Errno::EIO);
-        builder.layer(name, layer, &ports, &mut nothing)
+        let mut read = |id: BackendId, at: u64, into: &mut [u8]| disks.read(id, at, into);
+        builder.layer(name, layer, &ports, &mut read)
     }
 
     /// Whether some part keeps copies, which can differ after a failure.
@@ -281,12 +293,17 @@ impl Tree {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cells::Mixes;
+    use crate::disk::Disk;
+    use crate::live::Direct;
     use devsplice_core::{Io, Op, Place as Routed};
 
     /// Where the stack's own routing sends each sector.
     fn routed(grown: &Grown) -> Vec<Option<(usize, usize)>> {
         let mut builder = StackBuilder::new();
-        let root = grown.tree.build(&mut builder, None).unwrap();
+        let mut disks: Vec<_> = grown.disks.iter().map(|limits| Disk::new(*limits)).collect();
+        let mut direct = Direct { disks: &mut disks, mixes: &mut Mixes::default() };
+        let root = grown.tree.build(&mut builder, None, &mut direct, true).unwrap();
         let stack = builder.finish(root);
         assert_eq!(stack.limits().size, size(&grown.planes) * 512);
         assert_eq!(usize::from(stack.backend_count()), grown.disks.len());

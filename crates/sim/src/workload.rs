@@ -6,6 +6,8 @@ use crate::rng::Rng;
 
 /// Most sectors of one request: 1 MiB.
 const MOST: u64 = 2048;
+/// Bytes of one read of a sweep.
+const SWEEP: u64 = 32 << 10;
 
 /// The habits of one device's clients.
 #[derive(Clone)]
@@ -24,6 +26,8 @@ pub(crate) struct Workload {
     large_percent: u64,
     /// Most nanoseconds between a request's end and the next on its tag.
     think_ns: u64,
+    /// Where a sweep of reads over the whole device goes on.
+    sweep: Option<u64>,
 }
 
 impl Workload {
@@ -49,8 +53,15 @@ impl Workload {
             grain,
             large_percent: rng.pick(&[0, 2, 4, 12]),
             think_ns: rng.pick(&[0, 1_000, 100_000, 2_000_000]),
+            sweep: None,
             rng,
         }
+    }
+
+    /// From now on everything is read, from the start; how many requests that takes.
+    pub(crate) fn sweep(&mut self) -> u64 {
+        self.sweep = Some(0);
+        self.limits.size.div_ceil(SWEEP)
     }
 
     /// How long a tag stays free.
@@ -60,6 +71,12 @@ impl Workload {
 
     /// The next request. One in a hundred is none that the device can do.
     pub(crate) fn next(&mut self) -> Io {
+        if let Some(at) = self.sweep {
+            let len = SWEEP.min(self.limits.size - at);
+            let next = at + len;
+            self.sweep = Some(if next < self.limits.size { next } else { 0 });
+            return Io::new(Op::Read, at, len);
+        }
         let op = self.op();
         if op == Op::Flush {
             return Io::new(op, 0, 0);

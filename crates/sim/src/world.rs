@@ -9,6 +9,7 @@ use devsplice_engine::{Event, Part, RingCounts};
 use crate::cells::{Cell, Mixes};
 use crate::disk::Disk;
 use crate::failure::{Failure, Kind};
+use crate::live::Habits;
 use crate::mutants::Mutant;
 use crate::oracle::Oracle;
 use crate::plan::{Crash, Plan};
@@ -136,6 +137,8 @@ pub(crate) struct Device {
     /// What its layers may answer by themselves.
     pub(crate) errors: Vec<Errno>,
     pub(crate) writes: u32,
+    /// Only with live layers: what is done to it beside requests.
+    pub(crate) habits: Option<Habits>,
 }
 
 /// A queue of a front end.
@@ -217,6 +220,8 @@ pub(crate) struct World {
     pub(crate) ready: VecDeque<Ready>,
     pub(crate) counts: RingCounts,
     pub(crate) asked: u64,
+    /// In this life some splice has failed for good.
+    pub(crate) erred: bool,
     pub(crate) echoes: Vec<Echo>,
     heap: BinaryHeap<Due>,
     number: u64,
@@ -355,6 +360,7 @@ impl World {
             slot.out = 0;
         }
         self.progress = self.now;
+        self.erred = false;
         self.lost = None;
         self.end = None;
     }
