@@ -99,21 +99,44 @@ impl Route {
         Route { op: io.op, fua: io.fua, depth: 1, frames: [first; MAX_FRAMES] }
     }
 
-    /// Starts over with another request, without touching what need not change.
+    /// Starts over with another request. Its piece, if it is of one; otherwise `first` gets what
+    /// [`Route::next`] would have answered first, and `next` has the rest.
     #[inline]
-    pub fn restart(&mut self, stack: &Stack, io: Io) {
-        self.restart_at(io, stack.root());
-    }
-
-    /// As [`Route::restart`], from a place inside the stack.
-    #[inline]
-    pub fn restart_at(&mut self, io: Io, node: NodeId) {
-        let Extent { at, len } = io.extent;
+    pub fn begin(
+        &mut self,
+        stack: &Stack,
+        io: Io,
+        first: &mut Option<Result<Piece, Stop>>,
+    ) -> Option<Piece> {
         self.op = io.op;
         self.fua = io.fua;
-        self.depth = 1;
+        self.depth = 0;
+        let Extent { at, len } = io.extent;
+        let (node, port) = (stack.root(), itself(io.op));
+        let frame = Frame { at, len, part: 0, wait_ns: 0, node, port, ports: EVERY };
+        if port == WHOLE {
+            if let Some((id, frame)) = self.walk(&stack.nodes, frame, first) {
+                let piece = piece(Place::Backend(id), &frame);
+                if self.depth == 0 {
+                    return Some(piece);
+                }
+                *first = Some(Ok(piece));
+            }
+        } else {
+            self.push(frame);
+        }
+        if first.is_none() {
+            *first = self.next(stack);
+        }
+        None
+    }
+
+    /// Starts over with another request, from a place inside the stack.
+    pub fn restart_at(&mut self, io: Io, node: NodeId) {
+        let Extent { at, len } = io.extent;
+        (self.op, self.fua, self.depth) = (io.op, io.fua, 0);
         let port = itself(io.op);
-        self.frames[0] = Frame { at, len, part: 0, wait_ns: 0, node, port, ports: EVERY };
+        self.push(Frame { at, len, part: 0, wait_ns: 0, node, port, ports: EVERY });
     }
 
     /// Whether every piece was handed out.
@@ -137,39 +160,52 @@ impl Route {
         self.next_in(&stack.nodes)
     }
 
-    #[inline]
     pub(crate) fn next_in(&mut self, nodes: &[Node]) -> Option<Result<Piece, Stop>> {
-        'frames: loop {
-            let mut frame = self.pop()?;
+        loop {
+            let frame = self.pop()?;
+            let mut answer = None;
             if frame.port != WHOLE {
-                match self.spread(nodes) {
-                    None => continue,
-                    piece => return piece,
-                }
+                answer = self.spread(nodes);
+            } else if let Some((id, frame)) = self.walk(nodes, frame, &mut answer) {
+                answer = Some(Ok(piece(Place::Backend(id), &frame)));
             }
-            let mut node = &nodes[frame.node.index()];
-            loop {
-                let (layer, ports) = match &node.what {
-                    What::Backend(id) => return Some(Ok(piece(Place::Backend(*id), &frame))),
-                    What::Layer { layer, ports } => (layer, ports),
+            if answer.is_some() {
+                return answer;
+            }
+        }
+    }
+
+    /// Follows a request to a place down to a bottom; what is asked of it. Where it ends elsewhere
+    /// `other` gets the piece or error; if it gets none, a fan-out was left on top.
+    #[inline(always)]
+    fn walk(
+        &mut self,
+        nodes: &[Node],
+        mut frame: Frame,
+        other: &mut Option<Result<Piece, Stop>>,
+    ) -> Option<(BackendId, Frame)> {
+        let mut node = &nodes[frame.node.index()];
+        loop {
+            let (layer, ports) = match &node.what {
+                What::Backend(id) => return Some((*id, frame)),
+                What::Layer { layer, ports } => (layer, ports),
+            };
+            let extent = Extent { at: frame.at, len: frame.len };
+            let (len, port, at, wait_ns) =
+                match layer.map(Io { op: self.op, extent, fua: self.fua }) {
+                    Ok(Map::To { len, port, at }) => (len, port, at, 0),
+                    Ok(Map::After { len, port, at, wait_ns }) => (len, port, at, wait_ns),
+                    answer => {
+                        *other = self.end(nodes, frame, answer);
+                        return None;
+                    }
                 };
-                let extent = Extent { at: frame.at, len: frame.len };
-                let (len, port, at, wait_ns) =
-                    match layer.map(Io { op: self.op, extent, fua: self.fua }) {
-                        Ok(Map::To { len, port, at }) => (len, port, at, 0),
-                        Ok(Map::After { len, port, at, wait_ns }) => (len, port, at, wait_ns),
-                        other => match self.end(nodes, frame, other) {
-                            None => continue 'frames,
-                            piece => return piece,
-                        },
-                    };
-                self.keep_rest(node, &mut frame, len);
-                // Only now: what was kept for later does not wait for what this answer is about.
-                frame.wait_ns = frame.wait_ns.saturating_add(wait_ns);
-                frame.at = at;
-                let extent = Extent { at, len: frame.len };
-                (frame.node, node) = lower(nodes, node, ports, (port, extent));
-            }
+            self.keep_rest(node, &mut frame, len);
+            // Only now: what was kept for later does not wait for what this answer is about.
+            frame.wait_ns = frame.wait_ns.saturating_add(wait_ns);
+            frame.at = at;
+            let extent = Extent { at, len: frame.len };
+            (frame.node, node) = lower(nodes, node, ports, (port, extent));
         }
     }
 

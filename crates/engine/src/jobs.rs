@@ -3,6 +3,7 @@
 use devsplice_core::trace::{Step, Trace};
 use devsplice_core::{Errno, Io, NodeId, Op, Piece, Route, Stack, Stop};
 
+use crate::export::Request;
 use crate::ring::Pages;
 
 /// A request that failed and is routed again, piece by piece.
@@ -20,8 +21,8 @@ pub(crate) struct Job {
     pub(crate) pages: Pages,
     /// What is still to be routed.
     pub(crate) route: Route,
-    /// The piece that came out of the route last and found no room.
-    pub(crate) held: Option<Piece>,
+    /// What came out of the route last and is still to be dealt with: a piece found no room.
+    pub(crate) held: Option<Result<Piece, Stop>>,
     /// Splices that are out, or waiting to be sent.
     pub(crate) flying: u32,
     /// The first error; nothing more is routed once there is one.
@@ -65,9 +66,9 @@ impl Job {
         }
     }
 
-    /// Begins a request at a place of its stack.
+    /// Takes a request that enters its stack at a place; nothing of it is routed yet.
     #[inline]
-    pub(crate) fn begin(&mut self, (io, pages): (Io, Pages), node: NodeId, tick: u32) {
+    pub(crate) fn take(&mut self, (io, pages): (Io, Pages), node: NodeId, tick: u32) {
         self.io = io;
         self.pages = pages;
         self.flying = 0;
@@ -76,7 +77,18 @@ impl Job {
         self.node = node;
         self.active = true;
         self.refused = false;
-        self.route.restart_at(self.routed(), node);
+    }
+
+    /// Takes a request and routes it. Its piece, if it is of one; if it is of more, or may not
+    /// enter the stack at all, that is left for the passes that follow.
+    #[inline]
+    pub(crate) fn begin(&mut self, stack: &Stack, request: &Request, tick: u32) -> Option<Piece> {
+        self.take((request.io, request.pages), stack.root(), tick);
+        if let Err(errno) = stack.admit(&request.io) {
+            self.fail(errno);
+            return None;
+        }
+        self.route.begin(stack, self.routed(), &mut self.held)
     }
 
     /// Takes it from the top again: whatever layers answered before counts for nothing any more.
@@ -100,7 +112,15 @@ impl Job {
         if self.io.op == Op::Flush { Io::new(Op::Flush, 0, 0) } else { self.io }
     }
 
+    /// What its splices are to do, and with which pages.
+    #[inline]
+    pub(crate) fn what(&self) -> (Op, bool, Pages) {
+        (self.io.op, self.io.fua, self.pages)
+    }
+
     /// Records the request's first error and gives up what was not sent yet.
+    #[cold]
+    #[inline(never)]
     pub(crate) fn fail(&mut self, errno: Errno) {
         self.errno.get_or_insert(errno);
         self.route.abandon();
@@ -112,12 +132,13 @@ impl Job {
     #[inline]
     pub(crate) fn next(&mut self, stack: &Stack) -> Option<Result<Piece, Stop>> {
         match self.held.take() {
-            Some(piece) => Some(Ok(piece)),
+            Some(held) => Some(held),
             None => self.route.next(stack),
         }
     }
 
     /// Whether all of it was routed and all that was sent has landed.
+    #[inline]
     pub(crate) fn is_over(&self) -> bool {
         let is_done = match &self.careful {
             Some(careful) => careful.trace.is_done(),

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use devsplice_core::trace::Trace;
 use devsplice_core::{Errno, Io, Meta, NodeId, Result, Slow, Stack, Stop};
 
+use crate::counts::one_more;
 use crate::desk::{self, Desk, Inner, SharedDesk};
 use crate::flights;
 use crate::jobs::{Careful, Job};
@@ -209,7 +210,9 @@ impl<R: Ring> Worker<R> {
                     }
                     let pages = self.ring.inner_pages(lane, tag);
                     self.slow = Some(slow);
-                    self.start_at(lane, (tag, pages), node, io);
+                    let stack = &self.lanes[usize::from(lane)].stack;
+                    let refused = stack.admit_at(node, &io).err();
+                    self.start_at((lane, tag), (io, pages), node, refused);
                     slow = match self.slow.take() {
                         Some(slow) => slow,
                         None => return,
@@ -224,11 +227,17 @@ impl<R: Ring> Worker<R> {
         self.slow = Some(slow);
     }
 
-    /// A request of a layer's own, from a place inside its stack.
-    fn start_at(&mut self, lane: u16, (tag, pages): (u16, Pages), node: NodeId, io: Io) {
-        let Lane { stack, jobs, .. } = &mut self.lanes[usize::from(lane)];
-        let refused = stack.admit_at(node, &io).err();
-        jobs[usize::from(tag)].begin((io, pages), node, self.watch.tick);
+    /// A request that enters its stack at a place, unless it is refused.
+    pub(crate) fn start_at(
+        &mut self,
+        (lane, tag): (u16, u16),
+        (io, pages): (Io, Pages),
+        node: NodeId,
+        refused: Option<Errno>,
+    ) {
+        let job = &mut self.lanes[usize::from(lane)].jobs[usize::from(tag)];
+        job.take((io, pages), node, self.watch.tick);
+        job.restart();
         self.busy += 1;
         match refused {
             Some(errno) => self.refuse(lane, tag, errno),
@@ -254,7 +263,7 @@ impl<R: Ring> Worker<R> {
         let work = match job.missed.take() {
             Some((node, io)) => {
                 let Some(layer) = stack.live(node) else { return false };
-                self.counts.misses += 1;
+                one_more(&self.counts.misses);
                 Some(layer.clone().resolve(io, live.hand(node)))
             }
             None if live.guarded => live.care(stack, job),
@@ -287,7 +296,7 @@ impl<R: Ring> Worker<R> {
         let job = &mut jobs[usize::from(tag)];
         let Some(careful) = &mut job.careful else { return };
         let piece = match job.held.take() {
-            Some(piece) => Some(Ok(piece)),
+            Some(held) => Some(held),
             None => careful.trace.next(stack),
         };
         match piece {
@@ -296,22 +305,18 @@ impl<R: Ring> Worker<R> {
             Some(Err(Stop::Miss(node, io))) => job.missed = Some((node, io)),
             Some(Ok(piece)) => {
                 let Some(key) = self.flights.take() else {
-                    job.held = Some(piece);
-                    return self.settle(lane, tag);
+                    job.held = Some(Ok(piece));
+                    return self.settle(lane, tag, 0);
                 };
                 let to = flights::place(&piece, files);
-                let flight = self.flights.get(key);
-                flight.start((lane, tag), (job.io.op, job.io.fua), to, &piece);
+                self.flights.get(key).start((lane, tag), job.what(), to, &piece);
                 job.flying = 1;
-                self.counts.pieces += 1;
-                self.counts.splices += 1;
-                return match piece.wait_ns {
-                    0 => self.send(key),
-                    wait_ns => self.ring.after(key, wait_ns),
-                };
+                one_more(&self.counts.pieces);
+                one_more(&self.counts.splices);
+                return self.dispatch(key);
             }
         }
-        self.settle(lane, tag);
+        self.settle(lane, tag, 0);
     }
 
     /// All exports are closed and no request is left: whether live layers are done as well.

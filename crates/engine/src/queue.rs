@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use devsplice_core::{Errno, Result, Stack, Stop};
 
-use crate::counts::{Counts, Shared};
+use crate::counts::{Shared, one_more};
 use crate::export::{Export, Inbox, Request};
 use crate::flights::{self, Flights, Next};
 use crate::gather::Gather;
@@ -52,12 +52,12 @@ pub struct Worker<R: Ring> {
     pub(crate) ring: R,
     pub(crate) lanes: Box<[Lane<R>]>,
     pub(crate) flights: Flights,
+    gather: Gather,
     inbox: Inbox,
     /// Requests with pieces left to route and none out, in the order they came to wait.
     waiting: VecDeque<(u16, u16)>,
     pub(crate) busy: u32,
-    pub(crate) counts: Counts,
-    shared: Arc<Shared>,
+    pub(crate) counts: Arc<Shared>,
     pub(crate) watch: Watch,
     /// Only with live layers.
     pub(crate) slow: Option<Box<SlowSide>>,
@@ -79,11 +79,11 @@ impl<R: Ring> Worker<R> {
             ring,
             lanes: lanes.into(),
             flights: Flights::new(flight_count.max(1)),
+            gather: Gather::new(),
             inbox: Inbox::with_capacity(tags),
             waiting: VecDeque::with_capacity(tags),
             busy: 0,
-            counts: Counts::default(),
-            shared,
+            counts: shared,
             watch: Watch { tick: 0, armed: false, limit: stuck_seconds, on_stuck },
             slow,
         }
@@ -132,12 +132,15 @@ impl<R: Ring> Worker<R> {
         for _ in 0..self.waiting.len() {
             self.resume();
         }
-        while let Some((lane, request)) = self.inbox.pop() {
-            self.start(lane, request);
+        // Out of the way for as long: what starts a request does not put another there.
+        let mut inbox = std::mem::take(&mut self.inbox);
+        for (lane, request) in inbox.requests() {
+            self.start(*lane, request);
         }
+        inbox.clear();
+        self.inbox = inbox;
         self.slow_turn();
         self.counts.set_ring(self.ring.counts());
-        self.shared.publish(&self.counts);
         let is_closed = self.busy == 0 && self.lanes.iter().all(|lane| lane.export.is_closed());
         if is_closed && self.is_at_rest() {
             self.ring.enter(false)?;
@@ -162,16 +165,45 @@ impl<R: Ring> Worker<R> {
         }
     }
 
-    fn start(&mut self, lane: u16, request: Request) {
-        let Lane { stack, jobs, .. } = &mut self.lanes[usize::from(lane)];
-        let job = &mut jobs[usize::from(request.tag)];
-        assert!(!job.active, "export handed out tag {} twice", request.tag);
-        job.begin((request.io, request.pages), stack.root(), self.watch.tick);
-        self.busy += 1;
-        match stack.admit(&request.io) {
-            Ok(()) => self.route(lane, request.tag),
-            Err(errno) => self.refuse(lane, request.tag, errno),
+    #[inline(always)]
+    fn start(&mut self, lane: u16, request: &Request) {
+        if self.slow.is_some() {
+            return self.start_live(lane, request);
         }
+        let Worker { ring, lanes, flights, counts, .. } = self;
+        let Lane { stack, jobs, files, .. } = &mut lanes[usize::from(lane)];
+        let tag = request.tag;
+        let job = &mut jobs[usize::from(tag)];
+        assert!(!job.active, "export handed out tag {tag} twice");
+        self.busy += 1;
+        // Nearly every request is of one piece and needs no gathering.
+        let Some(piece) = job.begin(stack, request, self.watch.tick) else {
+            return self.route(lane, tag);
+        };
+        let Some(key) = flights.take() else {
+            job.held = Some(Ok(piece));
+            return self.route(lane, tag);
+        };
+        one_more(&counts.pieces);
+        one_more(&counts.splices);
+        job.flying = 1;
+        let flight = flights.get(key);
+        flight.start((lane, tag), job.what(), flights::place(&piece, files), &piece);
+        if flight.is_ready() {
+            ring.splice(key, &flight.splice());
+        } else {
+            self.dispatch(key);
+        }
+    }
+
+    /// As `start`, where layers may want to know what is under way.
+    #[inline(never)]
+    fn start_live(&mut self, lane: u16, request: &Request) {
+        let Lane { stack, jobs, .. } = &mut self.lanes[usize::from(lane)];
+        let (tag, root) = (request.tag, stack.root());
+        let refused = stack.admit(&request.io).err();
+        assert!(!jobs[usize::from(tag)].active, "export handed out tag {tag} twice");
+        self.start_at((lane, tag), (request.io, request.pages), root, refused);
     }
 
     /// Ends a request of which nothing is out with an error that is nobody's to mend.
@@ -180,15 +212,17 @@ impl<R: Ring> Worker<R> {
         job.careful = None;
         job.fail(errno);
         job.refused = true;
-        self.settle(lane, tag);
+        self.settle(lane, tag, 0);
     }
 
     /// One pass of a request of which nothing is out: routes it as far as the tables allow and
     /// sends what was gathered. The next pass follows when all of it has landed: then neighbours
     /// find each other, which they would not if each flight that lands made room for one piece, and
     /// no request takes more of the table than one pass.
+    #[inline(never)]
     pub(crate) fn route(&mut self, lane: u16, tag: u16) {
-        let Lane { stack, jobs, files, live, .. } = &mut self.lanes[usize::from(lane)];
+        let Worker { lanes, flights, gather, counts, .. } = self;
+        let Lane { stack, jobs, files, live, .. } = &mut lanes[usize::from(lane)];
         let job = &mut jobs[usize::from(tag)];
         if let Some(live) = live {
             live.begin(job);
@@ -196,7 +230,6 @@ impl<R: Ring> Worker<R> {
                 return self.route_carefully(lane, tag);
             }
         }
-        let mut gather = Gather::new();
         debug_assert!(job.active && job.flying == 0, "tag {tag} routed while it is out");
         for _ in 0..PIECES_A_PASS {
             let piece = match job.next(stack) {
@@ -212,38 +245,100 @@ impl<R: Ring> Worker<R> {
                 Some(Ok(piece)) => piece,
             };
             let to = flights::place(&piece, files);
-            if !gather.join(&mut self.flights, to, &piece) {
-                let key = if gather.is_full() { None } else { self.flights.take() };
+            if !gather.join(flights, to, &piece) {
+                let key = if gather.is_full() { None } else { flights.take() };
                 let Some(key) = key else {
-                    job.held = Some(piece);
+                    job.held = Some(Ok(piece));
                     break;
                 };
-                let flight = self.flights.get(key);
-                flight.start((lane, tag), (job.io.op, job.io.fua), to, &piece);
+                flights.get(key).start((lane, tag), job.what(), to, &piece);
                 job.flying += 1;
                 gather.open(key);
             }
-            self.counts.pieces += 1;
+            one_more(&counts.pieces);
         }
-        let (keys, count) = gather.take();
+        let count = gather.close();
         if count == 0 {
-            return self.settle(lane, tag);
+            return self.settle(lane, tag, 0);
         }
-        for key in &keys[..count] {
-            self.counts.splices += 1;
-            match self.flights.get(*key).wait_ns {
-                0 => self.send(*key),
-                wait_ns => self.ring.after(*key, wait_ns),
+        for place in 0..count {
+            one_more(&self.counts.splices);
+            self.dispatch(self.gather.closed(place));
+        }
+    }
+
+    /// Sends a new flight, or has it wait as long as its route says.
+    pub(crate) fn dispatch(&mut self, key: u32) {
+        match self.flights.get(key).wait_ns {
+            0 => self.send(key),
+            wait_ns => self.ring.after(key, wait_ns),
+        }
+    }
+
+    fn send(&mut self, key: u32) {
+        let flight = self.flights.get(key);
+        if flight.is_void() {
+            let len = flight.len;
+            return self.landed(key, Ok(len));
+        }
+        self.ring.splice(key, &flight.splice());
+    }
+
+    #[inline(always)]
+    fn landed(&mut self, key: u32, result: Result<u64, Errno>) {
+        let flight = self.flights.get(key);
+        let (lane, tag, len) = (flight.lane, flight.tag, flight.len);
+        match result {
+            Ok(done) if done == len => {
+                self.flights.release(key);
+                self.settle(lane, tag, 1);
+            }
+            Ok(done) => self.fell_short(key, Ok(done)),
+            Err(errno) => self.fell_short(key, Err(errno)),
+        }
+    }
+
+    /// As `landed`, when it is not done whole.
+    #[cold]
+    #[inline(never)]
+    fn fell_short(&mut self, key: u32, result: Result<u64, Errno>) {
+        let flight = self.flights.get(key);
+        let (lane, tag) = (flight.lane, flight.tag);
+        match flight.fell_short(result) {
+            Next::Again => {
+                one_more(&self.counts.retries);
+                self.send(key);
+            }
+            Next::Later(ns) => {
+                one_more(&self.counts.retries);
+                self.ring.after(key, ns);
+            }
+            Next::Failed(errno) => {
+                self.flights.release(key);
+                let Lane { jobs, live, .. } = &mut self.lanes[usize::from(lane)];
+                let job = &mut jobs[usize::from(tag)];
+                job.fail(errno);
+                if let Some(live) = live {
+                    live.failed(job);
+                }
+                self.settle(lane, tag, 1);
             }
         }
     }
 
-    /// What follows when nothing of a request is out any more: its end, or its next pass.
-    pub(crate) fn settle(&mut self, lane: u16, tag: u16) {
+    /// Takes note that `landed` flights of a request are over. What follows when nothing of it is
+    /// out any more: its end, or its next pass.
+    #[inline(always)]
+    pub(crate) fn settle(&mut self, lane: u16, tag: u16, landed: u32) {
+        let job = &mut self.lanes[usize::from(lane)].jobs[usize::from(tag)];
+        job.flying -= landed;
+        if job.flying > 0 {
+            return;
+        }
         if self.slow.is_some() && self.needs_slow(lane, tag) {
             return;
         }
-        let job = &self.lanes[usize::from(lane)].jobs[usize::from(tag)];
+        let job = &mut self.lanes[usize::from(lane)].jobs[usize::from(tag)];
         if job.is_over() {
             self.finish(lane, tag);
         } else {
@@ -251,59 +346,25 @@ impl<R: Ring> Worker<R> {
         }
     }
 
-    pub(crate) fn send(&mut self, key: u32) {
-        let flight = self.flights.get(key);
-        if flight.is_void() {
-            let len = flight.len;
-            return self.landed(key, Ok(len));
-        }
-        let job = &self.lanes[usize::from(flight.lane)].jobs[usize::from(flight.tag)];
-        self.ring.splice(key, &flight.splice(job.pages));
-    }
-
-    fn landed(&mut self, key: u32, result: Result<u64, Errno>) {
-        let flight = self.flights.get(key);
-        let (lane, tag) = (flight.lane, flight.tag);
-        let result = match flight.landed(result) {
-            Next::Again => {
-                self.counts.retries += 1;
-                return self.send(key);
-            }
-            Next::Later(ns) => {
-                self.counts.retries += 1;
-                return self.ring.after(key, ns);
-            }
-            Next::Done(result) => result,
-        };
-        self.flights.release(key);
-        let Lane { jobs, live, .. } = &mut self.lanes[usize::from(lane)];
-        let job = &mut jobs[usize::from(tag)];
-        job.flying -= 1;
-        if let Err(errno) = result {
-            job.fail(errno);
-            if let Some(live) = live {
-                live.failed(job);
-            }
-        }
-        if job.flying == 0 {
-            self.settle(lane, tag);
-        }
-    }
-
+    #[inline(always)]
     fn finish(&mut self, lane: u16, tag: u16) {
-        let Lane { export, jobs, is_inner, live, .. } = &mut self.lanes[usize::from(lane)];
+        let Worker { ring, lanes, counts, .. } = self;
+        let Lane { export, jobs, live, is_inner, .. } = &mut lanes[usize::from(lane)];
         let job = &mut jobs[usize::from(tag)];
         debug_assert!(job.active, "tag {tag} finished twice");
         job.active = false;
-        let result = job.errno.map_or(Ok(()), |errno| Err(errno.for_client()));
+        self.busy -= 1;
         if let Some(live) = live {
             live.ended(job);
         }
-        self.busy -= 1;
         if !*is_inner {
-            self.counts.finished(job.io.op, result.is_ok());
+            counts.finished(job.io.op, job.errno.is_some());
         }
-        export.finish(&mut self.ring, tag, &job.io, result);
+        let result = match job.errno {
+            None => Ok(()),
+            Some(errno) => Err(errno.for_client()),
+        };
+        export.finish(ring, tag, &job.io, result);
     }
 
     fn tick(&mut self) {
@@ -312,7 +373,7 @@ impl<R: Ring> Worker<R> {
         for (index, lane) in self.lanes.iter().enumerate() {
             for (tag, job) in lane.jobs.iter().enumerate().filter(|(_, job)| job.active) {
                 if self.watch.is_due(job.since) {
-                    self.counts.stuck += 1;
+                    one_more(&self.counts.stuck);
                     (self.watch.on_stuck)(&Stuck {
                         lane: u16::try_from(index).unwrap_or(u16::MAX),
                         tag: u16::try_from(tag).unwrap_or(u16::MAX),
@@ -329,6 +390,5 @@ impl<R: Ring> Worker<R> {
 impl<R: Ring> Drop for Worker<R> {
     fn drop(&mut self) {
         self.counts.set_ring(self.ring.counts());
-        self.shared.publish(&self.counts);
     }
 }

@@ -29,7 +29,7 @@ impl Uring {
     /// Asks to hear of the next call.
     fn listen(&mut self) {
         let Some(bell) = &self.bell else { return };
-        self.queues.push(&Sqe {
+        self.queues.push(Sqe {
             opcode: OP_POLL_ADD,
             fd: bell.as_raw_fd(),
             op_flags: u32::try_from(libc::POLLIN).unwrap_or(1),

@@ -7,14 +7,17 @@
 mod arena;
 pub mod control;
 mod files;
+#[cfg(feature = "imitation")]
+mod imitation;
 mod inner;
 pub mod loopctl;
 pub mod probe;
 mod ring;
+mod setup;
 mod splice;
 mod submit;
 pub mod thread;
 pub mod uapi;
 
 pub use files::{FileKind, RingFile};
-pub use ring::{Command, Config, LaneMemory, Uring, open};
+pub use ring::{Command, Config, LaneMemory, Prepared, Uring, open};

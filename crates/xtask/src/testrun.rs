@@ -78,6 +78,7 @@ pub fn run(options: &Options) -> Fallible<u8> {
     if filter.is_none() {
         run.step("documentation", steps::documentation)?;
         run.step("price of a request", steps::price_of_a_request)?;
+        run.step("user mode of a request", steps::user_mode_of_a_request)?;
         let seeds = if options.quick { QUICK_SEEDS } else { SEEDS };
         run.step("simulator", || steps::simulator(seeds))?;
     }

@@ -1,8 +1,8 @@
 //! Answers for what a mirror keeps on its legs: docs/formats/mirror.md, byte for byte.
 //!
 //! All of it lies in the last 64 KiB of a leg: two places for the superblock, of which the one that
-//! does not hold the newest is written, and the log of regions that may differ between legs. Every
-//! 512 bytes carry a checksum of their own, so a torn write is seen, whatever the block of the disk.
+//! does not hold the newest is written, and the log of regions that may differ between legs. Each
+//! 512 bytes carry a checksum of their own, so a torn write is seen, whatever the disk's block is.
 
 use devsplice_core::prelude::*;
 

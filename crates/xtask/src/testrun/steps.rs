@@ -20,6 +20,14 @@ const ROUTE_REQUESTS: (u64, u64) = (1000, 11_000);
 const ROUTE_HOMES: [(&str, &str); 2] =
     [("devsplice-layers", "crates/layers"), ("devsplice-core", "crates/core")];
 
+/// Instructions that a 4 KiB request through three layers may cost the server in user mode, 32 in
+/// flight: what is aimed at, and what is held to until that is reached.
+const USER_BARS: (u64, u64) = (600, 710);
+/// Its cases: how many in flight, over what. The last is the one with the bars.
+const USER_CASES: [(&str, &str); 3] = [("1", "file"), ("32", "file"), ("32", "three")];
+/// What only imitates the kernel, in a cost that is the server's otherwise.
+const IMITATION: &str = "--toggle-collect=*Queues*imitate*";
+
 /// The programs of the end-to-end tests.
 pub struct Programs {
     /// The tests.
@@ -78,18 +86,53 @@ pub fn price_of_a_request() -> Fallible<Counts> {
     };
     let build = ["build", "--release", "-p", package, "--example", "route_cost"];
     let program = build_executable(&build, "route_cost")?;
+    let each = instructions(&valgrind, &[], &[&program])?;
+    println!("{name}: {each} instructions (bar {ROUTE_BAR})");
+    Ok(Counts::check(each <= ROUTE_BAR))
+}
+
+/// Instructions per request of a program that is told how many to serve: what the second thousands
+/// cost more than the first.
+fn instructions(valgrind: &Path, options: &[&str], words: &[&str]) -> Fallible<u64> {
     let count = |requests: u64| {
-        let mut command = tied(&valgrind);
-        command.args(["--tool=callgrind", "--callgrind-out-file=/dev/null", &program]);
-        command.arg(requests.to_string()).stdin(Stdio::null());
+        let mut command = tied(valgrind);
+        command.args(["--tool=callgrind", "--callgrind-out-file=/dev/null"]).args(options);
+        command.args(words).arg(requests.to_string()).stdin(Stdio::null());
         let output = command.output().map_err(|e| format!("cannot start valgrind: {e}"))?;
         let stderr = String::from_utf8_lossy(&output.stderr);
         collected(&stderr).ok_or_else(|| format!("callgrind counted nothing: {stderr}"))
     };
     let (few, many) = ROUTE_REQUESTS;
-    let each = count(many)?.saturating_sub(count(few)?) / (many - few);
-    println!("{name}: {each} instructions (bar {ROUTE_BAR})");
-    Ok(Counts::check(each <= ROUTE_BAR))
+    Ok(count(many)?.saturating_sub(count(few)?) / (many - few))
+}
+
+/// Counts what a request costs the server in user mode: the real ring and the real ublk queue over
+/// a kernel that does nothing.
+pub fn user_mode_of_a_request() -> Fallible<Counts> {
+    let name = "user mode of a request";
+    let Some(valgrind) = proc::find_program("valgrind") else {
+        return Ok(Counts::skip(name, "valgrind is not installed"));
+    };
+    let build = ["build", "--release", "-p", "devsplice-exports", "--features", "imitation"];
+    let build = [&build[..], &["--example", "user_cost"]].concat();
+    let program = build_executable(&build, "user_cost")?;
+    if run_quiet(tied(&program).args(["1", "file", "10"])).is_err() {
+        return Ok(Counts::skip(name, "needs io_uring of Linux 6.10"));
+    }
+    let mut each = 0;
+    for (depth, stack) in USER_CASES {
+        let words = [&program[..], depth, stack];
+        let all = instructions(&valgrind, &[], &words)?;
+        each = all.saturating_sub(instructions(&valgrind, &[IMITATION], &words)?);
+        println!("{name}, {stack}, {depth} in flight: {each} instructions");
+    }
+    let (aim, bar) = USER_BARS;
+    let mut counts = Counts::check(each <= bar);
+    if each > aim {
+        let reason = format!("{each} instructions, not reached yet");
+        counts.skipped.push((format!("{name} <= {aim}"), reason));
+    }
+    Ok(counts)
 }
 
 /// The engine over simulated disks that fail, lie and lose power: so many seeds of it.
