@@ -8,8 +8,8 @@
 //!
 //! What it does not do: tell which leg is right when two that can both be read differ (it takes the
 //! first); keep legs equal in blocks that were discarded and not written since, or to which a
-//! client sends two writes at once; nor keep what an unfinished write left before a crash from changing
-//! once more, if the leg that is read from is lost before the legs are equal again.
+//! client sends two writes at once; nor keep what an unfinished write left before a crash from
+//! changing once more, if the leg that is read from is lost before the legs are equal again.
 
 mod assemble;
 mod format;
