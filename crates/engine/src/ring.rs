@@ -105,6 +105,10 @@ pub trait Ring {
     /// The next event, if one is there.
     fn next(&mut self) -> Option<Event>;
 
+    /// Gives back memory that requests have used and none uses now. Called when no request has been
+    /// there for a second or two.
+    fn rest(&mut self) {}
+
     /// What the ring has counted since its start.
     fn counts(&self) -> RingCounts;
 }

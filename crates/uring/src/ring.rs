@@ -11,7 +11,9 @@ use crate::arena::Arena;
 use crate::files::{DiscardWay, FileKind, RingFile, Slot, ZeroWay};
 use crate::splice::{Around, DATA_AT, Flight, PagesKind, ZEROES_LEN, entry};
 use crate::submit::Queues;
-use crate::uapi::{OP_POLL_ADD, OP_READ, OP_TIMEOUT, OP_URING_CMD, OP_WRITE, SQE_FIXED_FILE, Sqe};
+use crate::uapi::{
+    OP_ASYNC_CANCEL, OP_POLL_ADD, OP_READ, OP_TIMEOUT, OP_URING_CMD, OP_WRITE, SQE_FIXED_FILE, Sqe,
+};
 
 /// What memory a lane's requests have.
 #[derive(Clone, Copy, Debug)]
@@ -250,6 +252,18 @@ impl Uring {
         });
     }
 
+    /// Asks for an early end of the lane's [`Uring::read`] or [`Uring::write`] with the index
+    /// `which`. It completes once in any case: with `ECANCELED` if this was in time.
+    pub fn cancel(&mut self, (lane, index): (u16, u32), which: u32) {
+        self.queues.push(&Sqe {
+            opcode: OP_ASYNC_CANCEL,
+            fd: -1,
+            addr: KIND_EXPORT_LENT | u64::from(lane) << 32 | u64::from(which),
+            user_data: KIND_EXPORT | u64::from(lane) << 32 | u64::from(index),
+            ..Sqe::default()
+        });
+    }
+
     /// Sends a command to a character device. With [`Command::lend`], the low half of `index` must
     /// be that tag.
     pub fn command(&mut self, (lane, index): (u16, u32), file: FileId, command: &Command) {
@@ -415,6 +429,12 @@ impl Ring for Uring {
                     return Some(Event::Export { lane, completion });
                 }
             }
+        }
+    }
+
+    fn rest(&mut self) {
+        for arena in self.arenas.iter_mut().flatten() {
+            arena.rest();
         }
     }
 

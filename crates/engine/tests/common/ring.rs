@@ -101,6 +101,8 @@ pub struct World {
     pub may_sleep: bool,
     pub asleep: bool,
     pub timers: u64,
+    /// When memory was given back.
+    pub rests: Vec<u64>,
     flights: u32,
     due: Vec<Due>,
     ready: VecDeque<Event>,
@@ -120,6 +122,7 @@ impl World {
             may_sleep: false,
             asleep: false,
             timers: 0,
+            rests: Vec::new(),
             flights,
             due: Vec::with_capacity(1 << 12),
             ready: VecDeque::with_capacity(1 << 12),
@@ -340,6 +343,13 @@ impl Ring for FakeRing {
 
     fn next(&mut self) -> Option<Event> {
         self.world.lock().unwrap().ready.pop_front()
+    }
+
+    /// Whoever still wants data in its pages sees that it is gone.
+    fn rest(&mut self) {
+        let world = &mut *self.world.lock().unwrap();
+        world.rests.push(world.now);
+        world.pages.iter_mut().for_each(|pages| pages.fill(0xee));
     }
 
     fn counts(&self) -> RingCounts {

@@ -110,6 +110,11 @@ pub struct Options {
 
 /// Most bytes of a request. Larger ones cost more memory where data is copied and gain nothing.
 const MAX_IO: u32 = 1 << 20;
+/// Bytes that the requests of a device may have locked where the kernel copies (`DataPath::Copy`):
+/// that memory has to be there before a request comes. Requests are smaller then.
+const MAX_LOCKED: u32 = 12 << 20;
+/// What a request may at least have there, however many there are.
+const MIN_IO: u32 = 16 << 10;
 /// How long the character device may take to appear, or to be let go.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -153,7 +158,12 @@ impl Device {
         let started = (|| {
             let limits = stack.limits();
             let read_only = options.read_only || limits.read_only;
-            let params = params::params(limits, read_only, MAX_IO, data_path.copies() == 0);
+            let params = params::params(
+                limits,
+                read_only,
+                max_io(&info, data_path),
+                data_path.copies() == 0,
+            );
             control.set_params(info.dev_id, params)?;
             let file = open_char(info.dev_id)?;
             let shape = shape(options, &info, data_path);
@@ -263,12 +273,23 @@ fn wish(options: &Options, path: DataPath, features: u64) -> DevInfo {
     }
 }
 
+/// Most bytes of a request on this path.
+fn max_io(info: &DevInfo, path: DataPath) -> u32 {
+    if path != DataPath::Copy {
+        return MAX_IO;
+    }
+    let tags = u32::from(info.nr_hw_queues) * u32::from(info.queue_depth);
+    // Each has a page for headers, too.
+    let each = (MAX_LOCKED / tags.max(1)).saturating_sub(4096).clamp(MIN_IO, MAX_IO);
+    1 << each.ilog2()
+}
+
 fn shape(options: &Options, info: &DevInfo, path: DataPath) -> Shape {
     let slots = path.copies() == 0;
     // Zero-copy paths have memory for the requests that fall back; untouched, it costs nothing.
     let memory = LaneMemory {
         depth: info.queue_depth,
-        bytes: MAX_IO,
+        bytes: max_io(info, path),
         slots,
         locked: path == DataPath::Copy,
     };
@@ -343,6 +364,25 @@ mod tests {
         assert_eq!(choose_path(None, F_USER_COPY).unwrap(), DataPath::UserCopy);
         assert_eq!(choose_path(None, 0).unwrap(), DataPath::Copy);
         assert_eq!(choose_path(Some(DataPath::Copy), all).unwrap(), DataPath::Copy);
+    }
+
+    #[test]
+    fn locked_memory_is_bounded_by_smaller_requests_and_other_paths_have_large_ones() {
+        let info =
+            |nr_hw_queues, queue_depth| DevInfo { nr_hw_queues, queue_depth, ..DevInfo::default() };
+        let locked = |queues: u16, depth: u16| {
+            let bytes = max_io(&info(queues, depth), DataPath::Copy);
+            assert!(bytes.is_power_of_two() && (MIN_IO..=MAX_IO).contains(&bytes));
+            u32::from(queues) * u32::from(depth) * (bytes + 4096)
+        };
+        for (queues, depth) in [(1, 1), (1, 128), (2, 128), (4, 128), (3, 100), (1, 256)] {
+            assert!(locked(queues, depth) <= MAX_LOCKED, "{queues} x {depth}");
+        }
+        assert_eq!(max_io(&info(2, 128), DataPath::Copy), 32 << 10);
+        assert_eq!(max_io(&info(4, 4096), DataPath::Copy), MIN_IO);
+        for path in [DataPath::AutoRegister, DataPath::Register, DataPath::UserCopy] {
+            assert_eq!(max_io(&info(4, 4096), path), MAX_IO);
+        }
     }
 
     #[test]
