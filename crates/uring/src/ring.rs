@@ -79,6 +79,8 @@ pub struct Uring {
     /// One per flight, and one for the watchdog.
     times: Box<[Timespec]>,
     arenas: Vec<Option<Arena>>,
+    /// How many of them are those of [`Config::lanes`], whose requests the engine counts.
+    outer: usize,
     /// Where each lane's slots start in the table of registered buffers.
     slot_bases: Vec<Option<u16>>,
     zeroes: Arena,
@@ -124,6 +126,7 @@ impl Uring {
             flights: vec![Flight::IDLE; config.flights as usize].into(),
             times: vec![Timespec::default(); config.flights as usize + 1].into(),
             arenas,
+            outer: config.lanes.len(),
             slot_bases,
             zeroes: Arena::new(1, ZEROES_LEN, false)?,
             bytes_spliced: 0,
@@ -433,7 +436,7 @@ impl Ring for Uring {
     }
 
     fn rest(&mut self) {
-        for arena in self.arenas.iter_mut().flatten() {
+        for arena in self.arenas[..self.outer].iter_mut().flatten() {
             arena.rest();
         }
     }
