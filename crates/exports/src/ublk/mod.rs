@@ -8,18 +8,17 @@ mod uapi;
 
 use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use devsplice_core::{Error, ErrorKind, Result, Stack};
-use devsplice_engine::{Counts, Export, Stuck};
+use devsplice_core::{Error, ErrorKind, Result};
+use devsplice_engine::{Counts, Export};
 use devsplice_uring::{FileKind, LaneMemory, RingFile, Uring};
 use rustix::fs::OFlags;
 use rustix::thread::CpuSet;
 
 pub use control::{CONTROL, Control, available};
 
-use crate::threads::{Bottom, Crew, Shape, Work};
+use crate::threads::{Crew, OnMade, Service, Shape, Work};
 use queue::{Queue, QueueConfig};
 use uapi::{DevInfo, F_AUTO_BUF_REG, F_NO_AUTO_PART_SCAN, F_USER_COPY, F_ZERO_COPY};
 
@@ -134,20 +133,16 @@ pub fn feature_names(features: u64) -> Vec<(&'static str, bool)> {
 }
 
 impl Device {
-    /// Makes a disk of `stack` and returns when it can be used.
+    /// Makes a disk of `service.stack` and returns when it can be used. `on_made` is told the
+    /// device's number.
     ///
     /// # Errors
     /// Without the driver, rights, or the data path asked for; nothing is left behind then.
-    pub fn attach(
-        options: &Options,
-        stack: Arc<Stack>,
-        bottoms: Vec<Bottom>,
-        on_stuck: fn(&Stuck),
-        on_death: fn(Error),
-    ) -> Result<Device> {
+    pub fn attach(options: &Options, service: Service, on_made: OnMade<'_>) -> Result<Device> {
         let mut control = Control::open()?;
         let data_path = choose_path(options.data_path, control.features())?;
         let info = control.add(wish(options, data_path, control.features()))?;
+        on_made(info.dev_id);
         let lost = data_path.flags() & !info.flags;
         if lost != 0 {
             let _ = control.delete(info.dev_id);
@@ -156,7 +151,7 @@ impl Device {
                 .next("--data-path auto, and report this kernel"));
         }
         let started = (|| {
-            let limits = stack.limits();
+            let limits = service.stack.limits();
             let read_only = options.read_only || limits.read_only;
             let params = params::params(
                 limits,
@@ -170,7 +165,7 @@ impl Device {
             let cpus = if options.affinity { queue_cpus(&mut control, &info) } else { Vec::new() };
             let make = queue_maker(file, &info, data_path, control.is_encoded());
             let cpus = Box::new(move |queue: u16| cpus.get(usize::from(queue)).copied().flatten());
-            Crew::start(shape, Work { stack, bottoms, make, cpus, on_stuck, on_death })
+            Crew::start(shape, Work { service, make, cpus })
         })();
         let crew = match started {
             Ok(crew) => crew,
