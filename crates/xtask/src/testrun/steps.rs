@@ -6,6 +6,7 @@ use std::process::{Command, Stdio};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
+use super::kernels::Kernel;
 use super::parse::{Counts, collected, executable};
 use crate::proc::{self, Guard, run_quiet, tied};
 use crate::{Fallible, tidy, vm};
@@ -120,21 +121,29 @@ pub fn end_to_end_here(programs: &Programs, filter: Option<&str>) -> Fallible<Co
 }
 
 /// The end-to-end tests in a virtual machine.
-pub fn end_to_end_vm(programs: &Programs, kernel: &str, filter: Option<&str>) -> Fallible<Counts> {
+pub fn end_to_end_vm(
+    programs: &Programs,
+    series: &str,
+    filter: Option<&str>,
+    kernel: &mut Kernel,
+) -> Fallible<Counts> {
     if let Err(reason) = vm::available() {
         return Ok(Counts::skip("all end-to-end tests in a VM", &reason));
     }
     let this = std::env::current_exe().map_err(|e| format!("cannot find this program: {e}"))?;
     let limit = (STEP_LIMIT.as_secs() - 30).to_string();
     let mut command = tied(this);
-    command.args(["vm", "--kernel", kernel, "--timeout", &limit, "--scratch", "4G", "--"]);
+    command.args(["vm", "--kernel", series, "--timeout", &limit, "--scratch", "4G", "--"]);
     let filter = filter.map(|filter| format!("'{filter}'")).unwrap_or_default();
     let Programs { tests: suite, allocations, .. } = programs;
     // One shell for both, so that one boot does; the second runs whatever the first came to.
+    let questions = Kernel::questions(&programs.command);
     command.arg(format!(
-        "{suite} --test-threads=1 {filter}; r=$?; {allocations} --nocapture {filter} && exit $r"
+        "{questions}{suite} --test-threads=1 {filter}; r=$?; \
+         {allocations} --nocapture {filter} && exit $r"
     ));
-    tests(command.env("DEVSPLICE_E2E", "vm").env("DEVSPLICE_BIN", &programs.command))
+    command.env("DEVSPLICE_E2E", "vm").env("DEVSPLICE_BIN", &programs.command);
+    counted(&mut command, &mut |line| kernel.line(line))
 }
 
 /// A command whose success is one check.
@@ -144,8 +153,16 @@ fn check(command: &mut Command) -> Fallible<Counts> {
 
 /// A command that runs tests: its output passes through and is counted.
 fn tests(command: &mut Command) -> Fallible<Counts> {
+    counted(command, &mut |_| ())
+}
+
+/// The same; `also` gets each line, too.
+fn counted(command: &mut Command, also: &mut dyn FnMut(&str)) -> Fallible<Counts> {
     let mut counts = Counts::default();
-    let held = stream(command, &mut |line| counts.line(line))?;
+    let held = stream(command, &mut |line| {
+        also(line);
+        counts.line(line);
+    })?;
     if !held && counts.failed == 0 {
         // It did not compile, crashed, or ran out of time.
         counts.failed = 1;
