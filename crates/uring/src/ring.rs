@@ -156,6 +156,22 @@ impl Uring {
         Ok(FileId(index))
     }
 
+    /// Fills a slot of the table of registered buffers with memory of ours, so that a device finds
+    /// it taken: for tests of what follows then.
+    ///
+    /// # Errors
+    /// As the kernel says.
+    #[doc(hidden)]
+    pub fn occupy_slot(&mut self, index: u16) -> Result<()> {
+        let base = self.zeroes.address(0, 0, ZEROES_LEN) as *mut libc::c_void;
+        let memory = [libc::iovec { iov_base: base, iov_len: ZEROES_LEN }];
+        let submitter = self.queues.ring.submitter();
+        // SAFETY: the memory is the ring's own and outlives its table of buffers (`queues` is
+        // dropped first); no entry that could write to it names the slot.
+        unsafe { submitter.register_buffers_update(u32::from(index), &memory, None) }
+            .map_err(|error| Error::os("registering a buffer with io_uring", &error))
+    }
+
     /// The pages of a request whose data is the device's own, in the slot of its tag.
     ///
     /// # Panics

@@ -1,6 +1,8 @@
 //! Answers for the ublk front end: a /dev/ublkbN whose requests this process serves.
 
 mod control;
+#[cfg(test)]
+mod fallback;
 mod map;
 mod params;
 mod queue;
@@ -107,6 +109,9 @@ pub struct Options {
     pub stuck_seconds: u32,
 }
 
+/// What is done to a ring that will serve queues.
+type Prepare = fn(&mut Uring) -> Result<()>;
+
 /// Most bytes of a request. Larger ones cost more memory where data is copied and gain nothing.
 const MAX_IO: u32 = 1 << 20;
 /// Bytes that the requests of a device may have locked where the kernel copies (`DataPath::Copy`):
@@ -139,7 +144,17 @@ impl Device {
     /// # Errors
     /// Without the driver, rights, or the data path asked for; nothing is left behind then.
     pub fn attach(options: &Options, service: Service, on_made: OnMade<'_>) -> Result<Device> {
-        let mut control = Control::open()?;
+        Device::make(Control::open()?, options, service, on_made, |_| Ok(()))
+    }
+
+    /// The same; `prepare` sees each queue's ring before the queue does.
+    fn make(
+        mut control: Control,
+        options: &Options,
+        service: Service,
+        on_made: OnMade<'_>,
+        prepare: Prepare,
+    ) -> Result<Device> {
         let data_path = choose_path(options.data_path, control.features())?;
         let info = control.add(wish(options, data_path, control.features()))?;
         on_made(info.dev_id);
@@ -163,7 +178,7 @@ impl Device {
             let file = open_char(info.dev_id)?;
             let shape = shape(options, &info, data_path);
             let cpus = if options.affinity { queue_cpus(&mut control, &info) } else { Vec::new() };
-            let make = queue_maker(file, &info, data_path, control.is_encoded());
+            let make = queue_maker(file, &info, (data_path, control.is_encoded()), prepare);
             let cpus = Box::new(move |queue: u16| cpus.get(usize::from(queue)).copied().flatten());
             Crew::start(shape, Work { service, make, cpus })
         })();
@@ -316,11 +331,12 @@ fn open_char(id: u32) -> Result<OwnedFd> {
 fn queue_maker(
     file: OwnedFd,
     info: &DevInfo,
-    path: DataPath,
-    encoded: bool,
+    (path, encoded): (DataPath, bool),
+    prepare: Prepare,
 ) -> Box<crate::threads::MakeQueue> {
     let depth = info.queue_depth;
     Box::new(move |queue, ring: &mut Uring| {
+        prepare(ring)?;
         let fd = file.try_clone().map_err(|error| Error::os("/dev/ublkc", &error))?;
         let descriptors = map::Descriptors::map(fd.as_fd(), queue, depth)?;
         let file = ring.add_file(RingFile { fd, kind: FileKind::Other })?;

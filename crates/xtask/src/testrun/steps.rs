@@ -27,6 +27,8 @@ pub struct Programs {
     tests: String,
     /// The test that counts allocations, which also runs in the VM for ublk's sake.
     allocations: String,
+    /// The front ends' own tests, among them some that need ublk.
+    front_ends: String,
     /// The command `devsplice`, built for release.
     command: String,
 }
@@ -110,7 +112,9 @@ pub fn build_end_to_end() -> Fallible<Programs> {
         build_executable(&["test", "-p", "devsplice-e2e", "--test", "e2e", "--no-run"], "e2e")?;
     let allocations = ["test", "-p", "devsplice-exports", "--test", "no_allocation", "--no-run"];
     let allocations = build_executable(&allocations, "no_allocation")?;
-    Ok(Programs { tests, allocations, command })
+    let front_ends = ["test", "-p", "devsplice-exports", "--lib", "--no-run"];
+    let front_ends = build_executable(&front_ends, "devsplice_exports")?;
+    Ok(Programs { tests, allocations, front_ends, command })
 }
 
 /// The end-to-end tests that this machine's own kernel allows.
@@ -135,11 +139,12 @@ pub fn end_to_end_vm(
     let mut command = tied(this);
     command.args(["vm", "--kernel", series, "--timeout", &limit, "--scratch", "4G", "--"]);
     let filter = filter.map(|filter| format!("'{filter}'")).unwrap_or_default();
-    let Programs { tests: suite, allocations, .. } = programs;
-    // One shell for both, so that one boot does; the second runs whatever the first came to.
+    let Programs { tests: suite, allocations, front_ends, .. } = programs;
+    // One shell for all, so that one boot does; each runs whatever the one before came to.
     let questions = Kernel::questions(&programs.command);
     command.arg(format!(
         "{questions}{suite} --test-threads=1 {filter}; r=$?; \
+         {front_ends} --test-threads=1 --show-output fallback {filter} || r=1; \
          {allocations} --nocapture {filter} && exit $r"
     ));
     command.env("DEVSPLICE_E2E", "vm").env("DEVSPLICE_BIN", &programs.command);
