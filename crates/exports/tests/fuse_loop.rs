@@ -293,6 +293,51 @@ fn a_deep_queue_costs_few_calls() {
     disk.end();
 }
 
+/// KiB that are resident of mappings as large as the memory of a device's requests.
+fn request_memory() -> u64 {
+    let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+    let number = |line: &str| line.split_whitespace().nth(1).and_then(|word| word.parse().ok());
+    let (mut size, mut sum) = (0, 0);
+    for line in maps.lines() {
+        if line.starts_with("Size:") {
+            size = number(line).unwrap_or(0);
+        } else if line.starts_with("Rss:") && size > 60 << 10 {
+            sum += number(line).unwrap_or(0);
+        }
+    }
+    sum
+}
+
+#[test]
+fn memory_is_given_back_after_a_burst_although_reads_stay_parked() {
+    let Some(_alone) = ready() else { return };
+    // Slow, so that all of them are there at once and end at once.
+    let disk = disk_of(&options("burst"), limits(64 * MIB), Some(("delay", "read=300ms")));
+    let burst = || {
+        std::thread::scope(|scope| {
+            for index in 0..64 {
+                let disk = &disk;
+                scope.spawn(move || {
+                    let mut data = Pages::new(1 << 20, |_| 1);
+                    disk.open().read_exact_at(data.all(), index * MIB).unwrap();
+                    assert!(data.all().iter().all(|byte| *byte == 0));
+                });
+            }
+        });
+    };
+    burst();
+    let most = request_memory();
+    let end = Instant::now() + Duration::from_secs(8);
+    // One read is parked, and may keep the memory that its tag has had.
+    while request_memory() > 2 << 10 {
+        assert!(Instant::now() < end, "{} of {most} KiB are kept", request_memory());
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert!(most > 20 << 10, "{most} KiB: that was no burst");
+    burst();
+    disk.end();
+}
+
 #[test]
 fn a_file_system_lives_on_it() {
     let Some(_alone) = ready() else { return };
