@@ -96,7 +96,9 @@ mod tests {
         is_true(device.path());
         let counts = device.detach().unwrap();
         let moved = 2 * (CLIENTS * 8 * LEN) as u64;
-        assert_eq!((counts.errors, counts.bytes_spliced + counts.bytes_copied), (0, moved));
+        assert_eq!(counts.errors, 0);
+        // Kernels that look for partitions whatever they are told read some more.
+        assert!(counts.bytes_spliced + counts.bytes_copied >= moved, "{counts:?}");
         assert!(counts.bytes_copied > 0 && counts.bytes_spliced > 0, "{counts:?}");
     }
 
