@@ -79,7 +79,7 @@ fn open_with(wish: &Wish<'_>, flags: OFlags) -> Result<OwnedFd> {
     let reads_only = wish.read_only || wish.access == Access::Look;
     let access = if reads_only { OFlags::RDONLY } else { OFlags::RDWR };
     let flags = access | flags | OFlags::CLOEXEC | OFlags::NOCTTY;
-    rustix::fs::open(wish.path, flags, Mode::empty()).map_err(|errno| {
+    patiently(|| rustix::fs::open(wish.path, flags, Mode::empty())).map_err(|errno| {
         use rustix::io::Errno;
         let error = Error::os(wish.path, &errno.into());
         match errno {
@@ -134,16 +134,24 @@ fn lock(fd: &OwnedFd, wish: &Wish<'_>) -> Result<()> {
     } else {
         FlockOperation::NonBlockingLockExclusive
     };
+    patiently(|| rustix::fs::flock(fd, lock)).map_err(|_| {
+        let reason = "is in use: another process has locked it";
+        Error::new(ErrorKind::Busy, wish.path, reason).next("see who: fuser -v, or devsplice list")
+    })
+}
+
+/// Tries until it works, or fails in another way than by what a server before us may still hold.
+fn patiently<T>(take: impl Fn() -> Result<T, rustix::io::Errno>) -> Result<T, rustix::io::Errno> {
+    use rustix::io::Errno;
     let end = Instant::now() + LOCK_PATIENCE;
-    while rustix::fs::flock(fd, lock).is_err() {
-        if Instant::now() > end {
-            let reason = "is in use: another process has locked it";
-            return Err(Error::new(ErrorKind::Busy, wish.path, reason)
-                .next("see who: fuser -v, or devsplice list"));
+    loop {
+        match take() {
+            Err(Errno::BUSY | Errno::AGAIN) if Instant::now() < end => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            done => return done,
         }
-        std::thread::sleep(Duration::from_millis(10));
     }
-    Ok(())
 }
 
 /// A loop device takes no lock on its file, so it has to be looked for.

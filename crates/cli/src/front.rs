@@ -1,11 +1,10 @@
 //! Answers for the choice of a front end, and for treating them alike.
 
 use std::path::Path;
-use std::sync::Arc;
 
-use devsplice_core::{Error, ErrorKind, Result, Stack};
-use devsplice_engine::{Counts, Stuck};
-use devsplice_exports::threads::{Bottom, Crew};
+use devsplice_core::{Error, ErrorKind, Result};
+use devsplice_engine::Counts;
+use devsplice_exports::threads::{Crew, OnMade, Service};
 use devsplice_exports::{fuse, ublk};
 
 use crate::args::{Add, Export, PathChoice};
@@ -16,15 +15,6 @@ pub enum Front {
     Ublk(Box<ublk::Device>),
     /// /dev/loopN over a file of ours.
     Fuse(Box<fuse::Device>),
-}
-
-/// Who is told what happens on the I/O threads.
-#[derive(Clone, Copy)]
-pub struct Hooks {
-    /// A request is stuck below.
-    pub on_stuck: fn(&Stuck),
-    /// A thread cannot go on.
-    pub on_death: fn(Error),
 }
 
 /// Most queues that are made unasked.
@@ -83,7 +73,8 @@ fn ublk_or_module() -> Result<()> {
 }
 
 impl Front {
-    /// Makes the disk.
+    /// Makes the disk. `on_made` is told what of it will have to be cleared up, before it can be
+    /// used.
     ///
     /// # Errors
     /// As the front end says.
@@ -91,9 +82,8 @@ impl Front {
         add: &Add,
         name: &str,
         export: Export,
-        stack: Arc<Stack>,
-        bottoms: Vec<Bottom>,
-        hooks: Hooks,
+        service: Service,
+        on_made: OnMade<'_>,
     ) -> Result<Front> {
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
         // FUSE has one list of requests per connection: more readers only wake each other in vain.
@@ -110,8 +100,7 @@ impl Front {
                 part_scan: !add.no_part_scan,
                 stuck_seconds: add.stuck_after,
             };
-            let device =
-                fuse::Device::attach(&options, stack, bottoms, hooks.on_stuck, hooks.on_death)?;
+            let device = fuse::Device::attach(&options, service, on_made)?;
             return Ok(Front::Fuse(Box::new(device)));
         }
         let options = ublk::Options {
@@ -125,8 +114,7 @@ impl Front {
             affinity: !add.no_affinity,
             stuck_seconds: add.stuck_after,
         };
-        let device =
-            ublk::Device::attach(&options, stack, bottoms, hooks.on_stuck, hooks.on_death)?;
+        let device = ublk::Device::attach(&options, service, on_made)?;
         Ok(Front::Ublk(Box::new(device)))
     }
 
@@ -143,14 +131,6 @@ impl Front {
         match self {
             Front::Ublk(device) => device.crew(),
             Front::Fuse(device) => device.crew(),
-        }
-    }
-
-    /// Number of the ublk device.
-    pub fn ublk_id(&self) -> Option<u32> {
-        match self {
-            Front::Ublk(device) => Some(device.id()),
-            Front::Fuse(_) => None,
         }
     }
 

@@ -82,9 +82,12 @@ pub fn clean(disk: &Disk) {
     {
         clean_ublk(&mut control, id, disk.pid);
     }
-    if disk.export == "fuse" && !disk.device.is_empty() {
-        let _ = fuse::clear_loop(&disk.device, &disk.name);
-    }
+    let _ = match (disk.fuse_connection, disk.device.as_str()) {
+        // It died while it was attached.
+        (Some(number), "") => fuse::clear_unknown(&disk.name, number),
+        (Some(_), device) => fuse::clear_loop(device, &disk.name),
+        (None, _) => Ok(false),
+    };
 }
 
 /// Deletes a ublk device, unless a living process other than the dead server has it by now.

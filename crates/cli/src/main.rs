@@ -11,7 +11,6 @@ mod explain;
 mod features;
 mod front;
 mod guard;
-mod host;
 mod info;
 mod list;
 mod papers;

@@ -9,6 +9,8 @@ use std::time::Duration;
 use devsplice_backends::Access;
 use devsplice_core::{Error, ErrorKind, Result};
 use devsplice_engine::Stuck;
+use devsplice_exports::host;
+use devsplice_exports::threads::Service;
 use devsplice_spec::Plan;
 use rustix::fs::{Mode, OFlags};
 use serde_json::{Value, json};
@@ -17,9 +19,8 @@ use signal_hook::iterator::Signals;
 
 use crate::args::{Add, Export};
 use crate::assemble::assemble;
-use crate::front::{Front, Hooks};
+use crate::front::Front;
 use crate::guard::Guard;
-use crate::host;
 use crate::state::{self, Claim, Disk};
 
 /// Most bytes of one request on the control socket.
@@ -66,7 +67,7 @@ impl Server {
         choice: (Export, String),
         mut guard: Guard,
     ) -> Result<Server> {
-        let claim = match Claim::take(add.name.as_deref()) {
+        let mut claim = match Claim::take(add.name.as_deref()) {
             Ok(claim) => claim,
             Err(error) => {
                 guard.dismiss();
@@ -74,7 +75,7 @@ impl Server {
             }
         };
         guard.name(&claim.name);
-        match Server::prepare(add, plan, choice, &claim.name) {
+        match Server::prepare(add, plan, choice, &mut claim) {
             Ok((front, disk, news)) => {
                 let mut server = Server { front, disk, claim, guard, news };
                 match server.claim.write(&server.disk) {
@@ -97,40 +98,44 @@ impl Server {
         add: &Add,
         plan: &Plan,
         (export, why): (Export, String),
-        name: &str,
+        claim: &mut Claim,
     ) -> Result<(Front, Disk, Receiver<News>)> {
         let assembled = assemble(plan, Access::Serve)?;
         let mut warnings = assembled.warnings();
         let limits = *assembled.stack.limits();
         let (stack, bottoms) = assembled.into_parts();
         let (news_in, news) = channel();
-        let listener = listen(name)?;
+        let name = claim.name.clone();
+        let listener = listen(&name)?;
         let signals = Signals::new([SIGTERM, SIGINT, SIGQUIT, SIGHUP])
             .map_err(|error| Error::os("signal handlers", &error))?;
-        let front = Front::attach(
-            add,
-            name,
-            export,
-            stack,
-            bottoms,
-            Hooks { on_stuck: report_stuck, on_death: die },
-        )?;
-        warnings.extend(front.crew().warnings.iter().cloned());
-        let disk = Disk {
-            name: name.to_owned(),
-            device: front.path().to_owned(),
+        let mut disk = Disk {
+            name: name.clone(),
             export: if export == Export::Fuse { "fuse" } else { "ublk" }.to_owned(),
             why,
-            data_path: front.data_path().to_owned(),
-            ublk_id: front.ublk_id(),
             pid: std::process::id(),
             size: limits.size,
             block: limits.block,
             read_only: add.read_only || limits.read_only,
             serial: add.serial.clone(),
             stack: plan.to_expression(),
-            warnings,
+            ..Disk::default()
         };
+        let service = Service { stack, bottoms, on_stuck: report_stuck, on_death: die };
+        // From now on somebody would have to clear up if this process died: so that is written
+        // before the disk is there, which may take as long as a look for partitions does.
+        let mut on_made = |number| {
+            match export {
+                Export::Fuse => disk.fuse_connection = Some(number),
+                _ => disk.ublk_id = Some(number),
+            }
+            let _ = claim.write(&disk);
+        };
+        let front = Front::attach(add, &name, export, service, &mut on_made)?;
+        warnings.extend(front.crew().warnings.iter().cloned());
+        disk.device = front.path().to_owned();
+        disk.data_path = front.data_path().to_owned();
+        disk.warnings = warnings;
         make_link(&disk);
         start_listeners(&front, listener, signals, &news_in);
         Ok((front, disk, news))
@@ -156,7 +161,8 @@ impl Server {
                         let _ = answer.send(refusal);
                         continue;
                     }
-                    let done = self.close();
+                    // Without force the refusal has just been ruled out by writing all out.
+                    let done = if force { self.close() } else { self.remove() };
                     let reply = match &done {
                         Ok(()) => json!({ "result": "stopped" }),
                         Err(error) => json!({ "error": error.to_string() }),
@@ -209,12 +215,18 @@ impl Server {
         json!({ "result": info })
     }
 
-    /// Removes the disk and all traces of it.
+    /// Writes out what is in memory, then removes the disk in any case.
     fn close(self) -> Result<()> {
-        let Server { front, disk, claim, guard, .. } = self;
-        if !host::sync(&disk.device, FORCED_SYNC_PATIENCE) {
-            eprintln!("devsplice: {}: data in memory could not be written to it", disk.device);
+        let device = &self.disk.device;
+        if !host::sync(device, FORCED_SYNC_PATIENCE) {
+            eprintln!("devsplice: {device}: data in memory could not be written to it");
         }
+        self.remove()
+    }
+
+    /// Removes the disk and all traces of it.
+    fn remove(self) -> Result<()> {
+        let Server { front, claim, guard, .. } = self;
         match front.detach() {
             Ok(_) => {
                 claim.remove();

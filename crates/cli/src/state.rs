@@ -28,6 +28,9 @@ pub struct Disk {
     pub data_path: String,
     /// Number of the ublk device.
     pub ublk_id: Option<u32>,
+    /// Number of the FUSE connection.
+    #[serde(default)]
+    pub fuse_connection: Option<u32>,
     /// The process that serves it.
     pub pid: u32,
     /// Bytes.

@@ -9,7 +9,8 @@ use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process_group};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
 
 use crate::host::{Mode, mode};
 
@@ -199,17 +200,9 @@ impl Running {
     /// If that takes too long, or if something that it started keeps its output open.
     #[must_use]
     pub fn finish(mut self) -> Ran {
-        while !self.is_over() {
-            if self.start.elapsed() > self.limit {
-                self.kill();
-                panic!(
-                    "{}\nhas not ended in {:?}; it said:\n{}",
-                    self.line,
-                    self.limit,
-                    self.said()
-                );
-            }
-            std::thread::sleep(POLL.min(self.start.elapsed() / 8));
+        if !self.ends_in_time() {
+            self.kill();
+            panic!("{}\nhas not ended in {:?}; it said:\n{}", self.line, self.limit, self.said());
         }
         let took = self.start.elapsed();
         let code = self.child.wait().ok().and_then(|status| status.code());
@@ -221,6 +214,27 @@ impl Running {
             );
         }
         Ran { line: self.line.clone(), code, out: self.out.text(), err: self.err.text(), took }
+    }
+
+    /// Waits for its end as long as it may take. Not by looking again and again: what it took is
+    /// measured to the millisecond by some.
+    fn ends_in_time(&mut self) -> bool {
+        let id = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw);
+        let process = id.and_then(|id| pidfd_open(id, PidfdFlags::empty()).ok());
+        let end = self.start + self.limit;
+        while !self.is_over() {
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            match (&process, Timespec::try_from(left)) {
+                (Some(process), Ok(left)) => {
+                    let _ = poll(&mut [PollFd::new(process, PollFlags::IN)], Some(&left));
+                }
+                _ => std::thread::sleep(POLL),
+            }
+        }
+        true
     }
 
     /// Ends it and all that it started.

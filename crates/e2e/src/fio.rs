@@ -91,6 +91,30 @@ fn report(text: &str, job_count: usize) -> Moved {
     moved
 }
 
+/// Writes and reads in pieces of 1 MiB, 128 at a time, and checks what was written.
+///
+/// # Panics
+/// If a byte is wrong, or fio has any other complaint.
+pub fn deep(room: &Room, node: &Path, size: u64) {
+    let arguments = [
+        "--name=deep",
+        "--output-format=json",
+        "--rw=randrw",
+        "--bs=1M",
+        "--iodepth=128",
+        "--direct=1",
+        "--ioengine=io_uring",
+        "--verify=crc32c",
+        "--verify_fatal=1",
+        "--verify_state_save=0",
+        "--do_verify=1",
+        "--randrepeat=0",
+    ]
+    .map(str::to_owned);
+    let place = [format!("--filename={}", node.display()), format!("--size={size}")];
+    report(&fio(room, &[&arguments[..], &place].concat()).ok(), 1);
+}
+
 /// Keeps a disk busy for `seconds`, or until it fails: two jobs, 16 deep.
 #[must_use]
 pub fn load(room: &Room, node: &Path, seconds: u64) -> Running {

@@ -66,6 +66,12 @@ pub trait Export<R: Ring>: Send {
     /// over. The tag is free afterwards.
     fn finish(&mut self, ring: &mut R, tag: u16, io: &Io, result: Result<(), Errno>);
 
+    /// No request has been there for a second or two: takes back what keeps memory for the next
+    /// ones. Whether some of it comes back only later, so that memory is to be looked at again.
+    fn rest(&mut self, _ring: &mut R) -> bool {
+        false
+    }
+
     /// Whether no further request can come.
     fn is_closed(&self) -> bool;
 }

@@ -84,7 +84,14 @@ impl<R: Ring> Worker<R> {
             waiting: VecDeque::with_capacity(tags),
             busy: 0,
             counts: shared,
-            watch: Watch { tick: 0, armed: false, limit: stuck_seconds, on_stuck },
+            watch: Watch {
+                tick: 0,
+                armed: false,
+                ticked: false,
+                finished: 0,
+                limit: stuck_seconds,
+                on_stuck,
+            },
             slow,
         }
     }
@@ -140,15 +147,17 @@ impl<R: Ring> Worker<R> {
         inbox.clear();
         self.inbox = inbox;
         self.slow_turn();
+        if std::mem::take(&mut self.watch.ticked) && self.busy == 0 {
+            self.rest();
+        }
         self.counts.set_ring(self.ring.counts());
         let is_closed = self.busy == 0 && self.lanes.iter().all(|lane| lane.export.is_closed());
         if is_closed && self.is_at_rest() {
             self.ring.enter(false)?;
             return Ok(false);
         }
-        if self.busy > 0 && !self.watch.armed {
-            self.watch.armed = true;
-            self.ring.after(TICK_KEY, TICK_NS);
+        if self.busy > 0 {
+            self.arm_tick();
         }
         let can_go_on = !self.waiting.is_empty() && !self.flights.is_full();
         self.ring.enter(!can_go_on)?;
@@ -367,8 +376,33 @@ impl<R: Ring> Worker<R> {
         export.finish(ring, tag, &job.io, result);
     }
 
+    fn arm_tick(&mut self) {
+        if !self.watch.armed {
+            self.watch.armed = true;
+            self.ring.after(TICK_KEY, TICK_NS);
+        }
+    }
+
+    /// A tick has found nothing to do. If that was so ever since the last one, memory is given
+    /// back. Only at the end of a turn: no event is left then whose data has not been looked at.
+    fn rest(&mut self) {
+        let finished = self.counts.read().requests;
+        let is_idle = std::mem::replace(&mut self.watch.finished, finished) == finished;
+        let mut again = !is_idle;
+        if is_idle {
+            for lane in &mut self.lanes {
+                again |= lane.export.rest(&mut self.ring);
+            }
+            self.ring.rest();
+        }
+        if again {
+            self.arm_tick();
+        }
+    }
+
     fn tick(&mut self) {
         self.watch.armed = false;
+        self.watch.ticked = true;
         self.watch.tick = self.watch.tick.wrapping_add(1);
         for (index, lane) in self.lanes.iter().enumerate() {
             for (tag, job) in lane.jobs.iter().enumerate().filter(|(_, job)| job.active) {

@@ -123,6 +123,10 @@ pub trait Ring {
     /// Gets bytes from the start of such memory. No splice of it is out.
     fn get(&mut self, lane: u16, tag: u16, bytes: &mut [u8]);
 
+    /// Gives back memory that requests have used and none uses now. Called when no request has been
+    /// there for a second or two.
+    fn rest(&mut self) {}
+
     /// What the ring has counted since its start.
     fn counts(&self) -> RingCounts;
 }

@@ -1,4 +1,5 @@
-//! Answers for the watchdog: it ticks while requests are in flight and names those that are stuck.
+//! Answers for the watchdog: it ticks while requests are in flight, names those that are stuck, and
+//! tells when there have been none for a while.
 
 use devsplice_core::Io;
 
@@ -29,6 +30,10 @@ pub type OnStuck = Box<dyn Fn(&Stuck) + Send>;
 pub(crate) struct Watch {
     pub(crate) tick: u32,
     pub(crate) armed: bool,
+    /// A tick has come in this turn.
+    pub(crate) ticked: bool,
+    /// Requests that had been finished at the last tick.
+    pub(crate) finished: u64,
     /// Seconds after which a request is reported; again each time as many have passed.
     pub(crate) limit: u32,
     pub(crate) on_stuck: OnStuck,

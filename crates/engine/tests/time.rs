@@ -69,18 +69,53 @@ fn a_watchdog_without_a_limit_reports_nothing() {
 }
 
 #[test]
-fn an_idle_worker_sleeps_after_one_last_tick_and_wakes_for_the_next_request() {
-    let plan = fill(MIB);
-    let mut bench = Setup { open: true, ..setup(disk(), ideal(MIB), plan) }.bench();
+fn an_idle_worker_sleeps_after_two_ticks_and_wakes_for_the_next_request() {
+    let (outcome, rests) = until_asleep(fill(MIB), 1);
+    assert_eq!((outcome.done.len(), outcome.left), (16, 0));
+    assert!(outcome.now < 3 * SECOND, "more than two ticks: {}", outcome.now);
+    assert_eq!(rests.len(), 1, "memory is given back once");
+    let mut plan = fill(MIB);
+    plan.push(Ask { at: 20 * SECOND, io: Io::new(Op::Read, 0, 4096) });
+    let (outcome, rests) = until_asleep(plan, 1);
+    assert_eq!((outcome.done.len(), outcome.left, rests.len()), (17, 0, 2));
+}
+
+/// Runs until nothing is left to happen; what came of it, and when memory was given back.
+fn until_asleep(plan: Vec<Ask>, seed: u64) -> (Outcome, Vec<u64>) {
+    let mut bench = Setup { open: true, seed, ..setup(disk(), ideal(MIB), plan) }.bench();
     bench.world.lock().unwrap().may_sleep = true;
     bench.worker.arm().unwrap();
     while !bench.world.lock().unwrap().asleep {
         assert!(bench.worker.turn().unwrap(), "an open export keeps the worker");
     }
+    let rests = std::mem::take(&mut bench.world.lock().unwrap().rests);
     let outcome = bench.end();
     outcome.all_succeed();
-    assert_eq!((outcome.done.len(), outcome.left), (16, 0));
-    assert!(outcome.now < 2 * SECOND, "more than one tick: {}", outcome.now);
+    (outcome, rests)
+}
+
+#[test]
+fn memory_is_not_given_back_under_a_request_that_comes_with_the_tick() {
+    let (write, read) = (Io::new(Op::Write, 0, 65_536), Io::new(Op::Read, 0, 65_536));
+    for seed in 0..32 {
+        let (_, rests) = until_asleep(vec![now(write)], seed);
+        assert_eq!(rests.len(), 1);
+        // In the same turn as the tick, in front of it or behind; what it wrote is read back.
+        let again = [Ask { at: rests[0], io: write }, Ask { at: rests[0] + SECOND / 2, io: read }];
+        let (outcome, later) = until_asleep([vec![now(write)], again.to_vec()].concat(), seed);
+        assert_eq!(outcome.done.len(), 3);
+        assert!(later[0] > rests[0] + SECOND / 2, "at {later:?}, with requests in between");
+    }
+}
+
+#[test]
+fn memory_is_not_given_back_while_requests_come_or_one_is_below() {
+    let read = |at| Ask { at, io: Io::new(Op::Read, 0, 4096) };
+    let (_, rests) = until_asleep((0..40).map(|index| read(index * SECOND / 2)).collect(), 1);
+    assert!(rests.len() == 1 && rests[0] > 20 * SECOND, "{rests:?}");
+    let late = over(Kind::Late(10 * SECOND), &[disk()]);
+    let outcome = setup(late, ideal(MIB), fill(MIB)).run();
+    outcome.all_succeed();
 }
 
 #[test]

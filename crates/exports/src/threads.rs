@@ -37,20 +37,30 @@ pub type MakeQueue = dyn Fn(u16, &mut Uring) -> Result<Box<dyn Export<Uring>>> +
 /// What a queue's thread is told about its place: the CPUs of queue `n`, or none to run anywhere.
 pub type CpusOf = dyn Fn(u16) -> Option<CpuSet> + Send + Sync;
 
-/// What the threads need, shared between them.
-pub struct Work {
+/// What a device serves, and who is told how that goes on its I/O threads.
+pub struct Service {
     /// Decides where data goes.
     pub stack: Arc<Stack>,
     /// The stack's bottoms, in their order.
     pub bottoms: Vec<Bottom>,
-    /// Makes each queue.
-    pub make: Box<MakeQueue>,
-    /// Where each queue's thread runs.
-    pub cpus: Box<CpusOf>,
     /// Told about requests that are stuck below.
     pub on_stuck: fn(&Stuck),
     /// Told when a thread cannot go on; the device is lost then, and this should end the process.
     pub on_death: fn(Error),
+}
+
+/// Told the number of what was made in the kernel, as soon as somebody would have to clear it up
+/// after us: a ublk device's, or a FUSE connection's.
+pub type OnMade<'a> = &'a mut dyn FnMut(u32);
+
+/// What the threads need, shared between them.
+pub struct Work {
+    /// What they serve.
+    pub service: Service,
+    /// Makes each queue.
+    pub make: Box<MakeQueue>,
+    /// Where each queue's thread runs.
+    pub cpus: Box<CpusOf>,
 }
 
 /// Running I/O threads.
@@ -72,7 +82,7 @@ impl Crew {
     /// The first thing that any thread could not do. The others are left to end with the process.
     pub fn start(shape: Shape, work: Work) -> Result<Crew> {
         let threads = shape.threads.clamp(1, shape.queues.max(1));
-        let served = Served::quietly(work.stack.clone());
+        let served = Served::quietly(work.service.stack.clone());
         let work = Arc::new(work);
         let (ready, news) = mpsc::channel();
         let (alive, end) = mpsc::channel::<()>();
@@ -178,7 +188,7 @@ fn serve(
     };
     let _ = ready.send(Ok(warning));
     if let Err(error) = worker.run() {
-        (work.on_death)(error);
+        (work.service.on_death)(error);
     }
 }
 
@@ -191,13 +201,14 @@ fn prepare(
     let lanes = vec![shape.memory; queues.len()];
     let tags = u32::from(shape.memory.depth) * u32::try_from(queues.len()).unwrap_or(1);
     let flights = (tags * 2).clamp(64, 4096);
-    let files = work.bottoms.len() + queues.len();
+    let Service { bottoms: opened, on_stuck, .. } = &work.service;
+    let files = opened.len() + queues.len();
     let files = u16::try_from(files)
         .map_err(|_| Error::invalid("stack", format!("{files} files in one ring")))?;
     let inner = u16::from(served.stack.lives().next().is_some());
     let mut ring = Uring::new(&Config { flights, files, lanes, inner })?;
     let mut bottoms = Vec::new();
-    for bottom in &work.bottoms {
+    for bottom in opened {
         let fd = bottom.fd.try_clone().map_err(|error| Error::os("a file's copy", &error))?;
         bottoms.push(ring.add_file(RingFile { fd, kind: bottom.kind })?);
     }
@@ -206,8 +217,7 @@ fn prepare(
         let export = (work.make)(*queue, &mut ring)?;
         lanes.push(Lane::new(export, Arc::clone(served), bottoms.clone().into()));
     }
-    let on_stuck = work.on_stuck;
-    let watch = (shape.stuck_seconds, Box::new(on_stuck) as Box<dyn Fn(&Stuck) + Send>);
+    let watch = (shape.stuck_seconds, Box::new(*on_stuck) as Box<dyn Fn(&Stuck) + Send>);
     let mut worker = Worker::new(ring, lanes, flights, shared, watch);
     worker.arm()?;
     Ok(worker)

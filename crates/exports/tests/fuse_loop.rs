@@ -16,7 +16,8 @@ use std::time::{Duration, Instant};
 use devsplice_core::{Args, Error, ErrorKind, Limits, Stack, StackBuilder};
 use devsplice_engine::{Counts, Stuck};
 use devsplice_exports::fuse::{self, Device, Options};
-use devsplice_exports::threads::Bottom;
+use devsplice_exports::host;
+use devsplice_exports::threads::{Bottom, Service};
 use devsplice_uring::FileKind;
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsmount, fsopen};
 
@@ -121,7 +122,8 @@ fn disk_of(options: &Options, limits: Limits, above: Option<(&str, &str)>) -> Di
     let file = dir.at("disk");
     File::create(&file).unwrap().set_len(limits.size).unwrap();
     let stack = stack(limits, above);
-    let device = Device::attach(options, stack, vec![bottom(&file)], on_stuck, on_death).unwrap();
+    let service = Service { stack, bottoms: vec![bottom(&file)], on_stuck, on_death };
+    let device = Device::attach(options, service, &mut |_| {}).unwrap();
     Disk { device, file, _dir: dir }
 }
 
@@ -291,6 +293,51 @@ fn a_deep_queue_costs_few_calls() {
     disk.end();
 }
 
+/// KiB that are resident of mappings as large as the memory of a device's requests.
+fn request_memory() -> u64 {
+    let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+    let number = |line: &str| line.split_whitespace().nth(1).and_then(|word| word.parse().ok());
+    let (mut size, mut sum) = (0, 0);
+    for line in maps.lines() {
+        if line.starts_with("Size:") {
+            size = number(line).unwrap_or(0);
+        } else if line.starts_with("Rss:") && size > 60 << 10 {
+            sum += number(line).unwrap_or(0);
+        }
+    }
+    sum
+}
+
+#[test]
+fn memory_is_given_back_after_a_burst_although_reads_stay_parked() {
+    let Some(_alone) = ready() else { return };
+    // Slow, so that all of them are there at once and end at once.
+    let disk = disk_of(&options("burst"), limits(64 * MIB), Some(("delay", "read=300ms")));
+    let burst = || {
+        std::thread::scope(|scope| {
+            for index in 0..64 {
+                let disk = &disk;
+                scope.spawn(move || {
+                    let mut data = Pages::new(1 << 20, |_| 1);
+                    disk.open().read_exact_at(data.all(), index * MIB).unwrap();
+                    assert!(data.all().iter().all(|byte| *byte == 0));
+                });
+            }
+        });
+    };
+    burst();
+    let most = request_memory();
+    let end = Instant::now() + Duration::from_secs(8);
+    // One read is parked, and may keep the memory that its tag has had.
+    while request_memory() > 2 << 10 {
+        assert!(Instant::now() < end, "{} of {most} KiB are kept", request_memory());
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert!(most > 20 << 10, "{most} KiB: that was no burst");
+    burst();
+    disk.end();
+}
+
 #[test]
 fn a_file_system_lives_on_it() {
     let Some(_alone) = ready() else { return };
@@ -314,13 +361,13 @@ fn a_file_system_lives_on_it() {
     let sums: Vec<_> = sums.lines().filter_map(|line| line.split(' ').next()).collect();
     assert_eq!(sums[0], sums[1]);
 
-    assert!(disk.device.is_busy());
+    assert!(host::is_held(disk.path()));
     let refused = disk.device.detach(false).unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::Busy, "{refused}");
     println!("refused as it should be: {refused}");
     run(&["cmp", source, &copy]);
     run(&["umount", mount]);
-    assert!(!disk.device.is_busy());
+    assert!(!host::is_held(disk.path()));
     println!("{:?}", disk.end());
 }
 
@@ -436,6 +483,25 @@ fn a_read_only_device_stays_as_it_is() {
         let counts = disk.end();
         assert_eq!((counts.writes, counts.discards, counts.errors), (0, 0, 0));
     }
+}
+
+#[test]
+fn a_loop_device_that_somebody_has_set_read_only_can_be_written_to() {
+    let Some(_alone) = ready() else { return };
+    let node = run(&["losetup", "-f"]).trim().to_owned();
+    run(&["blockdev", "--setro", &node]);
+    let disk = disk("setro", 4 * MIB);
+    let is_the_one = disk.path() == node;
+    let read_only = run(&["blockdev", "--getro", disk.path()]).trim().to_owned();
+    let written = disk.open().write_all_at(Pages::new(4096, pattern(2)).all(), 0);
+    disk.end();
+    run(&["blockdev", "--setrw", &node]);
+    if !is_the_one {
+        println!("skipped: another program has taken {node}");
+        return;
+    }
+    assert_eq!(read_only, "0");
+    written.unwrap();
 }
 
 #[test]
@@ -562,7 +628,9 @@ fn names_that_a_loop_device_cannot_have_are_refused() {
     let Some(_alone) = ready() else { return };
     for name in ["", ".", "..", "a/b", "a b", "\u{e9}", "x".repeat(60).as_str()] {
         let options = Options { name: name.to_owned(), ..options("x") };
-        let made = Device::attach(&options, stack(limits(MIB), None), vec![], on_stuck, on_death);
+        let stack = stack(limits(MIB), None);
+        let service = Service { stack, bottoms: vec![], on_stuck, on_death };
+        let made = Device::attach(&options, service, &mut |_| {});
         assert_eq!(made.map(|_| ()).unwrap_err().kind(), ErrorKind::Invalid, "{name:?}");
     }
 }

@@ -9,7 +9,7 @@ use std::sync::{Arc, Barrier};
 use std::thread;
 
 use devsplice_core::{Args, Errno, Limits, Stack, StackBuilder};
-use devsplice_exports::threads::{Bottom, Crew};
+use devsplice_exports::threads::{Bottom, Crew, Service};
 use devsplice_exports::{fuse, ublk};
 use devsplice_uring::FileKind;
 use rustix::fs::{MemfdFlags, Mode, OFlags};
@@ -45,6 +45,11 @@ fn stack() -> (Arc<Stack>, Vec<Bottom>) {
     let lower = layer(&mut builder, "linear", &[("offset", "1M")], &[stripe]);
     let upper = layer(&mut builder, "linear", &[("offset", "1M")], &[lower]);
     (Arc::new(builder.finish(upper)), bottoms)
+}
+
+fn service() -> Service {
+    let (stack, bottoms) = stack();
+    Service { stack, bottoms, on_stuck: |_| {}, on_death: |error| panic!("{error}") }
 }
 
 /// Reads and writes with several threads; checks that nothing is allocated once all has been used.
@@ -101,7 +106,6 @@ fn on_fuse() -> bool {
         println!("left out: {error}");
         return false;
     }
-    let (stack, bottoms) = stack();
     let options = fuse::Options {
         name: "no-allocation".to_owned(),
         queues: 2,
@@ -111,7 +115,7 @@ fn on_fuse() -> bool {
         part_scan: false,
         stuck_seconds: 30,
     };
-    let device = fuse::Device::attach(&options, stack, bottoms, |_| {}, |e| panic!("{e}")).unwrap();
+    let device = fuse::Device::attach(&options, service(), &mut |_| {}).unwrap();
     flow(device.path(), device.crew());
     device.detach(true).unwrap();
     true
@@ -126,7 +130,6 @@ fn on_ublk() -> bool {
         }
     };
     for path in ublk::DataPath::offered(control.features()) {
-        let (stack, bottoms) = stack();
         let options = ublk::Options {
             id: None,
             queues: 2,
@@ -138,8 +141,7 @@ fn on_ublk() -> bool {
             affinity: true,
             stuck_seconds: 30,
         };
-        let device =
-            ublk::Device::attach(&options, stack, bottoms, |_| {}, |e| panic!("{e}")).unwrap();
+        let device = ublk::Device::attach(&options, service(), &mut |_| {}).unwrap();
         flow(device.path(), device.crew());
         device.detach().unwrap();
     }

@@ -4,7 +4,7 @@
 use std::ptr::NonNull;
 
 use devsplice_core::{Error, Result};
-use rustix::mm::{MapFlags, ProtFlags, mlock, mmap_anonymous, munmap};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mlock, mmap_anonymous, munmap};
 
 /// Slots of equal size. Untouched ones cost no memory.
 pub(crate) struct Arena {
@@ -12,6 +12,7 @@ pub(crate) struct Arena {
     stride: usize,
     /// Entries in the kernel's hands that name each slot's memory.
     lent: Box<[u16]>,
+    locked: bool,
 }
 
 // SAFETY: the mapping belongs to this value alone, and a shared reference gives no access to it.
@@ -41,7 +42,7 @@ impl Arena {
                     .next("raise the limit (ulimit -l), or lower --depth or --queues")
             })?;
         }
-        Ok(Arena { base, stride, lent: vec![0; slots].into() })
+        Ok(Arena { base, stride, lent: vec![0; slots].into(), locked })
     }
 
     /// The address of a range of a slot, for the kernel.
@@ -84,6 +85,22 @@ impl Arena {
         unsafe { std::slice::from_raw_parts_mut(start, self.stride) }
     }
 
+    /// Gives back the memory of all slots that no entry names; their bytes are zeros then. For when
+    /// nobody wants the data in them. What is locked stays.
+    pub(crate) fn rest(&mut self) {
+        let mut slot = 0;
+        while !self.locked && slot < self.lent.len() {
+            let free = self.lent[slot..].iter().take_while(|count| **count == 0).count();
+            // SAFETY: `slot` is below the number of slots, so the offset is inside the mapping.
+            let start = unsafe { self.base.as_ptr().add(slot * self.stride) };
+            // SAFETY: the range is `free` whole slots of the mapping. No queued entry names them
+            // (the count above, kept by `Uring`), `&mut self` excludes slices of them, and zeros
+            // are as good as any bytes there. A failure leaves them as they are.
+            let _ = unsafe { madvise(start.cast(), free * self.stride, Advice::LinuxDontNeed) };
+            slot += free + 1;
+        }
+    }
+
     /// Whether the kernel may still touch any of it.
     pub(crate) fn is_lent(&self) -> bool {
         self.lent.iter().any(|count| *count != 0)
@@ -120,6 +137,26 @@ mod tests {
         assert!(std::panic::catch_unwind(read).is_err());
         arena.give_back(1);
         assert_eq!(arena.bytes(1).len(), 4096);
+    }
+
+    #[test]
+    fn a_rest_gives_back_what_nobody_has_and_touches_nothing_else() {
+        let mut arena = Arena::new(4, 8192, false).unwrap();
+        for slot in 0..4 {
+            arena.bytes(slot).fill(7);
+        }
+        arena.lend(1);
+        arena.rest();
+        arena.give_back(1);
+        let held = |arena: &mut Arena, byte| {
+            [0, 1, 2, 3].map(|slot| arena.bytes(slot).iter().all(|at| *at == byte))
+        };
+        assert_eq!(held(&mut arena, 7), [false, true, false, false]);
+        assert_eq!(held(&mut arena, 0), [true, false, true, true]);
+        let mut locked = Arena::new(1, 4096, true).unwrap();
+        locked.bytes(0).fill(7);
+        locked.rest();
+        assert!(locked.bytes(0).iter().all(|byte| *byte == 7));
     }
 
     #[test]

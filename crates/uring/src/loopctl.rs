@@ -16,6 +16,8 @@ pub const NAME_LEN: usize = 64;
 const LOOP_CLR_FD: libc::c_ulong = 0x4c01;
 const LOOP_GET_STATUS64: libc::c_ulong = 0x4c05;
 const LOOP_CONFIGURE: libc::c_ulong = 0x4c0a;
+/// `_IO(0x12, 93)` (include/uapi/linux/fs.h).
+const BLKROSET: libc::c_ulong = 0x125d;
 const LOOP_CTL_GET_FREE: libc::c_ulong = 0x4c82;
 /// `_IOR(229, 0, uint32_t)`.
 const FUSE_DEV_IOC_CLONE: libc::c_ulong = 0x8004_e500;
@@ -110,6 +112,17 @@ pub fn configure(
 pub fn clear(device: BorrowedFd<'_>) -> io::Result<()> {
     // SAFETY: the command takes no argument and touches no memory of ours.
     done(unsafe { libc::ioctl(device.as_raw_fd(), LOOP_CLR_FD) })?;
+    Ok(())
+}
+
+/// Lets a block device be written to that `blockdev --setro` had closed.
+///
+/// # Errors
+/// As the kernel says.
+pub fn set_writable(device: BorrowedFd<'_>) -> io::Result<()> {
+    let off: libc::c_int = 0;
+    // SAFETY: the command reads the one number during the call alone.
+    done(unsafe { libc::ioctl(device.as_raw_fd(), BLKROSET, &raw const off) })?;
     Ok(())
 }
 

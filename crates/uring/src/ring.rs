@@ -15,7 +15,9 @@ use crate::files::{DiscardWay, FileKind, RingFile, Slot, ZeroWay};
 use crate::setup;
 use crate::splice::{Around, DATA_AT, Flight, PagesKind, ZEROES_LEN, entry, simple, simple_entry};
 use crate::submit::Queues;
-use crate::uapi::{OP_POLL_ADD, OP_READ, OP_TIMEOUT, OP_URING_CMD, OP_WRITE, SQE_FIXED_FILE, Sqe};
+use crate::uapi::{
+    OP_ASYNC_CANCEL, OP_POLL_ADD, OP_READ, OP_TIMEOUT, OP_URING_CMD, OP_WRITE, SQE_FIXED_FILE, Sqe,
+};
 
 /// What memory a lane's requests have.
 #[derive(Clone, Copy, Debug)]
@@ -93,11 +95,11 @@ pub struct Uring {
     /// One per flight, and some for keys beyond them.
     times: Box<[Timespec]>,
     arenas: Vec<Option<Arena>>,
+    /// How many of them are those of [`Config::lanes`]; the others are inner ones.
+    outer: usize,
     /// Where each lane's slots start in the table of registered buffers.
     slot_bases: Vec<Option<u16>>,
     zeroes: Arena,
-    /// The first of the inner lanes.
-    first_inner: u16,
     /// Rung by other threads.
     pub(crate) bell: Option<Arc<OwnedFd>>,
     start: Instant,
@@ -146,9 +148,9 @@ impl Uring {
             flights: vec![Flight::IDLE; config.flights as usize].into(),
             times: vec![Timespec::default(); config.flights as usize + KEYS_BEYOND].into(),
             arenas,
+            outer: config.lanes.len(),
             slot_bases,
             zeroes: Arena::new(1, ZEROES_LEN, false)?,
-            first_inner: u16::try_from(config.lanes.len()).unwrap_or(u16::MAX),
             bell: None,
             start: Instant::now(),
             bytes_spliced: 0,
@@ -174,6 +176,20 @@ impl Uring {
             .map_err(|error| Error::os("registering a file with io_uring", &error))?;
         self.files.push(Slot::new(file));
         Ok(FileId(index))
+    }
+
+    /// Fills a slot of the table of registered buffers with memory of ours, so that a device finds
+    /// it taken: for tests of what follows then.
+    ///
+    /// # Errors
+    /// As the kernel says.
+    #[doc(hidden)]
+    pub fn occupy_slot(&mut self, index: u16) -> Result<()> {
+        let memory = self.zeroes.address(0, 0, ZEROES_LEN);
+        // The memory is the ring's own and outlives its table of buffers (`queues` is dropped
+        // first); no entry that could write to it names the slot.
+        setup::put_buffer(&self.queues.fd, u32::from(index), (memory, ZEROES_LEN as u64))
+            .map_err(|error| Error::os("registering a buffer with io_uring", &error))
     }
 
     /// The pages of a request whose data is the device's own, in the slot of its tag.
@@ -278,6 +294,18 @@ impl Uring {
         });
     }
 
+    /// Asks for an early end of the lane's [`Uring::read`] or [`Uring::write`] with the index
+    /// `which`. It completes once in any case: with `ECANCELED` if this was in time.
+    pub fn cancel(&mut self, (lane, index): (u16, u32), which: u32) {
+        self.queues.push(Sqe {
+            opcode: OP_ASYNC_CANCEL,
+            fd: -1,
+            addr: KIND_EXPORT_LENT | u64::from(lane) << 32 | u64::from(which),
+            user_data: KIND_EXPORT | u64::from(lane) << 32 | u64::from(index),
+            ..Sqe::default()
+        });
+    }
+
     /// Sends a command to a character device. With [`Command::lend`], the low half of `index` must
     /// be that tag.
     #[inline]
@@ -362,7 +390,7 @@ impl Uring {
         match (flight.op, flight.pages) {
             (Op::Read | Op::Write, Some(PagesKind::Slot(_))) => self.bytes_spliced += done,
             (Op::Read | Op::Write, Some(PagesKind::Memory { lane, .. }))
-                if u16::from(lane) >= self.first_inner =>
+                if usize::from(lane) >= self.outer =>
             {
                 self.bytes_meta += done;
             }
@@ -533,6 +561,12 @@ impl Ring for Uring {
 
     fn get(&mut self, lane: u16, tag: u16, bytes: &mut [u8]) {
         bytes.copy_from_slice(&self.memory(lane, tag)[DATA_AT..][..bytes.len()]);
+    }
+
+    fn rest(&mut self) {
+        for arena in self.arenas[..self.outer].iter_mut().flatten() {
+            arena.rest();
+        }
     }
 
     fn counts(&self) -> RingCounts {

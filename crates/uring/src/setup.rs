@@ -33,6 +33,8 @@ const OFFSET_ENTRIES: u64 = 0x1000_0000;
 const UNREGISTER_FILES: u32 = 3;
 const REGISTER_FILES_UPDATE: u32 = 6;
 const REGISTER_FILES2: u32 = 13;
+/// `IORING_REGISTER_BUFFERS_UPDATE` (since 5.13).
+const REGISTER_BUFFERS_UPDATE: u32 = 16;
 const REGISTER_BUFFERS2: u32 = 15;
 const REGISTER_RING_FDS: u32 = 20;
 /// `IORING_RSRC_REGISTER_SPARSE`.
@@ -223,6 +225,26 @@ pub(crate) fn put_file(fd: &OwnedFd, place: u32, file: RawFd) -> io::Result<()> 
     let files = [file];
     let mut update = Update { offset: place, resv: 0, data: files.as_ptr() as u64 };
     register(fd.as_raw_fd(), REGISTER_FILES_UPDATE, &mut update, 1).map(drop)
+}
+
+/// Puts memory, its address and length, into a place of the table of registered buffers. It must
+/// outlive the table.
+pub(crate) fn put_buffer(fd: &OwnedFd, place: u32, memory: (u64, u64)) -> io::Result<()> {
+    /// `struct io_uring_rsrc_update2`.
+    #[repr(C)]
+    struct Update2 {
+        offset: u32,
+        resv: u32,
+        data: u64,
+        tags: u64,
+        count: u32,
+        resv2: u32,
+    }
+    let iovec = [memory.0, memory.1];
+    let data = iovec.as_ptr() as u64;
+    let mut update = Update2 { offset: place, resv: 0, data, tags: 0, count: 1, resv2: 0 };
+    let size = u32::try_from(size_of::<Update2>()).unwrap_or(0);
+    register(fd.as_raw_fd(), REGISTER_BUFFERS_UPDATE, &mut update, size).map(drop)
 }
 
 /// Lets all registered files go.

@@ -46,6 +46,7 @@ pub(crate) const OP_READ_FIXED: u8 = 4;
 pub(crate) const OP_WRITE_FIXED: u8 = 5;
 pub(crate) const OP_POLL_ADD: u8 = 6;
 pub(crate) const OP_TIMEOUT: u8 = 11;
+pub(crate) const OP_ASYNC_CANCEL: u8 = 14;
 pub(crate) const OP_FALLOCATE: u8 = 17;
 pub(crate) const OP_READ: u8 = 22;
 pub(crate) const OP_WRITE: u8 = 23;

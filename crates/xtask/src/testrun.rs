@@ -1,5 +1,6 @@
 //! The whole test run: every check and every test of the workspace, one table, one last line.
 
+mod kernels;
 mod parse;
 mod steps;
 
@@ -9,6 +10,7 @@ use std::time::{Duration, Instant};
 use clap::Args;
 
 use crate::{Fallible, deps, proc};
+use kernels::Kernel;
 use parse::Counts;
 
 /// Programs that end-to-end tests start; without one of them its tests skip themselves.
@@ -27,7 +29,8 @@ pub struct Options {
     /// Leave the virtual machine out
     #[arg(long, conflicts_with = "full")]
     pub quick: bool,
-    /// Repeat the virtual machine's tests with older kernels: 6.18 and 6.1
+    /// Repeat the virtual machine's tests with older kernels (6.18, 6.12, 6.1), and write
+    /// docs/kernels.md
     #[arg(long)]
     pub full: bool,
     /// Only tests whose name contains this, and no checks
@@ -91,12 +94,18 @@ pub fn run(options: &Options) -> Fallible<u8> {
         run.step("end to end, this machine", || steps::end_to_end_here(&programs, filter))?;
         let kernels: &[&str] = match options {
             Options { quick: true, .. } => &[],
-            Options { full: true, .. } => &["7.3", "6.18", "6.1"],
+            Options { full: true, .. } => &["7.3", "6.18", "6.12", "6.1"],
             _ => &["7.3"],
         };
-        for kernel in kernels {
-            let name = format!("end to end, VM with Linux {kernel}");
-            run.step(&name, || steps::end_to_end_vm(&programs, kernel, filter))?;
+        let mut table = Vec::new();
+        for series in kernels.iter().copied() {
+            let name = format!("end to end, VM with Linux {series}");
+            let mut kernel = Kernel::default();
+            run.step(&name, || steps::end_to_end_vm(&programs, series, filter, &mut kernel))?;
+            table.push((series, kernel));
+        }
+        if options.full && run.done.iter().all(|done| done.counts.failed == 0) {
+            kernels::write(&table)?;
         }
     }
     // A run that was cut short has no result.

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use devsplice_e2e::{
     Group, Kind, MIB, Mode, Outcome, PATHS, Room, Setting, call, kernel_has_file_system, mode,
-    need, need_tool, skip,
+    need, need_tool, program, skip,
 };
 use serde_json::Value;
 
@@ -20,6 +20,8 @@ pub fn add(group: &mut Group, kind: Kind) {
     group.add("a_file_used_twice_in_a_stack_is_refused_by_any_name", move || used_twice(kind));
     group.add("a_file_that_another_disk_serves_is_refused", move || served_already(kind));
     group.add("a_mounted_device_is_refused", move || mounted(kind));
+    group.add("a_device_that_is_let_go_in_a_moment_is_waited_for", move || held_below(kind));
+    group.add("a_file_that_may_not_be_read_is_named", unreadable);
     group.add("a_read_only_device_asks_for_readonly", move || read_only_device(kind));
     group.add("names_that_are_taken_or_bad_are_refused", move || names(kind));
     group.add("numbers_out_of_range_are_refused", move || ranges(kind));
@@ -30,6 +32,43 @@ pub fn add(group: &mut Group, kind: Kind) {
         group.alone("without_the_module_auto_takes_fuse_and_says_why", without_module);
         group.alone("add_loads_the_module_by_itself", loads_module);
     }
+}
+
+/// As after a kill: the kernel closes the device of a dead server some time later.
+fn held_below(kind: Kind) -> Outcome {
+    use std::os::unix::fs::OpenOptionsExt;
+    let room = Room::new();
+    let below = room.loop_device("below", 4 * MIB);
+    let exclusive = 0o200;
+    let hold = || std::fs::File::options().read(true).custom_flags(exclusive).open(&below).unwrap();
+    let held = hold();
+    room.add_refused(kind, &below, &[], &[&below, "in use"]);
+    let release = std::thread::spawn(move || {
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        drop(held);
+    });
+    room.add(kind, &below, &[]).remove();
+    release.join().unwrap();
+    drop(hold());
+    Ok(())
+}
+
+/// `add` needs root, whom no mode of a file keeps out; `explain` does not.
+fn unreadable() -> Outcome {
+    need_tool("setpriv")?;
+    let room = Room::new();
+    let file = room.file("secret", MIB);
+    call("chmod", ["0", &file]).ok();
+    call("chmod", ["755", &room.dir.to_string_lossy()]).ok();
+    let program = program().unwrap_or_default().to_string_lossy().into_owned();
+    let as_nobody = ["--reuid=65534", "--regid=65534", "--clear-groups", &program];
+    let explain = |path: &str| call("setpriv", as_nobody.iter().chain(&["explain", path])).run();
+    let ran = explain(&file).ended_with(1);
+    assert!(ran.err.contains(&file) && ran.err.contains("Permission denied"), "{}", ran.err);
+    assert!(ran.out.is_empty() && !ran.err.contains("panicked"), "{}{}", ran.out, ran.err);
+    call("chmod", ["644", &file]).ok();
+    let _ = explain(&file).ok();
+    Ok(())
 }
 
 fn unparsable(kind: Kind) -> Outcome {

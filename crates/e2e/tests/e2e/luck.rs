@@ -4,8 +4,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use devsplice_e2e::{
-    Disk, Group, Kind, MIB, Outcome, Ran, Room, Running, call, engines, kernel_has_file_system,
-    load, need, need_tool, wait_until,
+    Disk, Group, Kind, MIB, Outcome, Process, Ran, Room, Running, call, engines,
+    kernel_has_file_system, load, need, need_tool, wait_until,
 };
 use rustix::process::Signal;
 
@@ -16,6 +16,7 @@ pub fn add(group: &mut Group, kind: Kind) {
     group.add("sigterm_under_load_ends_it_without_a_trace", move || signal(kind, Signal::TERM));
     group.add("sigint_under_load_ends_it_without_a_trace", move || signal(kind, Signal::INT));
     group.add("kill_9_under_load_is_cleaned_up_and_the_name_is_free", move || killed(kind));
+    group.add("kill_9_while_it_starts_leaks_nothing", move || killed_at_start(kind));
     group.add("kill_9_while_mounted_leaks_nothing", move || killed_mounted(kind));
     group.add("kill_9_of_guard_and_server_is_cleaned_up_by_del", move || both_killed(kind, true));
     group.add("kill_9_of_guard_and_server_is_cleaned_up_by_add", move || both_killed(kind, false));
@@ -209,6 +210,47 @@ fn killed(kind: Kind) -> Outcome {
     Ok(())
 }
 
+/// The kernel looks for partitions while a disk is added, and waits for what is slow below.
+fn killed_at_start(kind: Kind) -> Outcome {
+    let room = Room::new();
+    let name = room.name();
+    let arguments = room.add_arguments(kind, "delay(mem(64M), read=20s)", &["-n", &name]);
+    let add = room.devsplice(arguments).start();
+    let state = room.run.join(format!("{name}.json"));
+    let known = || -> serde_json::Value {
+        serde_json::from_str(&std::fs::read_to_string(&state).unwrap_or_default())
+            .unwrap_or_default()
+    };
+    let number = |key: &str| known()[key].as_u64();
+    let made = || number("ublk_id").or(number("fuse_connection"));
+    wait_until(20, "a state of the disk that is being made", || made().is_some());
+    let pid = u32::try_from(number("pid").unwrap_or(0)).unwrap();
+    let over = || {
+        let blocks = std::fs::read_dir("/sys/block").into_iter().flatten().flatten();
+        let files = blocks.map(|entry| entry.path().join("loop/backing_file"));
+        let mut texts = files.filter_map(|path| std::fs::read_to_string(path).ok());
+        texts.any(|text| text.trim_end() == format!("/{name}"))
+    };
+    let id = number("ublk_id");
+    if !kind.is_ublk() {
+        wait_until(20, "a loop device", over);
+        std::thread::sleep(Duration::from_millis(300));
+    }
+    let was_scanned = kind.is_ublk() || known()["device"] == "";
+    Process(pid).signal(Signal::KILL);
+    let node = |id: u64| [format!("/dev/ublkc{id}"), format!("/dev/ublkb{id}")];
+    let is_there = |id: u64| node(id).iter().any(|path| Path::new(path).exists());
+    wait_until(15, "the end of all of it", || {
+        !Process(pid).lives() && !over() && !state.exists() && !id.is_some_and(is_there)
+    });
+    let ran = add.finish();
+    need(was_scanned, "this kernel knows no partitions, so it does not look for them")?;
+    assert!(kind.is_ublk() || ran.code == Some(1), "{:?}: {}", ran.code, ran.err);
+    // Name and machine are as before.
+    room.add(kind, "mem:64M", &["-n", &name]).remove();
+    Ok(())
+}
+
 /// A disk with a mounted ext4 on it, and where that is.
 fn mounted_disk(
     room: &Room,
@@ -322,9 +364,10 @@ fn stuck(kind: Kind) -> Outcome {
     let arguments = [from.as_str(), "of=/dev/null", "bs=4k", "count=1", "skip=5", "iflag=direct"];
     let reader = call("dd", arguments).limit(40).start();
     wait_until(15, "a report", || disk.count("stuck") > 0);
-    wait_until(5, "a line in the log", || disk.log().contains("has been below for"));
-    let log = disk.log();
-    assert!(log.contains("read of 4096 bytes at 20480"), "{log}");
+    // Kernels that look for partitions whatever they are told have been reported before.
+    let line = "s: read of 4096 bytes at 20480";
+    wait_until(15, "a line in the log", || disk.log().contains(line));
+    assert!(disk.log().contains("has been below for"), "{}", disk.log());
     let ran = reader.finish().ok();
     assert!(ran.took >= Duration::from_millis(3500), "the delay was {:?}", ran.took);
     assert_eq!(disk.count("errors"), 0);

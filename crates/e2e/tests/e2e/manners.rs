@@ -3,6 +3,7 @@
 
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::time::Duration;
 
 use devsplice_e2e::{
     Disk, Group, Kind, MIB, Outcome, Room, call, engines, kernel_has_file_system, need, need_tool,
@@ -13,6 +14,8 @@ use serde_json::Value;
 use crate::verify::counts_fit;
 
 pub fn add(group: &mut Group, kind: Kind) {
+    group.add("del_flushes_no_more_than_it_must", move || flushes_of_del(kind));
+    group.add("a_forced_write_is_durable_below_before_it_is_done", move || forced_write(kind));
     group.add("lsblk_and_blockdev_show_the_figures_of_the_stack", move || figures(kind));
     group.add("blkdiscard_gives_room_back_and_reads_as_zeros", move || discards(kind));
     group.add("blkdiscard_z_zeroes_and_leaves_the_rest", move || zeroes(kind));
@@ -298,5 +301,42 @@ fn affinity(kind: Kind) -> Outcome {
     assert_eq!((bound.len(), free.len()), (2, 2));
     assert_ne!(bound[0], bound[1], "both threads run on the same CPUs");
     assert_eq!(free[0], free[1]);
+    Ok(())
+}
+
+/// How long `del` takes tells how often it flushes a disk whose flushes are slow. A loop device is
+/// flushed once more as it is given back.
+fn flushes_of_del(kind: Kind) -> Outcome {
+    let room = Room::new();
+    let disk = room.add(kind, &format!("delay({}, flush=3s)", room.file("a", 4 * MIB)), &[]);
+    need(disk.queue("write_cache") == "write back", "no cache below, so there are no flushes")?;
+    let flushes = if kind.is_ublk() { 1 } else { 2 };
+    let took = disk.del(&[]).ok().took;
+    let (least, most) = (Duration::from_secs(3), Duration::from_secs(3 * (flushes + 1)));
+    assert!((least..most).contains(&took), "{took:?} for {flushes} flushes of 3 s");
+    disk.is_gone_within(3);
+    Ok(())
+}
+
+/// The block layer makes a write and a flush of a forced write to a loop device: so its flushes
+/// tell that the force has come down to it.
+fn forced_write(kind: Kind) -> Outcome {
+    need(kind.is_ublk(), "a loop device turns forced writes into flushes")?;
+    let room = Room::new();
+    let below = room.loop_device("below", 4 * MIB);
+    let disk = room.add(kind, &below, &["--no-part-scan"]);
+    need(disk.queue("fua") == "1", "the disk takes no forced writes")?;
+    let stat = format!("/sys/block/{}/stat", below.trim_start_matches("/dev/"));
+    let flushes = || {
+        let text = std::fs::read_to_string(&stat).unwrap();
+        text.split_whitespace().nth(15).unwrap().parse::<u64>().unwrap()
+    };
+    let (above, under) = (disk.count("flushes"), flushes());
+    let of = format!("of={}", disk.node.display());
+    call("dd", ["if=/dev/zero", &of, "bs=4k", "count=8", "oflag=direct,dsync"]).ok();
+    let (above, under) = (disk.count("flushes") - above, flushes() - under);
+    assert_eq!(disk.count("writes"), 8);
+    assert_eq!(under, above + 8, "flushes below, and {above} asked for");
+    disk.remove();
     Ok(())
 }

@@ -104,6 +104,8 @@ pub struct World {
     pub may_sleep: bool,
     pub asleep: bool,
     pub timers: u64,
+    /// When memory was given back.
+    pub rests: Vec<u64>,
     flights: u32,
     /// The first page of each inner lane.
     inner: std::collections::BTreeMap<u16, u32>,
@@ -125,6 +127,7 @@ impl World {
             may_sleep: false,
             asleep: false,
             timers: 0,
+            rests: Vec::new(),
             flights,
             inner: std::collections::BTreeMap::new(),
             due: Vec::with_capacity(1 << 12),
@@ -375,6 +378,13 @@ impl Ring for FakeRing {
     fn get(&mut self, lane: u16, tag: u16, bytes: &mut [u8]) {
         let pages = self.inner_pages(lane, tag).0 as usize;
         bytes.copy_from_slice(&self.world.lock().unwrap().pages[pages][..bytes.len()]);
+    }
+
+    /// Whoever still wants data in its pages sees that it is gone.
+    fn rest(&mut self) {
+        let world = &mut *self.world.lock().unwrap();
+        world.rests.push(world.now);
+        world.pages.iter_mut().for_each(|pages| pages.fill(0xee));
     }
 
     fn counts(&self) -> RingCounts {

@@ -55,6 +55,10 @@ pub fn attach(mount: &OwnedFd, wanted: &Wanted) -> Result<String> {
             .map_err(|errno| os(&path, errno).next("mount devtmpfs on /dev, or mknod it"))?;
         match loopctl::configure(device.as_fd(), file.as_fd(), wanted.block, flags, &name) {
             Ok(()) => {
+                if let Err(error) = make_writable(&device, wanted) {
+                    let _ = loopctl::clear(device.as_fd());
+                    return Err(Error::os(path, &error));
+                }
                 tune(number, wanted);
                 return Ok(path);
             }
@@ -65,6 +69,11 @@ pub fn attach(mount: &OwnedFd, wanted: &Wanted) -> Result<String> {
     }
     let reason = format!("{MAX_TRIES} free loop devices in a row were taken by others");
     Err(Error::new(ErrorKind::Busy, LOOP_CONTROL, reason).next("try again"))
+}
+
+/// A loop device that somebody has set read-only stays so when it is used again.
+fn make_writable(device: &OwnedFd, wanted: &Wanted) -> std::io::Result<()> {
+    if wanted.read_only { Ok(()) } else { loopctl::set_writable(device.as_fd()) }
 }
 
 /// Tells the queue what a loop device cannot be told; advice, so no error if that is not possible.
@@ -163,10 +172,18 @@ fn held(path: &str) -> Error {
         .next(format!("umount it, or see `lsblk {path}` and `fuser -v {path}`"))
 }
 
-/// Whether somebody holds the device exclusively.
-pub fn is_held(path: &str) -> bool {
-    let flags = OFlags::RDONLY | OFlags::EXCL | OFlags::CLOEXEC;
-    matches!(open(path, flags, Mode::empty()), Err(Errno::BUSY))
+/// Loop devices over the file of a device called `name`, as far as can be said without opening
+/// them: the file lies in the root of its mount, which has no path.
+pub fn over(name: &str) -> Vec<String> {
+    let Ok(blocks) = std::fs::read_dir("/sys/block") else { return Vec::new() };
+    let is_over = |entry: &std::fs::DirEntry| {
+        let file = std::fs::read_to_string(entry.path().join("loop/backing_file"));
+        file.is_ok_and(|file| {
+            file.trim_end_matches('\n').trim_end_matches(" (deleted)") == format!("/{name}")
+        })
+    };
+    let path = |entry: std::fs::DirEntry| format!("/dev/{}", entry.file_name().to_string_lossy());
+    blocks.flatten().filter(is_over).map(path).collect()
 }
 
 /// The processes that have `path` open, as "name (pid)".

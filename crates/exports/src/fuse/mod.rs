@@ -17,11 +17,11 @@ use std::sync::Arc;
 use std::sync::mpsc::RecvTimeoutError;
 use std::time::{Duration, Instant};
 
-use devsplice_core::{Error, ErrorKind, Result, Stack};
-use devsplice_engine::{Counts, Stuck};
+use devsplice_core::{Error, ErrorKind, Result};
+use devsplice_engine::Counts;
 use devsplice_uring::{FileKind, LaneMemory, RingFile, loopctl, thread::apart};
 
-use crate::threads::{Bottom, Crew, Shape, Work};
+use crate::threads::{Crew, OnMade, Service, Shape, Work};
 use connection::{DEV_FUSE, Mount};
 use loopdev::{Cleared, LOOP_CONTROL, PREFIX, Wanted};
 use node::{MAX_WRITE, Node};
@@ -35,6 +35,8 @@ const FLUSH_LIMIT: Duration = Duration::from_secs(120);
 const FORCED_FLUSH_LIMIT: Duration = Duration::from_secs(10);
 /// How long the threads may take to end once the loop device is gone, or the connection cut.
 const END_LIMIT: Duration = Duration::from_secs(10);
+/// How long a loop device may take to open that nobody serves any more.
+const SCAN_PATIENCE: Duration = Duration::from_secs(1);
 /// How long looking at the device may take.
 const LOOK_LIMIT: Duration = Duration::from_secs(5);
 
@@ -80,20 +82,14 @@ pub struct Device {
 }
 
 impl Device {
-    /// Makes the device; it takes requests on return. `on_stuck` and `on_death` as in [`Work`].
+    /// Makes the device; it takes requests on return. `on_made` is told the connection's number.
     ///
     /// # Errors
     /// If anything is missing or refused; nothing is left behind then.
-    pub fn attach(
-        options: &Options,
-        stack: Arc<Stack>,
-        bottoms: Vec<Bottom>,
-        on_stuck: fn(&Stuck),
-        on_death: fn(Error),
-    ) -> Result<Device> {
+    pub fn attach(options: &Options, service: Service, on_made: OnMade<'_>) -> Result<Device> {
         available()?;
         check_name(&options.name)?;
-        let limits = *stack.limits();
+        let limits = *service.stack.limits();
         let read_only = options.read_only || limits.read_only;
         let wanted = Wanted {
             name: options.name.clone(),
@@ -107,13 +103,11 @@ impl Device {
             connection::mount(&name, options.queues.max(1), read_only)?;
         let node = Arc::new(Node::new(&options.name, &limits, read_only));
         let work = Work {
-            stack,
-            bottoms,
+            service,
             make: make_queue(node, queues, options.depth.max(1)),
             cpus: Box::new(|_| None),
-            on_stuck,
-            on_death,
         };
+        on_made(number);
         // From here on, whatever fails: without the mount the connection closes, and the threads
         // end.
         let crew = Crew::start(shape(options), work)?;
@@ -143,14 +137,6 @@ impl Device {
     #[must_use]
     pub fn crew(&self) -> &Crew {
         &self.crew
-    }
-
-    /// Whether somebody holds it exclusively: it is mounted, or part of another device.
-    #[must_use]
-    pub fn is_busy(&self) -> bool {
-        let path = self.path.clone();
-        // A device that does not even open in time is in use by whatever it waits for.
-        bounded("looking", None, LOOK_LIMIT, move |_| Ok(loopdev::is_held(&path))).unwrap_or(true)
     }
 
     /// Flushes the device and takes it away. Where it is held, that is an error, and it goes on as
@@ -203,6 +189,31 @@ pub fn clear_loop(path: &str, name: &str) -> Result<bool> {
     bounded("clearing a loop device", None, FORCED_FLUSH_LIMIT, move |_| {
         loopdev::clear_dead(&path, &name)
     })
+}
+
+/// As [`clear_loop`], for a server that died before it knew its loop device: the kernel may still
+/// be looking for partitions on it. Until it is done nobody can open the device to see whose it is,
+/// and it waits for a server that is gone; so then the connection that the server named is cut.
+///
+/// # Errors
+/// If it cannot be given back.
+pub fn clear_unknown(name: &str, number: u32) -> Result<bool> {
+    for path in loopdev::over(name) {
+        let ours = format!("{PREFIX}{name}");
+        let look = path.clone();
+        let first = bounded("clearing a loop device", None, SCAN_PATIENCE, move |_| {
+            loopdev::clear_dead(&look, &ours)
+        });
+        if first.is_err() {
+            bounded("cutting the connection", None, LOOK_LIMIT, move |_| {
+                connection::abort(number)
+            })?;
+        }
+        if first.is_ok_and(|was_ours| was_ours) || clear_loop(&path, name)? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 fn shape(options: &Options) -> Shape {

@@ -12,6 +12,9 @@
 //! request at a time it stays at one or two; in a burst a call into the kernel fetches as many as
 //! there are. A parked read is also the wait for the next request: a poll is needed only on kernels
 //! that answer EAGAIN instead of parking.
+//!
+//! After a burst the window is wide, and each parked read keeps the memory that its tag had for the
+//! requests before. So when there have been no requests for a while all but one are cancelled.
 
 use std::sync::Arc;
 
@@ -36,8 +39,10 @@ const MAX_TRIES: u8 = 10;
 const READ: u32 = 0;
 const REPLY: u32 = 1;
 const POLL: u32 = 2;
+const CANCEL: u32 = 3;
 
 const ECONNABORTED: i32 = 103;
+const ECANCELED: i32 = 125;
 
 #[derive(Clone, Copy, Default)]
 struct Tag {
@@ -47,6 +52,8 @@ struct Tag {
     queued: u64,
     reply_len: usize,
     tries: u8,
+    /// Its read is out.
+    reading: bool,
 }
 
 /// One queue.
@@ -116,7 +123,8 @@ impl Queue {
         while self.fresh + self.older < self.window {
             let Some(tag) = self.idle.pop() else { return };
             self.fresh += 1;
-            self.tags[usize::from(tag)].queued = self.turn;
+            let state = &mut self.tags[usize::from(tag)];
+            (state.queued, state.reading) = (self.turn, true);
             ring.read((self.lane, READ << 16 | u32::from(tag)), self.file, 0, READ_RANGE);
         }
     }
@@ -131,12 +139,15 @@ impl Queue {
     ) -> Result<()> {
         // It was queued before the last call; saturating, as a call may have been made for room.
         self.older = self.older.saturating_sub(1);
+        self.tags[usize::from(tag)].reading = false;
         let Ok(len) = usize::try_from(result) else {
             self.idle.push(tag);
             match Errno::from_result(result) {
                 Errno::EAGAIN => self.dry = true,
                 // The request went away while it was read.
                 Errno::ENOENT | Errno::EINTR => {}
+                // We asked for that.
+                errno if errno.raw() == ECANCELED => {}
                 Errno::ENODEV => self.closed = true,
                 errno if errno.raw() == ECONNABORTED => self.closed = true,
                 errno => return Err(broken(format!("reading a request failed: {errno:?}"))),
@@ -233,6 +244,7 @@ impl Export<Uring> for Queue {
         match completion.index >> 16 {
             READ => self.arrived(ring, tag, completion.result, inbox)?,
             REPLY => self.replied(ring, tag, completion.result),
+            CANCEL => {}
             _ => self.polling = false,
         }
         self.refill(ring);
@@ -255,6 +267,23 @@ impl Export<Uring> for Queue {
             }
             (Ok(()), _) => self.reply(ring, tag, &[]),
         }
+    }
+
+    fn rest(&mut self, ring: &mut Uring) -> bool {
+        if self.window == 1 {
+            return false;
+        }
+        self.window = 1;
+        let reading = |tag: &u16| self.tags[usize::from(*tag)].reading;
+        let (all, mut kept) = (0..u16::try_from(self.tags.len()).unwrap_or(u16::MAX), false);
+        for tag in all.filter(reading) {
+            // A read that brings a request all the same brings it as ever.
+            if std::mem::replace(&mut kept, true) {
+                let index = |kind: u32| kind << 16 | u32::from(tag);
+                ring.cancel((self.lane, index(CANCEL)), index(READ));
+            }
+        }
+        true
     }
 
     fn is_closed(&self) -> bool {

@@ -68,6 +68,12 @@ impl Control {
         self.features & F_IOCTL_ENCODE != 0
     }
 
+    /// As if the driver knew the bare numbers of commands alone, as before 6.4.
+    #[cfg(test)]
+    pub(crate) fn forget_encoding(&mut self) {
+        self.features &= !F_IOCTL_ENCODE;
+    }
+
     fn send(
         &mut self,
         name: &str,

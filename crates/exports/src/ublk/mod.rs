@@ -1,6 +1,8 @@
 //! Answers for the ublk front end: a /dev/ublkbN whose requests this process serves.
 
 mod control;
+#[cfg(test)]
+mod fallback;
 #[cfg(feature = "imitation")]
 pub mod imitation;
 mod map;
@@ -10,18 +12,17 @@ mod uapi;
 
 use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use devsplice_core::{Error, ErrorKind, Result, Stack};
-use devsplice_engine::{Counts, Export, Stuck};
+use devsplice_core::{Error, ErrorKind, Result};
+use devsplice_engine::{Counts, Export};
 use devsplice_uring::{FileKind, LaneMemory, RingFile, Uring};
 use rustix::fs::OFlags;
 use rustix::thread::CpuSet;
 
 pub use control::{CONTROL, Control, available};
 
-use crate::threads::{Bottom, Crew, Shape, Work};
+use crate::threads::{Crew, OnMade, Service, Shape, Work};
 use queue::{Queue, QueueConfig};
 use uapi::{DevInfo, F_AUTO_BUF_REG, F_NO_AUTO_PART_SCAN, F_USER_COPY, F_ZERO_COPY};
 
@@ -110,8 +111,16 @@ pub struct Options {
     pub stuck_seconds: u32,
 }
 
+/// What is done to a ring that will serve queues.
+type Prepare = fn(&mut Uring) -> Result<()>;
+
 /// Most bytes of a request. Larger ones cost more memory where data is copied and gain nothing.
 const MAX_IO: u32 = 1 << 20;
+/// Bytes that the requests of a device may have locked where the kernel copies (`DataPath::Copy`):
+/// that memory has to be there before a request comes. Requests are smaller then.
+const MAX_LOCKED: u32 = 12 << 20;
+/// What a request may at least have there, however many there are.
+const MIN_IO: u32 = 16 << 10;
 /// How long the character device may take to appear, or to be let go.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -131,20 +140,26 @@ pub fn feature_names(features: u64) -> Vec<(&'static str, bool)> {
 }
 
 impl Device {
-    /// Makes a disk of `stack` and returns when it can be used.
+    /// Makes a disk of `service.stack` and returns when it can be used. `on_made` is told the
+    /// device's number.
     ///
     /// # Errors
     /// Without the driver, rights, or the data path asked for; nothing is left behind then.
-    pub fn attach(
+    pub fn attach(options: &Options, service: Service, on_made: OnMade<'_>) -> Result<Device> {
+        Device::make(Control::open()?, options, service, on_made, |_| Ok(()))
+    }
+
+    /// The same; `prepare` sees each queue's ring before the queue does.
+    fn make(
+        mut control: Control,
         options: &Options,
-        stack: Arc<Stack>,
-        bottoms: Vec<Bottom>,
-        on_stuck: fn(&Stuck),
-        on_death: fn(Error),
+        service: Service,
+        on_made: OnMade<'_>,
+        prepare: Prepare,
     ) -> Result<Device> {
-        let mut control = Control::open()?;
         let data_path = choose_path(options.data_path, control.features())?;
         let info = control.add(wish(options, data_path, control.features()))?;
+        on_made(info.dev_id);
         let lost = data_path.flags() & !info.flags;
         if lost != 0 {
             let _ = control.delete(info.dev_id);
@@ -153,16 +168,21 @@ impl Device {
                 .next("--data-path auto, and report this kernel"));
         }
         let started = (|| {
-            let limits = stack.limits();
+            let limits = service.stack.limits();
             let read_only = options.read_only || limits.read_only;
-            let params = params::params(limits, read_only, MAX_IO, data_path.copies() == 0);
+            let params = params::params(
+                limits,
+                read_only,
+                max_io(&info, data_path),
+                data_path.copies() == 0,
+            );
             control.set_params(info.dev_id, params)?;
             let file = open_char(info.dev_id)?;
             let shape = shape(options, &info, data_path);
             let cpus = if options.affinity { queue_cpus(&mut control, &info) } else { Vec::new() };
-            let make = queue_maker(file, &info, data_path, control.is_encoded());
+            let make = queue_maker(file, &info, (data_path, control.is_encoded()), prepare);
             let cpus = Box::new(move |queue: u16| cpus.get(usize::from(queue)).copied().flatten());
-            Crew::start(shape, Work { stack, bottoms, make, cpus, on_stuck, on_death })
+            Crew::start(shape, Work { service, make, cpus })
         })();
         let crew = match started {
             Ok(crew) => crew,
@@ -265,12 +285,23 @@ fn wish(options: &Options, path: DataPath, features: u64) -> DevInfo {
     }
 }
 
+/// Most bytes of a request on this path.
+fn max_io(info: &DevInfo, path: DataPath) -> u32 {
+    if path != DataPath::Copy {
+        return MAX_IO;
+    }
+    let tags = u32::from(info.nr_hw_queues) * u32::from(info.queue_depth);
+    // Each has a page for headers, too.
+    let each = (MAX_LOCKED / tags.max(1)).saturating_sub(4096).clamp(MIN_IO, MAX_IO);
+    1 << each.ilog2()
+}
+
 fn shape(options: &Options, info: &DevInfo, path: DataPath) -> Shape {
     let slots = path.copies() == 0;
     // Zero-copy paths have memory for the requests that fall back; untouched, it costs nothing.
     let memory = LaneMemory {
         depth: info.queue_depth,
-        bytes: MAX_IO,
+        bytes: max_io(info, path),
         slots,
         locked: path == DataPath::Copy,
     };
@@ -302,11 +333,12 @@ fn open_char(id: u32) -> Result<OwnedFd> {
 fn queue_maker(
     file: OwnedFd,
     info: &DevInfo,
-    path: DataPath,
-    encoded: bool,
+    (path, encoded): (DataPath, bool),
+    prepare: Prepare,
 ) -> Box<crate::threads::MakeQueue> {
     let depth = info.queue_depth;
     Box::new(move |queue, ring: &mut Uring| {
+        prepare(ring)?;
         let fd = file.try_clone().map_err(|error| Error::os("/dev/ublkc", &error))?;
         let descriptors = map::Descriptors::map(fd.as_fd(), queue, depth)?;
         let file = ring.add_file(RingFile { fd, kind: FileKind::Other })?;
@@ -345,6 +377,25 @@ mod tests {
         assert_eq!(choose_path(None, F_USER_COPY).unwrap(), DataPath::UserCopy);
         assert_eq!(choose_path(None, 0).unwrap(), DataPath::Copy);
         assert_eq!(choose_path(Some(DataPath::Copy), all).unwrap(), DataPath::Copy);
+    }
+
+    #[test]
+    fn locked_memory_is_bounded_by_smaller_requests_and_other_paths_have_large_ones() {
+        let info =
+            |nr_hw_queues, queue_depth| DevInfo { nr_hw_queues, queue_depth, ..DevInfo::default() };
+        let locked = |queues: u16, depth: u16| {
+            let bytes = max_io(&info(queues, depth), DataPath::Copy);
+            assert!(bytes.is_power_of_two() && (MIN_IO..=MAX_IO).contains(&bytes));
+            u32::from(queues) * u32::from(depth) * (bytes + 4096)
+        };
+        for (queues, depth) in [(1, 1), (1, 128), (2, 128), (4, 128), (3, 100), (1, 256)] {
+            assert!(locked(queues, depth) <= MAX_LOCKED, "{queues} x {depth}");
+        }
+        assert_eq!(max_io(&info(2, 128), DataPath::Copy), 32 << 10);
+        assert_eq!(max_io(&info(4, 4096), DataPath::Copy), MIN_IO);
+        for path in [DataPath::AutoRegister, DataPath::Register, DataPath::UserCopy] {
+            assert_eq!(max_io(&info(4, 4096), path), MAX_IO);
+        }
     }
 
     #[test]

@@ -6,6 +6,7 @@ use std::process::{Command, Stdio};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
+use super::kernels::Kernel;
 use super::parse::{Counts, collected, executable};
 use crate::proc::{self, Guard, run_quiet, tied};
 use crate::{Fallible, tidy, vm};
@@ -34,6 +35,8 @@ pub struct Programs {
     tests: String,
     /// The test that counts allocations, which also runs in the VM for ublk's sake.
     allocations: String,
+    /// The front ends' own tests, among them some that need ublk.
+    front_ends: String,
     /// The command `devsplice`, built for release.
     command: String,
 }
@@ -152,7 +155,9 @@ pub fn build_end_to_end() -> Fallible<Programs> {
         build_executable(&["test", "-p", "devsplice-e2e", "--test", "e2e", "--no-run"], "e2e")?;
     let allocations = ["test", "-p", "devsplice-exports", "--test", "no_allocation", "--no-run"];
     let allocations = build_executable(&allocations, "no_allocation")?;
-    Ok(Programs { tests, allocations, command })
+    let front_ends = ["test", "-p", "devsplice-exports", "--lib", "--no-run"];
+    let front_ends = build_executable(&front_ends, "devsplice_exports")?;
+    Ok(Programs { tests, allocations, front_ends, command })
 }
 
 /// The end-to-end tests that this machine's own kernel allows.
@@ -163,21 +168,30 @@ pub fn end_to_end_here(programs: &Programs, filter: Option<&str>) -> Fallible<Co
 }
 
 /// The end-to-end tests in a virtual machine.
-pub fn end_to_end_vm(programs: &Programs, kernel: &str, filter: Option<&str>) -> Fallible<Counts> {
+pub fn end_to_end_vm(
+    programs: &Programs,
+    series: &str,
+    filter: Option<&str>,
+    kernel: &mut Kernel,
+) -> Fallible<Counts> {
     if let Err(reason) = vm::available() {
         return Ok(Counts::skip("all end-to-end tests in a VM", &reason));
     }
     let this = std::env::current_exe().map_err(|e| format!("cannot find this program: {e}"))?;
     let limit = (STEP_LIMIT.as_secs() - 30).to_string();
     let mut command = tied(this);
-    command.args(["vm", "--kernel", kernel, "--timeout", &limit, "--scratch", "4G", "--"]);
+    command.args(["vm", "--kernel", series, "--timeout", &limit, "--scratch", "4G", "--"]);
     let filter = filter.map(|filter| format!("'{filter}'")).unwrap_or_default();
-    let Programs { tests: suite, allocations, .. } = programs;
-    // One shell for both, so that one boot does; the second runs whatever the first came to.
+    let Programs { tests: suite, allocations, front_ends, .. } = programs;
+    // One shell for all, so that one boot does; each runs whatever the one before came to.
+    let questions = Kernel::questions(&programs.command);
     command.arg(format!(
-        "{suite} --test-threads=1 {filter}; r=$?; {allocations} --nocapture {filter} && exit $r"
+        "{questions}{suite} --test-threads=1 {filter}; r=$?; \
+         {front_ends} --test-threads=1 --show-output fallback {filter} || r=1; \
+         {allocations} --nocapture {filter} && exit $r"
     ));
-    tests(command.env("DEVSPLICE_E2E", "vm").env("DEVSPLICE_BIN", &programs.command))
+    command.env("DEVSPLICE_E2E", "vm").env("DEVSPLICE_BIN", &programs.command);
+    counted(&mut command, &mut |line| kernel.line(line))
 }
 
 /// A command whose success is one check.
@@ -187,8 +201,16 @@ fn check(command: &mut Command) -> Fallible<Counts> {
 
 /// A command that runs tests: its output passes through and is counted.
 fn tests(command: &mut Command) -> Fallible<Counts> {
+    counted(command, &mut |_| ())
+}
+
+/// The same; `also` gets each line, too.
+fn counted(command: &mut Command, also: &mut dyn FnMut(&str)) -> Fallible<Counts> {
     let mut counts = Counts::default();
-    let held = stream(command, &mut |line| counts.line(line))?;
+    let held = stream(command, &mut |line| {
+        also(line);
+        counts.line(line);
+    })?;
     if !held && counts.failed == 0 {
         // It did not compile, crashed, or ran out of time.
         counts.failed = 1;

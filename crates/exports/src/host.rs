@@ -14,6 +14,7 @@ const CLAIM_LASTS: Duration = Duration::from_millis(400);
 
 /// Whether somebody holds the disk exclusively: a mounted file system, swap, LVM, another server. A
 /// disk that cannot be looked at in time counts as held.
+#[must_use]
 pub fn is_held(device: &str) -> bool {
     let device = device.to_owned();
     let is_mounted = !mounts_of(&device).is_empty();
@@ -45,6 +46,7 @@ fn open(path: &str, more: OFlags) -> Result<OwnedFd, rustix::io::Errno> {
 }
 
 /// Where the disk, or a partition of it, is mounted in this mount namespace.
+#[must_use]
 pub fn mounts_of(device: &str) -> Vec<String> {
     let Ok(table) = std::fs::read_to_string("/proc/self/mounts") else { return Vec::new() };
     let is_ours = |source: &str| {
@@ -63,6 +65,7 @@ pub fn mounts_of(device: &str) -> Vec<String> {
 
 /// Writes out what the file systems on the disk, and its own page cache, have in memory. Whether
 /// that was done within `limit`: the disk may be what is stuck, so nothing waits longer.
+#[must_use]
 pub fn sync(device: &str, limit: Duration) -> bool {
     let mounts = mounts_of(device);
     let device = device.to_owned();

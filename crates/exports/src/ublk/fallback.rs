@@ -1,0 +1,133 @@
+//! Answers for the ways of a ublk device that a good kernel seldom takes: slots that cannot be had,
+//! and commands with bare numbers. Needs root and ublk; the VM has both.
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::OwnedFd;
+    use std::sync::Arc;
+
+    use devsplice_core::{Limits, StackBuilder};
+    use rustix::fs::Mode;
+
+    use super::super::*;
+    use crate::threads::Bottom;
+
+    const SIZE: u64 = 8 << 20;
+    const LEN: usize = 64 << 10;
+    const CLIENTS: usize = 8;
+
+    fn service() -> Service {
+        let fd = rustix::fs::memfd_create("bottom", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        rustix::fs::ftruncate(&fd, SIZE).unwrap();
+        let mut builder = StackBuilder::new();
+        let (bottom, _) = builder.backend("bottom", Limits::ideal(SIZE)).unwrap();
+        Service {
+            stack: Arc::new(builder.finish(bottom)),
+            bottoms: vec![Bottom { fd, kind: FileKind::Regular }],
+            on_stuck: |_| {},
+            on_death: |error| panic!("{error}"),
+        }
+    }
+
+    fn options(data_path: DataPath) -> Options {
+        Options {
+            id: None,
+            queues: 2,
+            threads: 1,
+            depth: 16,
+            read_only: false,
+            data_path: Some(data_path),
+            part_scan: false,
+            affinity: false,
+            stuck_seconds: 30,
+        }
+    }
+
+    /// Clients at once write, each its own bytes to its own places, and read them back.
+    fn is_true(path: &str) {
+        let flags = OFlags::RDWR | OFlags::DIRECT | OFlags::CLOEXEC;
+        let client = |index: usize| {
+            let disk: OwnedFd = rustix::fs::open(path, flags, Mode::empty()).unwrap();
+            let mut room = vec![0_u8; LEN + 4096];
+            let start = room.as_ptr().align_offset(4096);
+            let bytes = &mut room[start..start + LEN];
+            for round in 0..8 {
+                let at = (index * 8 + round) as u64 * LEN as u64;
+                let byte = |place: usize| (place / 512 + index * 31 + round * 7) as u8;
+                for (place, into) in bytes.iter_mut().enumerate() {
+                    *into = byte(place);
+                }
+                assert_eq!(rustix::io::pwrite(&disk, bytes, at), Ok(LEN));
+                bytes.fill(0);
+                assert_eq!(rustix::io::pread(&disk, &mut *bytes, at), Ok(LEN));
+                assert!(
+                    bytes.iter().enumerate().all(|(place, got)| *got == byte(place)),
+                    "at {at}"
+                );
+            }
+        };
+        std::thread::scope(|scope| {
+            for index in 0..CLIENTS {
+                scope.spawn(move || client(index));
+            }
+        });
+    }
+
+    /// The driver, if there is one that has this path.
+    fn control(path: DataPath) -> Option<Control> {
+        let control = Control::open().map_err(|error| error.to_string()).and_then(|control| {
+            let has = DataPath::offered(control.features()).contains(&path);
+            if has { Ok(control) } else { Err(format!("no {path} path here")) }
+        });
+        control.map_err(|reason| println!("skipped: {reason}")).ok()
+    }
+
+    /// Two lanes of 16 tags: every other one finds its slot taken, the rest do not.
+    fn take_every_other_slot(ring: &mut Uring) -> Result<()> {
+        (0..32).step_by(2).try_for_each(|slot| ring.occupy_slot(slot))
+    }
+
+    fn with_slots_taken(path: DataPath) {
+        let Some(control) = control(path) else { return };
+        let options = options(path);
+        let made = &mut |_| ();
+        let device =
+            Device::make(control, &options, service(), made, take_every_other_slot).unwrap();
+        is_true(device.path());
+        let counts = device.detach().unwrap();
+        let moved = 2 * (CLIENTS * 8 * LEN) as u64;
+        assert_eq!(counts.errors, 0);
+        // Kernels that look for partitions whatever they are told read some more.
+        assert!(counts.bytes_spliced + counts.bytes_copied >= moved, "{counts:?}");
+        assert!(counts.bytes_copied > 0 && counts.bytes_spliced > 0, "{counts:?}");
+    }
+
+    #[test]
+    fn requests_whose_slot_the_kernel_could_not_fill_are_copied_and_true() {
+        with_slots_taken(DataPath::AutoRegister);
+    }
+
+    #[test]
+    fn requests_whose_slot_we_could_not_fill_are_copied_and_true() {
+        with_slots_taken(DataPath::Register);
+    }
+
+    #[test]
+    fn a_driver_that_knows_bare_commands_alone_is_served() {
+        for path in [DataPath::UserCopy, DataPath::Copy] {
+            let Some(mut control) = control(path) else { return };
+            control.forget_encoding();
+            let made = &mut |_| ();
+            let device = match Device::make(control, &options(path), service(), made, |_| Ok(())) {
+                Err(error) if error.kind() == ErrorKind::Unsupported => {
+                    // CONFIG_BLKDEV_UBLK_LEGACY_OPCODES is off.
+                    println!("skipped: {error}");
+                    return;
+                }
+                made => made.unwrap(),
+            };
+            is_true(device.path());
+            assert_eq!(device.detach().unwrap().errors, 0);
+        }
+    }
+}
