@@ -262,3 +262,159 @@ fn survives(bench: &mut Bench) -> Outcome {
     }
     KEPT
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::content::SECTOR;
+    use crate::target::{Ask, Done, Target};
+    use devsplice_core::Limits;
+
+    /// Ways in which a thing that keeps bytes can go wrong.
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    enum Lie {
+        None,
+        /// One byte of a write is not written.
+        Drop,
+        /// A long write succeeds and its last sector was not written.
+        Short,
+        /// A long read succeeds and its last sector was not filled.
+        Unfilled,
+        /// A read brings what was there before the last write.
+        Stale,
+        /// Zeroing does nothing.
+        NotZeroed,
+        /// A discard reaches the sector behind its end.
+        Neighbour,
+        /// What is refused was done.
+        DoneAnyway,
+        /// A request in a hundred is never answered.
+        Lost,
+        /// What was flushed is lost with power.
+        Volatile,
+        /// A request in a hundred fails.
+        Fails,
+    }
+
+    struct Memory {
+        bytes: Vec<u8>,
+        old: Vec<u8>,
+        durable: Vec<u8>,
+        lie: Lie,
+        count: usize,
+    }
+
+    impl Memory {
+        fn one(&mut self, ask: &Ask) -> Done {
+            let extent = ask.io.extent;
+            self.count += 1;
+            let refused = extent.end().is_none_or(|end| end > self.bytes.len() as u64)
+                || ask.io.op != Op::Flush && extent.len == 0
+                || !(extent.at | extent.len).is_multiple_of(SECTOR as u64);
+            if refused && self.lie != Lie::DoneAnyway {
+                return Done { result: Err(Errno::EINVAL), bytes: Vec::new() };
+            }
+            if self.lie == Lie::Fails && self.count.is_multiple_of(100) {
+                return Done { result: Err(Errno::EIO), bytes: Vec::new() };
+            }
+            let from = (extent.at as usize).min(self.bytes.len());
+            let to = from.saturating_add(extent.len as usize).min(self.bytes.len());
+            let range = from..to;
+            let mut read = Vec::new();
+            if ask.io.op.changes() {
+                self.old.clone_from(&self.bytes);
+            }
+            let is_long = range.len() > 8 * SECTOR;
+            match ask.io.op {
+                Op::Read => {
+                    let all = if self.lie == Lie::Stale { &self.old } else { &self.bytes };
+                    read = all[range].to_vec();
+                    if self.lie == Lie::Unfilled && is_long {
+                        let end = read.len() - SECTOR;
+                        read[end..].fill(crate::content::POISON);
+                    }
+                }
+                Op::Write => {
+                    let mut bytes = ask.bytes();
+                    bytes.truncate(range.len());
+                    let kept = self.bytes[to.saturating_sub(SECTOR)..to].to_vec();
+                    let byte = self.bytes.get(from + 77).copied();
+                    self.bytes[range].copy_from_slice(&bytes);
+                    if self.lie == Lie::Short && is_long {
+                        self.bytes[to - SECTOR..to].copy_from_slice(&kept);
+                    }
+                    if let (Lie::Drop, Some(byte)) = (self.lie, byte) {
+                        self.bytes[from + 77] = byte;
+                    }
+                }
+                Op::Discard if self.lie == Lie::Neighbour => {
+                    let to = (to + SECTOR).min(self.bytes.len());
+                    self.bytes[from..to].fill(0);
+                }
+                Op::WriteZeroes { .. } if self.lie == Lie::NotZeroed => {}
+                Op::Flush => {}
+                _ => self.bytes[range].fill(0),
+            }
+            if self.lie != Lie::Volatile {
+                self.durable.clone_from(&self.bytes);
+            }
+            let result = if refused { Err(Errno::EINVAL) } else { Ok(()) };
+            Done { result, bytes: read }
+        }
+    }
+
+    impl Target for Memory {
+        fn limits(&self) -> Limits {
+            Limits::ideal(self.bytes.len() as u64)
+        }
+
+        fn run(&mut self, asks: &[Ask]) -> Result<Vec<Done>, String> {
+            let mut dones: Vec<_> = asks.iter().map(|ask| self.one(ask)).collect();
+            if self.lie == Lie::Lost && self.count > 100 {
+                dones.pop();
+            }
+            Ok(dones)
+        }
+
+        fn cut(&mut self) -> bool {
+            self.bytes.clone_from(&self.durable);
+            true
+        }
+    }
+
+    /// The promises that a lie breaks.
+    fn broken(lie: Lie) -> Vec<&'static str> {
+        let test = |(name, promise): &Promise| {
+            let bytes = vec![0; 256 << 10];
+            let durable = bytes.clone();
+            let memory = Memory { bytes, old: durable.clone(), durable, lie, count: 0 };
+            let mut bench = Bench::new(Box::new(memory), u64::MAX, &[], 1);
+            promise(&mut bench).is_err().then_some(*name)
+        };
+        PROMISES.iter().chain(INNER).filter_map(test).collect()
+    }
+
+    #[test]
+    fn what_keeps_every_promise_is_found_to() {
+        assert_eq!(broken(Lie::None), [""; 0]);
+    }
+
+    #[test]
+    fn each_lie_is_found_by_the_case_that_is_about_it() {
+        for (lie, by) in [
+            (Lie::Drop, "reads_bring_what_was_written"),
+            (Lie::Short, "reads_bring_what_was_written"),
+            (Lie::Unfilled, "reads_bring_what_was_written"),
+            (Lie::Stale, "mixed_requests_at_depth_keep_every_byte"),
+            (Lie::NotZeroed, "what_is_zeroed_reads_as_zeros"),
+            (Lie::Neighbour, "what_is_discarded_reads_as_before_or_as_zeros"),
+            (Lie::DoneAnyway, "requests_that_make_no_sense_are_refused_and_change_nothing"),
+            (Lie::Lost, "mixed_requests_at_depth_keep_every_byte"),
+            (Lie::Volatile, "what_was_flushed_or_written_durably_survives_a_power_cut"),
+            (Lie::Fails, "mixed_requests_at_depth_keep_every_byte"),
+        ] {
+            let broken = broken(lie);
+            assert!(broken.contains(&by), "{lie:?} is found by {broken:?} only");
+        }
+    }
+}

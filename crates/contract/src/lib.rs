@@ -15,9 +15,11 @@
 //! ```
 #![forbid(unsafe_code)]
 
+pub mod backend;
 pub mod bench;
 pub mod cases;
 pub mod content;
+pub mod device;
 pub mod fake;
 mod front;
 pub mod layer;

@@ -5,6 +5,7 @@
 //! table or an arena that lives as long as the ring.
 
 mod arena;
+pub mod blockctl;
 pub mod control;
 mod files;
 pub mod loopctl;

@@ -1,0 +1,262 @@
+//! Answers for the second entry: a backend (a file, a block device, memory) through the real engine
+//! on a real ring, with pages in memory.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use devsplice_core::{Errno, ErrorKind, Limits, Op, Result, Stack, StackBuilder};
+use devsplice_engine::{Event, FileId, Pages, Ring, RingCounts, Splice};
+use devsplice_uring::{Config, FileKind, LaneMemory, RingFile, Uring};
+use rustix::event::{EventfdFlags, eventfd};
+
+use crate::bench::{Bench, LARGEST};
+use crate::cases::{INNER, PROMISES};
+use crate::front::{Room, Setup, memory_needed, serve};
+use crate::suite::{Case, Outcome, Suite, Verdict};
+use crate::target::{Ask, Done, Target};
+
+/// Requests in flight, and splices.
+const DEPTH: u16 = 32;
+const FLIGHTS: u32 = 48;
+/// How long the ring of the case before may keep the backend open: the kernel takes rings down
+/// after the call that closes them.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// Bytes of a backend that are used.
+const SPAN: u64 = 4 << 20;
+
+/// An open backend.
+#[derive(Debug)]
+pub struct Bottom {
+    /// The file or device.
+    pub fd: OwnedFd,
+    /// What it is.
+    pub kind: FileKind,
+    /// What it offers.
+    pub limits: Limits,
+}
+
+type Open = Arc<dyn Fn() -> Result<Bottom> + Send + Sync>;
+
+/// A backend under test. What it holds is overwritten.
+#[derive(Clone)]
+pub struct Subject {
+    open: Open,
+    seen_at: Option<PathBuf>,
+    /// Held by the case that has it.
+    alone: Arc<Mutex<()>>,
+}
+
+impl Subject {
+    /// A backend that `open` opens; each case has it open alone.
+    pub fn new(open: impl Fn() -> Result<Bottom> + Send + Sync + 'static) -> Subject {
+        Subject { open: Arc::new(open), seen_at: None, alone: Arc::default() }
+    }
+
+    /// Where others find what the backend holds, byte for byte.
+    #[must_use]
+    pub fn seen_at(self, path: impl Into<PathBuf>) -> Subject {
+        Subject { seen_at: Some(path.into()), ..self }
+    }
+
+    fn target(&self) -> Result<FdTarget, String> {
+        let end = Instant::now() + PATIENCE;
+        let opened = loop {
+            match (self.open)() {
+                Err(error) if error.kind() == ErrorKind::Busy && Instant::now() < end => {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                other => break other,
+            }
+        };
+        let Bottom { fd, kind, limits } = opened.map_err(|error| error.to_string())?;
+        let mut builder = StackBuilder::new();
+        let (root, _) = builder.backend("backend", limits).map_err(|error| error.to_string())?;
+        let stack = Arc::new(builder.finish(root));
+        Ok(FdTarget { fd: Arc::new(fd), kind, stack })
+    }
+
+    fn bench(&self, target: &FdTarget, seed: u64) -> Bench {
+        Bench::new(Box::new(target.clone()), SPAN, &[], seed)
+    }
+}
+
+/// The engine over one descriptor.
+#[derive(Clone)]
+struct FdTarget {
+    fd: Arc<OwnedFd>,
+    kind: FileKind,
+    stack: Arc<Stack>,
+}
+
+impl FdTarget {
+    fn ring(&self, bytes: u32) -> Result<BellRing> {
+        let lane = LaneMemory { depth: DEPTH, bytes, slots: false, locked: false };
+        let mut ring = Uring::new(&Config { flights: FLIGHTS, files: 2, lanes: vec![lane] })?;
+        let os = |error: io::Error| devsplice_core::Error::os("a descriptor's copy", &error);
+        let fd = self.fd.try_clone().map_err(os)?;
+        ring.add_file(RingFile { fd, kind: self.kind })?;
+        // Never read, so it is always readable.
+        let bell = eventfd(1, EventfdFlags::CLOEXEC).map_err(|errno| os(errno.into()))?;
+        let bell = ring.add_file(RingFile { fd: bell, kind: FileKind::Other })?;
+        Ok(BellRing { ring, bell })
+    }
+}
+
+impl Target for FdTarget {
+    fn limits(&self) -> Limits {
+        *self.stack.limits()
+    }
+
+    fn run(&mut self, asks: &[Ask]) -> Result<Vec<Done>, String> {
+        // At least a page, so that every tag has memory.
+        let bytes = u32::try_from(memory_needed(asks).max(4096)).unwrap_or(u32::MAX);
+        let ring = self.ring(bytes).map_err(|error| error.to_string())?;
+        // The file of zeros is the ring's own, the first; then the backend.
+        let file = FileId(1);
+        let stack = &self.stack;
+        serve(Setup { ring, stack, files: vec![file], depth: DEPTH, flights: FLIGHTS }, asks)
+    }
+}
+
+/// A ring, and something that is always ready on it.
+struct BellRing {
+    ring: Uring,
+    bell: FileId,
+}
+
+impl Ring for BellRing {
+    fn splice(&mut self, key: u32, splice: &Splice<'_>) {
+        self.ring.splice(key, splice);
+    }
+
+    fn after(&mut self, key: u32, ns: u64) {
+        self.ring.after(key, ns);
+    }
+
+    fn enter(&mut self, wait: bool) -> Result<()> {
+        self.ring.enter(wait)
+    }
+
+    fn next(&mut self) -> Option<Event> {
+        self.ring.next()
+    }
+
+    fn counts(&self) -> RingCounts {
+        self.ring.counts()
+    }
+}
+
+impl Room for BellRing {
+    fn wake(&mut self, lane: u16, tag: u16) {
+        self.ring.poll((lane, u32::from(tag)), self.bell);
+    }
+
+    fn pages(&self, lane: u16, tag: u16) -> Pages {
+        self.ring.memory_pages(lane, tag)
+    }
+
+    fn put(&mut self, lane: u16, tag: u16, bytes: &[u8]) {
+        self.ring.memory(lane, tag)[Uring::DATA_AT..][..bytes.len()].copy_from_slice(bytes);
+    }
+
+    fn take(&mut self, lane: u16, tag: u16, len: usize) -> Vec<u8> {
+        self.ring.memory(lane, tag)[Uring::DATA_AT..][..len].to_vec()
+    }
+}
+
+/// Everything that a backend promises.
+#[must_use]
+pub fn suite(subject: &Subject) -> Suite {
+    let mut suite = Suite::default();
+    // No power can be cut here: the first of the inner ones alone.
+    for (name, promise) in PROMISES.iter().chain(&INNER[..1]) {
+        add(&mut suite, subject, name, move |subject| {
+            promise(&mut subject.bench(&subject.target()?, 1))
+        });
+    }
+    add(&mut suite, subject, "what_was_flushed_is_there_for_others", seen);
+    add(&mut suite, subject, "a_backend_that_ends_early_is_an_error_and_no_success", ends_early);
+    suite
+}
+
+fn add(
+    suite: &mut Suite,
+    subject: &Subject,
+    name: &str,
+    test: impl FnOnce(&Subject) -> Outcome + Send + 'static,
+) {
+    let subject = subject.clone();
+    suite.cases.push(Case::new(name, move || {
+        let probe = Config { flights: 1, files: 1, lanes: Vec::new() };
+        let _alone = subject.alone.lock().unwrap_or_else(PoisonError::into_inner);
+        match Uring::new(&probe) {
+            Ok(_) => test(&subject),
+            Err(error) => Ok(Verdict::Skipped(format!("no ring here: {error}"))),
+        }
+    }));
+}
+
+/// Whoever opens the same file beside us finds what was written and flushed.
+fn seen(subject: &Subject) -> Outcome {
+    let Some(path) = &subject.seen_at else {
+        return Ok(Verdict::NotMade("nobody else can see it".into()));
+    };
+    let mut bench = subject.bench(&subject.target()?, 2);
+    if !bench.offers(Op::Write) {
+        return Ok(Verdict::NotMade("it is read-only".into()));
+    }
+    let other = std::fs::File::open(path).map_err(|error| format!("{path:?}: {error}"))?;
+    for durable in [false, true] {
+        bench.fill(LARGEST)?;
+        let asks = if durable && bench.limits.fua {
+            let writes: Vec<_> = bench.mix([0, 100, 0, 0], 64 << 10);
+            writes.iter().map(|ask| bench.fua(ask.io.extent.at, ask.io.extent.len)).collect()
+        } else {
+            bench.mix([0, 80, 0, 10], 64 << 10)
+        };
+        bench.must(&asks)?;
+        let flush = bench.ask(Op::Flush, 0, 0);
+        bench.must(&[flush])?;
+        let reads: Vec<_> =
+            (0..bench.span).step_by(4096).map(|at| bench.ask(Op::Read, at, 4096)).collect();
+        let read = |ask: &Ask| {
+            let mut bytes = vec![0; 4096];
+            let done = rustix::io::pread(other.as_fd(), &mut bytes, ask.io.extent.at);
+            bytes.truncate(done.unwrap_or(0));
+            Done { result: Ok(()), bytes }
+        };
+        let dones: Vec<_> = reads.iter().map(read).collect();
+        let by_others = |how| format!("as others see it in {}: {how}", path.display());
+        bench.model.batch(&reads, &dones).map_err(by_others)?;
+    }
+    Ok(Verdict::Kept)
+}
+
+/// The kernel's results are short at its end, then 0: the request fails, whatever was moved.
+fn ends_early(subject: &Subject) -> Outcome {
+    let target = subject.target()?;
+    let mut bench = subject.bench(&target, 3);
+    if target.kind != FileKind::Regular || !bench.offers(Op::Write) {
+        return Ok(Verdict::NotMade("only files that may be written are cut short".into()));
+    }
+    let size = bench.limits.size;
+    bench.fill(LARGEST)?;
+    let end = bench.span / 2;
+    let cut = |len| rustix::fs::ftruncate(&*target.fd, len).map_err(|error| error.to_string());
+    cut(end)?;
+    let block = bench.block();
+    let asks = [
+        (bench.ask(Op::Read, end - block, 2 * block), Err(Errno::EIO)),
+        (bench.ask(Op::Read, end, block), Err(Errno::EIO)),
+        (bench.ask(Op::Read, end - LARGEST, LARGEST), Ok(())),
+        (bench.ask(Op::Read, end - LARGEST / 2, LARGEST), Err(Errno::EIO)),
+    ];
+    let only: Vec<_> = asks.iter().map(|(ask, _)| *ask).collect();
+    let dones = bench.run(&only);
+    cut(size)?;
+    crate::bench::expect(&only, &dones?, |place| asks[place].1)?;
+    Ok(Verdict::Kept)
+}

@@ -1,0 +1,146 @@
+//! Answers for the contract over every backend of ours: files with and without the page cache,
+//! memory, loop devices where root may make them.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use common::{Trials, caught};
+use devsplice_backends::Access;
+use devsplice_contract::backend::{self, Bottom, Subject};
+use devsplice_contract::{Suite, Verdict};
+use devsplice_core::{Args, Error, ErrorKind, Limits, Result};
+use devsplice_uring::{FileKind, loopctl};
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+
+const SIZE: u64 = 4 << 20;
+
+/// A file that goes with the last who knows it.
+struct Temp(PathBuf);
+
+impl Temp {
+    fn new(dir: &Path, name: &str) -> Arc<Temp> {
+        let path = dir.join(format!("devsplice-contract-{name}-{}", std::process::id()));
+        std::fs::File::create(&path).unwrap().set_len(SIZE).unwrap();
+        Arc::new(Temp(path))
+    }
+
+    fn text(&self) -> String {
+        self.0.to_str().unwrap().to_owned()
+    }
+}
+
+impl Drop for Temp {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+fn opened(kind: &str, keys: &[(&str, String)]) -> Result<Bottom> {
+    let source = devsplice_backends::SOURCES.iter().find(|source| source.name == kind).unwrap();
+    let given: Vec<_> = keys.iter().map(|(key, value)| ((*key).into(), value.clone())).collect();
+    let args = Args::new(kind, source.keys, &given)?;
+    let opened = devsplice_backends::open(kind, &args, Access::Serve)?;
+    Ok(Bottom { fd: opened.fd, kind: opened.kind, limits: opened.limits })
+}
+
+fn file(dir: &Path, name: &str, key: Option<(&'static str, &'static str)>) -> Suite {
+    let temp = Temp::new(dir, name);
+    let path = temp.text();
+    let subject = Subject::new(move || {
+        let mut keys = vec![("path", temp.text())];
+        keys.extend(key.map(|(key, value)| (key, value.to_owned())));
+        opened("file", &keys)
+    });
+    backend::suite(&subject.seen_at(path))
+}
+
+/// A loop device over a file, for as long as this lives.
+struct Loop {
+    node: PathBuf,
+    _file: Arc<Temp>,
+}
+
+impl Loop {
+    fn new() -> Result<Loop> {
+        let os = |error: std::io::Error| Error::os("loop device", &error);
+        let temp = Temp::new(&std::env::temp_dir(), "loop");
+        let control = std::fs::File::open("/dev/loop-control").map_err(os)?;
+        let file = std::fs::File::options().read(true).write(true).open(&temp.0).map_err(os)?;
+        for _ in 0..20 {
+            let number = loopctl::free(control.as_fd()).map_err(os)?;
+            let node = PathBuf::from(format!("/dev/loop{number}"));
+            let device = std::fs::File::options().read(true).write(true).open(&node).map_err(os)?;
+            if loopctl::configure(device.as_fd(), file.as_fd(), 512, 0, "contract").is_ok() {
+                return Ok(Loop { node, _file: temp });
+            }
+        }
+        Err(Error::new(ErrorKind::Busy, "loop device", "none is free"))
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        if let Ok(device) = std::fs::File::open(&self.node) {
+            let _ = loopctl::clear(device.as_fd());
+        }
+    }
+}
+
+fn loop_device(trials: &mut Trials) {
+    match Loop::new() {
+        Ok(made) => {
+            let made = Arc::new(made);
+            let subject = Subject::new(move || {
+                opened("file", &[("path", made.node.to_str().unwrap().to_owned())])
+            });
+            trials.suite("loop_device", backend::suite(&subject));
+        }
+        Err(error) => trials.test("loop_device::everything", move || {
+            Ok(Verdict::Skipped(format!("no loop device: {error}")))
+        }),
+    }
+}
+
+/// A backend that says it is larger than it is.
+fn too_large() -> Suite {
+    backend::suite(&Subject::new(|| {
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let fd = memfd_create("half", flags).unwrap();
+        ftruncate(&fd, SIZE / 2).unwrap();
+        fcntl_add_seals(&fd, SealFlags::GROW).unwrap();
+        Ok(Bottom { fd, kind: FileKind::Other, limits: Limits::ideal(SIZE) })
+    }))
+}
+
+/// A backend whose bytes are dropped: what is written never comes back.
+fn forgetful() -> Suite {
+    backend::suite(&Subject::new(|| {
+        let file = std::fs::File::options().read(true).write(true).open("/dev/zero").unwrap();
+        Ok(Bottom { fd: file.into(), kind: FileKind::Other, limits: Limits::ideal(SIZE) })
+    }))
+}
+
+fn main() -> ExitCode {
+    let mut trials = Trials::default();
+    let tmp = std::env::temp_dir();
+    trials.suite("file", file(&tmp, "file", None));
+    trials.suite("file_of_4k_blocks", file(&tmp, "file4k", Some(("block", "4096"))));
+    trials.suite("file_through_the_page_cache", file(&tmp, "cached", Some(("direct", "off"))));
+    trials.suite("file_read_only", file(&tmp, "readonly", Some(("readonly", "on"))));
+    trials.suite("file_on_tmpfs", file(Path::new("/dev/shm"), "tmpfs", None));
+    let memory = Subject::new(|| opened("mem", &[("size", SIZE.to_string())]));
+    trials.suite("memory", backend::suite(&memory));
+    loop_device(&mut trials);
+    trials.test("suite::a_backend_that_drops_what_is_written_is_caught", || {
+        caught(forgetful(), "reads_bring_what_was_written")
+    });
+    trials.test("suite::a_backend_larger_than_it_is_is_caught", || {
+        caught(too_large(), "reads_bring_what_was_written")
+    });
+    trials.run()
+}
