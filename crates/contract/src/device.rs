@@ -84,22 +84,24 @@ impl Subject {
         Subject { remove: Arc::new(Mutex::new(Some(Box::new(remove)))), ..self }
     }
 
-    fn target(&self) -> Result<DeviceTarget, String> {
-        self.open().map_err(|error| error.to_string())
-    }
-
-    fn open(&self) -> Result<DeviceTarget> {
+    fn open(&self, may_go: bool) -> Result<DeviceTarget> {
         let about = About::of(&self.path)?;
         let mut files = Vec::new();
         for job in 0..self.jobs {
             files.push(Arc::new(about.open(&self.path, job == 0)?));
         }
-        let pool = Pool::new(files, self.depth, about.how, self.patience);
+        let how = How { may_go, ..about.how };
+        let pool = Pool::new(files, self.depth, how, self.patience);
         Ok(DeviceTarget { pool, limits: about.limits })
     }
 
     fn bench(&self) -> Result<Bench, String> {
-        Ok(Bench::new(Box::new(self.target()?), self.span, &[], self.seed))
+        self.bench_that_may_go(false)
+    }
+
+    fn bench_that_may_go(&self, may_go: bool) -> Result<Bench, String> {
+        let target = self.open(may_go).map_err(|error| error.to_string())?;
+        Ok(Bench::new(Box::new(target), self.span, &[], self.seed))
     }
 }
 
@@ -147,7 +149,7 @@ impl About {
         // The mask of what memory it takes, since 6.0; before, block devices took 512.
         let mask = if is_block { number("queue/dma_alignment").unwrap_or(511) } else { 4095 };
         let align = usize::try_from(mask + 1).unwrap_or(4096).clamp(1, 4096);
-        let how = How { is_block, align };
+        let how = How { is_block, align, may_go: false };
         Ok(About { limits: limits.checked().map_err(|error| error.within(&thing))?, how, direct })
     }
 
@@ -282,7 +284,7 @@ fn removed(subject: &Subject) -> Outcome {
     let Some(remove) = remove else {
         return none("nobody said how to remove it");
     };
-    let mut bench = subject.bench()?;
+    let mut bench = subject.bench_that_may_go(true)?;
     let writes = bench.offers(Op::Write);
     let remover = std::thread::spawn(move || {
         std::thread::sleep(Duration::from_millis(200));

@@ -20,6 +20,8 @@ pub(super) struct How {
     pub(super) is_block: bool,
     /// What memory must be aligned to, at most a page.
     pub(super) align: usize,
+    /// Whether it may go away while it is used: its size is 0 then, and a transfer ends early.
+    pub(super) may_go: bool,
 }
 
 /// What a thread found: which request, and what came of it.
@@ -156,6 +158,7 @@ fn transfer(file: &File, ask: &Ask, how: How) -> Result<Done, String> {
             let bytes = if is_read { memory.to_vec() } else { Vec::new() };
             Ok(Done { result: Ok(()), bytes })
         }
+        Ok(_) if how.may_go => Ok(Done { result: Err(Errno::ENODEV), bytes: Vec::new() }),
         Ok(count) => Err(format!("asked: {ask}; came: {count} bytes")),
         Err(errno) => {
             let result = Err(Errno::from_result(-errno.raw_os_error()));
