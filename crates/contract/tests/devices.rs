@@ -72,7 +72,7 @@ fn serve(name: &str, slips: bool) -> Result<(Device, Temp)> {
     let mut no_reader = |_, _, _: &mut [u8]| Err(Errno::EIO);
     let top = builder.layer("slip", Box::new(Slip { slips }), &[file], &mut no_reader)?;
     let file = std::fs::File::options().read(true).write(true).open(&temp.0).unwrap();
-    let bottoms = vec![Bottom { fd: file.into(), kind: FileKind::Regular }];
+    let bottoms = vec![Bottom::File { fd: file.into(), kind: FileKind::Regular }];
     let options = Options {
         name: format!("{name}-{}", std::process::id()),
         queues: 1,

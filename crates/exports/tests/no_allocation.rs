@@ -38,7 +38,7 @@ fn stack() -> (Arc<Stack>, Vec<Bottom>) {
     for _ in 0..2 {
         let fd = rustix::fs::memfd_create("leg", MemfdFlags::CLOEXEC).unwrap();
         rustix::fs::ftruncate(&fd, SIZE).unwrap();
-        bottoms.push(Bottom { fd, kind: FileKind::Regular });
+        bottoms.push(Bottom::File { fd, kind: FileKind::Regular });
         legs.push(builder.backend("leg", Limits::ideal(SIZE)).unwrap().0);
     }
     let stripe = layer(&mut builder, "stripe", &[("chunk", "4k")], &legs);

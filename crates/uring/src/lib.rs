@@ -6,6 +6,7 @@
 
 mod arena;
 pub mod blockctl;
+mod bytes;
 pub mod control;
 mod files;
 pub mod loopctl;
@@ -16,5 +17,6 @@ mod submit;
 pub mod thread;
 pub mod uapi;
 
+pub use bytes::Bytes;
 pub use files::{FileKind, RingFile};
 pub use ring::{Command, Config, LaneMemory, Uring, open};

@@ -2,12 +2,15 @@
 //! whom.
 
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
 
 use devsplice_core::{Errno, Error, Op, Result};
-use devsplice_engine::{Completion, Event, FileId, Pages, Ring, RingCounts, Splice};
+use devsplice_engine::ring::MAX_PARTS;
+use devsplice_engine::{Completion, Event, FileId, Pages, Ring, RingCounts, Splice, To};
 use rustix::fs::{Mode, OFlags};
 
 use crate::arena::Arena;
+use crate::bytes::{Bytes, Helpers};
 use crate::files::{DiscardWay, FileKind, RingFile, Slot, ZeroWay};
 use crate::splice::{Around, DATA_AT, Flight, PagesKind, ZEROES_LEN, entry};
 use crate::submit::Queues;
@@ -57,6 +60,8 @@ const KIND_TIMER: u64 = 2 << 56;
 const KIND_EXPORT: u64 = 3 << 56;
 /// As `KIND_EXPORT`, for an entry that names the memory of the tag in the index's low half.
 const KIND_EXPORT_LENT: u64 = 4 << 56;
+/// The helpers of byte backends have results.
+const KIND_BELL: u64 = 6 << 56;
 const KIND_MASK: u64 = 0xff << 56;
 
 /// `struct __kernel_timespec`.
@@ -71,6 +76,8 @@ struct Timespec {
 pub struct Uring {
     // Dropped first: the arenas and tables outlive it.
     queues: Queues,
+    // Before the memory that they are lent.
+    helpers: Option<Helpers>,
     files: Vec<Slot>,
     file_room: u16,
     flights: Box<[Flight]>,
@@ -117,6 +124,7 @@ impl Uring {
             .map_err(|error| Error::os("io_uring's file table", &error))?;
         let mut ring = Uring {
             queues,
+            helpers: None,
             files: Vec::with_capacity(usize::from(config.files) + 1),
             file_room: config.files + 1,
             flights: vec![Flight::IDLE; config.flights as usize].into(),
@@ -149,6 +157,81 @@ impl Uring {
             .map_err(|error| Error::os("registering a file with io_uring", &error))?;
         self.files.push(Slot::new(file));
         Ok(FileId(index))
+    }
+
+    /// Adds a backend of bytes. It takes one place of [`Config::files`].
+    ///
+    /// # Errors
+    /// As [`Uring::add_file`], or if its helper threads cannot be started.
+    pub fn add_bytes(&mut self, bytes: Arc<dyn Bytes>) -> Result<FileId> {
+        let is_first = self.helpers.is_none();
+        let helpers = match self.helpers.take() {
+            Some(helpers) => helpers,
+            None => Helpers::new(self.flights.len())?,
+        };
+        let fd = helpers.bell()?;
+        self.helpers = Some(helpers);
+        let id = self.add_file(RingFile { fd, kind: FileKind::Other })?;
+        self.files[usize::from(id.0)].bytes = Some(bytes);
+        if is_first {
+            self.listen(id);
+        }
+        Ok(id)
+    }
+
+    /// Asks to be told, once, when helpers have results. All of them ring with the same bell.
+    fn listen(&mut self, bell: FileId) {
+        let sqe = Sqe {
+            opcode: OP_POLL_ADD,
+            fd: i32::from(bell.0),
+            flags: SQE_FIXED_FILE,
+            op_flags: u32::try_from(libc::POLLIN).unwrap_or(1),
+            user_data: KIND_BELL | u64::from(bell.0),
+            ..Sqe::default()
+        };
+        self.queues.push(&sqe);
+    }
+
+    /// Hands a splice to the helpers if its place is one of bytes; whether it was.
+    fn helped(&mut self, key: u32, splice: &Splice<'_>) -> bool {
+        let To::File(file) = splice.to else { return false };
+        let Some(bytes) = &self.files[usize::from(file.0)].bytes else { return false };
+        let Some(helpers) = &self.helpers else { return false };
+        let flight = &mut self.flights[key as usize];
+        (flight.op, flight.file, flight.len) = (splice.op, file.0, splice.len);
+        flight.pages = None;
+        let mut addresses = [0; MAX_PARTS];
+        if splice.op.has_pages() {
+            let kind = PagesKind::unpack(splice.pages);
+            let PagesKind::Memory { lane, slot } = kind else {
+                panic!("a request for a backend of bytes has no memory of ours: {splice:?}")
+            };
+            let Some(arena) = &mut self.arenas[usize::from(lane)] else {
+                panic!("lane {lane} has no memory of its own")
+            };
+            for (address, part) in addresses.iter_mut().zip(splice.parts) {
+                let at = DATA_AT + part.at as usize;
+                *address = arena.address(usize::from(slot), at, part.len as usize);
+            }
+            arena.lend(usize::from(slot));
+            flight.pages = Some(kind);
+        }
+        helpers.hand_over(key, splice, bytes, &addresses);
+        true
+    }
+
+    /// What helpers have done.
+    #[cold]
+    fn landed(&mut self) -> Option<Event> {
+        let (key, result) = self.helpers.as_ref()?.next()?;
+        let flight = &self.flights[key as usize];
+        if let Some(PagesKind::Memory { lane, slot }) = flight.pages {
+            if let Some(arena) = &mut self.arenas[usize::from(lane)] {
+                arena.give_back(usize::from(slot));
+            }
+            self.bytes_copied += result.unwrap_or(0);
+        }
+        Some(Event::Splice { key, result })
     }
 
     /// The pages of a request whose data is the device's own, in the slot of its tag.
@@ -343,6 +426,9 @@ fn tag_of(index: u32) -> usize {
 impl Ring for Uring {
     #[inline]
     fn splice(&mut self, key: u32, splice: &Splice<'_>) {
+        if self.helpers.is_some() && self.helped(key, splice) {
+            return;
+        }
         let zeroes = self.zeroes.address(0, 0, ZEROES_LEN);
         let around = Around { arenas: &self.arenas, files: &self.files, zeroes };
         let flight = &mut self.flights[key as usize];
@@ -396,7 +482,9 @@ impl Ring for Uring {
     #[inline]
     fn next(&mut self) -> Option<Event> {
         loop {
-            let cqe = self.queues.next()?;
+            let Some(cqe) = self.queues.next() else {
+                return if self.helpers.is_some() { self.landed() } else { None };
+            };
             let (data, result) = (cqe.user_data(), cqe.result());
             #[allow(clippy::cast_possible_truncation)]
             let (lane, index) = ((data >> 32) as u16, data as u32);
@@ -407,6 +495,13 @@ impl Ring for Uring {
                     }
                 }
                 KIND_TIMER => return Some(Event::Timer { key: index }),
+                KIND_BELL => {
+                    if let Some(helpers) = &self.helpers {
+                        helpers.heard();
+                    }
+                    #[allow(clippy::cast_possible_truncation)]
+                    self.listen(FileId(index as u16));
+                }
                 kind => {
                     if kind == KIND_EXPORT_LENT {
                         self.arena(lane).give_back(tag_of(index));
