@@ -1,5 +1,5 @@
-//! Answers for the second entry: a backend (a file, a block device, memory) through the real engine
-//! on a real ring, with pages in memory.
+//! Answers for the second entry: a backend (a file, a block device, memory, bytes) through the real
+//! engine on a real ring, with pages in memory.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use devsplice_core::{Errno, ErrorKind, Limits, Op, Result, Stack, StackBuilder};
 use devsplice_engine::{Event, FileId, Pages, Ring, RingCounts, Splice};
-use devsplice_uring::{Config, FileKind, LaneMemory, RingFile, Uring};
+use devsplice_uring::{Bytes, Config, FileKind, LaneMemory, RingFile, Uring};
 use rustix::event::{EventfdFlags, eventfd};
 
 use crate::bench::{Bench, LARGEST};
@@ -28,14 +28,28 @@ const PATIENCE: Duration = Duration::from_secs(5);
 const SPAN: u64 = 4 << 20;
 
 /// An open backend.
-#[derive(Debug)]
-pub struct Bottom {
-    /// The file or device.
-    pub fd: OwnedFd,
-    /// What it is.
-    pub kind: FileKind,
-    /// What it offers.
-    pub limits: Limits,
+#[derive(Clone)]
+pub enum Bottom {
+    /// What the kernel moves pages to and from.
+    File {
+        /// The file or device.
+        fd: Arc<OwnedFd>,
+        /// What it is.
+        kind: FileKind,
+        /// What it offers.
+        limits: Limits,
+    },
+    /// What helper threads read and write.
+    Bytes(Arc<dyn Bytes>),
+}
+
+impl Bottom {
+    fn limits(&self) -> Limits {
+        match self {
+            Bottom::File { limits, .. } => *limits,
+            Bottom::Bytes(bytes) => bytes.limits(),
+        }
+    }
 }
 
 type Open = Arc<dyn Fn() -> Result<Bottom> + Send + Sync>;
@@ -55,13 +69,18 @@ impl Subject {
         Subject { open: Arc::new(open), seen_at: None, alone: Arc::default() }
     }
 
+    /// A backend of bytes that `make` makes.
+    pub fn bytes(make: impl Fn() -> Arc<dyn Bytes> + Send + Sync + 'static) -> Subject {
+        Subject::new(move || Ok(Bottom::Bytes(make())))
+    }
+
     /// Where others find what the backend holds, byte for byte.
     #[must_use]
     pub fn seen_at(self, path: impl Into<PathBuf>) -> Subject {
         Subject { seen_at: Some(path.into()), ..self }
     }
 
-    fn target(&self) -> Result<FdTarget, String> {
+    fn target(&self) -> Result<RingTarget, String> {
         let end = Instant::now() + PATIENCE;
         let opened = loop {
             match (self.open)() {
@@ -71,41 +90,46 @@ impl Subject {
                 other => break other,
             }
         };
-        let Bottom { fd, kind, limits } = opened.map_err(|error| error.to_string())?;
+        let bottom = opened.map_err(|error| error.to_string())?;
         let mut builder = StackBuilder::new();
-        let (root, _) = builder.backend("backend", limits).map_err(|error| error.to_string())?;
+        let (root, _) =
+            builder.backend("backend", bottom.limits()).map_err(|error| error.to_string())?;
         let stack = Arc::new(builder.finish(root));
-        Ok(FdTarget { fd: Arc::new(fd), kind, stack })
+        Ok(RingTarget { bottom, stack })
     }
 
-    fn bench(&self, target: &FdTarget, seed: u64) -> Bench {
+    fn bench(&self, target: &RingTarget, seed: u64) -> Bench {
         Bench::new(Box::new(target.clone()), SPAN, &[], seed)
     }
 }
 
-/// The engine over one descriptor.
+/// The engine over one backend.
 #[derive(Clone)]
-struct FdTarget {
-    fd: Arc<OwnedFd>,
-    kind: FileKind,
+struct RingTarget {
+    bottom: Bottom,
     stack: Arc<Stack>,
 }
 
-impl FdTarget {
-    fn ring(&self, bytes: u32) -> Result<BellRing> {
+impl RingTarget {
+    fn ring(&self, bytes: u32) -> Result<(BellRing, FileId)> {
         let lane = LaneMemory { depth: DEPTH, bytes, slots: false, locked: false };
         let mut ring = Uring::new(&Config { flights: FLIGHTS, files: 2, lanes: vec![lane] })?;
         let os = |error: io::Error| devsplice_core::Error::os("a descriptor's copy", &error);
-        let fd = self.fd.try_clone().map_err(os)?;
-        ring.add_file(RingFile { fd, kind: self.kind })?;
+        let file = match &self.bottom {
+            Bottom::File { fd, kind, .. } => {
+                let fd = fd.try_clone().map_err(os)?;
+                ring.add_file(RingFile { fd, kind: *kind })?
+            }
+            Bottom::Bytes(bytes) => ring.add_bytes(Arc::clone(bytes))?,
+        };
         // Never read, so it is always readable.
         let bell = eventfd(1, EventfdFlags::CLOEXEC).map_err(|errno| os(errno.into()))?;
         let bell = ring.add_file(RingFile { fd: bell, kind: FileKind::Other })?;
-        Ok(BellRing { ring, bell })
+        Ok((BellRing { ring, bell }, file))
     }
 }
 
-impl Target for FdTarget {
+impl Target for RingTarget {
     fn limits(&self) -> Limits {
         *self.stack.limits()
     }
@@ -113,9 +137,7 @@ impl Target for FdTarget {
     fn run(&mut self, asks: &[Ask]) -> Result<Vec<Done>, String> {
         // At least a page, so that every tag has memory.
         let bytes = u32::try_from(memory_needed(asks).max(4096)).unwrap_or(u32::MAX);
-        let ring = self.ring(bytes).map_err(|error| error.to_string())?;
-        // The file of zeros is the ring's own, the first; then the backend.
-        let file = FileId(1);
+        let (ring, file) = self.ring(bytes).map_err(|error| error.to_string())?;
         let stack = &self.stack;
         serve(Setup { ring, stack, files: vec![file], depth: DEPTH, flights: FLIGHTS }, asks)
     }
@@ -239,13 +261,15 @@ fn seen(subject: &Subject) -> Outcome {
 fn ends_early(subject: &Subject) -> Outcome {
     let target = subject.target()?;
     let mut bench = subject.bench(&target, 3);
-    if target.kind != FileKind::Regular || !bench.offers(Op::Write) {
-        return Ok(Verdict::NotMade("only files that may be written are cut short".into()));
+    let none = || Ok(Verdict::NotMade("only files that may be written are cut short".into()));
+    let Bottom::File { fd, kind: FileKind::Regular, .. } = &target.bottom else { return none() };
+    if !bench.offers(Op::Write) {
+        return none();
     }
     let size = bench.limits.size;
     bench.fill(LARGEST)?;
     let end = bench.span / 2;
-    let cut = |len| rustix::fs::ftruncate(&*target.fd, len).map_err(|error| error.to_string());
+    let cut = |len| rustix::fs::ftruncate(&**fd, len).map_err(|error| error.to_string());
     cut(end)?;
     let block = bench.block();
     let asks = [

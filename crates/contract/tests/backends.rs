@@ -5,16 +5,17 @@
 mod common;
 
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Arc;
+use std::sync::{Arc, RwLock};
 
 use common::{Trials, caught};
 use devsplice_backends::Access;
 use devsplice_contract::backend::{self, Bottom, Subject};
 use devsplice_contract::{Suite, Verdict};
 use devsplice_core::{Args, Error, ErrorKind, Limits, Result};
-use devsplice_uring::{FileKind, loopctl};
+use devsplice_uring::{Bytes, FileKind, loopctl};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 
 const SIZE: u64 = 4 << 20;
@@ -45,7 +46,7 @@ fn opened(kind: &str, keys: &[(&str, String)]) -> Result<Bottom> {
     let given: Vec<_> = keys.iter().map(|(key, value)| ((*key).into(), value.clone())).collect();
     let args = Args::new(kind, source.keys, &given)?;
     let opened = devsplice_backends::open(kind, &args, Access::Serve)?;
-    Ok(Bottom { fd: opened.fd, kind: opened.kind, limits: opened.limits })
+    Ok(Bottom::File { fd: Arc::new(opened.fd), kind: opened.kind, limits: opened.limits })
 }
 
 fn file(dir: &Path, name: &str, key: Option<(&'static str, &'static str)>) -> Suite {
@@ -113,7 +114,7 @@ fn too_large() -> Suite {
         let fd = memfd_create("half", flags).unwrap();
         ftruncate(&fd, SIZE / 2).unwrap();
         fcntl_add_seals(&fd, SealFlags::GROW).unwrap();
-        Ok(Bottom { fd, kind: FileKind::Other, limits: Limits::ideal(SIZE) })
+        Ok(Bottom::File { fd: Arc::new(fd), kind: FileKind::Other, limits: Limits::ideal(SIZE) })
     }))
 }
 
@@ -121,8 +122,104 @@ fn too_large() -> Suite {
 fn forgetful() -> Suite {
     backend::suite(&Subject::new(|| {
         let file = std::fs::File::options().read(true).write(true).open("/dev/zero").unwrap();
-        Ok(Bottom { fd: file.into(), kind: FileKind::Other, limits: Limits::ideal(SIZE) })
+        Ok(Bottom::File {
+            fd: Arc::new(file.into()),
+            kind: FileKind::Other,
+            limits: Limits::ideal(SIZE),
+        })
     }))
+}
+
+/// Bytes in memory, with or without a lie.
+struct Ram {
+    bytes: RwLock<Vec<u8>>,
+    lie: Lie,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Lie {
+    None,
+    /// Half of a long write is not written, and it says that all was.
+    ShortWrite,
+    /// The last byte of a long read is not filled.
+    ShortRead,
+    /// A panic where others answer.
+    Panic,
+}
+
+impl Bytes for Ram {
+    fn size(&self) -> u64 {
+        SIZE
+    }
+
+    fn read_at(&self, at: u64, into: &mut [u8]) -> std::io::Result<()> {
+        let at = usize::try_from(at).unwrap();
+        let mut len = into.len();
+        if self.lie == Lie::ShortRead && len > 8192 {
+            len -= 1;
+        }
+        into[..len].copy_from_slice(&self.bytes.read().unwrap()[at..at + len]);
+        Ok(())
+    }
+
+    fn write_at(&self, at: u64, from: &[u8]) -> std::io::Result<()> {
+        if self.lie == Lie::Panic {
+            // Without a message for each of thousands.
+            std::panic::resume_unwind(Box::new("on purpose"));
+        }
+        let at = usize::try_from(at).unwrap();
+        let short = self.lie == Lie::ShortWrite && from.len() > 8192;
+        let len = if short { from.len() / 2 } else { from.len() };
+        self.bytes.write().unwrap()[at..at + len].copy_from_slice(&from[..len]);
+        Ok(())
+    }
+}
+
+fn ram(lie: Lie) -> Suite {
+    backend::suite(&Subject::bytes(move || {
+        Arc::new(Ram { bytes: RwLock::new(vec![0; SIZE as usize]), lie })
+    }))
+}
+
+/// A file, by plain calls: what the examples do.
+struct Plain(std::fs::File);
+
+impl Bytes for Plain {
+    fn size(&self) -> u64 {
+        SIZE
+    }
+
+    fn read_at(&self, at: u64, into: &mut [u8]) -> std::io::Result<()> {
+        self.0.read_exact_at(into, at)
+    }
+
+    fn write_at(&self, at: u64, from: &[u8]) -> std::io::Result<()> {
+        self.0.write_all_at(from, at)
+    }
+
+    fn flush(&self) -> std::io::Result<()> {
+        self.0.sync_data()
+    }
+}
+
+fn bytes(trials: &mut Trials) {
+    trials.suite("bytes_in_memory", ram(Lie::None));
+    let temp = Temp::new(&std::env::temp_dir(), "plain");
+    let path = temp.text();
+    let subject = Subject::bytes(move || {
+        let file = std::fs::File::options().read(true).write(true).open(&temp.0).unwrap();
+        Arc::new(Plain(file))
+    });
+    trials.suite("bytes_of_a_file", backend::suite(&subject.seen_at(path)));
+    for (name, lie) in [
+        ("a_short_write_that_claims_all", Lie::ShortWrite),
+        ("a_short_read_that_claims_all", Lie::ShortRead),
+        ("a_panic_of_a_backend", Lie::Panic),
+    ] {
+        trials.test(&format!("suite::{name}_is_caught"), move || {
+            caught(ram(lie), "the_largest_request_is_done_whole")
+        });
+    }
 }
 
 fn main() -> ExitCode {
@@ -135,6 +232,7 @@ fn main() -> ExitCode {
     trials.suite("file_on_tmpfs", file(Path::new("/dev/shm"), "tmpfs", None));
     let memory = Subject::new(|| opened("mem", &[("size", SIZE.to_string())]));
     trials.suite("memory", backend::suite(&memory));
+    bytes(&mut trials);
     loop_device(&mut trials);
     trials.test("suite::a_backend_that_drops_what_is_written_is_caught", || {
         caught(forgetful(), "reads_bring_what_was_written")

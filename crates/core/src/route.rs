@@ -73,15 +73,24 @@ impl Route {
         Route { op: io.op, fua: io.fua, depth: 1, frames: [first; MAX_FRAMES] }
     }
 
-    /// Starts over with another request, without touching what need not change.
+    /// Starts over with another request; its first piece.
     #[inline]
-    pub fn restart(&mut self, stack: &Stack, io: Io) {
-        let Extent { at, len } = io.extent;
+    pub fn begin(&mut self, stack: &Stack, io: Io) -> Option<Result<Piece, Errno>> {
         self.op = io.op;
         self.fua = io.fua;
-        self.depth = 1;
-        let port = itself(io.op);
-        self.frames[0] = Frame { at, len, part: 0, wait_ns: 0, node: stack.root(), port };
+        self.depth = 0;
+        let Extent { at, len } = io.extent;
+        let (node, port) = (stack.root(), itself(io.op));
+        let frame = Frame { at, len, part: 0, wait_ns: 0, node, port };
+        if port == WHOLE
+            && let Some(piece) = self.walk(&stack.nodes, frame)
+        {
+            return Some(piece);
+        }
+        if port != WHOLE {
+            self.push(frame);
+        }
+        self.next(stack)
     }
 
     /// Whether every piece was handed out.
@@ -105,39 +114,40 @@ impl Route {
         self.next_in(&stack.nodes)
     }
 
-    #[inline]
     pub(crate) fn next_in(&mut self, nodes: &[Node]) -> Option<Result<Piece, Errno>> {
-        'frames: loop {
-            let mut frame = self.pop()?;
-            if frame.port != WHOLE {
-                match self.spread(nodes) {
-                    None => continue,
-                    piece => return piece,
-                }
+        loop {
+            let frame = self.pop()?;
+            let piece =
+                if frame.port == WHOLE { self.walk(nodes, frame) } else { self.spread(nodes) };
+            if piece.is_some() {
+                return piece;
             }
-            let mut node = &nodes[frame.node.index()];
-            loop {
-                let (layer, ports) = match &node.what {
-                    What::Backend(id) => return Some(Ok(piece(Place::Backend(*id), &frame))),
-                    What::Layer { layer, ports } => (layer, ports),
+        }
+    }
+
+    /// Follows a request to a place down to a piece or an error; `None` if that left a fan-out on
+    /// top.
+    #[inline(always)]
+    fn walk(&mut self, nodes: &[Node], mut frame: Frame) -> Option<Result<Piece, Errno>> {
+        let mut node = &nodes[frame.node.index()];
+        loop {
+            let (layer, ports) = match &node.what {
+                What::Backend(id) => return Some(Ok(piece(Place::Backend(*id), &frame))),
+                What::Layer { layer, ports } => (layer, ports),
+            };
+            let extent = Extent { at: frame.at, len: frame.len };
+            let (len, port, at, wait_ns) =
+                match layer.map(Io { op: self.op, extent, fua: self.fua }) {
+                    Ok(Map::To { len, port, at }) => (len, port, at, 0),
+                    Ok(Map::After { len, port, at, wait_ns }) => (len, port, at, wait_ns),
+                    other => return self.end(node, frame, other),
                 };
-                let extent = Extent { at: frame.at, len: frame.len };
-                let (len, port, at, wait_ns) =
-                    match layer.map(Io { op: self.op, extent, fua: self.fua }) {
-                        Ok(Map::To { len, port, at }) => (len, port, at, 0),
-                        Ok(Map::After { len, port, at, wait_ns }) => (len, port, at, wait_ns),
-                        other => match self.end(node, frame, other) {
-                            None => continue 'frames,
-                            piece => return piece,
-                        },
-                    };
-                self.keep_rest(node, &mut frame, len);
-                // Only now: what was kept for later does not wait for what this answer is about.
-                frame.wait_ns = frame.wait_ns.saturating_add(wait_ns);
-                frame.at = at;
-                let extent = Extent { at, len: frame.len };
-                (frame.node, node) = lower(nodes, node, ports, (port, extent));
-            }
+            self.keep_rest(node, &mut frame, len);
+            // Only now: what was kept for later does not wait for what this answer is about.
+            frame.wait_ns = frame.wait_ns.saturating_add(wait_ns);
+            frame.at = at;
+            let extent = Extent { at, len: frame.len };
+            (frame.node, node) = lower(nodes, node, ports, (port, extent));
         }
     }
 

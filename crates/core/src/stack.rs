@@ -98,8 +98,11 @@ impl Stack {
         {
             return Err(Errno::EINVAL);
         }
+        if limits.read_only && io.op.changes() {
+            return Err(Errno::EROFS);
+        }
         match io.op {
-            _ if limits.read_only && io.op.changes() => Err(Errno::EROFS),
+            _ if io.op.has_pages() => Ok(()),
             Op::Discard if limits.discard == 0 => Err(Errno::EOPNOTSUPP),
             Op::WriteZeroes { .. } if !limits.write_zeroes => Err(Errno::EOPNOTSUPP),
             _ => Ok(()),

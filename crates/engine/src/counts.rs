@@ -2,6 +2,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use devsplice_core::Op;
+
 /// What a ring counts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RingCounts {
@@ -22,9 +24,9 @@ macro_rules! counts {
         #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
         pub struct Counts { $($(#[$doc])* pub $name: u64,)* }
 
-        /// The same, as another thread may read it.
+        /// The same, as another thread may read it while the one that owns it counts.
         #[derive(Debug, Default)]
-        pub struct Shared { $($name: AtomicU64,)* }
+        pub struct Shared { $(pub(crate) $name: AtomicU64,)* }
 
         impl Counts {
             /// Names and values, in the order in which they are shown.
@@ -41,12 +43,7 @@ macro_rules! counts {
         }
 
         impl Shared {
-            /// Makes `counts` visible. Only the owning thread calls this.
-            pub fn publish(&self, counts: &Counts) {
-                $(self.$name.store(counts.$name, Ordering::Relaxed);)*
-            }
-
-            /// The values last published; each is exact, together they may be of two moments.
+            /// The values now; each is exact, together they may be of two moments.
             #[must_use]
             pub fn read(&self) -> Counts {
                 Counts { $($name: self.$name.load(Ordering::Relaxed),)* }
@@ -86,13 +83,40 @@ counts! {
     bytes_copied,
 }
 
-impl Counts {
-    /// Takes over what the ring counted.
-    pub fn set_ring(&mut self, ring: RingCounts) {
-        self.sqes = ring.sqes;
-        self.enters = ring.enters;
-        self.bytes_spliced = ring.bytes_spliced;
-        self.bytes_copied = ring.bytes_copied;
+/// Counts one more. Only the owning thread counts, so nothing is lost between load and store; that
+/// is one plain instruction, where an atomic addition would lock the bus.
+#[inline]
+pub(crate) fn one_more(counter: &AtomicU64) {
+    counter.store(counter.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+}
+
+impl Shared {
+    /// Counts a request that is over.
+    #[inline]
+    pub(crate) fn finished(&self, op: Op, has_failed: bool) {
+        one_more(&self.requests);
+        // Asked one by one: the most frequent first.
+        if matches!(op, Op::Read) {
+            one_more(&self.reads);
+        } else if matches!(op, Op::Write) {
+            one_more(&self.writes);
+        } else if matches!(op, Op::Flush) {
+            one_more(&self.flushes);
+        } else {
+            one_more(&self.discards);
+        }
+        if has_failed {
+            one_more(&self.errors);
+        }
+    }
+
+    /// Takes over what the ring counted. Only the owning thread calls this.
+    #[inline]
+    pub(crate) fn set_ring(&self, ring: RingCounts) {
+        self.sqes.store(ring.sqes, Ordering::Relaxed);
+        self.enters.store(ring.enters, Ordering::Relaxed);
+        self.bytes_spliced.store(ring.bytes_spliced, Ordering::Relaxed);
+        self.bytes_copied.store(ring.bytes_copied, Ordering::Relaxed);
     }
 }
 
@@ -101,12 +125,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_published_is_read() {
+    fn what_is_counted_is_read() {
         let shared = Shared::default();
-        let mut counts = Counts { requests: 3, ..Counts::default() };
-        counts.set_ring(RingCounts { sqes: 7, ..RingCounts::default() });
-        shared.publish(&counts);
-        assert_eq!(shared.read(), counts);
+        for _ in 0..3 {
+            one_more(&shared.requests);
+        }
+        shared.set_ring(RingCounts { sqes: 7, enters: 5, bytes_spliced: 6, bytes_copied: 8 });
+        let (sqes, enters, bytes_spliced, bytes_copied) = (7, 5, 6, 8);
+        let none = Counts::default();
+        let asked = Counts { requests: 3, sqes, enters, bytes_spliced, bytes_copied, ..none };
+        let counts = shared.read();
+        assert_eq!(counts, asked);
         assert_eq!(counts.plus(&counts).sqes, 14);
         assert!(counts.list().contains(&("requests", 3)));
     }

@@ -1,7 +1,5 @@
 //! Answers for the front end as the engine sees it: a source of requests that wants them finished.
 
-use std::collections::VecDeque;
-
 use devsplice_core::{Errno, Io, Result};
 
 use crate::ring::{Completion, Pages, Ring};
@@ -20,22 +18,30 @@ pub struct Request {
 /// Requests that have arrived and not been started; bounded by the exports' depths.
 #[derive(Debug, Default)]
 pub struct Inbox {
-    requests: VecDeque<(u16, Request)>,
+    requests: Vec<(u16, Request)>,
 }
 
 impl Inbox {
     pub(crate) fn with_capacity(requests: usize) -> Inbox {
-        Inbox { requests: VecDeque::with_capacity(requests) }
+        Inbox { requests: Vec::with_capacity(requests) }
     }
 
     /// Hands a request to the engine.
+    #[inline]
     pub fn push(&mut self, lane: u16, request: Request) {
         debug_assert!(self.requests.len() < self.requests.capacity(), "more requests than tags");
-        self.requests.push_back((lane, request));
+        self.requests.push((lane, request));
     }
 
-    pub(crate) fn pop(&mut self) -> Option<(u16, Request)> {
-        self.requests.pop_front()
+    /// The request at a place in the order of arrival.
+    #[inline]
+    pub(crate) fn get(&self, place: usize) -> Option<(u16, Request)> {
+        self.requests.get(place).copied()
+    }
+
+    /// Forgets them all: they were started.
+    pub(crate) fn clear(&mut self) {
+        self.requests.clear();
     }
 }
 

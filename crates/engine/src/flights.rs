@@ -16,6 +16,7 @@ pub struct Flight {
     pub(crate) tag: u16,
     pub(crate) op: Op,
     pub(crate) fua: bool,
+    pub(crate) pages: Pages,
     pub(crate) to: To,
     pub(crate) at: u64,
     pub(crate) len: u64,
@@ -25,11 +26,11 @@ pub struct Flight {
     parts: [Part; MAX_PARTS],
 }
 
-/// What is to be done with a flight after a result.
+/// What is to be done with a flight that was not done whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Next {
-    /// It is over, well or not.
-    Done(Result<(), Errno>),
+    /// It is over.
+    Failed(Errno),
     /// The rest must be sent.
     Again,
     /// The rest must be sent, but not before this many nanoseconds.
@@ -42,6 +43,7 @@ impl Flight {
         tag: 0,
         op: Op::Flush,
         fua: false,
+        pages: Pages(0),
         to: To::Zero,
         at: 0,
         len: 0,
@@ -52,16 +54,16 @@ impl Flight {
     };
 
     /// Starts with the first piece.
+    #[inline]
     pub(crate) fn start(
         &mut self,
         owner: (u16, u16),
-        (op, fua): (Op, bool),
+        (op, fua, pages): (Op, bool, Pages),
         to: To,
         piece: &Piece,
     ) {
         (self.lane, self.tag) = owner;
-        self.op = op;
-        self.fua = fua;
+        (self.op, self.fua, self.pages) = (op, fua, pages);
         self.to = to;
         self.at = piece.at;
         self.len = piece.len;
@@ -99,30 +101,36 @@ impl Flight {
 
     /// What is still to be moved.
     #[inline]
-    pub(crate) fn splice(&self, pages: Pages) -> Splice<'_> {
+    pub(crate) fn splice(&self) -> Splice<'_> {
         Splice {
             op: self.op,
             fua: self.fua,
             to: self.to,
             at: self.at,
             len: self.len,
-            pages,
+            pages: self.pages,
             parts: &self.parts[..usize::from(self.part_count)],
         }
     }
 
     /// Whether a place without anything behind it already holds what was asked.
+    #[inline]
     pub(crate) fn is_void(&self) -> bool {
         self.to == To::Zero && self.op != Op::Read
     }
 
-    /// Takes a result into account. A short one moves the flight to what is left; one without
-    /// progress, where bytes were due, is an error: the place ends before the device does.
+    /// Whether it can go to the ring as it is.
     #[inline]
-    pub(crate) fn landed(&mut self, result: Result<u64, Errno>) -> Next {
+    pub(crate) fn is_ready(&self) -> bool {
+        self.wait_ns == 0 && !self.is_void()
+    }
+
+    /// Takes a result into account that is not all that was asked. A short one moves the flight to
+    /// what is left; one without progress, where bytes were due, is an error: the place ends before
+    /// the device does.
+    pub(crate) fn fell_short(&mut self, result: Result<u64, Errno>) -> Next {
         match result {
-            Ok(done) if done == self.len => Next::Done(Ok(())),
-            Ok(done) if done > self.len || done == 0 => Next::Done(Err(Errno::EIO)),
+            Ok(done) if done >= self.len || done == 0 => Next::Failed(Errno::EIO),
             Ok(done) => {
                 self.advance(done);
                 self.attempts = 0;
@@ -130,7 +138,7 @@ impl Flight {
             }
             Err(errno) if errno.is_transient() => {
                 if self.attempts == MAX_ATTEMPTS {
-                    return Next::Done(Err(Errno::EIO));
+                    return Next::Failed(Errno::EIO);
                 }
                 let backoff_ns = FIRST_BACKOFF_NS << self.attempts;
                 self.attempts += 1;
@@ -139,7 +147,7 @@ impl Flight {
                     _ => Next::Later(backoff_ns),
                 }
             }
-            Err(errno) => Next::Done(Err(errno)),
+            Err(errno) => Next::Failed(errno),
         }
     }
 
@@ -194,14 +202,17 @@ impl Flights {
         }
     }
 
+    #[inline]
     pub(crate) fn is_full(&self) -> bool {
         self.free.is_empty()
     }
 
+    #[inline]
     pub(crate) fn take(&mut self) -> Option<u32> {
         self.free.pop()
     }
 
+    #[inline]
     pub(crate) fn release(&mut self, key: u32) {
         debug_assert!(!self.free.contains(&key), "flight {key} released twice");
         self.free.push(key);
@@ -225,7 +236,8 @@ mod tests {
             let place = Place::Backend(BackendId(0));
             let piece = Piece { place, at, part: *part, len: *len, wait_ns: 0 };
             if index == 0 {
-                flight.start((0, 0), (Op::Read, false), To::File(FileId(0)), &piece);
+                let what = (Op::Read, false, Pages(0));
+                flight.start((0, 0), what, To::File(FileId(0)), &piece);
             } else {
                 assert!(flight.extend(To::File(FileId(0)), &piece));
             }
@@ -235,7 +247,7 @@ mod tests {
     }
 
     fn parts(flight: &Flight) -> Vec<(u32, u32)> {
-        flight.splice(Pages(0)).parts.iter().map(|part| (part.at, part.len)).collect()
+        flight.splice().parts.iter().map(|part| (part.at, part.len)).collect()
     }
 
     #[test]
@@ -250,7 +262,7 @@ mod tests {
         let order: Vec<u64> = (0..512).chain(1024..1536).chain(4096..5120).collect();
         for done in 1..whole.len {
             let mut rest = whole;
-            assert_eq!(rest.landed(Ok(done)), Next::Again);
+            assert_eq!(rest.fell_short(Ok(done)), Next::Again);
             assert_eq!((rest.at, rest.len), (4096 + done, 2048 - done));
             let left: Vec<u64> = parts(&rest)
                 .iter()
@@ -262,11 +274,10 @@ mod tests {
 
     #[test]
     fn no_progress_and_too_much_are_errors() {
-        assert_eq!(flight(&[(0, 512)]).landed(Ok(0)), Next::Done(Err(Errno::EIO)));
-        assert_eq!(flight(&[(0, 512)]).landed(Ok(513)), Next::Done(Err(Errno::EIO)));
-        assert_eq!(flight(&[(0, 512)]).landed(Ok(512)), Next::Done(Ok(())));
-        let full = flight(&[(0, 512)]).landed(Err(Errno::ENOSPC));
-        assert_eq!(full, Next::Done(Err(Errno::ENOSPC)));
+        assert_eq!(flight(&[(0, 512)]).fell_short(Ok(0)), Next::Failed(Errno::EIO));
+        assert_eq!(flight(&[(0, 512)]).fell_short(Ok(513)), Next::Failed(Errno::EIO));
+        let full = flight(&[(0, 512)]).fell_short(Err(Errno::ENOSPC));
+        assert_eq!(full, Next::Failed(Errno::ENOSPC));
     }
 
     #[test]
@@ -274,7 +285,7 @@ mod tests {
         for errno in [Errno::EAGAIN, Errno::EINTR] {
             let mut one = flight(&[(0, 512)]);
             let mut tries = 0;
-            while one.landed(Err(errno)) != Next::Done(Err(Errno::EIO)) {
+            while one.fell_short(Err(errno)) != Next::Failed(Errno::EIO) {
                 tries += 1;
             }
             assert_eq!(tries, MAX_ATTEMPTS);

@@ -10,7 +10,8 @@ pub(crate) const MAX_OPEN: usize = 64;
 /// How far back a pass looks for a flight that a piece continues: stripes up to this wide gather.
 const LOOK_BACK: usize = 16;
 
-/// The flights of one request that routing has begun and not sent.
+/// The flights of one request that routing has begun and not sent. Kept from request to request:
+/// making it anew would cost as much as routing does.
 pub(crate) struct Gather {
     keys: [u32; MAX_OPEN],
     count: usize,
@@ -21,6 +22,7 @@ impl Gather {
         Gather { keys: [0; MAX_OPEN], count: 0 }
     }
 
+    #[inline]
     pub(crate) fn is_full(&self) -> bool {
         self.count == MAX_OPEN
     }
@@ -32,13 +34,21 @@ impl Gather {
         recent.iter().rev().any(|key| Flight::extend(flights.get(*key), to, piece))
     }
 
+    #[inline]
     pub(crate) fn open(&mut self, key: u32) {
         self.keys[self.count] = key;
         self.count += 1;
     }
 
-    /// The open flights, oldest first; none is open afterwards.
-    pub(crate) fn take(&mut self) -> ([u32; MAX_OPEN], usize) {
-        (self.keys, std::mem::take(&mut self.count))
+    /// How many are open, and forgets them: [`Gather::closed`] still has each.
+    #[inline]
+    pub(crate) fn close(&mut self) -> usize {
+        std::mem::take(&mut self.count)
+    }
+
+    /// One of the flights that were open, counted from the oldest.
+    #[inline]
+    pub(crate) fn closed(&self, place: usize) -> u32 {
+        self.keys[place]
     }
 }

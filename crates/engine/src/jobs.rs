@@ -2,6 +2,7 @@
 
 use devsplice_core::{Errno, Io, Op, Piece, Route, Stack};
 
+use crate::export::Request;
 use crate::ring::Pages;
 
 /// A request between fetch and finish.
@@ -38,7 +39,51 @@ impl Job {
         }
     }
 
+    /// Takes a request and routes it. Its piece, if it is of one; if it is of more, or may not
+    /// enter the stack at all, that is left for the passes that follow.
+    #[inline]
+    pub(crate) fn begin(&mut self, stack: &Stack, request: &Request, tick: u32) -> Option<Piece> {
+        self.io = request.io;
+        self.pages = request.pages;
+        self.flying = 0;
+        self.errno = None;
+        self.since = tick;
+        self.active = true;
+        if let Err(errno) = stack.admit(&request.io) {
+            self.fail(errno);
+            return None;
+        }
+        // Where a flush is said to be has no meaning; Linux leaves anything there.
+        let is_flush = request.io.op == Op::Flush;
+        let io = if is_flush { Io::new(Op::Flush, 0, 0) } else { request.io };
+        match self.route.begin(stack, io) {
+            Some(Ok(piece)) if self.route.is_done() => Some(piece),
+            first => {
+                self.keep(first);
+                None
+            }
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn keep(&mut self, first: Option<Result<Piece, Errno>>) {
+        match first {
+            Some(Ok(piece)) => self.held = Some(piece),
+            Some(Err(errno)) => self.fail(errno),
+            None => {}
+        }
+    }
+
+    /// What its splices are to do, and with which pages.
+    #[inline]
+    pub(crate) fn what(&self) -> (Op, bool, Pages) {
+        (self.io.op, self.io.fua, self.pages)
+    }
+
     /// Records the request's first error and gives up what was not sent yet.
+    #[cold]
+    #[inline(never)]
     pub(crate) fn fail(&mut self, errno: Errno) {
         self.errno.get_or_insert(errno);
         self.route.abandon();
@@ -55,6 +100,7 @@ impl Job {
     }
 
     /// Whether all of it was routed and all that was sent has landed.
+    #[inline]
     pub(crate) fn is_over(&self) -> bool {
         self.flying == 0 && self.held.is_none() && self.route.is_done()
     }

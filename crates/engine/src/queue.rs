@@ -5,9 +5,9 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use devsplice_core::{Errno, Io, Op, Result, Stack};
+use devsplice_core::{Errno, Result, Stack};
 
-use crate::counts::{Counts, Shared};
+use crate::counts::{Shared, one_more};
 use crate::export::{Export, Inbox, Request};
 use crate::flights::{self, Flights, Next};
 use crate::gather::Gather;
@@ -44,12 +44,12 @@ pub struct Worker<R: Ring> {
     ring: R,
     lanes: Box<[Lane<R>]>,
     flights: Flights,
+    gather: Gather,
     inbox: Inbox,
     /// Requests with pieces left to route and none out, in the order they came to wait.
     waiting: VecDeque<(u16, u16)>,
     busy: u32,
-    counts: Counts,
-    shared: Arc<Shared>,
+    counts: Arc<Shared>,
     watch: Watch,
 }
 
@@ -68,11 +68,11 @@ impl<R: Ring> Worker<R> {
             ring,
             lanes: lanes.into(),
             flights: Flights::new(flight_count.max(1)),
+            gather: Gather::new(),
             inbox: Inbox::with_capacity(tags),
             waiting: VecDeque::with_capacity(tags),
             busy: 0,
-            counts: Counts::default(),
-            shared,
+            counts: shared,
             watch: Watch { tick: 0, armed: false, limit: stuck_seconds, on_stuck },
         }
     }
@@ -117,11 +117,13 @@ impl<R: Ring> Worker<R> {
         for _ in 0..self.waiting.len() {
             self.resume();
         }
-        while let Some((lane, request)) = self.inbox.pop() {
-            self.start(lane, request);
+        let mut arrived = 0;
+        while let Some((lane, request)) = self.inbox.get(arrived) {
+            self.start(lane, &request);
+            arrived += 1;
         }
+        self.inbox.clear();
         self.counts.set_ring(self.ring.counts());
-        self.shared.publish(&self.counts);
         if self.busy == 0 && self.lanes.iter().all(|lane| lane.export.is_closed()) {
             self.ring.enter(false)?;
             return Ok(false);
@@ -145,33 +147,42 @@ impl<R: Ring> Worker<R> {
         }
     }
 
-    fn start(&mut self, lane: u16, request: Request) {
-        let Lane { stack, jobs, .. } = &mut self.lanes[usize::from(lane)];
-        let job = &mut jobs[usize::from(request.tag)];
-        assert!(!job.active, "export handed out tag {} twice", request.tag);
-        job.io = request.io;
-        job.pages = request.pages;
-        job.flying = 0;
-        job.errno = None;
-        job.since = self.watch.tick;
-        job.active = true;
+    #[inline(always)]
+    fn start(&mut self, lane: u16, request: &Request) {
+        let Worker { ring, lanes, flights, counts, .. } = self;
+        let Lane { stack, jobs, files, .. } = &mut lanes[usize::from(lane)];
+        let tag = request.tag;
+        let job = &mut jobs[usize::from(tag)];
+        assert!(!job.active, "export handed out tag {tag} twice");
         self.busy += 1;
-        // Where a flush is said to be has no meaning; Linux leaves anything there.
-        let io = if request.io.op == Op::Flush { Io::new(Op::Flush, 0, 0) } else { request.io };
-        job.route.restart(stack, io);
-        if let Err(errno) = stack.admit(&request.io) {
-            job.fail(errno);
+        // Nearly every request is of one piece and needs no gathering.
+        let Some(piece) = job.begin(stack, request, self.watch.tick) else {
+            return self.route(lane, tag);
+        };
+        let Some(key) = flights.take() else {
+            job.held = Some(piece);
+            return self.route(lane, tag);
+        };
+        one_more(&counts.pieces);
+        one_more(&counts.splices);
+        job.flying = 1;
+        let flight = flights.get(key);
+        flight.start((lane, tag), job.what(), flights::place(&piece, files), &piece);
+        if flight.is_ready() {
+            ring.splice(key, &flight.splice());
+        } else {
+            self.dispatch(key);
         }
-        self.route(lane, request.tag);
     }
 
     /// One pass of a request of which nothing is out: routes it as far as the tables allow and
     /// sends what was gathered. The next pass follows when all of it has landed: then neighbours
     /// find each other, which they would not if each flight that lands made room for one piece, and
     /// no request takes more of the table than one pass.
+    #[inline(never)]
     fn route(&mut self, lane: u16, tag: u16) {
-        let mut gather = Gather::new();
-        let Lane { stack, jobs, files, .. } = &mut self.lanes[usize::from(lane)];
+        let Worker { lanes, flights, gather, counts, .. } = self;
+        let Lane { stack, jobs, files, .. } = &mut lanes[usize::from(lane)];
         let job = &mut jobs[usize::from(tag)];
         debug_assert!(job.active && job.flying == 0, "tag {tag} routed while it is out");
         for _ in 0..PIECES_A_PASS {
@@ -184,39 +195,33 @@ impl<R: Ring> Worker<R> {
                 Some(Ok(piece)) => piece,
             };
             let to = flights::place(&piece, files);
-            if !gather.join(&mut self.flights, to, &piece) {
-                let key = if gather.is_full() { None } else { self.flights.take() };
+            if !gather.join(flights, to, &piece) {
+                let key = if gather.is_full() { None } else { flights.take() };
                 let Some(key) = key else {
                     job.held = Some(piece);
                     break;
                 };
-                let flight = self.flights.get(key);
-                flight.start((lane, tag), (job.io.op, job.io.fua), to, &piece);
+                flights.get(key).start((lane, tag), job.what(), to, &piece);
                 job.flying += 1;
                 gather.open(key);
             }
-            self.counts.pieces += 1;
+            one_more(&counts.pieces);
         }
-        let (keys, count) = gather.take();
+        let count = gather.close();
         if count == 0 {
-            return self.settle(lane, tag);
+            return self.settle(lane, tag, 0);
         }
-        for key in &keys[..count] {
-            self.counts.splices += 1;
-            match self.flights.get(*key).wait_ns {
-                0 => self.send(*key),
-                wait_ns => self.ring.after(*key, wait_ns),
-            }
+        for place in 0..count {
+            one_more(&self.counts.splices);
+            self.dispatch(self.gather.closed(place));
         }
     }
 
-    /// What follows when nothing of a request is out any more: its end, or its next pass.
-    fn settle(&mut self, lane: u16, tag: u16) {
-        let job = &self.lanes[usize::from(lane)].jobs[usize::from(tag)];
-        if job.is_over() {
-            self.finish(lane, tag);
-        } else {
-            self.waiting.push_back((lane, tag));
+    /// Sends a new flight, or has it wait as long as its route says.
+    fn dispatch(&mut self, key: u32) {
+        match self.flights.get(key).wait_ns {
+            0 => self.send(key),
+            wait_ns => self.ring.after(key, wait_ns),
         }
     }
 
@@ -226,56 +231,76 @@ impl<R: Ring> Worker<R> {
             let len = flight.len;
             return self.landed(key, Ok(len));
         }
-        let job = &self.lanes[usize::from(flight.lane)].jobs[usize::from(flight.tag)];
-        self.ring.splice(key, &flight.splice(job.pages));
+        self.ring.splice(key, &flight.splice());
     }
 
+    #[inline(always)]
     fn landed(&mut self, key: u32, result: Result<u64, Errno>) {
         let flight = self.flights.get(key);
-        let (lane, tag) = (flight.lane, flight.tag);
-        let result = match flight.landed(result) {
-            Next::Again => {
-                self.counts.retries += 1;
-                return self.send(key);
+        let (lane, tag, len) = (flight.lane, flight.tag, flight.len);
+        match result {
+            Ok(done) if done == len => {
+                self.flights.release(key);
+                self.settle(lane, tag, 1);
             }
-            Next::Later(ns) => {
-                self.counts.retries += 1;
-                return self.ring.after(key, ns);
-            }
-            Next::Done(result) => result,
-        };
-        self.flights.release(key);
-        let job = &mut self.lanes[usize::from(lane)].jobs[usize::from(tag)];
-        job.flying -= 1;
-        if let Err(errno) = result {
-            job.fail(errno);
-        }
-        if job.flying == 0 {
-            self.settle(lane, tag);
+            Ok(done) => self.fell_short(key, Ok(done)),
+            Err(errno) => self.fell_short(key, Err(errno)),
         }
     }
 
+    /// As `landed`, when it is not done whole.
+    #[cold]
+    #[inline(never)]
+    fn fell_short(&mut self, key: u32, result: Result<u64, Errno>) {
+        let flight = self.flights.get(key);
+        let (lane, tag) = (flight.lane, flight.tag);
+        match flight.fell_short(result) {
+            Next::Again => {
+                one_more(&self.counts.retries);
+                self.send(key);
+            }
+            Next::Later(ns) => {
+                one_more(&self.counts.retries);
+                self.ring.after(key, ns);
+            }
+            Next::Failed(errno) => {
+                self.flights.release(key);
+                self.lanes[usize::from(lane)].jobs[usize::from(tag)].fail(errno);
+                self.settle(lane, tag, 1);
+            }
+        }
+    }
+
+    /// Takes note that `landed` flights of a request are over. What follows when nothing of it is
+    /// out any more: its end, or its next pass.
+    #[inline(always)]
+    fn settle(&mut self, lane: u16, tag: u16, landed: u32) {
+        let job = &mut self.lanes[usize::from(lane)].jobs[usize::from(tag)];
+        job.flying -= landed;
+        if job.flying > 0 {
+            return;
+        }
+        if job.is_over() {
+            self.finish(lane, tag);
+        } else {
+            self.waiting.push_back((lane, tag));
+        }
+    }
+
+    #[inline(always)]
     fn finish(&mut self, lane: u16, tag: u16) {
-        let Lane { export, jobs, .. } = &mut self.lanes[usize::from(lane)];
+        let Worker { ring, lanes, counts, .. } = self;
+        let Lane { export, jobs, .. } = &mut lanes[usize::from(lane)];
         let job = &mut jobs[usize::from(tag)];
         debug_assert!(job.active, "tag {tag} finished twice");
         job.active = false;
         self.busy -= 1;
-        self.counts.requests += 1;
-        match job.io.op {
-            Op::Read => self.counts.reads += 1,
-            Op::Write => self.counts.writes += 1,
-            Op::Flush => self.counts.flushes += 1,
-            Op::Discard | Op::WriteZeroes { .. } => self.counts.discards += 1,
-        }
+        counts.finished(job.io.op, job.errno.is_some());
         let result = match job.errno {
             None => Ok(()),
-            Some(errno) => {
-                self.counts.errors += 1;
-                Err(errno.for_client())
-            }
+            Some(errno) => Err(errno.for_client()),
         };
-        export.finish(&mut self.ring, tag, &job.io, result);
+        export.finish(ring, tag, &job.io, result);
     }
 
     fn tick(&mut self) {
@@ -284,7 +309,7 @@ impl<R: Ring> Worker<R> {
         for (index, lane) in self.lanes.iter().enumerate() {
             for (tag, job) in lane.jobs.iter().enumerate().filter(|(_, job)| job.active) {
                 if self.watch.is_due(job.since) {
-                    self.counts.stuck += 1;
+                    one_more(&self.counts.stuck);
                     (self.watch.on_stuck)(&Stuck {
                         lane: u16::try_from(index).unwrap_or(u16::MAX),
                         tag: u16::try_from(tag).unwrap_or(u16::MAX),
@@ -301,6 +326,5 @@ impl<R: Ring> Worker<R> {
 impl<R: Ring> Drop for Worker<R> {
     fn drop(&mut self) {
         self.counts.set_ring(self.ring.counts());
-        self.shared.publish(&self.counts);
     }
 }

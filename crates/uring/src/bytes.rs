@@ -20,7 +20,7 @@ use rustix::event::{EventfdFlags, eventfd};
 /// Threads that serve the byte backends of one ring.
 const HELPERS: usize = 4;
 /// Bytes of zeros written at a time.
-const ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
 /// A backend of bytes: the ten-line tier. Calls come from several threads at once, each for ranges
 /// that no other call changes unless a client asks for that; they may block.

@@ -9,9 +9,12 @@ pub mod blockctl;
 mod bytes;
 pub mod control;
 mod files;
+#[cfg(feature = "imitation")]
+mod imitation;
 pub mod loopctl;
 pub mod probe;
 mod ring;
+mod setup;
 mod splice;
 mod submit;
 pub mod thread;
@@ -19,4 +22,4 @@ pub mod uapi;
 
 pub use bytes::Bytes;
 pub use files::{FileKind, RingFile};
-pub use ring::{Command, Config, LaneMemory, Uring, open};
+pub use ring::{Command, Config, LaneMemory, Prepared, Uring, open};

@@ -1,18 +1,19 @@
 //! Answers for an I/O thread's ring: what the engine and the exports submit, what comes back to
 //! whom.
 
+mod helped;
+
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::sync::Arc;
 
 use devsplice_core::{Errno, Error, Op, Result};
-use devsplice_engine::ring::MAX_PARTS;
-use devsplice_engine::{Completion, Event, FileId, Pages, Ring, RingCounts, Splice, To};
+use devsplice_engine::{Completion, Event, FileId, Pages, Ring, RingCounts, Splice};
 use rustix::fs::{Mode, OFlags};
 
 use crate::arena::Arena;
-use crate::bytes::{Bytes, Helpers};
+use crate::bytes::Helpers;
 use crate::files::{DiscardWay, FileKind, RingFile, Slot, ZeroWay};
-use crate::splice::{Around, DATA_AT, Flight, PagesKind, ZEROES_LEN, entry};
+use crate::setup;
+use crate::splice::{Around, DATA_AT, Flight, PagesKind, ZEROES_LEN, entry, simple};
 use crate::submit::Queues;
 use crate::uapi::{OP_POLL_ADD, OP_READ, OP_TIMEOUT, OP_URING_CMD, OP_WRITE, SQE_FIXED_FILE, Sqe};
 
@@ -55,14 +56,22 @@ pub struct Command {
     pub lend: Option<u16>,
 }
 
+/// A command for one tag after another, of which all that is the same was made once.
+pub struct Prepared(Sqe);
+
 const KIND_SPLICE: u64 = 1 << 56;
 const KIND_TIMER: u64 = 2 << 56;
 const KIND_EXPORT: u64 = 3 << 56;
 /// As `KIND_EXPORT`, for an entry that names the memory of the tag in the index's low half.
 const KIND_EXPORT_LENT: u64 = 4 << 56;
+/// A splice of which nothing is kept: its result is what it says, and no memory of ours is lent.
+const KIND_SIMPLE: u64 = 5 << 56;
 /// The helpers of byte backends have results.
 const KIND_BELL: u64 = 6 << 56;
 const KIND_MASK: u64 = 0xff << 56;
+
+/// Files of the ring itself: what reads as zeros, and the bell of byte backends.
+const OWN_FILES: u16 = 2;
 
 /// `struct __kernel_timespec`.
 #[repr(C)]
@@ -75,7 +84,7 @@ struct Timespec {
 /// io_uring, one per I/O thread.
 pub struct Uring {
     // Dropped first: the arenas and tables outlive it.
-    queues: Queues,
+    pub(crate) queues: Queues,
     // Before the memory that they are lent.
     helpers: Option<Helpers>,
     files: Vec<Slot>,
@@ -112,21 +121,19 @@ impl Uring {
             slot_bases.push(if lane.slots { u16::try_from(slots).ok() } else { None });
             slots += if lane.slots { u32::from(lane.depth) } else { 0 };
         }
-        let submitter = queues.ring.submitter();
         if slots > 0 {
             // 16384 is the kernel's limit (io_uring/rsrc.h, IORING_MAX_REG_BUFFERS).
-            submitter.register_buffers_sparse(slots).map_err(|error| {
+            setup::make_buffer_table(&queues.fd, slots).map_err(|error| {
                 Error::os(format!("{slots} buffer slots in one ring (most 16384)"), &error)
             })?;
         }
-        submitter
-            .register_files_sparse(u32::from(config.files) + 1)
+        setup::make_file_table(&queues.fd, u32::from(config.files + OWN_FILES))
             .map_err(|error| Error::os("io_uring's file table", &error))?;
         let mut ring = Uring {
             queues,
             helpers: None,
-            files: Vec::with_capacity(usize::from(config.files) + 1),
-            file_room: config.files + 1,
+            files: Vec::with_capacity(usize::from(config.files + OWN_FILES)),
+            file_room: config.files + OWN_FILES,
             flights: vec![Flight::IDLE; config.flights as usize].into(),
             times: vec![Timespec::default(); config.flights as usize + 1].into(),
             arenas,
@@ -150,94 +157,17 @@ impl Uring {
         if index >= self.file_room {
             return Err(Error::invalid("io_uring's file table", "full"));
         }
-        let raw = [file.fd.as_raw_fd()];
-        let submitter = self.queues.ring.submitter();
-        submitter
-            .register_files_update(u32::from(index), &raw)
+        setup::put_file(&self.queues.fd, u32::from(index), file.fd.as_raw_fd())
             .map_err(|error| Error::os("registering a file with io_uring", &error))?;
         self.files.push(Slot::new(file));
         Ok(FileId(index))
-    }
-
-    /// Adds a backend of bytes. It takes one place of [`Config::files`].
-    ///
-    /// # Errors
-    /// As [`Uring::add_file`], or if its helper threads cannot be started.
-    pub fn add_bytes(&mut self, bytes: Arc<dyn Bytes>) -> Result<FileId> {
-        let is_first = self.helpers.is_none();
-        let helpers = match self.helpers.take() {
-            Some(helpers) => helpers,
-            None => Helpers::new(self.flights.len())?,
-        };
-        let fd = helpers.bell()?;
-        self.helpers = Some(helpers);
-        let id = self.add_file(RingFile { fd, kind: FileKind::Other })?;
-        self.files[usize::from(id.0)].bytes = Some(bytes);
-        if is_first {
-            self.listen(id);
-        }
-        Ok(id)
-    }
-
-    /// Asks to be told, once, when helpers have results. All of them ring with the same bell.
-    fn listen(&mut self, bell: FileId) {
-        let sqe = Sqe {
-            opcode: OP_POLL_ADD,
-            fd: i32::from(bell.0),
-            flags: SQE_FIXED_FILE,
-            op_flags: u32::try_from(libc::POLLIN).unwrap_or(1),
-            user_data: KIND_BELL | u64::from(bell.0),
-            ..Sqe::default()
-        };
-        self.queues.push(&sqe);
-    }
-
-    /// Hands a splice to the helpers if its place is one of bytes; whether it was.
-    fn helped(&mut self, key: u32, splice: &Splice<'_>) -> bool {
-        let To::File(file) = splice.to else { return false };
-        let Some(bytes) = &self.files[usize::from(file.0)].bytes else { return false };
-        let Some(helpers) = &self.helpers else { return false };
-        let flight = &mut self.flights[key as usize];
-        (flight.op, flight.file, flight.len) = (splice.op, file.0, splice.len);
-        flight.pages = None;
-        let mut addresses = [0; MAX_PARTS];
-        if splice.op.has_pages() {
-            let kind = PagesKind::unpack(splice.pages);
-            let PagesKind::Memory { lane, slot } = kind else {
-                panic!("a request for a backend of bytes has no memory of ours: {splice:?}")
-            };
-            let Some(arena) = &mut self.arenas[usize::from(lane)] else {
-                panic!("lane {lane} has no memory of its own")
-            };
-            for (address, part) in addresses.iter_mut().zip(splice.parts) {
-                let at = DATA_AT + part.at as usize;
-                *address = arena.address(usize::from(slot), at, part.len as usize);
-            }
-            arena.lend(usize::from(slot));
-            flight.pages = Some(kind);
-        }
-        helpers.hand_over(key, splice, bytes, &addresses);
-        true
-    }
-
-    /// What helpers have done.
-    #[cold]
-    fn landed(&mut self) -> Option<Event> {
-        let (key, result) = self.helpers.as_ref()?.next()?;
-        let flight = &self.flights[key as usize];
-        if let Some(PagesKind::Memory { lane, slot }) = flight.pages {
-            if let Some(arena) = &mut self.arenas[usize::from(lane)] {
-                arena.give_back(usize::from(slot));
-            }
-            self.bytes_copied += result.unwrap_or(0);
-        }
-        Some(Event::Splice { key, result })
     }
 
     /// The pages of a request whose data is the device's own, in the slot of its tag.
     ///
     /// # Panics
     /// If the lane was made without slots.
+    #[inline]
     #[must_use]
     pub fn slot_pages(&self, lane: u16, tag: u16) -> Pages {
         PagesKind::Slot(self.slot_index(lane, tag)).pack()
@@ -247,6 +177,7 @@ impl Uring {
     ///
     /// # Panics
     /// If the lane was made without slots.
+    #[inline]
     #[must_use]
     pub fn slot_index(&self, lane: u16, tag: u16) -> u16 {
         match self.slot_bases[usize::from(lane)] {
@@ -256,6 +187,7 @@ impl Uring {
     }
 
     /// The pages of a request whose data is in the memory of its tag.
+    #[inline]
     #[must_use]
     pub fn memory_pages(&self, lane: u16, tag: u16) -> Pages {
         PagesKind::Memory { lane: lane.to_le_bytes()[0], slot: tag }.pack()
@@ -318,12 +250,12 @@ impl Uring {
         let user_data = KIND_EXPORT_LENT | u64::from(lane) << 32 | u64::from(index);
         let fd = i32::from(file.0);
         let flags = SQE_FIXED_FILE;
-        self.queues.push(&Sqe { opcode, fd, flags, off, addr, len, user_data, ..Sqe::default() });
+        self.queues.push(Sqe { opcode, fd, flags, off, addr, len, user_data, ..Sqe::default() });
     }
 
     /// Waits until `file` is readable, once.
     pub fn poll(&mut self, (lane, index): (u16, u32), file: FileId) {
-        self.queues.push(&Sqe {
+        self.queues.push(Sqe {
             opcode: OP_POLL_ADD,
             fd: i32::from(file.0),
             flags: SQE_FIXED_FILE,
@@ -335,37 +267,78 @@ impl Uring {
 
     /// Sends a command to a character device. With [`Command::lend`], the low half of `index` must
     /// be that tag.
+    #[inline]
     pub fn command(&mut self, (lane, index): (u16, u32), file: FileId, command: &Command) {
-        let mut payload = command.payload;
-        let mut kind = KIND_EXPORT;
-        if let Some(tag) = command.lend {
-            debug_assert_eq!(tag_of(index), usize::from(tag));
-            let arena = self.arena(lane);
-            let address = arena.address(usize::from(tag), DATA_AT, 0);
-            arena.lend(usize::from(tag));
-            payload[8..].copy_from_slice(&address.to_ne_bytes());
-            kind = KIND_EXPORT_LENT;
+        match command.lend {
+            None => self.queues.push(command_entry(KIND_EXPORT, (lane, index), file, command)),
+            Some(tag) => self.lending_command((lane, index), file, (tag, command)),
         }
-        let (first, second) = payload.split_at(8);
-        self.queues.push(&Sqe {
-            opcode: OP_URING_CMD,
-            fd: i32::from(file.0),
-            flags: SQE_FIXED_FILE,
-            off: u64::from(command.op),
-            addr: command.aux,
-            user_data: kind | u64::from(lane) << 32 | u64::from(index),
-            addr3: u64::from_ne_bytes(first.try_into().unwrap_or_default()),
-            pad: u64::from_ne_bytes(second.try_into().unwrap_or_default()),
-            ..Sqe::default()
+    }
+
+    /// Makes what [`Uring::send`] needs of a command that lends nothing.
+    #[must_use]
+    pub fn prepare(&self, lane: u16, file: FileId, command: &Command) -> Prepared {
+        debug_assert!(command.lend.is_none());
+        Prepared(command_entry(KIND_EXPORT, (lane, 0), file, command))
+    }
+
+    /// Sends a prepared command under `index`, whose address field and first half of the payload
+    /// have these bits as well.
+    #[inline]
+    pub fn send(&mut self, prepared: &Prepared, index: u32, (aux, payload): (u64, u64)) {
+        let Prepared(all) = prepared;
+        self.queues.push(Sqe {
+            addr: all.addr | aux,
+            user_data: all.user_data | u64::from(index),
+            addr3: all.addr3 | payload,
+            ..*all
         });
     }
 
-    fn push_splice(&mut self, key: u32, sqe: Sqe) {
-        self.queues.push(&Sqe { user_data: KIND_SPLICE | u64::from(key), ..sqe });
+    #[inline(never)]
+    fn lending_command(
+        &mut self,
+        (lane, index): (u16, u32),
+        file: FileId,
+        (tag, command): (u16, &Command),
+    ) {
+        debug_assert_eq!(tag_of(index), usize::from(tag));
+        let arena = self.arena(lane);
+        let address = arena.address(usize::from(tag), DATA_AT, 0);
+        arena.lend(usize::from(tag));
+        let mut command = *command;
+        command.payload[8..].copy_from_slice(&address.to_ne_bytes());
+        self.queues.push(command_entry(KIND_EXPORT_LENT, (lane, index), file, &command));
     }
 
-    /// What became of a splice, or `None` if it was sent again another way.
+    /// A splice of which something is kept until its completion.
+    #[inline(never)]
+    fn splice_kept(&mut self, key: u32, splice: &Splice<'_>) {
+        if self.helpers.is_some() && self.helped(key, splice) {
+            return;
+        }
+        let zeroes = self.zeroes.address(0, 0, ZEROES_LEN);
+        let around = Around { arenas: &self.arenas, files: &self.files, zeroes };
+        let flight = &mut self.flights[key as usize];
+        let sqe = entry(flight, splice, &around);
+        if let Some(PagesKind::Memory { lane, slot }) = flight.pages
+            && let Some(arena) = &mut self.arenas[usize::from(lane)]
+        {
+            arena.lend(usize::from(slot));
+        }
+        self.queues.push(Sqe { user_data: KIND_SPLICE | u64::from(key), ..sqe });
+    }
+
+    /// What became of a splice of which nothing was kept.
     #[inline]
+    fn moved(&mut self, result: i32) -> Result<u64, Errno> {
+        let done = u64::try_from(result).map_err(|_| Errno::from_result(result))?;
+        self.bytes_spliced += done;
+        Ok(done)
+    }
+
+    /// What became of another one, or `None` if it was sent again another way.
+    #[inline(never)]
     fn spliced(&mut self, key: u32, result: i32) -> Option<Result<u64, Errno>> {
         let flight = &mut self.flights[key as usize];
         if let Some(PagesKind::Memory { lane, slot }) = flight.pages
@@ -413,8 +386,24 @@ impl Uring {
             pages: Pages(0),
             parts: &[],
         };
-        self.splice(key, &again);
+        self.splice_kept(key, &again);
         None
+    }
+}
+
+#[inline]
+fn command_entry(kind: u64, (lane, index): (u16, u32), file: FileId, command: &Command) -> Sqe {
+    let (first, second) = command.payload.split_at(8);
+    Sqe {
+        opcode: OP_URING_CMD,
+        fd: i32::from(file.0),
+        flags: SQE_FIXED_FILE,
+        off: u64::from(command.op),
+        addr: command.aux,
+        user_data: kind | u64::from(lane) << 32 | u64::from(index),
+        addr3: u64::from_ne_bytes(first.try_into().unwrap_or_default()),
+        pad: u64::from_ne_bytes(second.try_into().unwrap_or_default()),
+        ..Sqe::default()
     }
 }
 
@@ -426,19 +415,13 @@ fn tag_of(index: u32) -> usize {
 impl Ring for Uring {
     #[inline]
     fn splice(&mut self, key: u32, splice: &Splice<'_>) {
-        if self.helpers.is_some() && self.helped(key, splice) {
-            return;
+        match simple(splice) {
+            Some(sqe) => {
+                self.queues.push(Sqe { user_data: KIND_SIMPLE | u64::from(key), ..sqe });
+            }
+            // A copy, so that only this way needs the splice in memory.
+            None => self.splice_kept(key, &{ *splice }),
         }
-        let zeroes = self.zeroes.address(0, 0, ZEROES_LEN);
-        let around = Around { arenas: &self.arenas, files: &self.files, zeroes };
-        let flight = &mut self.flights[key as usize];
-        let sqe = entry(flight, splice, &around);
-        if let Some(PagesKind::Memory { lane, slot }) = flight.pages
-            && let Some(arena) = &mut self.arenas[usize::from(lane)]
-        {
-            arena.lend(usize::from(slot));
-        }
-        self.push_splice(key, sqe);
     }
 
     fn after(&mut self, key: u32, ns: u64) {
@@ -449,7 +432,7 @@ impl Ring for Uring {
         self.times[index] = Timespec { seconds, nanoseconds };
         let addr = std::ptr::from_ref(&self.times[index]) as u64;
         let user_data = KIND_TIMER | u64::from(key);
-        self.queues.push(&Sqe {
+        self.queues.push(Sqe {
             opcode: OP_TIMEOUT,
             fd: -1,
             addr,
@@ -485,10 +468,19 @@ impl Ring for Uring {
             let Some(cqe) = self.queues.next() else {
                 return if self.helpers.is_some() { self.landed() } else { None };
             };
-            let (data, result) = (cqe.user_data(), cqe.result());
+            let (data, result) = (cqe.user_data, cqe.result);
             #[allow(clippy::cast_possible_truncation)]
             let (lane, index) = ((data >> 32) as u16, data as u32);
-            match data & KIND_MASK {
+            // The most frequent first.
+            let kind = data & KIND_MASK;
+            if kind == KIND_SIMPLE {
+                return Some(Event::Splice { key: index, result: self.moved(result) });
+            }
+            if kind == KIND_EXPORT {
+                let completion = Completion { index, result, flags: cqe.flags };
+                return Some(Event::Export { lane, completion });
+            }
+            match kind {
                 KIND_SPLICE => {
                     if let Some(result) = self.spliced(index, result) {
                         return Some(Event::Splice { key: index, result });
@@ -502,11 +494,9 @@ impl Ring for Uring {
                     #[allow(clippy::cast_possible_truncation)]
                     self.listen(FileId(index as u16));
                 }
-                kind => {
-                    if kind == KIND_EXPORT_LENT {
-                        self.arena(lane).give_back(tag_of(index));
-                    }
-                    let completion = Completion { index, result, flags: cqe.flags() };
+                _ => {
+                    self.arena(lane).give_back(tag_of(index));
+                    let completion = Completion { index, result, flags: cqe.flags };
                     return Some(Event::Export { lane, completion });
                 }
             }
@@ -515,7 +505,7 @@ impl Ring for Uring {
 
     fn counts(&self) -> RingCounts {
         RingCounts {
-            sqes: self.queues.sqes,
+            sqes: self.queues.pushed(),
             enters: self.queues.enters,
             bytes_spliced: self.bytes_spliced,
             bytes_copied: self.bytes_copied,
@@ -527,7 +517,7 @@ impl Drop for Uring {
     fn drop(&mut self) {
         // The kernel takes a closed ring apart at its leisure; until then the files in its table
         // stay open, and locked. So they are let go here.
-        let _ = self.queues.ring.submitter().unregister_files();
+        setup::drop_file_table(&self.queues.fd);
     }
 }
 

@@ -103,13 +103,25 @@ pub(crate) struct Around<'a> {
     pub(crate) zeroes: u64,
 }
 
-/// The entry that carries out `splice`, without its user data. `flight` is the splice's own and
+/// The entry that carries out a splice of which nothing need be kept: what one part of a slot's
+/// pages needs is in the entry, and its result says all. Nearly every splice is one.
+#[inline]
+pub(crate) fn simple(splice: &Splice<'_>) -> Option<Sqe> {
+    let is_read = matches!(splice.op, Op::Read);
+    if !is_read && !matches!(splice.op, Op::Write) {
+        return None;
+    }
+    let opcode = if is_read { OP_READ_FIXED } else { OP_WRITE_FIXED };
+    let PagesKind::Slot(buf_index) = PagesKind::unpack(splice.pages) else { return None };
+    let [part] = splice.parts else { return None };
+    let (addr, len) = (u64::from(part.at), part.len);
+    Some(Sqe { opcode, buf_index, addr, len, ..transfer_to(splice) })
+}
+
+/// The entry that carries out any other, without its user data. `flight` is the splice's own and
 /// does not move until its completion.
 pub(crate) fn entry(flight: &mut Flight, splice: &Splice<'_>, around: &Around<'_>) -> Sqe {
-    let file = match splice.to {
-        To::File(file) => file.0,
-        To::Zero => ZERO_FILE,
-    };
+    let file = file_of(splice);
     flight.op = splice.op;
     flight.file = file;
     flight.pages = None;
@@ -126,32 +138,37 @@ pub(crate) fn entry(flight: &mut Flight, splice: &Splice<'_>, around: &Around<'_
     }
 }
 
+#[inline]
+fn file_of(splice: &Splice<'_>) -> u16 {
+    match splice.to {
+        To::File(file) => file.0,
+        To::Zero => ZERO_FILE,
+    }
+}
+
+#[inline]
 fn on(file: u16) -> Sqe {
     Sqe { fd: i32::from(file), flags: SQE_FIXED_FILE, ..Sqe::default() }
 }
 
+/// Where a read or write goes, without what it carries.
 #[inline]
-fn transfer(flight: &mut Flight, splice: &Splice<'_>, around: &Around<'_>) -> Sqe {
-    let kind = PagesKind::unpack(splice.pages);
-    flight.pages = Some(kind);
+fn transfer_to(splice: &Splice<'_>) -> Sqe {
     // /dev/zero ignores the offset; a position beyond 2^63 would be refused.
     let off = if splice.to == To::Zero { 0 } else { splice.at };
     let op_flags = if splice.fua { RWF_DSYNC } else { 0 };
-    let mut sqe = Sqe { off, op_flags, ..on(flight.file) };
+    Sqe { off, op_flags, ..on(file_of(splice)) }
+}
+
+fn transfer(flight: &mut Flight, splice: &Splice<'_>, around: &Around<'_>) -> Sqe {
+    let kind = PagesKind::unpack(splice.pages);
+    flight.pages = Some(kind);
+    let mut sqe = transfer_to(splice);
     let is_read = splice.op == Op::Read;
-    if let [part] = splice.parts {
+    if let ([part], PagesKind::Memory { lane, slot }) = (splice.parts, kind) {
+        sqe.opcode = if is_read { OP_READ } else { OP_WRITE };
+        sqe.addr = address(around, lane, slot, part.at, part.len);
         sqe.len = part.len;
-        match kind {
-            PagesKind::Slot(index) => {
-                sqe.opcode = if is_read { OP_READ_FIXED } else { OP_WRITE_FIXED };
-                sqe.buf_index = index;
-                sqe.addr = u64::from(part.at);
-            }
-            PagesKind::Memory { lane, slot } => {
-                sqe.opcode = if is_read { OP_READ } else { OP_WRITE };
-                sqe.addr = address(around, lane, slot, part.at, part.len);
-            }
-        }
         return sqe;
     }
     for (vector, part) in flight.vector.iter_mut().zip(splice.parts) {

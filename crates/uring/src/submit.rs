@@ -1,41 +1,61 @@
 //! Answers for the ring's queues and the one call into the kernel: push, enter, next completion.
+//!
+//! Entries are written where the kernel reads them, and completions read where it writes them. What
+//! each side knows of the other's progress is fetched when it is needed and not before, and our own
+//! is published once for each call.
 
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use devsplice_core::{Error, ErrorKind, Result};
-use io_uring::{IoUring, cqueue, squeue};
 
-use crate::uapi::{ENTER_GETEVENTS, ENTER_REGISTERED_RING, REGISTER_RING_FDS, Sqe};
+use crate::setup::{self, Cqe, FLAG_SETS, Made, Mapping};
+use crate::uapi::{ENTER_GETEVENTS, ENTER_REGISTERED_RING, Sqe};
 
 /// The pair of queues with its counters.
 pub(crate) struct Queues {
-    pub(crate) ring: IoUring,
+    sq_head: NonNull<AtomicU32>,
+    sq_tail: NonNull<AtomicU32>,
+    sq_mask: u32,
+    sqes: NonNull<Sqe>,
+    /// Entries since the start, so where the next one goes; published by `enter`.
+    tail: u64,
+    /// Where there is no room any more, as far as is known.
+    full_at: u64,
+    cq_head: NonNull<AtomicU32>,
+    cq_tail: NonNull<AtomicU32>,
+    cq_mask: u32,
+    cqes: NonNull<Cqe>,
+    /// The next completion to take; published when all that are known of are taken.
+    head: u32,
+    /// Behind the last completion that is known of.
+    known: u32,
     /// What `io_uring_enter` is told: the descriptor, or its index among the task's registered
     /// ones.
     enter_fd: i32,
     enter_flags: u32,
-    pub(crate) sqes: u64,
     pub(crate) enters: u64,
+    /// What is submitted instead of what was asked for, where only this process is of interest.
+    #[cfg(feature = "imitation")]
+    pub(crate) imitation: crate::imitation::Imitation,
+    // The pointers above are into these.
+    _rings: Mapping,
+    _entries: Mapping,
+    pub(crate) fd: OwnedFd,
 }
+
+// SAFETY: the pointers are into mappings that this value owns and that no other value has pointers
+// into; nothing of it is bound to a thread.
+unsafe impl Send for Queues {}
 
 impl Queues {
     /// A ring for the calling thread, with the best set of flags that the kernel takes.
     pub(crate) fn new(entries: u32, completions: u32) -> Result<Queues> {
         let mut last = None;
-        for level in 0..4 {
-            let mut builder = IoUring::builder();
-            builder.setup_cqsize(completions).setup_clamp().dontfork();
-            if level < 3 {
-                builder.setup_submit_all(); // 5.18
-            }
-            if level < 2 {
-                builder.setup_single_issuer().setup_defer_taskrun(); // 6.1
-            }
-            if level < 1 {
-                builder.setup_no_sqarray(); // 6.6
-            }
-            match builder.build(entries) {
-                Ok(ring) => return Ok(Queues::with(ring)),
+        for flags in FLAG_SETS {
+            match setup::make(entries, completions, flags) {
+                Ok(made) => return Ok(Queues::with(made)),
                 Err(error) => last = Some(error),
             }
         }
@@ -43,54 +63,104 @@ impl Queues {
         Err(unavailable(&error))
     }
 
-    fn with(ring: IoUring) -> Queues {
-        let raw = ring.as_raw_fd();
-        let mut queues =
-            Queues { ring, enter_fd: raw, enter_flags: ENTER_GETEVENTS, sqes: 0, enters: 0 };
-        #[repr(C)]
-        struct Update {
-            offset: u32,
-            resv: u32,
-            data: u64,
+    fn with(made: Made) -> Queues {
+        let Made { rings, entries, params, fd } = made;
+        let (sq, cq) = (&params.sq, &params.cq);
+        let (sq_entries, cq_entries) = (params.sq_entries, params.cq_entries);
+        assert!(sq_entries.is_power_of_two() && cq_entries.is_power_of_two());
+        if params.has_array() {
+            let array: NonNull<AtomicU32> = rings.at(sq.array, sq_entries);
+            for index in 0..sq_entries {
+                // SAFETY: `at` has asserted that as many lie there.
+                let place = unsafe { array.add(index as usize) };
+                // SAFETY: as just said; both sides use it atomically.
+                unsafe { place.as_ref() }.store(index, Ordering::Relaxed);
+            }
         }
-        let data = u64::try_from(raw).unwrap_or(0);
-        let mut update = Update { offset: u32::MAX, resv: 0, data };
-        // SAFETY: `update` is a live `io_uring_rsrc_update`, the one element that the call is told
-        // of; the kernel is done with it on return. Without the feature (before 5.18) it fails.
-        let done = unsafe {
-            let update = std::ptr::from_mut(&mut update);
-            libc::syscall(libc::SYS_io_uring_register, raw, REGISTER_RING_FDS, update, 1)
-        };
-        if done == 1 {
-            queues.enter_fd = i32::try_from(update.offset).unwrap_or(raw);
-            queues.enter_flags |= ENTER_REGISTERED_RING;
+        let index = setup::register_with_task(&fd);
+        let flag = if index.is_some() { ENTER_REGISTERED_RING } else { 0 };
+        Queues {
+            sq_head: rings.at(sq.head, 1),
+            sq_tail: rings.at(sq.tail, 1),
+            sq_mask: sq_entries - 1,
+            sqes: entries.at(0, sq_entries),
+            tail: 0,
+            full_at: u64::from(sq_entries),
+            cq_head: rings.at(cq.head, 1),
+            cq_tail: rings.at(cq.tail, 1),
+            cq_mask: cq_entries - 1,
+            cqes: rings.at(cq.cqes, cq_entries),
+            head: 0,
+            known: 0,
+            enter_fd: index.unwrap_or_else(|| fd.as_raw_fd()),
+            enter_flags: ENTER_GETEVENTS | flag,
+            enters: 0,
+            #[cfg(feature = "imitation")]
+            imitation: crate::imitation::Imitation::default(),
+            _rings: rings,
+            _entries: entries,
+            fd,
         }
-        queues
+    }
+
+    /// Where the ring's own count of entries, which wraps, stands at `tail`.
+    #[inline]
+    fn place(&self) -> u32 {
+        #[allow(clippy::cast_possible_truncation)]
+        let place = self.tail as u32;
+        place
+    }
+
+    /// Entries that the kernel has not taken yet.
+    #[inline]
+    fn queued(&self) -> u32 {
+        // SAFETY: `sq_head` was placed in the mapping, which lives as long as `self`; both sides
+        // use it atomically.
+        let taken = unsafe { self.sq_head.as_ref() }.load(Ordering::Acquire);
+        self.place().wrapping_sub(taken)
     }
 
     /// Queues an entry; makes room by submitting when there is none.
     #[inline]
-    pub(crate) fn push(&mut self, sqe: &Sqe) {
-        // SAFETY: `squeue::Entry` is `repr(C)` around `struct io_uring_sqe`, whose layout `Sqe` has
-        // (size and offsets asserted in uapi); both are plain data.
-        let entry: squeue::Entry = unsafe { std::mem::transmute(*sqe) };
-        self.sqes += 1;
+    pub(crate) fn push(&mut self, sqe: Sqe) {
+        if self.tail == self.full_at {
+            self.make_room();
+        }
+        let place = (self.place() & self.sq_mask) as usize;
+        // SAFETY: below the number of entries, so inside the mapping that `at` has asserted.
+        let place = unsafe { self.sqes.add(place) };
+        // SAFETY: the kernel has taken what was here (`full_at` is a whole queue behind its head)
+        // and reads it again only once the tail is published, in `enter`. Whatever the entry points
+        // at lies in a table or arena of the `Uring` that builds it, and stays until its
+        // completion; `Uring` alone calls this.
+        unsafe { place.write(sqe) };
+        self.tail += 1;
+    }
+
+    /// Finds out what the kernel has taken; hands over what is there if that is nothing.
+    #[cold]
+    #[inline(never)]
+    fn make_room(&mut self) {
         for _ in 0..1_000_000 {
-            // SAFETY: whatever the entry points at lies in a table or arena of the `Uring` that
-            // builds it, and stays until its completion; `Uring` alone calls this.
-            if unsafe { self.ring.submission().push(&entry) }.is_ok() {
+            self.full_at = self.tail - u64::from(self.queued()) + u64::from(self.sq_mask) + 1;
+            if self.tail != self.full_at {
                 return;
             }
-            // Full: hand over what is there. An error leaves it queued; the next round tries again.
+            // An error leaves them queued; the next round tries again.
             let _ = self.enter(0);
         }
         panic!("the kernel takes no entries from io_uring's submission queue");
     }
 
     /// Submits everything queued and waits for `want` completions.
+    #[inline]
     pub(crate) fn enter(&mut self, want: u32) -> std::io::Result<()> {
-        let queued = self.ring.submission().len();
-        let to_submit = u32::try_from(queued).unwrap_or(u32::MAX);
+        let to_submit = self.queued();
+        #[cfg(feature = "imitation")]
+        self.imitate(to_submit);
+        // SAFETY: as in `taken`. Only this side writes it; what lies before it was written above.
+        unsafe { self.sq_tail.as_ref() }.store(self.place(), Ordering::Release);
+        self.publish_head();
         self.enters += 1;
         // SAFETY: the descriptor (or registered index) is this ring's; the call takes no pointers.
         let done = unsafe {
@@ -107,19 +177,60 @@ impl Queues {
         if done < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
     }
 
+    /// Gives the places of the completions that were taken back to the kernel.
     #[inline]
-    pub(crate) fn next(&mut self) -> Option<cqueue::Entry> {
-        self.ring.completion().next()
+    fn publish_head(&self) {
+        // SAFETY: as in `taken`. Only this side writes it.
+        unsafe { self.cq_head.as_ref() }.store(self.head, Ordering::Release);
+    }
+
+    #[inline]
+    pub(crate) fn next(&mut self) -> Option<Cqe> {
+        if !self.has_completions() {
+            self.publish_head();
+            return None;
+        }
+        let place = (self.head & self.cq_mask) as usize;
+        // SAFETY: below the number of completions, so inside the mapping that `at` has asserted.
+        let place = unsafe { self.cqes.add(place) };
+        // SAFETY: before `known`, so the kernel has written it (the load of the tail acquired
+        // that), and after the published head, so it does not write it again yet.
+        let cqe = unsafe { place.read() };
+        self.head = self.head.wrapping_add(1);
+        Some(cqe)
     }
 
     #[inline]
     pub(crate) fn has_completions(&mut self) -> bool {
-        !self.ring.completion().is_empty()
+        if self.head == self.known {
+            // SAFETY: as in `taken`.
+            self.known = unsafe { self.cq_tail.as_ref() }.load(Ordering::Acquire);
+        }
+        self.head != self.known
     }
 
     #[inline]
-    pub(crate) fn has_queued(&mut self) -> bool {
-        !self.ring.submission().is_empty()
+    pub(crate) fn has_queued(&self) -> bool {
+        self.queued() != 0
+    }
+
+    /// Entries pushed since the start.
+    #[inline]
+    pub(crate) fn pushed(&self) -> u64 {
+        self.tail
+    }
+
+    /// Replaces what is queued and not submitted, in its place.
+    #[cfg(feature = "imitation")]
+    #[inline(never)]
+    fn imitate(&mut self, queued: u32) {
+        for back in (1..=queued).rev() {
+            let place = (self.place().wrapping_sub(back) & self.sq_mask) as usize;
+            // SAFETY: as in `push`.
+            let mut place = unsafe { self.sqes.add(place) };
+            // SAFETY: written by `push`, and not published to the kernel yet.
+            self.imitation.replace(unsafe { place.as_mut() });
+        }
     }
 }
 

@@ -37,6 +37,8 @@ pub struct Sqe {
 
 const _: () = assert!(size_of::<Sqe>() == 64 && std::mem::offset_of!(Sqe, addr3) == 48);
 
+#[cfg(feature = "imitation")]
+pub(crate) const OP_NOP: u8 = 0;
 pub(crate) const OP_READV: u8 = 1;
 pub(crate) const OP_WRITEV: u8 = 2;
 pub(crate) const OP_FSYNC: u8 = 3;
@@ -66,4 +68,3 @@ pub(crate) const FALLOC_ZERO_RANGE: u32 = 16;
 
 pub(crate) const ENTER_GETEVENTS: u32 = 1;
 pub(crate) const ENTER_REGISTERED_RING: u32 = 1 << 4;
-pub(crate) const REGISTER_RING_FDS: u32 = 20;

@@ -1,6 +1,8 @@
 //! Answers for the ublk front end: a /dev/ublkbN whose requests this process serves.
 
 mod control;
+#[cfg(feature = "imitation")]
+pub mod imitation;
 mod map;
 mod params;
 mod queue;

@@ -7,7 +7,7 @@
 
 use devsplice_core::{Errno, Error, ErrorKind, Io, Op, Result};
 use devsplice_engine::{Completion, Export, FileId, Inbox, Request};
-use devsplice_uring::{Command, Uring};
+use devsplice_uring::{Command, Prepared, Uring};
 use zerocopy::IntoBytes;
 
 use super::DataPath;
@@ -51,6 +51,9 @@ struct Tag {
     io: Io,
     /// Whether its data is in the device's own pages, rather than in memory of ours.
     in_slot: bool,
+    /// Whether the kernel has put its pages into the slot and will take them out: such a request
+    /// comes with one completion and goes with one command, and nothing else here is kept of it.
+    is_direct: bool,
     /// Bytes that have been pulled or pushed.
     moved: u32,
     is_dead: bool,
@@ -64,16 +67,25 @@ pub(crate) struct Queue {
     descriptors: Descriptors,
     tags: Box<[Tag]>,
     dead: u16,
+    direct: Option<Direct>,
+}
+
+/// How requests whose pages are in their slots are committed, where the kernel puts them there.
+struct Direct {
+    commit: Prepared,
+    /// The slot of the first tag; the others follow.
+    first_slot: u16,
 }
 
 impl Queue {
     pub(crate) fn new(config: QueueConfig, file: FileId, descriptors: Descriptors) -> Queue {
         let io = Io::new(Op::Flush, 0, 0);
-        let tag = Tag { io, in_slot: false, moved: 0, is_dead: false };
+        let tag = Tag { io, in_slot: false, is_direct: false, moved: 0, is_dead: false };
         let tags = vec![tag; usize::from(config.depth)].into();
-        Queue { config, lane: 0, file, descriptors, tags, dead: 0 }
+        Queue { config, lane: 0, file, descriptors, tags, dead: 0, direct: None }
     }
 
+    #[inline]
     fn op(&self, op: u32) -> u32 {
         if self.config.encoded { op } else { op & 0xff }
     }
@@ -81,13 +93,14 @@ impl Queue {
     /// Fetches, or commits `result` and fetches.
     fn fetch(&self, ring: &mut Uring, op: u32, tag: u16, result: i32) {
         let payload = IoCmd { q_id: self.config.queue, tag, result, addr: 0 };
-        let auto = self.config.path == DataPath::AutoRegister;
+        let path = self.config.path;
+        let auto = path == DataPath::AutoRegister;
         let slot = if auto { u64::from(ring.slot_index(self.lane, tag)) } else { 0 };
         let command = Command {
             op: self.op(op),
             payload: payload_bytes(&payload),
             aux: if auto { slot | AUTO_BUF_REG_FALLBACK } else { 0 },
-            lend: (self.config.path == DataPath::Copy).then_some(tag),
+            lend: (path == DataPath::Copy).then_some(tag),
         };
         ring.command((self.lane, index(kind::FETCH, tag)), self.file, &command);
     }
@@ -133,7 +146,7 @@ impl Queue {
             DataPath::UserCopy | DataPath::Copy => false,
         };
         self.tags[usize::from(tag)] =
-            Tag { io, in_slot: in_slot && has_pages, moved: 0, is_dead: false };
+            Tag { io, in_slot: in_slot && has_pages, is_direct: false, moved: 0, is_dead: false };
         match path {
             _ if !has_pages => self.hand_over(ring, tag, inbox),
             DataPath::Register => {
@@ -218,46 +231,15 @@ impl Queue {
         }
         Ok(())
     }
-}
 
-fn payload_bytes(command: &IoCmd) -> [u8; 16] {
-    let mut payload = [0; 16];
-    payload.copy_from_slice(command.as_bytes());
-    payload
-}
-
-/// What a descriptor asks for; an error for an operation that we never offered.
-fn request(descriptor: &IoDesc) -> Result<Io, Errno> {
-    let flags = descriptor.op_flags;
-    let op = match flags & 0xff {
-        op::READ => Op::Read,
-        op::WRITE => Op::Write,
-        op::FLUSH => return Ok(Io::new(Op::Flush, 0, 0)),
-        op::DISCARD => Op::Discard,
-        op::WRITE_ZEROES => Op::WriteZeroes { unmap: flags & IO_F_NOUNMAP == 0 },
-        _ => return Err(Errno::EOPNOTSUPP),
-    };
-    // A start beyond 2^55 sectors would be beyond any size; admission refuses it.
-    let at = descriptor.start_sector.saturating_mul(512);
-    let mut io = Io::new(op, at, u64::from(descriptor.nr_sectors) * 512);
-    io.fua = op == Op::Write && flags & IO_F_FUA != 0;
-    Ok(io)
-}
-
-impl Export<Uring> for Queue {
-    fn depth(&self) -> u16 {
-        self.config.depth
-    }
-
-    fn arm(&mut self, ring: &mut Uring, lane: u16) -> Result<()> {
-        self.lane = lane;
-        for tag in 0..self.config.depth {
-            self.fetch(ring, io::FETCH_REQ, tag, 0);
-        }
-        Ok(())
-    }
-
-    fn event(&mut self, ring: &mut Uring, event: Completion, inbox: &mut Inbox) -> Result<()> {
+    /// Takes an event that does not bring a request with its pages in place.
+    #[inline(never)]
+    fn other_event(
+        &mut self,
+        ring: &mut Uring,
+        event: Completion,
+        inbox: &mut Inbox,
+    ) -> Result<()> {
         let tag = u16::try_from(event.index & 0xffff).unwrap_or(0);
         match event.index >> 16 {
             kind::FETCH => return self.fetch_done(ring, tag, event.result, inbox),
@@ -283,7 +265,9 @@ impl Export<Uring> for Queue {
         Ok(())
     }
 
-    fn finish(&mut self, ring: &mut Uring, tag: u16, io: &Io, result: Result<(), Errno>) {
+    /// Finishes a request that failed, or whose data is in memory of ours, or that has none.
+    #[inline(never)]
+    fn other_finish(&mut self, ring: &mut Uring, tag: u16, io: &Io, result: Result<(), Errno>) {
         let state = &mut self.tags[usize::from(tag)];
         state.moved = 0;
         let must_push = io.op == Op::Read && !state.in_slot && self.config.path != DataPath::Copy;
@@ -292,6 +276,96 @@ impl Export<Uring> for Queue {
         } else {
             self.commit(ring, tag, result);
         }
+    }
+}
+
+/// Tag and result as they lie in the first half of a command's payload, behind the queue's number.
+#[inline]
+fn payload_of(tag: u16, result: u32) -> u64 {
+    u64::from(tag) << 16 | u64::from(result) << 32
+}
+
+#[inline]
+fn payload_bytes(command: &IoCmd) -> [u8; 16] {
+    let mut payload = [0; 16];
+    payload.copy_from_slice(command.as_bytes());
+    payload
+}
+
+/// What a descriptor asks for, if the kernel has put its pages into a slot.
+#[inline]
+fn direct(descriptor: &IoDesc) -> Option<Io> {
+    let io = request(descriptor).ok()?;
+    (io.op.has_pages() && descriptor.op_flags & IO_F_NEED_REG_BUF == 0).then_some(io)
+}
+
+/// What a descriptor asks for; an error for an operation that we never offered.
+#[inline]
+fn request(descriptor: &IoDesc) -> Result<Io, Errno> {
+    let flags = descriptor.op_flags;
+    let op = match flags & 0xff {
+        op::READ => Op::Read,
+        op::WRITE => Op::Write,
+        op::FLUSH => return Ok(Io::new(Op::Flush, 0, 0)),
+        op::DISCARD => Op::Discard,
+        op::WRITE_ZEROES => Op::WriteZeroes { unmap: flags & IO_F_NOUNMAP == 0 },
+        _ => return Err(Errno::EOPNOTSUPP),
+    };
+    // A start beyond 2^55 sectors would be beyond any size; admission refuses it.
+    let at = descriptor.start_sector.saturating_mul(512);
+    let mut io = Io::new(op, at, u64::from(descriptor.nr_sectors) * 512);
+    io.fua = op == Op::Write && flags & IO_F_FUA != 0;
+    Ok(io)
+}
+
+impl Export<Uring> for Queue {
+    fn depth(&self) -> u16 {
+        self.config.depth
+    }
+
+    fn arm(&mut self, ring: &mut Uring, lane: u16) -> Result<()> {
+        self.lane = lane;
+        if self.config.path == DataPath::AutoRegister {
+            let payload = IoCmd { q_id: self.config.queue, tag: 0, result: 0, addr: 0 };
+            let command = Command {
+                op: self.op(io::COMMIT_AND_FETCH_REQ),
+                payload: payload_bytes(&payload),
+                aux: AUTO_BUF_REG_FALLBACK,
+                lend: None,
+            };
+            let commit = ring.prepare(lane, self.file, &command);
+            self.direct = Some(Direct { commit, first_slot: ring.slot_index(lane, 0) });
+        }
+        for tag in 0..self.config.depth {
+            self.fetch(ring, io::FETCH_REQ, tag, 0);
+        }
+        Ok(())
+    }
+
+    fn event(&mut self, ring: &mut Uring, event: Completion, inbox: &mut Inbox) -> Result<()> {
+        let tag = u16::try_from(event.index & 0xffff).unwrap_or(0);
+        let has_come = event.index == index(kind::FETCH, tag) && event.result == 0;
+        if has_come
+            && self.direct.is_some()
+            && let Some(io) = direct(&self.descriptors.read(tag))
+        {
+            self.tags[usize::from(tag)].is_direct = true;
+            let pages = ring.slot_pages(self.lane, tag);
+            inbox.push(self.lane, Request { tag, io, pages });
+            return Ok(());
+        }
+        self.other_event(ring, event, inbox)
+    }
+
+    fn finish(&mut self, ring: &mut Uring, tag: u16, io: &Io, result: Result<(), Errno>) {
+        let state = &mut self.tags[usize::from(tag)];
+        let is_direct = std::mem::take(&mut state.is_direct) && result.is_ok();
+        let (true, Some(Direct { commit, first_slot })) = (is_direct, &self.direct) else {
+            return self.other_finish(ring, tag, io, result);
+        };
+        let result = u32::try_from(io.extent.len).unwrap_or(0);
+        let slot = u64::from(first_slot + tag);
+        ring.send(commit, index(kind::FETCH, tag), (slot, payload_of(tag, result)));
     }
 
     fn is_closed(&self) -> bool {
@@ -314,6 +388,14 @@ mod tests {
         let write = request(&descriptor(op::WRITE | IO_F_FUA)).unwrap();
         assert!(write.fua && write.op == Op::Write);
         assert_eq!(request(&descriptor(op::FLUSH)), Ok(Io::new(Op::Flush, 0, 0)));
+    }
+
+    #[test]
+    fn a_prepared_commit_says_the_same_as_one_made_anew() {
+        let whole = IoCmd { q_id: 3, tag: 77, result: 1 << 20, addr: 0 };
+        let empty = payload_bytes(&IoCmd { q_id: 3, tag: 0, result: 0, addr: 0 });
+        let first = |bytes: [u8; 16]| u64::from_ne_bytes(bytes[..8].try_into().unwrap());
+        assert_eq!(first(empty) | payload_of(77, 1 << 20), first(payload_bytes(&whole)));
     }
 
     #[test]
