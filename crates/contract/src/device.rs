@@ -8,7 +8,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use devsplice_core::{Error, ErrorKind, Limits, Op, Result};
 use rustix::fs::{Mode, OFlags, SeekFrom};
@@ -18,6 +18,9 @@ use crate::bench::{Bench, LARGEST};
 use crate::cases::PROMISES;
 use crate::suite::{Case, Outcome, Suite, Verdict};
 use crate::target::{Ask, Done, Target};
+
+/// How long another's claim of the device may last.
+const CLAIM: Duration = Duration::from_secs(3);
 
 /// What takes a device away while it is used.
 type Remove = Box<dyn FnOnce() -> Result<(), String> + Send>;
@@ -163,9 +166,17 @@ impl About {
         if self.how.is_block && first {
             flags |= OFlags::EXCL;
         }
-        let fd = rustix::fs::open(path, flags, Mode::empty())
-            .map_err(|errno| Error::os(path.display().to_string(), &errno.into()))?;
-        Ok(fd.into())
+        let end = Instant::now() + CLAIM;
+        loop {
+            match rustix::fs::open(path, flags, Mode::empty()) {
+                // Somebody looks at it (udev does), or a fork holds our last descriptor.
+                Err(rustix::io::Errno::BUSY) if Instant::now() < end => {
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+                Ok(fd) => return Ok(fd.into()),
+                Err(errno) => return Err(Error::os(path.display().to_string(), &errno.into())),
+            }
+        }
     }
 }
 
