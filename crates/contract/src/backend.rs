@@ -80,6 +80,14 @@ impl Subject {
         Subject { seen_at: Some(path.into()), ..self }
     }
 
+    /// The backend, open, for a case of one's own; its random requests follow from the seed.
+    ///
+    /// # Errors
+    /// If it does not open.
+    pub fn bench(&self, seed: u64) -> Result<Bench, String> {
+        Ok(bench(&self.target()?, seed))
+    }
+
     fn target(&self) -> Result<RingTarget, String> {
         let end = Instant::now() + PATIENCE;
         let opened = loop {
@@ -97,10 +105,10 @@ impl Subject {
         let stack = Arc::new(builder.finish(root));
         Ok(RingTarget { bottom, stack })
     }
+}
 
-    fn bench(&self, target: &RingTarget, seed: u64) -> Bench {
-        Bench::new(Box::new(target.clone()), SPAN, &[], seed)
-    }
+fn bench(target: &RingTarget, seed: u64) -> Bench {
+    Bench::new(Box::new(target.clone()), SPAN, &[], seed)
 }
 
 /// The engine over one backend.
@@ -195,9 +203,7 @@ pub fn suite(subject: &Subject) -> Suite {
     let mut suite = Suite::default();
     // No power can be cut here: the first of the inner ones alone.
     for (name, promise) in PROMISES.iter().chain(&INNER[..1]) {
-        add(&mut suite, subject, name, move |subject| {
-            promise(&mut subject.bench(&subject.target()?, 1))
-        });
+        add(&mut suite, subject, name, move |subject| promise(&mut subject.bench(1)?));
     }
     add(&mut suite, subject, "what_was_flushed_is_there_for_others", seen);
     add(&mut suite, subject, "a_backend_that_ends_early_is_an_error_and_no_success", ends_early);
@@ -226,7 +232,7 @@ fn seen(subject: &Subject) -> Outcome {
     let Some(path) = &subject.seen_at else {
         return Ok(Verdict::NotMade("nobody else can see it".into()));
     };
-    let mut bench = subject.bench(&subject.target()?, 2);
+    let mut bench = subject.bench(2)?;
     if !bench.offers(Op::Write) {
         return Ok(Verdict::NotMade("it is read-only".into()));
     }
@@ -260,7 +266,7 @@ fn seen(subject: &Subject) -> Outcome {
 /// The kernel's results are short at its end, then 0: the request fails, whatever was moved.
 fn ends_early(subject: &Subject) -> Outcome {
     let target = subject.target()?;
-    let mut bench = subject.bench(&target, 3);
+    let mut bench = bench(&target, 3);
     let none = || Ok(Verdict::NotMade("only files that may be written are cut short".into()));
     let Bottom::File { fd, kind: FileKind::Regular, .. } = &target.bottom else { return none() };
     if !bench.offers(Op::Write) {

@@ -98,7 +98,11 @@ impl Subject {
         Ok(DeviceTarget { pool, limits: about.limits })
     }
 
-    fn bench(&self) -> Result<Bench, String> {
+    /// The device, open, for a case of one's own.
+    ///
+    /// # Errors
+    /// If it does not open.
+    pub fn bench(&self) -> Result<Bench, String> {
         self.bench_that_may_go(false)
     }
 

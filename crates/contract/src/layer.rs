@@ -88,6 +88,14 @@ impl Subject {
         Subject { masks_errors: true, ..self }
     }
 
+    /// The layer, open, for a case of one's own; its random requests follow from the seed.
+    ///
+    /// # Errors
+    /// If it does not open.
+    pub fn bench(&self, seed: u64) -> Result<Bench, String> {
+        self.over(&self.below, seed)
+    }
+
     fn build(&self, below: &[Limits]) -> Result<Stack> {
         let mut builder = StackBuilder::new();
         let mut ports = Vec::new();
@@ -119,13 +127,13 @@ impl Subject {
         Ok(FakeTarget { world, stack: Arc::new(stack), depth, flights })
     }
 
-    fn bench(&self, target: &FakeTarget, seed: u64) -> Bench {
+    fn bench_of(&self, target: &FakeTarget, seed: u64) -> Bench {
         Bench::new(Box::new(target.clone()), self.span, &self.voids, seed)
     }
 
     /// A bench over `below` for a seed.
     fn over(&self, below: &[Limits], seed: u64) -> Result<Bench, String> {
-        Ok(self.bench(&self.target(below, seed)?, seed))
+        Ok(self.bench_of(&self.target(below, seed)?, seed))
     }
 }
 
@@ -346,7 +354,7 @@ fn as_strict(subject: &Subject) -> Outcome {
 fn unnoticed(subject: &Subject) -> Outcome {
     for seed in 0..SEEDS {
         let target = subject.target(&subject.below, seed)?;
-        let mut bench = subject.bench(&target, seed);
+        let mut bench = subject.bench_of(&target, seed);
         if !bench.offers(Op::Write) {
             return none("it is read-only");
         }
@@ -388,7 +396,7 @@ fn positions(stack: &Stack, bench: &mut Bench) -> Result<Vec<(u16, u64, u64)>, S
 
 fn errors(subject: &Subject) -> Outcome {
     let target = subject.target(&subject.below, 0)?;
-    let mut bench = subject.bench(&target, 0);
+    let mut bench = subject.bench_of(&target, 0);
     if !bench.offers(Op::Write) {
         return none("it is read-only");
     }
@@ -444,7 +452,7 @@ fn flush_errors(subject: &Subject) -> Outcome {
     }
     for place in 0..subject.below.len() {
         let target = subject.target(&subject.below, 0)?;
-        let mut bench = subject.bench(&target, 0);
+        let mut bench = subject.bench_of(&target, 0);
         target.lock().disks[place].bad_flush = Some(Errno::ENOSPC);
         let asks = [bench.ask(Op::Flush, 0, 0), bench.ask(Op::Read, 0, bench.block())];
         let dones = bench.run(&asks)?;

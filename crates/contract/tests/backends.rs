@@ -13,8 +13,9 @@ use std::sync::{Arc, RwLock};
 use common::{Trials, caught};
 use devsplice_backends::Access;
 use devsplice_contract::backend::{self, Bottom, Subject};
-use devsplice_contract::{Suite, Verdict};
-use devsplice_core::{Args, Error, ErrorKind, Limits, Result};
+use devsplice_contract::bench::expect;
+use devsplice_contract::{Ask, Outcome, Suite, Verdict};
+use devsplice_core::{Args, Errno, Error, ErrorKind, Limits, Op, Result};
 use devsplice_uring::{Bytes, FileKind, loopctl};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 
@@ -202,7 +203,73 @@ impl Bytes for Plain {
     }
 }
 
+/// A backend with a bad place: a block that can be neither read nor written, and no room for
+/// flushes.
+struct Bad(Ram);
+
+const BAD: u64 = 64 << 10;
+
+impl Bad {
+    fn meets(at: u64, len: usize) -> std::io::Result<()> {
+        let hit = at < BAD + 512 && at + len as u64 > BAD;
+        if hit { Err(std::io::Error::from_raw_os_error(61)) } else { Ok(()) }
+    }
+}
+
+impl Bytes for Bad {
+    fn size(&self) -> u64 {
+        SIZE
+    }
+
+    fn read_at(&self, at: u64, into: &mut [u8]) -> std::io::Result<()> {
+        Bad::meets(at, into.len())?;
+        self.0.read_at(at, into)
+    }
+
+    fn write_at(&self, at: u64, from: &[u8]) -> std::io::Result<()> {
+        Bad::meets(at, from.len())?;
+        self.0.write_at(at, from)
+    }
+
+    fn flush(&self) -> std::io::Result<()> {
+        Err(std::io::Error::from_raw_os_error(28))
+    }
+}
+
+/// An error of a call is the error of its request, by number, and of no other.
+fn bad_bytes() -> Outcome {
+    let subject = Subject::bytes(|| {
+        Arc::new(Bad(Ram { bytes: RwLock::new(vec![0; SIZE as usize]), lie: Lie::None }))
+    });
+    let mut bench = subject.bench(1)?;
+    let zeroes = Op::WriteZeroes { unmap: true };
+    let mut asks = Vec::new();
+    for at in (0..SIZE).step_by(64 << 10) {
+        for (part, op) in [(0, Op::Write), (16 << 10, Op::Read), (32 << 10, zeroes)] {
+            asks.push(bench.ask(op, at + part, 16 << 10));
+        }
+    }
+    asks.push(bench.ask(Op::Flush, 0, 0));
+    asks.push(bench.fua(48 << 10, 512));
+    let want = |ask: &Ask| match (ask.io.op, ask.io.extent.at) {
+        (Op::Flush, _) => Err(Errno::ENOSPC),
+        _ if ask.io.fua => Err(Errno::ENOSPC),
+        (_, BAD) => Err(Errno::ENODATA),
+        _ => Ok(()),
+    };
+    let dones = bench.run(&asks)?;
+    expect(&asks, &dones, |place| want(&asks[place]))?;
+    for op in [Op::Read, zeroes] {
+        let bad = [bench.ask(op, BAD - 512, 4096), bench.ask(op, BAD + 8192, 4096)];
+        let dones = bench.run(&bad)?;
+        let want = |place| if place == 0 { Err(Errno::ENODATA) } else { Ok(()) };
+        expect(&bad, &dones, want)?;
+    }
+    Ok(Verdict::Kept)
+}
+
 fn bytes(trials: &mut Trials) {
+    trials.test("bytes::an_error_fails_the_request_that_met_it_and_no_other", bad_bytes);
     trials.suite("bytes_in_memory", ram(Lie::None));
     let temp = Temp::new(&std::env::temp_dir(), "plain");
     let path = temp.text();

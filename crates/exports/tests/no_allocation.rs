@@ -5,13 +5,13 @@
 
 use std::alloc::System;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Barrier};
+use std::sync::{Arc, Barrier, RwLock};
 use std::thread;
 
 use devsplice_core::{Args, Errno, Limits, Stack, StackBuilder};
 use devsplice_exports::threads::{Bottom, Crew};
 use devsplice_exports::{fuse, ublk};
-use devsplice_uring::FileKind;
+use devsplice_uring::{Bytes, FileKind};
 use rustix::fs::{MemfdFlags, Mode, OFlags};
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
 
@@ -22,8 +22,27 @@ const SIZE: u64 = 64 << 20;
 const THREADS: u64 = 4;
 const ROUNDS: u64 = 2000;
 
-/// linear over linear over a stripe of two memory files: three layers.
-fn stack() -> (Arc<Stack>, Vec<Bottom>) {
+/// A leg of bytes: helper threads copy from and to it.
+struct Leg(RwLock<Vec<u8>>);
+
+impl Bytes for Leg {
+    fn size(&self) -> u64 {
+        SIZE
+    }
+
+    fn read_at(&self, at: u64, into: &mut [u8]) -> std::io::Result<()> {
+        into.copy_from_slice(&self.0.read().unwrap()[at as usize..][..into.len()]);
+        Ok(())
+    }
+
+    fn write_at(&self, at: u64, from: &[u8]) -> std::io::Result<()> {
+        self.0.write().unwrap()[at as usize..][..from.len()].copy_from_slice(from);
+        Ok(())
+    }
+}
+
+/// linear over linear over a stripe of two memory files: three layers. One of them may be bytes.
+fn stack(with_bytes: bool) -> (Arc<Stack>, Vec<Bottom>) {
     let mut builder = StackBuilder::new();
     let mut none = |_, _: u64, _: &mut [u8]| Err(Errno::EIO);
     let mut layer =
@@ -35,7 +54,13 @@ fn stack() -> (Arc<Stack>, Vec<Bottom>) {
         };
     let mut bottoms = Vec::new();
     let mut legs = Vec::new();
-    for _ in 0..2 {
+    for leg in 0..2 {
+        if with_bytes && leg == 1 {
+            let bytes = vec![0; usize::try_from(SIZE).unwrap()];
+            bottoms.push(Bottom::Bytes(Arc::new(Leg(RwLock::new(bytes)))));
+            legs.push(builder.backend("leg", Limits::ideal(SIZE)).unwrap().0);
+            continue;
+        }
         let fd = rustix::fs::memfd_create("leg", MemfdFlags::CLOEXEC).unwrap();
         rustix::fs::ftruncate(&fd, SIZE).unwrap();
         bottoms.push(Bottom::File { fd, kind: FileKind::Regular });
@@ -96,12 +121,12 @@ fn client(disk: &OwnedFd, index: u64, barrier: &Barrier) {
     barrier.wait(); // done
 }
 
-fn on_fuse() -> bool {
+fn on_fuse(with_bytes: bool) -> bool {
     if let Err(error) = fuse::available() {
         println!("left out: {error}");
         return false;
     }
-    let (stack, bottoms) = stack();
+    let (stack, bottoms) = stack(with_bytes);
     let options = fuse::Options {
         name: "no-allocation".to_owned(),
         queues: 2,
@@ -125,8 +150,11 @@ fn on_ublk() -> bool {
             return false;
         }
     };
-    for path in ublk::DataPath::offered(control.features()) {
-        let (stack, bottoms) = stack();
+    let offered = ublk::DataPath::offered(control.features());
+    let with = |bytes| offered.iter().map(move |path| (*path, bytes));
+    // Bytes need a path that copies.
+    for (path, with_bytes) in with(false).chain(with(true).filter(|(path, _)| path.copies() > 0)) {
+        let (stack, bottoms) = stack(with_bytes);
         let options = ublk::Options {
             id: None,
             queues: 2,
@@ -149,6 +177,6 @@ fn on_ublk() -> bool {
 // One test: the allocator is counted for the whole process, so nothing may run beside it.
 #[test]
 fn nothing_is_allocated_while_requests_flow() {
-    let ran = (on_ublk(), on_fuse());
+    let ran = (on_ublk(), on_fuse(false) && on_fuse(true));
     println!("ublk: {}, fuse: {}", ran.0, ran.1);
 }
