@@ -180,19 +180,19 @@ impl Ring for BellRing {
 }
 
 impl Room for BellRing {
-    fn wake(&mut self, lane: u16, tag: u16) {
+    fn summon(&mut self, lane: u16, tag: u16) {
         self.ring.poll((lane, u32::from(tag)), self.bell);
     }
 
-    fn pages(&self, lane: u16, tag: u16) -> Pages {
+    fn memory_of(&self, lane: u16, tag: u16) -> Pages {
         self.ring.memory_pages(lane, tag)
     }
 
-    fn put(&mut self, lane: u16, tag: u16, bytes: &[u8]) {
+    fn load(&mut self, lane: u16, tag: u16, bytes: &[u8]) {
         self.ring.memory(lane, tag)[Uring::DATA_AT..][..bytes.len()].copy_from_slice(bytes);
     }
 
-    fn take(&mut self, lane: u16, tag: u16, len: usize) -> Vec<u8> {
+    fn unload(&mut self, lane: u16, tag: u16, len: usize) -> Vec<u8> {
         self.ring.memory(lane, tag)[Uring::DATA_AT..][..len].to_vec()
     }
 }

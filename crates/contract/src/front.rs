@@ -13,13 +13,13 @@ use crate::target::{Ask, Done};
 /// A ring that lends memory to a front end.
 pub(crate) trait Room: Ring + Send {
     /// Brings about an event of the lane with the tag as its index.
-    fn wake(&mut self, lane: u16, tag: u16);
+    fn summon(&mut self, lane: u16, tag: u16);
     /// The memory of a tag.
-    fn pages(&self, lane: u16, tag: u16) -> Pages;
+    fn memory_of(&self, lane: u16, tag: u16) -> Pages;
     /// Puts bytes into it.
-    fn put(&mut self, lane: u16, tag: u16, bytes: &[u8]);
+    fn load(&mut self, lane: u16, tag: u16, bytes: &[u8]);
     /// Takes `len` bytes out of it.
-    fn take(&mut self, lane: u16, tag: u16, len: usize) -> Vec<u8>;
+    fn unload(&mut self, lane: u16, tag: u16, len: usize) -> Vec<u8>;
 }
 
 /// What became of each request, in the order of the asks.
@@ -60,7 +60,7 @@ impl<R: Room> Export<R> for Front {
         self.lane = lane;
         self.woken = self.asks.len().min(usize::from(self.depth));
         for tag in (0..self.depth).take(self.woken) {
-            ring.wake(lane, tag);
+            ring.summon(lane, tag);
         }
         Ok(())
     }
@@ -71,17 +71,17 @@ impl<R: Room> Export<R> for Front {
         // Tags are what this export asked to be woken with.
         let tag = u16::try_from(got.index).unwrap_or(u16::MAX);
         match ask.io.op {
-            Op::Write => ring.put(self.lane, tag, &ask.bytes()),
+            Op::Write => ring.load(self.lane, tag, &ask.bytes()),
             Op::Read => {
                 let len = usize::try_from(ask.io.extent.len).unwrap_or(0);
-                ring.put(self.lane, tag, &vec![POISON; len]);
+                ring.load(self.lane, tag, &vec![POISON; len]);
             }
             _ => {}
         }
         if self.slots[usize::from(tag)].replace((place, ask)).is_some() {
             self.wrong(format!("tag {tag} was given out twice"));
         }
-        let pages = ring.pages(self.lane, tag);
+        let pages = ring.memory_of(self.lane, tag);
         inbox.push(self.lane, Request { tag, io: ask.io, pages });
         Ok(())
     }
@@ -94,11 +94,11 @@ impl<R: Room> Export<R> for Front {
             return self.wrong(format!("asked: {ask}; finished: {io:?}"));
         }
         let len = if io.op == Op::Read { usize::try_from(io.extent.len).unwrap_or(0) } else { 0 };
-        let bytes = if len > 0 { ring.take(self.lane, tag, len) } else { Vec::new() };
+        let bytes = if len > 0 { ring.unload(self.lane, tag, len) } else { Vec::new() };
         self.dones.lock()[place] = Some(Done { result, bytes });
         if self.asks.len() > self.woken {
             self.woken += 1;
-            ring.wake(self.lane, tag);
+            ring.summon(self.lane, tag);
         }
     }
 

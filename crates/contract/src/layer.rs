@@ -183,20 +183,20 @@ impl Target for FakeTarget {
 }
 
 impl Room for FakeRing {
-    fn wake(&mut self, lane: u16, tag: u16) {
+    fn summon(&mut self, lane: u16, tag: u16) {
         self.fetch(lane, u32::from(tag), 0);
     }
 
-    fn pages(&self, _: u16, tag: u16) -> Pages {
+    fn memory_of(&self, _: u16, tag: u16) -> Pages {
         Pages(u32::from(tag))
     }
 
-    fn put(&mut self, _: u16, tag: u16, bytes: &[u8]) {
+    fn load(&mut self, _: u16, tag: u16, bytes: &[u8]) {
         let world = &mut *self.world.lock().unwrap_or_else(PoisonError::into_inner);
         world.pages[usize::from(tag)][..bytes.len()].copy_from_slice(bytes);
     }
 
-    fn take(&mut self, _: u16, tag: u16, len: usize) -> Vec<u8> {
+    fn unload(&mut self, _: u16, tag: u16, len: usize) -> Vec<u8> {
         let world = &*self.world.lock().unwrap_or_else(PoisonError::into_inner);
         world.pages[usize::from(tag)][..len].to_vec()
     }

@@ -67,7 +67,7 @@ const KIND_EXPORT_LENT: u64 = 4 << 56;
 /// A splice of which nothing is kept: its result is what it says, and no memory of ours is lent.
 const KIND_SIMPLE: u64 = 5 << 56;
 /// The helpers of byte backends have results.
-const KIND_BELL: u64 = 6 << 56;
+const KIND_BELL: u64 = 7 << 56;
 const KIND_MASK: u64 = 0xff << 56;
 
 /// Files of the ring itself: what reads as zeros, and the bell of byte backends.
