@@ -73,24 +73,36 @@ impl Route {
         Route { op: io.op, fua: io.fua, depth: 1, frames: [first; MAX_FRAMES] }
     }
 
-    /// Starts over with another request; its first piece.
+    /// Starts over with another request. Its piece, if it is of one; otherwise `first` gets what
+    /// [`Route::next`] would have answered first, and `next` has the rest.
     #[inline]
-    pub fn begin(&mut self, stack: &Stack, io: Io) -> Option<Result<Piece, Errno>> {
+    pub fn begin(
+        &mut self,
+        stack: &Stack,
+        io: Io,
+        first: &mut Option<Result<Piece, Errno>>,
+    ) -> Option<Piece> {
         self.op = io.op;
         self.fua = io.fua;
         self.depth = 0;
         let Extent { at, len } = io.extent;
         let (node, port) = (stack.root(), itself(io.op));
         let frame = Frame { at, len, part: 0, wait_ns: 0, node, port };
-        if port == WHOLE
-            && let Some(piece) = self.walk(&stack.nodes, frame)
-        {
-            return Some(piece);
-        }
-        if port != WHOLE {
+        if port == WHOLE {
+            if let Some((id, frame)) = self.walk(&stack.nodes, frame, first) {
+                let piece = piece(Place::Backend(id), &frame);
+                if self.depth == 0 {
+                    return Some(piece);
+                }
+                *first = Some(Ok(piece));
+            }
+        } else {
             self.push(frame);
         }
-        self.next(stack)
+        if first.is_none() {
+            *first = self.next(stack);
+        }
+        None
     }
 
     /// Whether every piece was handed out.
@@ -117,22 +129,31 @@ impl Route {
     pub(crate) fn next_in(&mut self, nodes: &[Node]) -> Option<Result<Piece, Errno>> {
         loop {
             let frame = self.pop()?;
-            let piece =
-                if frame.port == WHOLE { self.walk(nodes, frame) } else { self.spread(nodes) };
-            if piece.is_some() {
-                return piece;
+            let mut answer = None;
+            if frame.port != WHOLE {
+                answer = self.spread(nodes);
+            } else if let Some((id, frame)) = self.walk(nodes, frame, &mut answer) {
+                answer = Some(Ok(piece(Place::Backend(id), &frame)));
+            }
+            if answer.is_some() {
+                return answer;
             }
         }
     }
 
-    /// Follows a request to a place down to a piece or an error; `None` if that left a fan-out on
-    /// top.
+    /// Follows a request to a place down to a bottom; what is asked of it. Where it ends elsewhere
+    /// `other` gets the piece or error; if it gets none, a fan-out was left on top.
     #[inline(always)]
-    fn walk(&mut self, nodes: &[Node], mut frame: Frame) -> Option<Result<Piece, Errno>> {
+    fn walk(
+        &mut self,
+        nodes: &[Node],
+        mut frame: Frame,
+        other: &mut Option<Result<Piece, Errno>>,
+    ) -> Option<(BackendId, Frame)> {
         let mut node = &nodes[frame.node.index()];
         loop {
             let (layer, ports) = match &node.what {
-                What::Backend(id) => return Some(Ok(piece(Place::Backend(*id), &frame))),
+                What::Backend(id) => return Some((*id, frame)),
                 What::Layer { layer, ports } => (layer, ports),
             };
             let extent = Extent { at: frame.at, len: frame.len };
@@ -140,7 +161,10 @@ impl Route {
                 match layer.map(Io { op: self.op, extent, fua: self.fua }) {
                     Ok(Map::To { len, port, at }) => (len, port, at, 0),
                     Ok(Map::After { len, port, at, wait_ns }) => (len, port, at, wait_ns),
-                    other => return self.end(node, frame, other),
+                    answer => {
+                        *other = self.end(node, frame, answer);
+                        return None;
+                    }
                 };
             self.keep_rest(node, &mut frame, len);
             // Only now: what was kept for later does not wait for what this answer is about.

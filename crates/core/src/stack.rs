@@ -87,22 +87,24 @@ impl Stack {
     /// operation that the device does not offer.
     #[inline]
     pub fn admit(&self, io: &Io) -> Result<(), Errno> {
-        let limits = self.limits();
-        if io.op == Op::Flush {
+        let Node { limits, mask, .. } = self.node(self.root);
+        let fits = io.extent.len != 0
+            && (io.extent.at | io.extent.len) & mask == 0
+            && io.extent.within(limits.size);
+        if fits && io.op.has_pages() && !limits.read_only {
             return Ok(());
         }
-        let block = u64::from(limits.block) - 1;
-        if io.extent.len == 0
-            || (io.extent.at | io.extent.len) & block != 0
-            || !io.extent.within(limits.size)
-        {
-            return Err(Errno::EINVAL);
-        }
-        if limits.read_only && io.op.changes() {
-            return Err(Errno::EROFS);
-        }
+        self.admit_other(io, fits)
+    }
+
+    /// As `admit`, for what is not an ordinary read or write that fits.
+    #[inline(never)]
+    fn admit_other(&self, io: &Io, fits: bool) -> Result<(), Errno> {
+        let limits = self.limits();
         match io.op {
-            _ if io.op.has_pages() => Ok(()),
+            Op::Flush => Ok(()),
+            _ if !fits => Err(Errno::EINVAL),
+            _ if limits.read_only && io.op.changes() => Err(Errno::EROFS),
             Op::Discard if limits.discard == 0 => Err(Errno::EOPNOTSUPP),
             Op::WriteZeroes { .. } if !limits.write_zeroes => Err(Errno::EOPNOTSUPP),
             _ => Ok(()),

@@ -33,10 +33,10 @@ impl Inbox {
         self.requests.push((lane, request));
     }
 
-    /// The request at a place in the order of arrival.
+    /// The requests with their lanes, in the order of arrival.
     #[inline]
-    pub(crate) fn get(&self, place: usize) -> Option<(u16, Request)> {
-        self.requests.get(place).copied()
+    pub(crate) fn requests(&self) -> &[(u16, Request)] {
+        &self.requests
     }
 
     /// Forgets them all: they were started.

@@ -11,8 +11,8 @@ pub(crate) struct Job {
     pub(crate) pages: Pages,
     /// What is still to be routed.
     pub(crate) route: Route,
-    /// The piece that came out of the route last and found no room.
-    pub(crate) held: Option<Piece>,
+    /// What came out of the route last and is still to be dealt with: a piece found no room.
+    pub(crate) held: Option<Result<Piece, Errno>>,
     /// Splices that are out, or waiting to be sent.
     pub(crate) flying: u32,
     /// The first error; nothing more is routed once there is one.
@@ -56,23 +56,7 @@ impl Job {
         // Where a flush is said to be has no meaning; Linux leaves anything there.
         let is_flush = request.io.op == Op::Flush;
         let io = if is_flush { Io::new(Op::Flush, 0, 0) } else { request.io };
-        match self.route.begin(stack, io) {
-            Some(Ok(piece)) if self.route.is_done() => Some(piece),
-            first => {
-                self.keep(first);
-                None
-            }
-        }
-    }
-
-    #[cold]
-    #[inline(never)]
-    fn keep(&mut self, first: Option<Result<Piece, Errno>>) {
-        match first {
-            Some(Ok(piece)) => self.held = Some(piece),
-            Some(Err(errno)) => self.fail(errno),
-            None => {}
-        }
+        self.route.begin(stack, io, &mut self.held)
     }
 
     /// What its splices are to do, and with which pages.
@@ -94,7 +78,7 @@ impl Job {
     #[inline]
     pub(crate) fn next(&mut self, stack: &Stack) -> Option<Result<Piece, Errno>> {
         match self.held.take() {
-            Some(piece) => Some(Ok(piece)),
+            Some(held) => Some(held),
             None => self.route.next(stack),
         }
     }

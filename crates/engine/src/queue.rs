@@ -117,12 +117,13 @@ impl<R: Ring> Worker<R> {
         for _ in 0..self.waiting.len() {
             self.resume();
         }
-        let mut arrived = 0;
-        while let Some((lane, request)) = self.inbox.get(arrived) {
-            self.start(lane, &request);
-            arrived += 1;
+        // Out of the way for as long: what starts a request does not put another there.
+        let mut inbox = std::mem::take(&mut self.inbox);
+        for (lane, request) in inbox.requests() {
+            self.start(*lane, request);
         }
-        self.inbox.clear();
+        inbox.clear();
+        self.inbox = inbox;
         self.counts.set_ring(self.ring.counts());
         if self.busy == 0 && self.lanes.iter().all(|lane| lane.export.is_closed()) {
             self.ring.enter(false)?;
@@ -160,7 +161,7 @@ impl<R: Ring> Worker<R> {
             return self.route(lane, tag);
         };
         let Some(key) = flights.take() else {
-            job.held = Some(piece);
+            job.held = Some(Ok(piece));
             return self.route(lane, tag);
         };
         one_more(&counts.pieces);
@@ -198,7 +199,7 @@ impl<R: Ring> Worker<R> {
             if !gather.join(flights, to, &piece) {
                 let key = if gather.is_full() { None } else { flights.take() };
                 let Some(key) = key else {
-                    job.held = Some(piece);
+                    job.held = Some(Ok(piece));
                     break;
                 };
                 flights.get(key).start((lane, tag), job.what(), to, &piece);

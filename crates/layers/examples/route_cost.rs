@@ -48,7 +48,10 @@ fn route(stack: &Stack, count: u64) -> u64 {
     for number in 0..count {
         // An odd factor visits each 4 KiB of the 1 GiB before it repeats one.
         let at = (number.wrapping_mul(0x9e37_79b1) & 0x3_ffff) << 12;
-        let mut next = route.begin(stack, Io::new(Op::Read, at, 4096));
+        let mut next = None;
+        if let Some(piece) = route.begin(stack, Io::new(Op::Read, at, 4096), &mut next) {
+            next = Some(Ok(piece));
+        }
         while let Some(piece) = next {
             if let Ok(Piece { place: Place::Backend(id), at, .. }) = piece {
                 sum = sum.rotate_left(9).wrapping_add(at ^ u64::from(id.0));

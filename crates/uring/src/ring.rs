@@ -13,7 +13,7 @@ use crate::arena::Arena;
 use crate::bytes::Helpers;
 use crate::files::{DiscardWay, FileKind, RingFile, Slot, ZeroWay};
 use crate::setup;
-use crate::splice::{Around, DATA_AT, Flight, PagesKind, ZEROES_LEN, entry, simple};
+use crate::splice::{Around, DATA_AT, Flight, PagesKind, ZEROES_LEN, entry, simple, simple_entry};
 use crate::submit::Queues;
 use crate::uapi::{OP_POLL_ADD, OP_READ, OP_TIMEOUT, OP_URING_CMD, OP_WRITE, SQE_FIXED_FILE, Sqe};
 
@@ -287,7 +287,7 @@ impl Uring {
     #[inline]
     pub fn send(&mut self, prepared: &Prepared, index: u32, (aux, payload): (u64, u64)) {
         let Prepared(all) = prepared;
-        self.queues.push(Sqe {
+        self.queues.push_made(|| Sqe {
             addr: all.addr | aux,
             user_data: all.user_data | u64::from(index),
             addr3: all.addr3 | payload,
@@ -416,8 +416,9 @@ impl Ring for Uring {
     #[inline]
     fn splice(&mut self, key: u32, splice: &Splice<'_>) {
         match simple(splice) {
-            Some(sqe) => {
-                self.queues.push(Sqe { user_data: KIND_SIMPLE | u64::from(key), ..sqe });
+            Some(what) => {
+                let user_data = KIND_SIMPLE | u64::from(key);
+                self.queues.push_made(|| Sqe { user_data, ..simple_entry(splice, what) });
             }
             // A copy, so that only this way needs the splice in memory.
             None => self.splice_kept(key, &{ *splice }),

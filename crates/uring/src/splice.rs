@@ -18,7 +18,7 @@
 
 use devsplice_core::Op;
 use devsplice_engine::ring::MAX_PARTS;
-use devsplice_engine::{Pages, Splice, To};
+use devsplice_engine::{Pages, Part, Splice, To};
 
 use crate::arena::Arena;
 use crate::files::{DiscardWay, Slot, ZeroWay};
@@ -103,19 +103,22 @@ pub(crate) struct Around<'a> {
     pub(crate) zeroes: u64,
 }
 
-/// The entry that carries out a splice of which nothing need be kept: what one part of a slot's
-/// pages needs is in the entry, and its result says all. Nearly every splice is one.
+/// The slot and the part of a splice of which nothing need be kept: what one part of a slot's pages
+/// needs is in the entry, and its result says all. Nearly every splice is one.
 #[inline]
-pub(crate) fn simple(splice: &Splice<'_>) -> Option<Sqe> {
-    let is_read = matches!(splice.op, Op::Read);
-    if !is_read && !matches!(splice.op, Op::Write) {
-        return None;
+pub(crate) fn simple<'a>(splice: &Splice<'a>) -> Option<(u16, &'a Part)> {
+    match (PagesKind::unpack(splice.pages), splice.parts) {
+        (PagesKind::Slot(index), [part]) if splice.op.has_pages() => Some((index, part)),
+        _ => None,
     }
-    let opcode = if is_read { OP_READ_FIXED } else { OP_WRITE_FIXED };
-    let PagesKind::Slot(buf_index) = PagesKind::unpack(splice.pages) else { return None };
-    let [part] = splice.parts else { return None };
+}
+
+/// The entry that carries it out, without its user data.
+#[inline]
+pub(crate) fn simple_entry(splice: &Splice<'_>, (buf_index, part): (u16, &Part)) -> Sqe {
+    let opcode = if matches!(splice.op, Op::Read) { OP_READ_FIXED } else { OP_WRITE_FIXED };
     let (addr, len) = (u64::from(part.at), part.len);
-    Some(Sqe { opcode, buf_index, addr, len, ..transfer_to(splice) })
+    Sqe { opcode, buf_index, addr, len, ..transfer_to(splice) }
 }
 
 /// The entry that carries out any other, without its user data. `flight` is the splice's own and

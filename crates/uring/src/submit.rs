@@ -123,6 +123,13 @@ impl Queues {
     /// Queues an entry; makes room by submitting when there is none.
     #[inline]
     pub(crate) fn push(&mut self, sqe: Sqe) {
+        self.push_made(|| sqe);
+    }
+
+    /// As `push`, with the entry made when there is room: so nothing of it has to be kept over
+    /// making some.
+    #[inline]
+    pub(crate) fn push_made(&mut self, make: impl FnOnce() -> Sqe) {
         if self.tail == self.full_at {
             self.make_room();
         }
@@ -133,7 +140,7 @@ impl Queues {
         // and reads it again only once the tail is published, in `enter`. Whatever the entry points
         // at lies in a table or arena of the `Uring` that builds it, and stays until its
         // completion; `Uring` alone calls this.
-        unsafe { place.write(sqe) };
+        unsafe { place.write(make()) };
         self.tail += 1;
     }
 

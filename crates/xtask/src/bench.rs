@@ -197,7 +197,7 @@ fn vm_part(options: &Options, bin: &Path, directory: &Path) -> Fallible<u8> {
     if let Some(other) = &options.against {
         programs.insert("other".into(), json!(absolute(other)?));
     }
-    for name in ["kublk", "rublk"] {
+    for name in ["bare", "kublk", "rublk"] {
         if !wanted.iter().any(|device| device.make.first() == Some(&name)) {
             continue;
         }

@@ -4,15 +4,12 @@ use devsplice_core::Limits;
 
 use super::uapi::{
     ATTR_FUA, ATTR_READ_ONLY, ATTR_ROTATIONAL, ATTR_VOLATILE_CACHE, PARAM_BASIC, PARAM_DISCARD,
-    PARAM_DMA_ALIGN, PARAM_SEGMENT, Params,
+    PARAM_DMA_ALIGN, Params,
 };
 
 /// Most bytes of one discard or write-zeroes. Bounds how long routing one can take.
 const MAX_ZERO_BYTES: u64 = 1 << 30;
 const PAGE: u32 = 4096;
-/// No boundary that matters. One more has to be a power of two (`ublk_validate_params`), so all
-/// ones will not do.
-const NO_BOUNDARY: u64 = u64::MAX >> 1;
 
 /// The parameters of a disk whose requests are at most `max_io` bytes. `sees_memory` is whether the
 /// client's own memory reaches the backend, so that its alignment matters.
@@ -42,14 +39,10 @@ pub(crate) fn params(limits: &Limits, read_only: bool, max_io: u32, sees_memory:
             params.types |= PARAM_DMA_ALIGN;
             params.dma_alignment = limits.dma.align.min(PAGE) - 1;
         }
-        let segments_matter =
-            limits.dma.max_segments < u16::MAX || limits.dma.max_segment_size < u32::MAX;
-        if segments_matter && limits.dma.virt_boundary == 0 {
-            params.types |= PARAM_SEGMENT;
-            params.seg_boundary_mask = NO_BOUNDARY;
-            params.max_segment_size = limits.dma.max_segment_size.max(PAGE);
-            params.max_segments = limits.dma.max_segments.max(1);
-        }
+        // How many segments a request may have, and how large, is not passed on. With it the kernel
+        // cuts what does not fit before it gets here, and each piece costs a whole request (1 MiB
+        // over a device that takes 128 segments: 11 % more instructions). Without it the device
+        // below cuts for itself, which io_uring leaves to a worker.
     }
     params
 }
@@ -100,13 +93,12 @@ mod tests {
     }
 
     #[test]
-    fn segment_limits_of_a_device_below_are_such_as_the_kernel_takes() {
+    fn segment_limits_of_a_device_below_cut_no_request_before_it_arrives() {
         let mut limits = Limits::ideal(1 << 20);
         (limits.dma.max_segments, limits.dma.max_segment_size) = (128, 65_536);
         let disk = params(&limits, false, 1 << 20, true);
-        assert_ne!(disk.types & PARAM_SEGMENT, 0);
-        assert!((disk.seg_boundary_mask + 1).is_power_of_two());
-        assert_eq!((disk.max_segments, disk.max_segment_size), (128, 65_536));
+        assert_eq!(disk.types, params(&Limits::ideal(1 << 20), false, 1 << 20, true).types);
+        assert_eq!((disk.max_segments, disk.max_segment_size), (0, 0));
     }
 
     #[test]

@@ -5,7 +5,7 @@
 //! engine sees pages and nothing else. A command that comes back with `ENODEV` is dead: the disk
 //! was stopped, the tag is not used again.
 
-use devsplice_core::{Errno, Error, ErrorKind, Io, Op, Result};
+use devsplice_core::{Errno, Error, ErrorKind, Extent, Io, Op, Result};
 use devsplice_engine::{Completion, Export, FileId, Inbox, Request};
 use devsplice_uring::{Command, Prepared, Uring};
 use zerocopy::IntoBytes;
@@ -292,11 +292,20 @@ fn payload_bytes(command: &IoCmd) -> [u8; 16] {
     payload
 }
 
-/// What a descriptor asks for, if the kernel has put its pages into a slot.
+/// What a descriptor asks for, if it is a read or write whose pages the kernel has put into a slot.
 #[inline]
 fn direct(descriptor: &IoDesc) -> Option<Io> {
-    let io = request(descriptor).ok()?;
-    (io.op.has_pages() && descriptor.op_flags & IO_F_NEED_REG_BUF == 0).then_some(io)
+    let flags = descriptor.op_flags;
+    // Reads are 0 and writes 1, so this leaves no other.
+    const OTHERS: u32 = 0xff & !(op::READ | op::WRITE);
+    if flags & (OTHERS | IO_F_NEED_REG_BUF) != 0 {
+        return None;
+    }
+    let is_write = flags & op::WRITE != 0;
+    let at = descriptor.start_sector.saturating_mul(512);
+    let extent = Extent { at, len: u64::from(descriptor.nr_sectors) * 512 };
+    let op = if is_write { Op::Write } else { Op::Read };
+    Some(Io { op, extent, fua: is_write && flags & IO_F_FUA != 0 })
 }
 
 /// What a descriptor asks for; an error for an operation that we never offered.
@@ -396,6 +405,19 @@ mod tests {
         let empty = payload_bytes(&IoCmd { q_id: 3, tag: 0, result: 0, addr: 0 });
         let first = |bytes: [u8; 16]| u64::from_ne_bytes(bytes[..8].try_into().unwrap());
         assert_eq!(first(empty) | payload_of(77, 1 << 20), first(payload_bytes(&whole)));
+    }
+
+    #[test]
+    fn what_is_direct_is_the_same_request_and_only_reads_and_writes_with_a_slot_are() {
+        for flags in [op::READ, op::WRITE, op::WRITE | IO_F_FUA, op::READ | IO_F_FUA | 1 << 16] {
+            let descriptor = descriptor(flags);
+            assert_eq!(direct(&descriptor), Some(request(&descriptor).unwrap()), "{flags:#x}");
+        }
+        for op in 2..=255 {
+            assert_eq!(direct(&descriptor(op)), None, "{op}");
+        }
+        assert_eq!(direct(&descriptor(op::READ | IO_F_NEED_REG_BUF)), None);
+        assert_eq!(direct(&descriptor(op::WRITE | IO_F_NEED_REG_BUF)), None);
     }
 
     #[test]

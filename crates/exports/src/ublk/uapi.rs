@@ -167,7 +167,6 @@ pub(crate) struct Params {
 pub(crate) const PARAM_BASIC: u32 = 1;
 pub(crate) const PARAM_DISCARD: u32 = 2;
 pub(crate) const PARAM_DMA_ALIGN: u32 = 16;
-pub(crate) const PARAM_SEGMENT: u32 = 32;
 
 pub(crate) const ATTR_READ_ONLY: u32 = 1;
 pub(crate) const ATTR_ROTATIONAL: u32 = 2;

@@ -12,6 +12,8 @@ use crate::kernel::Scratch;
 use crate::proc::{find_program, run_quiet};
 use crate::{Fallible, deps};
 
+/// The floor: a server that is nothing but its loop.
+const BARE: &str = include_str!("bare.c");
 /// Where the kernel's sources and headers are; they must be of the kernel that is booted.
 const SOURCE_SUITE: &str = "trixie-backports";
 const SOURCE: &str = "linux-source-7.3";
@@ -27,6 +29,7 @@ const RUBLK: &str = "0.2.15";
 /// The peer of that name: where it is, after building it if it is not there.
 pub fn find(name: &str) -> Fallible<PathBuf> {
     match name {
+        "bare" => cached(&format!("bare-{:016x}", fingerprint(BARE)), build_bare),
         "kublk" => cached("kublk-7.3", build_kublk),
         "rublk" => cached(&format!("rublk-{RUBLK}"), build_rublk),
         _ => find_program(name).ok_or_else(|| format!("{name} is not installed")),
@@ -64,6 +67,23 @@ fn unpack(suite: &Suite, name: &str, tree: &Path) -> Fallible<()> {
     let package = package.ok_or_else(|| format!("the archive has no {name}"))?;
     let file = suite.fetch(package)?;
     run_quiet(bounded(300, "dpkg").arg("-x").arg(file).arg(tree)).map(drop)
+}
+
+/// A number that changes with a text: FNV-1a.
+fn fingerprint(text: &str) -> u64 {
+    let step = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+    text.bytes().fold(0xcbf2_9ce4_8422_2325, step)
+}
+
+/// The floor, from the source beside this file.
+fn build_bare(work: &Path) -> Fallible<PathBuf> {
+    deps::ensure(&["gcc"])?;
+    let (source, program) = (work.join("bare.c"), work.join("bare"));
+    fs::write(&source, BARE).map_err(|e| format!("cannot write {}: {e}", source.display()))?;
+    let mut gcc = bounded(BUILD_LIMIT, "gcc");
+    gcc.args(["-O3", "-Wall", "-Werror", "-D_GNU_SOURCE", "-o"]).arg(&program).arg(&source);
+    run_quiet(gcc.arg("-lpthread"))?;
+    Ok(program)
 }
 
 /// The kernel's own test server, from the kernel's sources.

@@ -224,8 +224,18 @@ fn save(directory: &Path, name: &str, text: &str) -> Fallible<()> {
 
 /// The device that the chart of the VM part compares with, and those that it shows.
 const CHART_BASE: &str = "loop";
-const CHARTED: &[&str] =
-    &["null_blk", "loop", "dm-stripe", "kublk", "kublk-batch", "rublk", "file", "stripe", "stack"];
+const CHARTED: &[&str] = &[
+    "null_blk",
+    "loop",
+    "dm-stripe",
+    "bare",
+    "kublk",
+    "kublk-batch",
+    "rublk",
+    "file",
+    "stripe",
+    "stack",
+];
 /// The devices that the native part compares with, the best known first.
 const NATIVE_BASES: &[&str] = &["qsd", "loop"];
 
@@ -251,8 +261,9 @@ not disks.
 | 64k-qd8 | `--rw=randread --bs=64k --iodepth=8`, 4000 I/Os |
 | 1m-read, 1m-write | `--rw=read` or `write`, `--bs=1M --iodepth=4`, 300 I/Os |
 
-All with `--ioengine=io_uring --direct=1 --norandommap`. `kublk` is the kernel's own test server
-(zero copy by automatic registration), `rublk` the one of libublk-rs (zero copy). `file` is a
+All with `--ioengine=io_uring --direct=1 --norandommap`. `bare` is the floor: a ublk server in C
+that is nothing but its loop (crates/xtask/src/bench/bare.c). `kublk` is the kernel's own test
+server (zero copy by automatic registration), `rublk` the one of libublk-rs (zero copy). `file` is a
 devsplice device over one backing device, `stripe` over two, `stack` a `linear` over such a stripe;
 the suffix names a forced data path. A read of devsplice's `null` fills the pages with zeros; the
 other null servers leave them as they are.
