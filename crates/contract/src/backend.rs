@@ -4,6 +4,7 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -24,6 +25,8 @@ const FLIGHTS: u32 = 48;
 /// How long the ring of the case before may keep the backend open: the kernel takes rings down
 /// after the call that closes them.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// How long requests may take; then they count as never finished.
+const LONGEST: Duration = Duration::from_secs(60);
 /// Bytes of a backend that are used.
 const SPAN: u64 = 4 << 20;
 
@@ -135,6 +138,15 @@ impl RingTarget {
         let bell = ring.add_file(RingFile { fd: bell, kind: FileKind::Other })?;
         Ok((BellRing { ring, bell }, file))
     }
+
+    /// An engine's whole life, on the calling thread.
+    fn live(&self, asks: &[Ask]) -> Result<Vec<Done>, String> {
+        // At least a page, so that every tag has memory.
+        let bytes = u32::try_from(memory_needed(asks).max(4096)).unwrap_or(u32::MAX);
+        let (ring, file) = self.ring(bytes).map_err(|error| error.to_string())?;
+        let stack = &self.stack;
+        serve(Setup { ring, stack, files: vec![file], depth: DEPTH, flights: FLIGHTS }, asks)
+    }
 }
 
 impl Target for RingTarget {
@@ -143,11 +155,23 @@ impl Target for RingTarget {
     }
 
     fn run(&mut self, asks: &[Ask]) -> Result<Vec<Done>, String> {
-        // At least a page, so that every tag has memory.
-        let bytes = u32::try_from(memory_needed(asks).max(4096)).unwrap_or(u32::MAX);
-        let (ring, file) = self.ring(bytes).map_err(|error| error.to_string())?;
-        let stack = &self.stack;
-        serve(Setup { ring, stack, files: vec![file], depth: DEPTH, flights: FLIGHTS }, asks)
+        let (this, own, (tell, told)) = (self.clone(), asks.to_vec(), mpsc::channel());
+        let thread = std::thread::spawn(move || {
+            // Nobody listens when it took too long.
+            let _ = tell.send(this.live(&own));
+        });
+        match told.recv_timeout(LONGEST) {
+            Ok(dones) => dones,
+            Err(RecvTimeoutError::Timeout) => {
+                let first = asks.first().map(Ask::to_string).unwrap_or_default();
+                let count = asks.len();
+                Err(format!("asked: {count} requests, the first {first}; not done in {LONGEST:?}"))
+            }
+            Err(RecvTimeoutError::Disconnected) => match thread.join() {
+                Ok(()) => Err("the thread ended without a word".into()),
+                Err(panic) => std::panic::resume_unwind(panic),
+            },
+        }
     }
 }
 

@@ -9,7 +9,7 @@ use devsplice_contract::device::{Subject, suite};
 use devsplice_e2e::{Group, Kind, MIB, Outcome, PATHS, Room, need};
 
 /// Bytes of each disk that are used: the VM's processors are slow.
-const SPAN: u64 = 2 * MIB;
+const SPAN: u64 = MIB;
 
 pub fn add(group: &mut Group, kind: Kind) {
     group.add("a_disk_over_a_stripe_keeps_the_contract", move || {
