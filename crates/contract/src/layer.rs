@@ -62,6 +62,12 @@ impl Subject {
         Subject::new(driver.name, below, make)
     }
 
+    /// What it is called.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// What the disks hold at first, from their start; the rest is zeros. For layers that find
     /// something of theirs there.
     #[must_use]

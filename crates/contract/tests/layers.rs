@@ -8,6 +8,7 @@ use std::process::ExitCode;
 
 use common::{Trials, caught};
 use devsplice_contract::layer::{self, Subject};
+use devsplice_contract::{Outcome, Verdict};
 use devsplice_core::prelude::*;
 use devsplice_layers::{concat, delay, error, linear, null, partition, stripe, zero};
 
@@ -146,8 +147,21 @@ const BUGS: &[(&str, Bug, &str)] = &[
     ("a_discard_of_the_neighbour", Bug::Greedy, "what_is_discarded_reads_as_before_or_as_zeros"),
 ];
 
+/// A driver without a subject here would make promises that nobody has tested.
+fn every_driver_is_a_subject() -> Outcome {
+    let subjects = subjects();
+    let has = |name: &str| subjects.iter().any(|(_, subject)| subject.name() == name);
+    let names = devsplice_layers::DRIVERS.iter().map(|driver| driver.name);
+    let missing: Vec<_> = names.filter(|name| !has(name)).collect();
+    if missing.is_empty() {
+        return Ok(Verdict::Kept);
+    }
+    Err(format!("no subject in crates/contract/tests/layers.rs: {}", missing.join(", ")))
+}
+
 fn main() -> ExitCode {
     let mut trials = Trials::default();
+    trials.test("suite::every_driver_is_a_subject", every_driver_is_a_subject);
     for (name, subject) in subjects() {
         trials.suite(name, layer::suite(&subject));
     }
