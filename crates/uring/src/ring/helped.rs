@@ -13,7 +13,7 @@ use crate::splice::{DATA_AT, PagesKind};
 use crate::uapi::{OP_POLL_ADD, SQE_FIXED_FILE, Sqe};
 
 impl Uring {
-    /// Adds a backend of bytes. It takes one place of [`Config::files`].
+    /// Adds a backend of bytes. It takes one place of what `Config::files` asked for.
     ///
     /// # Errors
     /// As [`Uring::add_file`], or if its helper threads cannot be started.
