@@ -27,7 +27,8 @@ impl Assembled {
 
     /// The stack, and the bottoms as the I/O threads take them.
     pub fn into_parts(self) -> (Arc<Stack>, Vec<Bottom>) {
-        let bottom = |(_, opened): (String, Opened)| Bottom { fd: opened.fd, kind: opened.kind };
+        let bottom =
+            |(_, opened): (String, Opened)| Bottom::File { fd: opened.fd, kind: opened.kind };
         (self.stack, self.bottoms.into_iter().map(bottom).collect())
     }
 }

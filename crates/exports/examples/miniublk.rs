@@ -76,7 +76,7 @@ fn main() -> Result<()> {
             let size = file.metadata().map_err(os)?.len();
             // Through the page cache, for brevity: so what is written must be flushed to last.
             let limits = Limits { volatile_cache: true, ..Limits::ideal(size) };
-            bottoms.push(Bottom { fd: file.into(), kind: FileKind::Regular });
+            bottoms.push(Bottom::File { fd: file.into(), kind: FileKind::Regular });
             let (file, _) = builder.backend(what, limits)?;
             match kind.as_str() {
                 "swap" => {

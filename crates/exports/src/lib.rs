@@ -1,5 +1,6 @@
 //! Answers for front ends: how block requests of this machine reach the engine.
 
+pub mod disk;
 pub mod fuse;
 pub mod host;
 pub mod threads;

@@ -6,16 +6,28 @@ use std::thread::JoinHandle;
 
 use devsplice_core::{Error, ErrorKind, Result, Stack};
 use devsplice_engine::{Counts, Export, Lane, Served, Shared, Stuck, Worker};
-use devsplice_uring::{Config, FileKind, LaneMemory, RingFile, Uring};
+use devsplice_uring::{Bytes, Config, FileKind, LaneMemory, RingFile, Uring};
 use rustix::thread::{CpuSet, sched_setaffinity};
 
 /// A bottom of the stack, open.
-#[derive(Debug)]
-pub struct Bottom {
-    /// The file or device.
-    pub fd: OwnedFd,
-    /// What it is.
-    pub kind: FileKind,
+pub enum Bottom {
+    /// What the kernel moves pages to and from.
+    File {
+        /// The file or device.
+        fd: OwnedFd,
+        /// What it is.
+        kind: FileKind,
+    },
+    /// What helper threads read and write: requests need memory of ours.
+    Bytes(Arc<dyn Bytes>),
+}
+
+impl Bottom {
+    /// Whether requests to it need memory of ours.
+    #[must_use]
+    pub fn needs_memory(&self) -> bool {
+        matches!(self, Bottom::Bytes(_))
+    }
 }
 
 /// How a device's queues are served.
@@ -209,8 +221,13 @@ fn prepare(
     let mut ring = Uring::new(&Config { flights, files, lanes, inner })?;
     let mut bottoms = Vec::new();
     for bottom in opened {
-        let fd = bottom.fd.try_clone().map_err(|error| Error::os("a file's copy", &error))?;
-        bottoms.push(ring.add_file(RingFile { fd, kind: bottom.kind })?);
+        bottoms.push(match bottom {
+            Bottom::File { fd, kind } => {
+                let fd = fd.try_clone().map_err(|error| Error::os("a file's copy", &error))?;
+                ring.add_file(RingFile { fd, kind: *kind })?
+            }
+            Bottom::Bytes(bytes) => ring.add_bytes(Arc::clone(bytes))?,
+        });
     }
     let mut lanes = Vec::new();
     for queue in queues {

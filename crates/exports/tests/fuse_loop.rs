@@ -114,7 +114,7 @@ fn stack(limits: Limits, above: Option<(&str, &str)>) -> Arc<Stack> {
 
 fn bottom(path: &Path) -> Bottom {
     let file = OpenOptions::new().read(true).write(true).custom_flags(O_DIRECT).open(path).unwrap();
-    Bottom { fd: file.into(), kind: FileKind::Regular }
+    Bottom::File { fd: file.into(), kind: FileKind::Regular }
 }
 
 fn disk_of(options: &Options, limits: Limits, above: Option<(&str, &str)>) -> Disk {

@@ -5,13 +5,13 @@
 
 use std::alloc::System;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Barrier};
+use std::sync::{Arc, Barrier, RwLock};
 use std::thread;
 
 use devsplice_core::{Args, Errno, Limits, Stack, StackBuilder};
 use devsplice_exports::threads::{Bottom, Crew, Service};
 use devsplice_exports::{fuse, ublk};
-use devsplice_uring::FileKind;
+use devsplice_uring::{Bytes, FileKind};
 use rustix::fs::{MemfdFlags, Mode, OFlags};
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
 
@@ -22,8 +22,27 @@ const SIZE: u64 = 64 << 20;
 const THREADS: u64 = 4;
 const ROUNDS: u64 = 2000;
 
-/// linear over linear over a stripe of two memory files: three layers.
-fn stack() -> (Arc<Stack>, Vec<Bottom>) {
+/// A leg of bytes: helper threads copy from and to it.
+struct Leg(RwLock<Vec<u8>>);
+
+impl Bytes for Leg {
+    fn size(&self) -> u64 {
+        SIZE
+    }
+
+    fn read_at(&self, at: u64, into: &mut [u8]) -> std::io::Result<()> {
+        into.copy_from_slice(&self.0.read().unwrap()[at as usize..][..into.len()]);
+        Ok(())
+    }
+
+    fn write_at(&self, at: u64, from: &[u8]) -> std::io::Result<()> {
+        self.0.write().unwrap()[at as usize..][..from.len()].copy_from_slice(from);
+        Ok(())
+    }
+}
+
+/// linear over linear over a stripe of two memory files: three layers. One of them may be bytes.
+fn stack(with_bytes: bool) -> (Arc<Stack>, Vec<Bottom>) {
     let mut builder = StackBuilder::new();
     let mut none = |_, _: u64, _: &mut [u8]| Err(Errno::EIO);
     let mut layer =
@@ -35,10 +54,16 @@ fn stack() -> (Arc<Stack>, Vec<Bottom>) {
         };
     let mut bottoms = Vec::new();
     let mut legs = Vec::new();
-    for _ in 0..2 {
+    for leg in 0..2 {
+        if with_bytes && leg == 1 {
+            let bytes = vec![0; usize::try_from(SIZE).unwrap()];
+            bottoms.push(Bottom::Bytes(Arc::new(Leg(RwLock::new(bytes)))));
+            legs.push(builder.backend("leg", Limits::ideal(SIZE)).unwrap().0);
+            continue;
+        }
         let fd = rustix::fs::memfd_create("leg", MemfdFlags::CLOEXEC).unwrap();
         rustix::fs::ftruncate(&fd, SIZE).unwrap();
-        bottoms.push(Bottom { fd, kind: FileKind::Regular });
+        bottoms.push(Bottom::File { fd, kind: FileKind::Regular });
         legs.push(builder.backend("leg", Limits::ideal(SIZE)).unwrap().0);
     }
     let stripe = layer(&mut builder, "stripe", &[("chunk", "4k")], &legs);
@@ -47,8 +72,8 @@ fn stack() -> (Arc<Stack>, Vec<Bottom>) {
     (Arc::new(builder.finish(upper)), bottoms)
 }
 
-fn service() -> Service {
-    let (stack, bottoms) = stack();
+fn service(with_bytes: bool) -> Service {
+    let (stack, bottoms) = stack(with_bytes);
     Service { stack, bottoms, on_stuck: |_| {}, on_death: |error| panic!("{error}") }
 }
 
@@ -101,7 +126,7 @@ fn client(disk: &OwnedFd, index: u64, barrier: &Barrier) {
     barrier.wait(); // done
 }
 
-fn on_fuse() -> bool {
+fn on_fuse(with_bytes: bool) -> bool {
     if let Err(error) = fuse::available() {
         println!("left out: {error}");
         return false;
@@ -115,7 +140,7 @@ fn on_fuse() -> bool {
         part_scan: false,
         stuck_seconds: 30,
     };
-    let device = fuse::Device::attach(&options, service(), &mut |_| {}).unwrap();
+    let device = fuse::Device::attach(&options, service(with_bytes), &mut |_| {}).unwrap();
     flow(device.path(), device.crew());
     device.detach(true).unwrap();
     true
@@ -129,7 +154,10 @@ fn on_ublk() -> bool {
             return false;
         }
     };
-    for path in ublk::DataPath::offered(control.features()) {
+    let offered = ublk::DataPath::offered(control.features());
+    let with = |bytes| offered.iter().map(move |path| (*path, bytes));
+    // Bytes need a path that copies.
+    for (path, with_bytes) in with(false).chain(with(true).filter(|(path, _)| path.copies() > 0)) {
         let options = ublk::Options {
             id: None,
             queues: 2,
@@ -141,7 +169,7 @@ fn on_ublk() -> bool {
             affinity: true,
             stuck_seconds: 30,
         };
-        let device = ublk::Device::attach(&options, service(), &mut |_| {}).unwrap();
+        let device = ublk::Device::attach(&options, service(with_bytes), &mut |_| {}).unwrap();
         flow(device.path(), device.crew());
         device.detach().unwrap();
     }
@@ -151,6 +179,6 @@ fn on_ublk() -> bool {
 // One test: the allocator is counted for the whole process, so nothing may run beside it.
 #[test]
 fn nothing_is_allocated_while_requests_flow() {
-    let ran = (on_ublk(), on_fuse());
+    let ran = (on_ublk(), on_fuse(false) && on_fuse(true));
     println!("ublk: {}, fuse: {}", ran.0, ran.1);
 }

@@ -2,6 +2,9 @@
 //! known of the operations they take.
 
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use crate::bytes::Bytes;
 
 /// What a file is, as far as moving data is concerned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,6 +48,8 @@ pub(crate) enum DiscardWay {
 pub(crate) struct Slot {
     /// Keeps the file open; the kernel's table has its own reference.
     pub(crate) _fd: OwnedFd,
+    /// Served by helpers instead; the file is what they ring with.
+    pub(crate) bytes: Option<Arc<dyn Bytes>>,
     pub(crate) unmap: ZeroWay,
     pub(crate) keep: ZeroWay,
     pub(crate) discard: DiscardWay,
@@ -56,7 +61,7 @@ impl Slot {
             FileKind::Block => DiscardWay::Command,
             FileKind::Regular | FileKind::Other => DiscardWay::Punch,
         };
-        Slot { _fd: file.fd, unmap: ZeroWay::Punch, keep: ZeroWay::Range, discard }
+        Slot { _fd: file.fd, bytes: None, unmap: ZeroWay::Punch, keep: ZeroWay::Range, discard }
     }
 
     pub(crate) fn zero_way(&self, unmap: bool) -> ZeroWay {

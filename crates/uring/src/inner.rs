@@ -19,7 +19,7 @@ impl Uring {
         };
         let fd: Arc<OwnedFd> = Arc::new(fd);
         self.bell = Some(fd.clone());
-        self.listen();
+        self.await_call();
         Arc::new(move || {
             // It can only fail when it was rung 2^64 - 2 times and nobody listened.
             let _ = rustix::io::write(&fd, &1_u64.to_ne_bytes());
@@ -27,7 +27,7 @@ impl Uring {
     }
 
     /// Asks to hear of the next call.
-    fn listen(&mut self) {
+    fn await_call(&mut self) {
         let Some(bell) = &self.bell else { return };
         self.queues.push(Sqe {
             opcode: OP_POLL_ADD,
@@ -44,6 +44,6 @@ impl Uring {
             // Does not block; what was written since is heard of once.
             let _ = rustix::io::read(bell, &mut [0; 8]);
         }
-        self.listen();
+        self.await_call();
     }
 }

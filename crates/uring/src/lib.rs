@@ -5,6 +5,8 @@
 //! table or an arena that lives as long as the ring.
 
 mod arena;
+pub mod blockctl;
+mod bytes;
 pub mod control;
 mod files;
 #[cfg(feature = "imitation")]
@@ -19,5 +21,6 @@ mod submit;
 pub mod thread;
 pub mod uapi;
 
+pub use bytes::Bytes;
 pub use files::{FileKind, RingFile};
 pub use ring::{Command, Config, LaneMemory, Prepared, Uring, open};

@@ -1,6 +1,8 @@
 //! Answers for an I/O thread's ring: what the engine and the exports submit, what comes back to
 //! whom.
 
+mod helped;
+
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
@@ -11,6 +13,7 @@ use devsplice_engine::{Completion, Event, FileId, Pages, Ring, RingCounts, Splic
 use rustix::fs::{Mode, OFlags};
 
 use crate::arena::Arena;
+use crate::bytes::Helpers;
 use crate::files::{DiscardWay, FileKind, RingFile, Slot, ZeroWay};
 use crate::setup;
 use crate::splice::{Around, DATA_AT, Flight, PagesKind, ZEROES_LEN, entry, simple, simple_entry};
@@ -72,7 +75,12 @@ const KIND_EXPORT_LENT: u64 = 4 << 56;
 const KIND_SIMPLE: u64 = 5 << 56;
 /// Somebody has rung from another thread.
 pub(crate) const KIND_WAKE: u64 = 6 << 56;
+/// The helpers of byte backends have results.
+const KIND_BELL: u64 = 7 << 56;
 const KIND_MASK: u64 = 0xff << 56;
+
+/// Files of the ring itself: what reads as zeros, and the bell of byte backends.
+const OWN_FILES: u16 = 2;
 
 /// `struct __kernel_timespec`.
 #[repr(C)]
@@ -89,6 +97,8 @@ const KEYS_BEYOND: usize = 16;
 pub struct Uring {
     // Dropped first: the arenas and tables outlive it.
     pub(crate) queues: Queues,
+    // Before the memory that they are lent.
+    helpers: Option<Helpers>,
     files: Vec<Slot>,
     file_room: u16,
     flights: Box<[Flight]>,
@@ -139,12 +149,13 @@ impl Uring {
                 Error::os(format!("{slots} buffer slots in one ring (most 16384)"), &error)
             })?;
         }
-        setup::make_file_table(&queues.fd, u32::from(config.files) + 1)
+        setup::make_file_table(&queues.fd, u32::from(config.files + OWN_FILES))
             .map_err(|error| Error::os("io_uring's file table", &error))?;
         let mut ring = Uring {
             queues,
-            files: Vec::with_capacity(usize::from(config.files) + 1),
-            file_room: config.files + 1,
+            helpers: None,
+            files: Vec::with_capacity(usize::from(config.files + OWN_FILES)),
+            file_room: config.files + OWN_FILES,
             flights: vec![Flight::IDLE; config.flights as usize].into(),
             times: vec![Timespec::default(); config.flights as usize + KEYS_BEYOND].into(),
             arenas,
@@ -355,6 +366,9 @@ impl Uring {
     /// A splice of which something is kept until its completion.
     #[inline(never)]
     fn splice_kept(&mut self, key: u32, splice: &Splice<'_>) {
+        if self.helpers.is_some() && self.helped(key, splice) {
+            return;
+        }
         let zeroes = self.zeroes.address(0, 0, ZEROES_LEN);
         let around = Around { arenas: &self.arenas, files: &self.files, zeroes };
         let flight = &mut self.flights[key as usize];
@@ -510,7 +524,9 @@ impl Ring for Uring {
     #[inline]
     fn next(&mut self) -> Option<Event> {
         loop {
-            let cqe = self.queues.next()?;
+            let Some(cqe) = self.queues.next() else {
+                return if self.helpers.is_some() { self.landed() } else { None };
+            };
             let (data, result) = (cqe.user_data, cqe.result);
             #[allow(clippy::cast_possible_truncation)]
             let (lane, index) = ((data >> 32) as u16, data as u32);
@@ -533,6 +549,13 @@ impl Ring for Uring {
                 KIND_WAKE => {
                     self.woken();
                     return Some(Event::Woken);
+                }
+                KIND_BELL => {
+                    if let Some(helpers) = &self.helpers {
+                        helpers.heard();
+                    }
+                    #[allow(clippy::cast_possible_truncation)]
+                    self.listen(FileId(index as u16));
                 }
                 _ => {
                     self.arena(lane).give_back(tag_of(index));

@@ -6,6 +6,9 @@
 //! | registered slot | `READ_FIXED`, `WRITE_FIXED`     | `READV_FIXED`, `WRITEV_FIXED`   |
 //! | memory of ours  | `READ`, `WRITE`                 | `READV`, `WRITEV`               |
 //!
+//! To and from a backend of bytes there is no entry: memory of ours is lent to a helper thread
+//! (`bytes`), a slot has no way there.
+//!
 //! A slot is the device's own pages: no copy. Memory of ours costs one, between the device and that
 //! memory, made before or after by the front end.
 //!

@@ -3,6 +3,7 @@
 
 mod apt;
 mod bench;
+mod contract;
 mod demo;
 mod deps;
 mod kernel;
@@ -31,6 +32,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Bench(bench::Options),
+    Contract(contract::Options),
     Demo(demo::Options),
     Sim(sim::Options),
     Vm(vm::Options),
@@ -44,6 +46,7 @@ fn main() -> ExitCode {
     let failure = if matches!(cli.command, Command::Vm(_)) { vm::RC_NO_VM } else { 1 };
     let done = proc::watch_signals().and_then(|()| match cli.command {
         Command::Bench(options) => bench::run(&options),
+        Command::Contract(options) => contract::run(&options),
         Command::Demo(options) => demo::run(&options),
         Command::Sim(options) => sim::run(&options),
         Command::Vm(options) => vm::run(&options),

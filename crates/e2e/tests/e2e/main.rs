@@ -7,6 +7,7 @@
 
 mod bad;
 mod cli;
+mod contract;
 mod life;
 mod luck;
 mod manners;
@@ -69,6 +70,7 @@ fn groups() -> Vec<Group> {
         }
         let mut group = Group::of(kind);
         verify::add(&mut group, kind);
+        contract::add(&mut group, kind);
         if kind == home || kind == Kind::Fuse {
             life::add(&mut group, kind);
             manners::add(&mut group, kind);

@@ -3,7 +3,6 @@
 
 pub mod export;
 pub mod layers;
-pub mod ring;
 
 use std::sync::{Arc, Mutex};
 
@@ -11,31 +10,10 @@ use devsplice_core::{Errno, Io, Limits, Op, Stack};
 use devsplice_engine::watch::OnStuck;
 use devsplice_engine::{Counts, FileId, Lane, Served, Shared, Worker};
 
+pub use devsplice_contract::fake::{Bad, FakeRing, Fault, Faults, Logged, World};
+pub use devsplice_contract::rng::Rng;
 pub use export::{Ask, Done, FakeExport};
 pub use layers::{Kind, Tree, build, disk, over};
-pub use ring::{Bad, FakeRing, Fault, Faults, Logged, World};
-
-/// A small generator (xorshift64*): the same numbers for the same seed.
-#[derive(Clone)]
-pub struct Rng(u64);
-
-impl Rng {
-    pub fn new(seed: u64) -> Rng {
-        Rng(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
-    }
-    pub fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-    pub fn below(&mut self, bound: u64) -> u64 {
-        (self.next() >> 16) % bound
-    }
-    pub fn percent(&mut self, chance: u64) -> bool {
-        self.below(100) < chance
-    }
-}
 
 /// What a test runs: a stack, how wide, with what faults, and what is asked of it.
 pub struct Setup {

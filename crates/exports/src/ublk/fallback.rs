@@ -23,7 +23,7 @@ mod tests {
         let (bottom, _) = builder.backend("bottom", Limits::ideal(SIZE)).unwrap();
         Service {
             stack: Arc::new(builder.finish(bottom)),
-            bottoms: vec![Bottom { fd, kind: FileKind::Regular }],
+            bottoms: vec![Bottom::File { fd, kind: FileKind::Regular }],
             on_stuck: |_| {},
             on_death: |error| panic!("{error}"),
         }

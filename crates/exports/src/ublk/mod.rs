@@ -157,7 +157,10 @@ impl Device {
         on_made: OnMade<'_>,
         prepare: Prepare,
     ) -> Result<Device> {
-        let data_path = choose_path(options.data_path, control.features())?;
+        // Bytes that a helper thread reads and writes must be in memory of ours.
+        let in_memory = service.bottoms.iter().any(crate::threads::Bottom::needs_memory);
+        let usable = if in_memory { !(F_ZERO_COPY | F_AUTO_BUF_REG) } else { !0 };
+        let data_path = choose_path(options.data_path, control.features() & usable)?;
         let info = control.add(wish(options, data_path, control.features()))?;
         on_made(info.dev_id);
         let lost = data_path.flags() & !info.flags;
@@ -266,7 +269,7 @@ fn choose_path(asked: Option<DataPath>, features: u64) -> Result<DataPath> {
         Some(path) if offered.contains(&path) => Ok(path),
         Some(path) => {
             let names: Vec<_> = offered.iter().map(|path| path.name()).collect();
-            let reason = format!("this kernel's ublk has no {path} path");
+            let reason = format!("this kernel's ublk has no {path} path for this stack");
             Err(Error::new(ErrorKind::Unsupported, "--data-path", reason)
                 .next(format!("it has: {}", names.join(", "))))
         }

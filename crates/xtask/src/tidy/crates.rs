@@ -14,6 +14,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("backends", &["core", "engine", "uring"]),
     ("exports", &["core", "engine", "uring"]),
     ("sim", &["core", "engine", "layers"]),
+    ("contract", &["core", "engine", "uring"]),
 ];
 /// Crates above all arrows.
 const TOP: &[&str] = &["cli", "e2e", "xtask"];

@@ -43,7 +43,7 @@ const LIVE_ONLY: &str = "async";
 
 /// Crates that hold no unsafe code, by the file that says so.
 const FORBID_UNSAFE: &[&str] =
-    &["core", "engine", "layers", "spec", "backends", "sim", "cli", "xtask"];
+    &["core", "engine", "layers", "spec", "backends", "sim", "contract", "cli", "xtask"];
 
 /// Applies every rule to the file at `path`.
 pub fn check(path: &str, text: &str) -> Vec<Finding> {

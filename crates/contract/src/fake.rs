@@ -1,25 +1,31 @@
 //! Answers for a ring without a kernel: moves bytes between vectors, late, out of order, faulty.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use devsplice_core::{Errno, Io, Op, Result};
+use devsplice_core::{Errno, Io, Limits, Op, Result};
 use devsplice_engine::desk::{INNER_BYTES, INNER_DEPTH};
 use devsplice_engine::ring::MAX_PARTS;
 use devsplice_engine::{
     Completion, Event, FileId, Pages, Part, Ring, RingCounts, Splice, To, Wake,
 };
 
-use super::Rng;
+use crate::rng::Rng;
 
 /// Disks above this size hold nothing and read as zeros.
 const MATERIAL: u64 = 64 << 20;
 
+fn index(number: u64) -> usize {
+    usize::try_from(number).unwrap_or(usize::MAX)
+}
+
 /// No test takes this many nanoseconds of virtual time.
 const LONGEST: u64 = 60_000_000_000;
 
+/// What goes wrong with a splice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
+    /// It fails.
     Fail(Errno),
     /// No progress, as at the end of a file.
     Nothing,
@@ -32,33 +38,49 @@ pub enum Fault {
 }
 
 /// A range of a disk where splices go wrong, the first `times` of them.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub struct Bad {
+    /// Which disk.
     pub file: u16,
+    /// First byte of the bad range.
     pub from: u64,
+    /// The byte behind its last one.
     pub to: u64,
+    /// What happens to splices that touch it.
     pub fault: Fault,
+    /// To how many.
     pub times: u32,
 }
 
 /// Chances in percent, for each splice; and places where splices go wrong for certain.
-#[derive(Clone, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Faults {
+    /// Transfers that move less than asked.
     pub short: u64,
+    /// Splices that fail with `EAGAIN`.
     pub eagain: u64,
+    /// Splices that fail with `EINTR`.
     pub eintr: u64,
+    /// The places.
     pub bad: Vec<Bad>,
 }
 
 /// A splice as the ring came to see it.
 #[derive(Clone, Copy, Debug)]
 pub struct Logged {
+    /// When.
     pub sent: u64,
+    /// Where to.
     pub to: To,
+    /// What.
     pub op: Op,
+    /// Whether it had to be durable.
     pub fua: bool,
+    /// First byte there.
     pub at: u64,
+    /// Bytes.
     pub len: u64,
+    /// Ranges of the request's pages.
     pub part_count: usize,
 }
 
@@ -66,6 +88,7 @@ pub struct Logged {
 struct Flying {
     key: u32,
     op: Op,
+    fua: bool,
     to: To,
     at: u64,
     len: u64,
@@ -73,6 +96,8 @@ struct Flying {
     parts: [Part; MAX_PARTS],
     part_count: usize,
     certain: Option<Fault>,
+    /// Changes of its disk that had been done when it was sent.
+    changes_before: usize,
 }
 
 enum What {
@@ -86,23 +111,67 @@ struct Due {
     what: What,
 }
 
+/// A change of a disk that may be lost with power.
+struct Change {
+    at: usize,
+    bytes: Vec<u8>,
+    durable: bool,
+}
+
+/// A disk of bytes. With limits of its own it refuses what it does not offer; with a cache that can
+/// lose power, what was written lasts only once it was flushed.
 pub struct Disk {
+    /// Bytes.
     pub size: u64,
+    /// What a read sees; empty for a disk too large to be held.
     pub bytes: Vec<u8>,
+    /// What it offers, where that is to be held to.
+    limits: Option<Limits>,
+    /// What survives a power cut, and what was done since; only of a disk with limits.
+    durable: Vec<u8>,
+    changes: Vec<Change>,
+    /// What flushes of it fail with.
+    pub bad_flush: Option<Errno>,
+}
+
+impl Disk {
+    /// What was done on `at..at + len`; bytes that are lost with power until a flush.
+    fn changed(&mut self, at: usize, len: usize, fua: bool) {
+        let Some(limits) = &self.limits else { return };
+        let durable = fua || !limits.volatile_cache;
+        self.changes.push(Change { at, bytes: self.bytes[at..at + len].to_vec(), durable });
+    }
+
+    /// The power goes: only what had to last is left.
+    fn cut(&mut self) {
+        for change in self.changes.drain(..).filter(|change| change.durable) {
+            self.durable[change.at..change.at + change.bytes.len()].copy_from_slice(&change.bytes);
+        }
+        self.bytes.clone_from(&self.durable);
+    }
 }
 
 /// All that lies below the engine.
 pub struct World {
+    /// Nanoseconds since the start.
     pub now: u64,
+    /// Chance.
     pub rng: Rng,
+    /// The disks, by the number of their file.
     pub disks: Vec<Disk>,
+    /// The requests' memory.
     pub pages: Vec<Vec<u8>>,
+    /// What goes wrong.
     pub faults: Faults,
+    /// What was sent.
     pub log: Vec<Logged>,
+    /// Whether it is kept.
     pub logs: bool,
     /// Waiting with nothing to come is an error unless this is set; then it sets `asleep`.
     pub may_sleep: bool,
+    /// The worker waits and nothing will ever come.
     pub asleep: bool,
+    /// Timers that have run out.
     pub timers: u64,
     /// When memory was given back.
     pub rests: Vec<u64>,
@@ -115,6 +184,8 @@ pub struct World {
 }
 
 impl World {
+    /// An empty one, for a worker with so many flights.
+    #[must_use]
     pub fn new(seed: u64, faults: Faults, flights: u32) -> World {
         World {
             now: 0,
@@ -136,21 +207,61 @@ impl World {
         }
     }
 
+    /// Adds a disk of zeros that can do everything and loses nothing.
     pub fn add_disk(&mut self, size: u64) {
         let held = if size <= MATERIAL { size } else { 0 };
-        self.disks.push(Disk { size, bytes: vec![0; usize::try_from(held).unwrap()] });
+        self.disks.push(Disk {
+            size,
+            bytes: vec![0; index(held)],
+            limits: None,
+            durable: Vec::new(),
+            changes: Vec::new(),
+            bad_flush: None,
+        });
+    }
+
+    /// Adds a disk that holds to its limits and begins with `bytes`, then zeros.
+    pub fn add_strict_disk(&mut self, limits: Limits, bytes: &[u8]) {
+        self.add_disk(limits.size);
+        if let Some(disk) = self.disks.last_mut() {
+            let held = bytes.len().min(disk.bytes.len());
+            disk.bytes[..held].copy_from_slice(&bytes[..held]);
+            disk.durable.clone_from(&disk.bytes);
+            disk.limits = Some(limits);
+        }
+    }
+
+    /// The power goes, with nothing in flight.
+    pub fn cut(&mut self) {
+        self.disks.iter_mut().for_each(Disk::cut);
+    }
+
+    /// A worker has ended: its time and its timers are over.
+    ///
+    /// # Panics
+    /// If a splice of it is still out: it would hit the next request's pages.
+    pub fn settle(&mut self) {
+        assert!(
+            !self.due.iter().any(|due| matches!(due.what, What::Splice(_))),
+            "the worker ended and left a splice behind"
+        );
+        self.due.clear();
+        self.ready.clear();
+        self.now = 0;
     }
 
     /// Pages for each tag, large enough for each of `ios`; the number of the first.
     pub fn add_pages<'a>(&mut self, depth: u16, ios: impl Iterator<Item = &'a Io>) -> u32 {
         let with_pages = ios.filter(|io| io.op.has_pages());
         let most = with_pages.map(|io| io.extent.len).max().unwrap_or(0);
-        let first = u32::try_from(self.pages.len()).unwrap();
-        let most = usize::try_from(most.min(MATERIAL)).unwrap();
+        let first = u32::try_from(self.pages.len()).unwrap_or(u32::MAX);
+        let most = index(most.min(MATERIAL));
         self.pages.extend((0..depth).map(|_| vec![0; most]));
         first
     }
 
+    /// Timers and splices that are out.
+    #[must_use]
     pub fn due_count(&self) -> usize {
         let fetch = |due: &&Due| !matches!(due.what, What::Fetch(..));
         self.due.iter().filter(fetch).count()
@@ -171,10 +282,11 @@ impl World {
             if count == 0 {
                 return;
             }
-            let which = usize::try_from(self.rng.below(count as u64)).unwrap();
+            let which = index(self.rng.below(count as u64));
             let is_due = |(_, due): &(usize, &Due)| due.at <= now;
-            let (index, _) = self.due.iter().enumerate().filter(is_due).nth(which).unwrap();
-            let event = match self.due.swap_remove(index).what {
+            let mut due = self.due.iter().enumerate().filter(is_due);
+            let Some((place, _)) = due.nth(which) else { return };
+            let event = match self.due.swap_remove(place).what {
                 What::Splice(flying) => {
                     let result = self.complete(&flying);
                     Event::Splice { key: flying.key, result }
@@ -203,6 +315,12 @@ impl World {
             }
             Some(Fault::Hang) | None => (),
         }
+        if let (To::File(file), Op::Flush) = (flying.to, flying.op) {
+            let disk = &mut self.disks[usize::from(file.0)];
+            if let Some(errno) = disk.bad_flush {
+                return Err(errno);
+            }
+        }
         if self.rng.percent(self.faults.eagain) {
             return Err(Errno::EAGAIN);
         }
@@ -224,30 +342,36 @@ impl World {
             To::Zero => None,
         };
         let mut disk = disk.filter(|disk| !disk.bytes.is_empty());
-        let at = usize::try_from(flying.at).unwrap();
+        let (at, len) = (index(flying.at), index(len));
         if !flying.op.has_pages() {
             let Some(disk) = disk else { return };
-            let range = at..at + usize::try_from(len).unwrap();
             match flying.op {
-                Op::Discard if self.rng.percent(50) => (),
-                Op::Discard | Op::WriteZeroes { .. } => disk.bytes[range].fill(0),
-                _ => (),
+                Op::Discard if self.rng.percent(50) => return,
+                Op::Flush => {
+                    let done = flying.changes_before.min(disk.changes.len());
+                    disk.changes[..done].iter_mut().for_each(|change| change.durable = true);
+                    return;
+                }
+                _ => disk.bytes[at..at + len].fill(0),
             }
-            return;
+            return disk.changed(at, len, false);
         }
         let pages = &mut self.pages[flying.pages.0 as usize];
-        let (mut at, mut left) = (at, usize::try_from(len).unwrap());
+        let (mut place, mut left) = (at, len);
         for part in &flying.parts[..flying.part_count] {
             let count = left.min(part.len as usize);
             let memory = &mut pages[part.at as usize..part.at as usize + count];
             match (&mut disk, flying.op) {
-                (Some(disk), Op::Read) => memory.copy_from_slice(&disk.bytes[at..at + count]),
-                (Some(disk), _) => disk.bytes[at..at + count].copy_from_slice(memory),
+                (Some(disk), Op::Read) => memory.copy_from_slice(&disk.bytes[place..place + count]),
+                (Some(disk), _) => disk.bytes[place..place + count].copy_from_slice(memory),
                 (None, Op::Read) => memory.fill(0),
                 (None, _) => (),
             }
-            at += count;
+            place += count;
             left -= count;
+        }
+        if let (Some(disk), Op::Write) = (disk, flying.op) {
+            disk.changed(at, len, flying.fua);
         }
     }
 
@@ -265,12 +389,35 @@ impl World {
     }
 }
 
+/// What a disk has against a splice.
+fn against(disk: &Disk, splice: &Splice<'_>, whole: bool) -> Option<&'static str> {
+    let limits = disk.limits.as_ref()?;
+    let block = u64::from(limits.block) - 1;
+    match splice.op {
+        // What follows a short transfer begins where that one ended.
+        _ if whole && (splice.at | splice.len) & block != 0 => Some("off the blocks of"),
+        _ if splice.op.changes() && limits.read_only => Some("a change of read-only"),
+        Op::Discard if limits.discard == 0 => Some("a discard, which is not offered by"),
+        Op::WriteZeroes { .. } if !limits.write_zeroes => {
+            Some("a write-zeroes, which is not offered by")
+        }
+        Op::Write if splice.fua && !limits.fua => Some("force unit access, not offered by"),
+        _ => None,
+    }
+}
+
 /// What every splice must hold to.
 fn check(splice: &Splice<'_>, world: &World) {
     match splice.to {
         To::File(file) => {
-            let size = world.disks[usize::from(file.0)].size;
-            assert!(splice.at + splice.len <= size, "behind the end: {splice:?}");
+            let disk = &world.disks[usize::from(file.0)];
+            let fits = splice.at.checked_add(splice.len).is_some_and(|end| end <= disk.size);
+            assert!(fits, "behind the end: {splice:?}");
+            let is_short = |bad: &Bad| matches!(bad.fault, Fault::Short(_));
+            let whole = world.faults.short == 0 && !world.faults.bad.iter().any(is_short);
+            if let Some(what) = against(disk, splice, whole) {
+                panic!("{what} the device below with {:?}: {splice:?}", disk.limits);
+            }
         }
         To::Zero => assert_eq!(splice.op, Op::Read, "only reads need zeros"),
     }
@@ -285,15 +432,22 @@ fn check(splice: &Splice<'_>, world: &World) {
     assert_eq!(sum, splice.len, "{splice:?}");
 }
 
+/// A ring over a [`World`].
 #[derive(Clone)]
 pub struct FakeRing {
+    /// Where its splices go.
     pub world: Arc<Mutex<World>>,
 }
 
 impl FakeRing {
+    /// The world, also while a failed test unwinds.
+    fn lock(&self) -> MutexGuard<'_, World> {
+        self.world.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// An export asks for an event, soon or at `at`.
     pub fn fetch(&self, lane: u16, index: u32, at: u64) {
-        let mut world = self.world.lock().unwrap();
+        let mut world = self.lock();
         let soon = world.now + world.rng.below(50_000);
         world.due.push(Due { at: at.max(soon), what: What::Fetch(lane, index) });
     }
@@ -301,7 +455,7 @@ impl FakeRing {
 
 impl Ring for FakeRing {
     fn splice(&mut self, key: u32, splice: &Splice<'_>) {
-        let world = &mut *self.world.lock().unwrap();
+        let world = &mut *self.lock();
         check(splice, world);
         assert!(key < world.flights && world.is_free(key), "flight {key} is in use");
         let Splice { op, fua, to, at, len, pages, parts } = *splice;
@@ -313,21 +467,36 @@ impl Ring for FakeRing {
         let mut held = [Part::default(); MAX_PARTS];
         held[..parts.len()].copy_from_slice(parts);
         let part_count = parts.len();
-        let what =
-            What::Splice(Flying { key, op, to, at, len, pages, parts: held, part_count, certain });
+        let changes_before = match to {
+            To::File(file) => world.disks[usize::from(file.0)].changes.len(),
+            To::Zero => 0,
+        };
+        let what = What::Splice(Flying {
+            key,
+            op,
+            fua,
+            to,
+            at,
+            len,
+            pages,
+            parts: held,
+            part_count,
+            certain,
+            changes_before,
+        });
         let latency = 1000 + world.rng.below(100_000);
         let at = if certain == Some(Fault::Hang) { u64::MAX } else { world.now + latency };
         world.due.push(Due { at, what });
     }
 
     fn after(&mut self, key: u32, ns: u64) {
-        let world = &mut *self.world.lock().unwrap();
+        let world = &mut *self.lock();
         assert!(world.is_free(key), "timer {key} is in use");
         world.due.push(Due { at: world.now + ns, what: What::Timer(key) });
     }
 
     fn enter(&mut self, wait: bool) -> Result<()> {
-        let world = &mut *self.world.lock().unwrap();
+        let world = &mut *self.lock();
         world.counts.enters += 1;
         world.now += 1000;
         // The watchdog's ticks go on for ever while a request hangs.
@@ -348,7 +517,7 @@ impl Ring for FakeRing {
     }
 
     fn next(&mut self) -> Option<Event> {
-        self.world.lock().unwrap().ready.pop_front()
+        self.lock().ready.pop_front()
     }
 
     fn now_ns(&self) -> u64 {
@@ -388,7 +557,6 @@ impl Ring for FakeRing {
     }
 
     fn counts(&self) -> RingCounts {
-        // Also asked while a failed test unwinds.
-        self.world.lock().unwrap_or_else(std::sync::PoisonError::into_inner).counts
+        self.lock().counts
     }
 }
