@@ -4,8 +4,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use devsplice_core::{Error, ErrorKind, Result, Stack};
-use devsplice_engine::{Counts, Stuck};
-use devsplice_exports::threads::{Bottom, Crew};
+use devsplice_engine::Counts;
+use devsplice_exports::threads::{Bottom, Crew, Hooks};
 use devsplice_exports::{fuse, ublk};
 
 use crate::args::{Add, Export, PathChoice};
@@ -16,15 +16,6 @@ pub enum Front {
     Ublk(Box<ublk::Device>),
     /// /dev/loopN over a file of ours.
     Fuse(Box<fuse::Device>),
-}
-
-/// Who is told what happens on the I/O threads.
-#[derive(Clone, Copy)]
-pub struct Hooks {
-    /// A request is stuck below.
-    pub on_stuck: fn(&Stuck),
-    /// A thread cannot go on.
-    pub on_death: fn(Error),
 }
 
 /// Most queues that are made unasked.
@@ -110,8 +101,7 @@ impl Front {
                 part_scan: !add.no_part_scan,
                 stuck_seconds: add.stuck_after,
             };
-            let device =
-                fuse::Device::attach(&options, stack, bottoms, hooks.on_stuck, hooks.on_death)?;
+            let device = fuse::Device::attach(&options, stack, bottoms, hooks)?;
             return Ok(Front::Fuse(Box::new(device)));
         }
         let options = ublk::Options {
@@ -125,8 +115,7 @@ impl Front {
             affinity: !add.no_affinity,
             stuck_seconds: add.stuck_after,
         };
-        let device =
-            ublk::Device::attach(&options, stack, bottoms, hooks.on_stuck, hooks.on_death)?;
+        let device = ublk::Device::attach(&options, stack, bottoms, hooks)?;
         Ok(Front::Ublk(Box::new(device)))
     }
 

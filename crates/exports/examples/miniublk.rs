@@ -12,7 +12,7 @@ use std::sync::Arc;
 use devsplice_core::prelude::*;
 use devsplice_core::size::parse_size;
 use devsplice_core::{BackendId, StackBuilder};
-use devsplice_exports::threads::Bottom;
+use devsplice_exports::threads::{Bottom, Hooks};
 use devsplice_exports::ublk::{Device, Options};
 use devsplice_uring::FileKind;
 
@@ -104,7 +104,8 @@ fn main() -> Result<()> {
         eprintln!("miniublk: {error}");
         std::process::exit(1);
     };
-    let device = Device::attach(&options, stack, bottoms, on_stuck, on_death)?;
+    let hooks = Hooks { on_stuck, on_event: |text| eprintln!("miniublk: {text}"), on_death };
+    let device = Device::attach(&options, stack, bottoms, hooks)?;
     println!("{}", device.path());
     let _ = std::io::stdin().read_to_end(&mut Vec::new());
     let counts = device.detach()?;

@@ -37,6 +37,17 @@ pub type MakeQueue = dyn Fn(u16, &mut Uring) -> Result<Box<dyn Export<Uring>>> +
 /// What a queue's thread is told about its place: the CPUs of queue `n`, or none to run anywhere.
 pub type CpusOf = dyn Fn(u16) -> Option<CpuSet> + Send + Sync;
 
+/// Who is told what happens on the I/O threads. None of them may wait for the device.
+#[derive(Clone, Copy)]
+pub struct Hooks {
+    /// A request is stuck below.
+    pub on_stuck: fn(&Stuck),
+    /// A layer reports something.
+    pub on_event: fn(&str),
+    /// A thread cannot go on; the device is lost then, and this should end the process.
+    pub on_death: fn(Error),
+}
+
 /// What the threads need, shared between them.
 pub struct Work {
     /// Decides where data goes.
@@ -47,10 +58,8 @@ pub struct Work {
     pub make: Box<MakeQueue>,
     /// Where each queue's thread runs.
     pub cpus: Box<CpusOf>,
-    /// Told about requests that are stuck below.
-    pub on_stuck: fn(&Stuck),
-    /// Told when a thread cannot go on; the device is lost then, and this should end the process.
-    pub on_death: fn(Error),
+    /// Who is told what happens.
+    pub hooks: Hooks,
 }
 
 /// Running I/O threads.
@@ -72,7 +81,7 @@ impl Crew {
     /// The first thing that any thread could not do. The others are left to end with the process.
     pub fn start(shape: Shape, work: Work) -> Result<Crew> {
         let threads = shape.threads.clamp(1, shape.queues.max(1));
-        let served = Served::quietly(work.stack.clone());
+        let served = Served::new(work.stack.clone(), Box::new(work.hooks.on_event));
         let work = Arc::new(work);
         let (ready, news) = mpsc::channel();
         let (alive, end) = mpsc::channel::<()>();
@@ -178,7 +187,7 @@ fn serve(
     };
     let _ = ready.send(Ok(warning));
     if let Err(error) = worker.run() {
-        (work.on_death)(error);
+        (work.hooks.on_death)(error);
     }
 }
 
@@ -206,7 +215,7 @@ fn prepare(
         let export = (work.make)(*queue, &mut ring)?;
         lanes.push(Lane::new(export, Arc::clone(served), bottoms.clone().into()));
     }
-    let on_stuck = work.on_stuck;
+    let on_stuck = work.hooks.on_stuck;
     let watch = (shape.stuck_seconds, Box::new(on_stuck) as Box<dyn Fn(&Stuck) + Send>);
     let mut worker = Worker::new(ring, lanes, flights, shared, watch);
     worker.arm()?;

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use devsplice_core::{Args, Error, ErrorKind, Limits, Stack, StackBuilder};
 use devsplice_engine::{Counts, Stuck};
 use devsplice_exports::fuse::{self, Device, Options};
-use devsplice_exports::threads::Bottom;
+use devsplice_exports::threads::{Bottom, Hooks};
 use devsplice_uring::FileKind;
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsmount, fsopen};
 
@@ -76,6 +76,12 @@ fn on_death(error: Error) {
     panic!("an I/O thread died: {error}");
 }
 
+fn on_event(text: &str) {
+    println!("event: {text}");
+}
+
+const HOOKS: Hooks = Hooks { on_stuck, on_event, on_death };
+
 fn options(name: &str) -> Options {
     let name = format!("{name}-{}", std::process::id());
     Options {
@@ -121,7 +127,7 @@ fn disk_of(options: &Options, limits: Limits, above: Option<(&str, &str)>) -> Di
     let file = dir.at("disk");
     File::create(&file).unwrap().set_len(limits.size).unwrap();
     let stack = stack(limits, above);
-    let device = Device::attach(options, stack, vec![bottom(&file)], on_stuck, on_death).unwrap();
+    let device = Device::attach(options, stack, vec![bottom(&file)], HOOKS).unwrap();
     Disk { device, file, _dir: dir }
 }
 
@@ -562,7 +568,7 @@ fn names_that_a_loop_device_cannot_have_are_refused() {
     let Some(_alone) = ready() else { return };
     for name in ["", ".", "..", "a/b", "a b", "\u{e9}", "x".repeat(60).as_str()] {
         let options = Options { name: name.to_owned(), ..options("x") };
-        let made = Device::attach(&options, stack(limits(MIB), None), vec![], on_stuck, on_death);
+        let made = Device::attach(&options, stack(limits(MIB), None), vec![], HOOKS);
         assert_eq!(made.map(|_| ()).unwrap_err().kind(), ErrorKind::Invalid, "{name:?}");
     }
 }

@@ -9,7 +9,7 @@ use std::sync::{Arc, Barrier};
 use std::thread;
 
 use devsplice_core::{Args, Errno, Limits, Stack, StackBuilder};
-use devsplice_exports::threads::{Bottom, Crew};
+use devsplice_exports::threads::{Bottom, Crew, Hooks};
 use devsplice_exports::{fuse, ublk};
 use devsplice_uring::FileKind;
 use rustix::fs::{MemfdFlags, Mode, OFlags};
@@ -21,6 +21,8 @@ static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
 const SIZE: u64 = 64 << 20;
 const THREADS: u64 = 4;
 const ROUNDS: u64 = 2000;
+const HOOKS: Hooks =
+    Hooks { on_stuck: |_| {}, on_event: |_| {}, on_death: |error| panic!("{error}") };
 
 /// linear over linear over a stripe of two memory files: three layers.
 fn stack() -> (Arc<Stack>, Vec<Bottom>) {
@@ -111,7 +113,7 @@ fn on_fuse() -> bool {
         part_scan: false,
         stuck_seconds: 30,
     };
-    let device = fuse::Device::attach(&options, stack, bottoms, |_| {}, |e| panic!("{e}")).unwrap();
+    let device = fuse::Device::attach(&options, stack, bottoms, HOOKS).unwrap();
     flow(device.path(), device.crew());
     device.detach(true).unwrap();
     true
@@ -138,8 +140,7 @@ fn on_ublk() -> bool {
             affinity: true,
             stuck_seconds: 30,
         };
-        let device =
-            ublk::Device::attach(&options, stack, bottoms, |_| {}, |e| panic!("{e}")).unwrap();
+        let device = ublk::Device::attach(&options, stack, bottoms, HOOKS).unwrap();
         flow(device.path(), device.crew());
         device.detach().unwrap();
     }

@@ -16,6 +16,7 @@ pub mod partition;
 pub mod stripe;
 #[cfg(test)]
 mod testing;
+pub mod throttle;
 pub mod zero;
 
 /// All of them, in the order in which help texts list them.
@@ -26,6 +27,7 @@ pub const DRIVERS: &[Driver] = &[
     partition::DRIVER,
     delay::DRIVER,
     error::DRIVER,
+    throttle::DRIVER,
     null::DRIVER,
     zero::DRIVER,
 ];

@@ -7,6 +7,7 @@
 
 mod bad;
 mod cli;
+mod layers;
 mod life;
 mod luck;
 mod manners;
@@ -71,6 +72,7 @@ fn groups() -> Vec<Group> {
         verify::add(&mut group, kind);
         if kind == home || kind == Kind::Fuse {
             life::add(&mut group, kind);
+            layers::add(&mut group, kind);
             manners::add(&mut group, kind);
             luck::add(&mut group, kind);
             reach::add_once(&mut group, kind);

@@ -18,10 +18,10 @@ use std::sync::mpsc::RecvTimeoutError;
 use std::time::{Duration, Instant};
 
 use devsplice_core::{Error, ErrorKind, Result, Stack};
-use devsplice_engine::{Counts, Stuck};
+use devsplice_engine::Counts;
 use devsplice_uring::{FileKind, LaneMemory, RingFile, loopctl, thread::apart};
 
-use crate::threads::{Bottom, Crew, Shape, Work};
+use crate::threads::{Bottom, Crew, Hooks, Shape, Work};
 use connection::{DEV_FUSE, Mount};
 use loopdev::{Cleared, LOOP_CONTROL, PREFIX, Wanted};
 use node::{MAX_WRITE, Node};
@@ -80,7 +80,7 @@ pub struct Device {
 }
 
 impl Device {
-    /// Makes the device; it takes requests on return. `on_stuck` and `on_death` as in [`Work`].
+    /// Makes the device; it takes requests on return.
     ///
     /// # Errors
     /// If anything is missing or refused; nothing is left behind then.
@@ -88,8 +88,7 @@ impl Device {
         options: &Options,
         stack: Arc<Stack>,
         bottoms: Vec<Bottom>,
-        on_stuck: fn(&Stuck),
-        on_death: fn(Error),
+        hooks: Hooks,
     ) -> Result<Device> {
         available()?;
         check_name(&options.name)?;
@@ -111,8 +110,7 @@ impl Device {
             bottoms,
             make: make_queue(node, queues, options.depth.max(1)),
             cpus: Box::new(|_| None),
-            on_stuck,
-            on_death,
+            hooks,
         };
         // From here on, whatever fails: without the mount the connection closes, and the threads
         // end.

@@ -12,14 +12,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use devsplice_core::{Error, ErrorKind, Result, Stack};
-use devsplice_engine::{Counts, Export, Stuck};
+use devsplice_engine::{Counts, Export};
 use devsplice_uring::{FileKind, LaneMemory, RingFile, Uring};
 use rustix::fs::OFlags;
 use rustix::thread::CpuSet;
 
 pub use control::{CONTROL, Control, available};
 
-use crate::threads::{Bottom, Crew, Shape, Work};
+use crate::threads::{Bottom, Crew, Hooks, Shape, Work};
 use queue::{Queue, QueueConfig};
 use uapi::{DevInfo, F_AUTO_BUF_REG, F_NO_AUTO_PART_SCAN, F_USER_COPY, F_ZERO_COPY};
 
@@ -137,8 +137,7 @@ impl Device {
         options: &Options,
         stack: Arc<Stack>,
         bottoms: Vec<Bottom>,
-        on_stuck: fn(&Stuck),
-        on_death: fn(Error),
+        hooks: Hooks,
     ) -> Result<Device> {
         let mut control = Control::open()?;
         let data_path = choose_path(options.data_path, control.features())?;
@@ -160,7 +159,7 @@ impl Device {
             let cpus = if options.affinity { queue_cpus(&mut control, &info) } else { Vec::new() };
             let make = queue_maker(file, &info, data_path, control.is_encoded());
             let cpus = Box::new(move |queue: u16| cpus.get(usize::from(queue)).copied().flatten());
-            Crew::start(shape, Work { stack, bottoms, make, cpus, on_stuck, on_death })
+            Crew::start(shape, Work { stack, bottoms, make, cpus, hooks })
         })();
         let crew = match started {
             Ok(crew) => crew,
