@@ -10,13 +10,17 @@ pub mod bottom;
 pub mod concat;
 pub mod delay;
 pub mod error;
+pub mod flaky;
 pub mod linear;
+pub mod log;
 pub mod null;
 pub mod partition;
+mod passes;
 pub mod stripe;
 #[cfg(test)]
 mod testing;
 pub mod throttle;
+pub mod verify;
 pub mod zero;
 
 /// All of them, in the order in which help texts list them.
@@ -28,6 +32,9 @@ pub const DRIVERS: &[Driver] = &[
     delay::DRIVER,
     error::DRIVER,
     throttle::DRIVER,
+    verify::DRIVER,
+    flaky::DRIVER,
+    log::DRIVER,
     null::DRIVER,
     zero::DRIVER,
 ];

@@ -38,8 +38,7 @@ impl Live for Throttle {
             self.waited.fetch_add(1, SeqCst);
             self.wait(&io, &*meta).await?;
             self.waiting.fetch_sub(1, SeqCst);
-            self.granted.lock().unwrap_or_else(PoisonError::into_inner).push(io);
-            self.grants.fetch_add(1, SeqCst);
+            self.passes.give(io);
             Ok(())
         })
     }

@@ -10,6 +10,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use devsplice_core::prelude::*;
 
+use crate::passes::Passes;
+
 mod live;
 
 const DEFAULT_BURST_NS: u64 = 100_000_000;
@@ -74,9 +76,8 @@ struct Throttle {
     /// In the order of [`KEYS`].
     rates: [Rate; 6],
     burst_ns: AtomicU64,
-    /// Requests that have waited and may go, with how many there are.
-    granted: Mutex<Vec<Io>>,
-    grants: AtomicU64,
+    /// Of requests that have waited, and paid.
+    passes: Passes,
     pace: Mutex<Pace>,
     waiting: AtomicU64,
     waited: AtomicU64,
@@ -127,13 +128,8 @@ impl Throttle {
 
     /// Whether a request may go down at once; then it has paid.
     fn passes(&self, io: &Io) -> bool {
-        if self.grants.load(SeqCst) > 0 {
-            let mut granted = self.granted.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some(place) = granted.iter().position(|one| one == io) {
-                granted.swap_remove(place);
-                self.grants.fetch_sub(1, SeqCst);
-                return true;
-            }
+        if self.passes.take(io) {
+            return true;
         }
         if self.costs(io).any(|(rate, _)| rate.credit_ns.load(SeqCst) <= 0) {
             return false;
