@@ -12,6 +12,7 @@ mod life;
 mod luck;
 mod manners;
 mod reach;
+mod replay;
 mod verify;
 
 use std::process::ExitCode;
@@ -76,6 +77,9 @@ fn groups() -> Vec<Group> {
             manners::add(&mut group, kind);
             luck::add(&mut group, kind);
             reach::add_once(&mut group, kind);
+            if kind == home {
+                replay::add(&mut group, kind);
+            }
         }
         reach::add(&mut group, kind);
         groups.push(group);
