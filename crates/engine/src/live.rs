@@ -272,10 +272,7 @@ impl<R: Ring> Worker<R> {
                 job.flying = 1;
                 self.counts.pieces += 1;
                 self.counts.splices += 1;
-                return match piece.wait_ns {
-                    0 => self.send(key),
-                    wait_ns => self.ring.after(key, wait_ns),
-                };
+                return self.dispatch(key);
             }
         }
         self.settle(lane, tag);

@@ -230,10 +230,20 @@ impl<R: Ring> Worker<R> {
         }
         for key in &keys[..count] {
             self.counts.splices += 1;
-            match self.flights.get(*key).wait_ns {
-                0 => self.send(*key),
-                wait_ns => self.ring.after(*key, wait_ns),
-            }
+            self.dispatch(*key);
+        }
+    }
+
+    /// Sends a new flight, at once or when it has waited.
+    pub(crate) fn dispatch(&mut self, key: u32) {
+        let flight = self.flights.get(key);
+        if flight.wait.is_none() {
+            return self.send(key);
+        }
+        flight.sent = (self.ring.now_ns(), flight.len);
+        match flight.wait.ns() {
+            0 => self.send(key),
+            wait_ns => self.ring.after(key, wait_ns),
         }
     }
 
@@ -281,6 +291,12 @@ impl<R: Ring> Worker<R> {
             }
             Next::Done(result) => result,
         };
+        let probes = flight.wait.probes();
+        if probes != 0 && result.is_ok() {
+            let (op, (sent_ns, len)) = (flight.op, flight.sent);
+            let ns = self.ring.now_ns().saturating_sub(sent_ns);
+            self.lanes[usize::from(lane)].stack.record(probes, op, len, ns);
+        }
         self.flights.release(key);
         let job = &mut self.lanes[usize::from(lane)].jobs[usize::from(tag)];
         job.flying -= 1;

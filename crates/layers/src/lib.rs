@@ -16,6 +16,7 @@ pub mod log;
 pub mod null;
 pub mod partition;
 mod passes;
+pub mod stats;
 pub mod stripe;
 #[cfg(test)]
 mod testing;
@@ -32,6 +33,7 @@ pub const DRIVERS: &[Driver] = &[
     delay::DRIVER,
     error::DRIVER,
     throttle::DRIVER,
+    stats::DRIVER,
     verify::DRIVER,
     flaky::DRIVER,
     log::DRIVER,

@@ -9,6 +9,7 @@ use serde_json::Value;
 pub fn add(group: &mut Group, kind: Kind) {
     group.add("tell_reaches_the_layer_that_it_names", move || tell(kind));
     group.add("tell_refuses_what_cannot_be_done", move || tell_refused(kind));
+    group.add("stats_are_shown_and_forgotten", move || stats(kind));
     group.add("verify_finds_what_differs", move || verify(kind));
     group.add("flaky_forgets_what_was_not_synced", move || flaky(kind));
     group.add("a_throttle_holds_its_rate", move || throttle(kind));
@@ -96,6 +97,31 @@ fn read_4k(disk: &Disk<'_>, at: u64) -> (Option<i32>, Vec<u8>) {
     let skip = format!("skip={}", at / 4096);
     let ran = call("dd", [&from, &of, "bs=4k", "count=1", &skip, "iflag=direct"]).run();
     (ran.code, std::fs::read(copy).unwrap_or_default())
+}
+
+fn stats(kind: Kind) -> Outcome {
+    let room = Room::new();
+    let disk = room.add(kind, "stats(mem:4M)", &["--no-part-scan"]);
+    write(&disk, MIB);
+    let row = |op: &str| {
+        let status = status(&disk, "stats");
+        let rows = status["latencies"].as_array().cloned().unwrap_or_default();
+        rows.into_iter().find(|row| row["op"] == op && row["size"] == "4k")
+    };
+    let writes = row("write").expect("a row of writes");
+    assert_eq!(writes["count"], MIB / 4096);
+    let numbers = ["p50_ns", "p90_ns", "p99_ns", "p99.9_ns", "max_ns"]
+        .map(|key| writes[key].as_u64().expect("a number"));
+    assert!(numbers.is_sorted() && numbers[0] > 0, "{writes}");
+    let shown = room.devsplice(["info", &disk.name]).ok();
+    let line = shown.lines().find(|line| line.contains("op write")).unwrap_or_default();
+    for words in ["size 4k", "count 256", "p99.9_ns"] {
+        assert!(line.contains(words), "no `{words}` in: {shown}");
+    }
+    assert_eq!(room.devsplice(["tell", &disk.name, "stats", "reset"]).ok(), "reset\n");
+    assert!(row("write").is_none(), "{}", status(&disk, "stats"));
+    disk.remove();
+    Ok(())
 }
 
 fn verify(kind: Kind) -> Outcome {
