@@ -7,6 +7,7 @@ mod demo;
 mod deps;
 mod kernel;
 mod proc;
+mod replay;
 mod sim;
 mod testrun;
 mod tidy;
@@ -32,6 +33,7 @@ struct Cli {
 enum Command {
     Bench(bench::Options),
     Demo(demo::Options),
+    Replay(replay::Options),
     Sim(sim::Options),
     Vm(vm::Options),
     Test(testrun::Options),
@@ -45,6 +47,7 @@ fn main() -> ExitCode {
     let done = proc::watch_signals().and_then(|()| match cli.command {
         Command::Bench(options) => bench::run(&options),
         Command::Demo(options) => demo::run(&options),
+        Command::Replay(options) => replay::run(&options).map(|()| 0),
         Command::Sim(options) => sim::run(&options),
         Command::Vm(options) => vm::run(&options),
         Command::Test(options) => testrun::run(&options),
