@@ -176,6 +176,20 @@ fn after_a_cut_nothing_is_served_until_it_is_on_again() {
 }
 
 #[test]
+fn a_cut_lasts_through_the_rhythm_of_up_and_down() {
+    let late = |ms: u64| Ask { at: ms * 1_000_000, io: Io::new(Op::Write, 0, 4096) };
+    let stack = stack("flaky", "up=100ms down=100ms", &[MIB, MIB]);
+    let mut product = product(stack, vec![late(10), late(250), late(270)], 1);
+    product.turn_until(|product| !product.done().is_empty());
+    assert!(product.tell("cut all").is_ok());
+    product.turn_until(|product| product.done().len() == 2);
+    assert!(product.tell("on").is_ok());
+    product.turn_until(|product| product.done().len() == 3);
+    let results: Vec<_> = product.done().iter().map(|done| done.result).collect();
+    assert_eq!(results, [Ok(()), Err(Errno::EIO), Ok(())]);
+}
+
+#[test]
 fn what_cannot_be_flushed_fails_the_flush_and_is_kept() {
     let bad = |file, fault| Bad { file, from: 0, to: MIB, fault, times: 1 };
     let plan = vec![

@@ -1,5 +1,5 @@
-//! Answers for `cargo xtask replay`: plays a log of writes (docs/formats/log-writes.md) back onto an
-//! image, whole or up to some entry.
+//! Answers for `cargo xtask replay`: plays a log of writes (docs/formats/log-writes.md) back onto
+//! an image, whole or up to some entry.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};

@@ -2,7 +2,7 @@
 
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::SeqCst};
 
 use devsplice_core::live::MOST_BYTES;
 use devsplice_core::prelude::*;
@@ -32,7 +32,9 @@ pub(super) struct Flaky {
     turns: Option<(u64, u64, Power)>,
     pub(super) blocks: Blocks,
     pub(super) passes: Passes,
+    /// As the rhythm has it; a cut goes before it.
     power: AtomicU8,
+    is_cut: AtomicBool,
     /// One flush or cut at a time; while it works, what changes data waits.
     work: Turn,
     still: AtomicU64,
@@ -65,6 +67,7 @@ impl Flaky {
 
     pub(super) fn power(&self) -> Power {
         match self.power.load(SeqCst) {
+            _ if self.is_cut.load(SeqCst) => Power::Off,
             0 => Power::On,
             1 => Power::Off,
             2 => Power::WritesFail,
@@ -115,10 +118,10 @@ impl Flaky {
     /// Cuts the power: what was not flushed is lost, all, in part or not at all.
     async fn cut(&self, cut: Cut, meta: &dyn Meta) -> Result<String, Errno> {
         // From here on nothing new is let down.
-        let before = self.power.swap(Power::Off as u8, SeqCst);
+        let before = self.is_cut.swap(true, SeqCst);
         let result = self.lose(cut, meta).await;
         if result.is_err() {
-            self.power.store(before, SeqCst);
+            self.is_cut.store(before, SeqCst);
         }
         result
     }
@@ -192,7 +195,7 @@ impl Live for Flaky {
             let words: Vec<&str> = words.iter().map(String::as_str).collect();
             match words[..] {
                 ["on"] => {
-                    self.set_power(Power::On);
+                    self.is_cut.store(false, SeqCst);
                     Ok(Ok("on".to_owned()))
                 }
                 ["cut", ref how @ ..] => match Cut::parse(how) {
