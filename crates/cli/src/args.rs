@@ -29,6 +29,8 @@ pub enum Command {
     /// Show one disk: what it is, how data moves, what was counted.
     #[command(alias = "status")]
     Info(Info),
+    /// Have a layer of a disk do something, as docs/stack.md says for it.
+    Tell(Tell),
     /// Show where each byte of a request goes, and how often it is copied. Makes nothing.
     Explain(Explain),
     /// Show what this kernel offers.
@@ -156,6 +158,20 @@ pub struct Info {
     /// Print JSON.
     #[arg(long)]
     pub json: bool,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct Tell {
+    /// The disk's name, or its device node.
+    pub name: String,
+    /// The layer: its driver, or driver#2 for the second; its own name in a TOML file.
+    pub layer: String,
+    /// What it is to do.
+    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+    pub words: Vec<String>,
+    /// How long to wait for the answer.
+    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    pub timeout: u64,
 }
 
 /// `--op` of `explain`.

@@ -172,7 +172,7 @@ fn describe_piece(
         "len": piece.len,
         "to": to,
         "at": piece.at,
-        "wait_ns": piece.wait_ns,
+        "wait_ns": piece.wait.ns(),
         "how": how,
         "page_cache_copies": u32::from(cached),
     })

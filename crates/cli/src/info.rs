@@ -7,7 +7,7 @@ use devsplice_core::size::show_size;
 use serde_json::{Value, json};
 
 use crate::args::Info;
-use crate::{client, say, state};
+use crate::{client, say, state, tell};
 
 /// Prints one disk.
 ///
@@ -49,6 +49,7 @@ fn show(value: &Value) {
     for warning in value["warnings"].as_array().into_iter().flatten() {
         say!("note        {}", warning.as_str().unwrap_or_default());
     }
+    tell::show(value);
     let Some(counts) = value["counts"].as_object() else { return };
     let of = |key: &str| counts.get(key).and_then(Value::as_u64).unwrap_or(0);
     say!("counters");

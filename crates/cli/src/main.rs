@@ -16,6 +16,7 @@ mod list;
 mod papers;
 mod server;
 mod state;
+mod tell;
 
 use std::process::ExitCode;
 
@@ -43,6 +44,7 @@ fn run(command: &Command) -> Result<ExitCode> {
         Command::Del(del) => del::run(del).map(done),
         Command::List(list) => list::run(list).map(done),
         Command::Info(info) => info::run(info).map(done),
+        Command::Tell(tell) => tell::run(tell).map(done),
         Command::Explain(explain) => explain::run(explain).map(done),
         Command::Features(features) => features::run(features).map(done),
         Command::Doctor(doctor) => doctor::run(doctor),

@@ -3,12 +3,13 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
 use devsplice_backends::Access;
 use devsplice_core::{Error, ErrorKind, Result};
-use devsplice_engine::Stuck;
+use devsplice_engine::{Served, Stuck};
 use devsplice_exports::host;
 use devsplice_exports::threads::Service;
 use devsplice_spec::Plan;
@@ -22,6 +23,7 @@ use crate::assemble::assemble;
 use crate::front::Front;
 use crate::guard::Guard;
 use crate::state::{self, Claim, Disk};
+use crate::tell;
 
 /// Most bytes of one request on the control socket.
 const MAX_REQUEST: u64 = 64 << 10;
@@ -121,7 +123,8 @@ impl Server {
             stack: plan.to_expression(),
             ..Disk::default()
         };
-        let service = Service { stack, bottoms, on_stuck: report_stuck, on_death: die };
+        let service =
+            Service { stack, bottoms, on_stuck: report_stuck, on_event: report, on_death: die };
         // From now on somebody would have to clear up if this process died: so that is written
         // before the disk is there, which may take as long as a look for partitions does.
         let mut on_made = |number| {
@@ -212,6 +215,8 @@ impl Server {
         info["threads"] = json!(crew.thread_count());
         info["held"] = json!(host::is_held(&self.disk.device));
         info["counts"] = Value::Object(counts);
+        info["layers"] = tell::layers(&crew.served.stack);
+        info["events"] = json!(crew.served.events());
         json!({ "result": info })
     }
 
@@ -248,6 +253,11 @@ fn report_stuck(stuck: &Stuck) {
         io.extent.len,
         io.extent.at
     );
+}
+
+/// What a layer reports, in the log.
+fn report(text: &str) {
+    eprintln!("devsplice: {text}");
 }
 
 /// An I/O thread cannot go on: the device is lost. The guard cleans up.
@@ -294,12 +304,12 @@ fn start_listeners(
             }
         }),
     );
-    let out = news.clone();
+    let (out, served) = (news.clone(), front.crew().served.clone());
     spawn(
         "control",
         Box::new(move || {
             for client in listener.incoming().flatten() {
-                let _ = talk(&client, &out);
+                let _ = talk(client, &out, &served);
             }
         }),
     );
@@ -316,23 +326,35 @@ fn start_listeners(
 }
 
 /// Serves one request of a control client: a line of JSON-RPC 2.0 each way.
-fn talk(client: &UnixStream, news: &Sender<News>) -> std::io::Result<()> {
+fn talk(client: UnixStream, news: &Sender<News>, served: &Arc<Served>) -> std::io::Result<()> {
     client.set_read_timeout(Some(CLIENT_PATIENCE))?;
     client.set_write_timeout(Some(CLIENT_PATIENCE))?;
     let mut line = String::new();
-    BufReader::new(client.take(MAX_REQUEST)).read_line(&mut line)?;
+    BufReader::new((&client).take(MAX_REQUEST)).read_line(&mut line)?;
     let request: Value = serde_json::from_str(&line).unwrap_or_default();
-    let mut reply = match parse(&request) {
+    if request["method"] == "tell" {
+        // A layer may take its time; others are served meanwhile.
+        let served = Arc::clone(served);
+        let body = move || {
+            let _ = reply(&client, &request, tell::answer(&served, &request["params"]));
+        };
+        let thread = std::thread::Builder::new().name("tell".to_owned()).stack_size(128 << 10);
+        return thread.spawn(body).map(drop);
+    }
+    let answer = match parse(&request) {
         Ok(call) => ask(call, news),
         Err(error) => json!({ "error": error.to_string() }),
     };
-    reply["jsonrpc"] = json!("2.0");
-    reply["id"] = request["id"].clone();
-    if let Some(text) = reply["error"].as_str() {
-        reply["error"] = json!({ "code": -32000, "message": text });
+    reply(&client, &request, answer)
+}
+
+fn reply(mut client: &UnixStream, request: &Value, mut answer: Value) -> std::io::Result<()> {
+    answer["jsonrpc"] = json!("2.0");
+    answer["id"] = request["id"].clone();
+    if let Some(text) = answer["error"].as_str() {
+        answer["error"] = json!({ "code": -32000, "message": text });
     }
-    let mut client = client;
-    client.write_all(format!("{reply}\n").as_bytes())
+    client.write_all(format!("{answer}\n").as_bytes())
 }
 
 fn parse(request: &Value) -> Result<Call> {
@@ -342,7 +364,7 @@ fn parse(request: &Value) -> Result<Call> {
             Ok(Call::Stop { force: request["params"]["force"].as_bool().unwrap_or(false) })
         }
         Some(other) => {
-            Err(Error::invalid(format!("method `{other}`"), "unknown").next("info, stop"))
+            Err(Error::invalid(format!("method `{other}`"), "unknown").next("info, stop, tell"))
         }
         None => Err(Error::invalid("request", "is no JSON-RPC 2.0 with a method, on one line")),
     }

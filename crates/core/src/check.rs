@@ -53,6 +53,14 @@ pub(crate) fn may_miss(layer: &str, is_live: bool) {
     assert!(is_live, "layer {layer} broke its contract: a miss, but nothing to resolve it");
 }
 
+/// Checks that a layer that wants to be told of latencies has a probe.
+///
+/// # Panics
+/// If it has none.
+pub(crate) fn may_watch(layer: &str, probes: u8) {
+    assert!(probes != 0, "layer {layer} broke its contract: it watches without a probe");
+}
+
 /// The panic for a flush that is sent to places.
 #[cold]
 pub(crate) fn no_flush(layer: &str) -> ! {

@@ -9,6 +9,7 @@ use crate::io::Io;
 use crate::limits::Limits;
 use crate::live::Live;
 use crate::map::{Map, Port};
+use crate::probe::Probe;
 
 /// Decides where data goes. Never sees it, so a stack of these copies nothing by construction.
 pub trait Layer: Send + Sync {
@@ -32,6 +33,12 @@ pub trait Layer: Send + Sync {
     /// The flush fails with the number.
     fn flush(&self) -> Result<Map, Errno> {
         Ok(Map::All { len: 0, at: 0 })
+    }
+
+    /// What counts the latencies below this layer. Asked once, after `open`; only a layer that has
+    /// one may answer [`Map::Watched`].
+    fn probe(&self) -> Option<Arc<Probe>> {
+        None
     }
 
     /// The side of this layer that changes what `map` answers: metadata, failures, work in the

@@ -13,6 +13,7 @@ pub mod layer;
 pub mod limits;
 pub mod live;
 pub mod map;
+pub mod probe;
 pub mod route;
 pub mod size;
 pub mod stack;
@@ -27,6 +28,7 @@ pub use layer::{Arity, Driver, Layer, Lower, Source};
 pub use limits::{Dma, Limits};
 pub use live::{Live, Meta, Slow, Value};
 pub use map::{Map, Port};
+pub use probe::{Probe, Wait};
 pub use route::{Piece, Place, Route, Stop};
 pub use stack::{BackendId, Bottoms, NodeId, Stack, StackBuilder};
 
@@ -40,4 +42,5 @@ pub mod prelude {
     pub use crate::limits::Limits;
     pub use crate::live::{Live, Meta, Slow, Value};
     pub use crate::map::{Map, Port};
+    pub use crate::probe::Probe;
 }

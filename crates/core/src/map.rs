@@ -30,6 +30,15 @@ pub enum Map {
         /// Nanoseconds.
         wait_ns: u64,
     },
+    /// As `To`, and this layer's [`Probe`](crate::Probe) is told how long it takes.
+    Watched {
+        /// Bytes that this answer is for.
+        len: u64,
+        /// Which lower device.
+        port: Port,
+        /// First byte there.
+        at: u64,
+    },
     /// The same pages to every lower device: a mirror's write, or any layer's flush.
     All {
         /// Bytes that this answer is for.
@@ -72,6 +81,7 @@ impl Map {
         match *self {
             Map::To { len, .. }
             | Map::After { len, .. }
+            | Map::Watched { len, .. }
             | Map::All { len, .. }
             | Map::Some { len, .. }
             | Map::Both { len, .. }

@@ -7,6 +7,7 @@ use crate::check;
 use crate::errno::Errno;
 use crate::io::{Extent, Io, Op};
 use crate::map::Map;
+use crate::probe::Wait;
 use crate::stack::{BackendId, MAX_DEPTH, Node, NodeId, Stack, What, lower};
 
 /// Each layer on the way down leaves at most the rest of its request and one fan-out behind.
@@ -32,8 +33,8 @@ pub struct Piece {
     pub part: u64,
     /// Bytes; 0 for a flush.
     pub len: u64,
-    /// Nanoseconds to wait before it is sent.
-    pub wait_ns: u64,
+    /// How long it waits before it is sent, and who is told how long it takes.
+    pub wait: Wait,
 }
 
 /// What is still to be routed: a range of a place, or the rest of a fan-out.
@@ -42,7 +43,7 @@ struct Frame {
     at: u64,
     len: u64,
     part: u64,
-    wait_ns: u64,
+    wait: Wait,
     node: NodeId,
     /// The next port of a fan-out from `node`; for a request to `node` itself `WHOLE`, or `FLUSH`.
     port: u16,
@@ -94,8 +95,15 @@ impl Route {
     #[inline]
     pub(crate) fn new(io: Io, root: NodeId) -> Route {
         let Extent { at, len } = io.extent;
-        let first =
-            Frame { at, len, part: 0, wait_ns: 0, node: root, port: itself(io.op), ports: EVERY };
+        let first = Frame {
+            at,
+            len,
+            part: 0,
+            wait: Wait::NONE,
+            node: root,
+            port: itself(io.op),
+            ports: EVERY,
+        };
         Route { op: io.op, fua: io.fua, depth: 1, frames: [first; MAX_FRAMES] }
     }
 
@@ -113,7 +121,7 @@ impl Route {
         self.depth = 0;
         let Extent { at, len } = io.extent;
         let (node, port) = (stack.root(), itself(io.op));
-        let frame = Frame { at, len, part: 0, wait_ns: 0, node, port, ports: EVERY };
+        let frame = Frame { at, len, part: 0, wait: Wait::NONE, node, port, ports: EVERY };
         if port == WHOLE {
             if let Some((id, frame)) = self.walk(&stack.nodes, frame, first) {
                 let piece = piece(Place::Backend(id), &frame);
@@ -136,7 +144,7 @@ impl Route {
         let Extent { at, len } = io.extent;
         (self.op, self.fua, self.depth) = (io.op, io.fua, 0);
         let port = itself(io.op);
-        self.push(Frame { at, len, part: 0, wait_ns: 0, node, port, ports: EVERY });
+        self.push(Frame { at, len, part: 0, wait: Wait::NONE, node, port, ports: EVERY });
     }
 
     /// Whether every piece was handed out.
@@ -202,7 +210,7 @@ impl Route {
                 };
             self.keep_rest(node, &mut frame, len);
             // Only now: what was kept for later does not wait for what this answer is about.
-            frame.wait_ns = frame.wait_ns.saturating_add(wait_ns);
+            frame.wait = frame.wait.plus_ns(wait_ns);
             frame.at = at;
             let extent = Extent { at, len: frame.len };
             (frame.node, node) = lower(nodes, node, ports, (port, extent));
@@ -226,6 +234,13 @@ impl Route {
         self.keep_rest(node, &mut frame, answer.len());
         match answer {
             Map::All { at, .. } => self.push(Frame { at, port: 0, ports: EVERY, ..frame }),
+            Map::Watched { port, at, .. } => {
+                check::may_watch(&node.name, node.probe);
+                let extent = Extent { at, len: frame.len };
+                let (child, _) = lower(nodes, node, node.ports(), (port, extent));
+                let wait = frame.wait.watched(node.probe);
+                self.push(Frame { at, node: child, port: WHOLE, wait, ..frame });
+            }
             Map::Some { at, ports, .. } => {
                 check::ports(&node.name, ports, node.ports().len());
                 self.push(Frame { at, port: 0, ports, ..frame });
@@ -273,6 +288,11 @@ impl Route {
             let (port, wait_ns) = match layer.flush() {
                 Ok(Map::To { port, .. }) => (port, 0),
                 Ok(Map::After { port, wait_ns, .. }) => (port, wait_ns),
+                Ok(Map::Watched { port, .. }) => {
+                    check::may_watch(&node.name, node.probe);
+                    frame.wait = frame.wait.watched(node.probe);
+                    (port, 0)
+                }
                 Ok(Map::All { .. }) => {
                     self.push(Frame { port: 0, ports: EVERY, ..frame });
                     return None;
@@ -289,7 +309,7 @@ impl Route {
                 Err(errno) => return Some(Err(Stop::Error(errno))),
             };
             (frame.node, _) = lower(nodes, node, ports, (port, Extent { at: 0, len: 0 }));
-            frame.wait_ns = frame.wait_ns.saturating_add(wait_ns);
+            frame.wait = frame.wait.plus_ns(wait_ns);
         }
     }
 
@@ -338,8 +358,8 @@ impl Route {
 
 #[inline]
 fn piece(place: Place, frame: &Frame) -> Piece {
-    let Frame { at, len, part, wait_ns, .. } = *frame;
-    Piece { place, at, part, len, wait_ns }
+    let Frame { at, len, part, wait, .. } = *frame;
+    Piece { place, at, part, len, wait }
 }
 
 #[cfg(test)]
@@ -392,6 +412,12 @@ mod tests {
     fn pieces(stack: &Stack, io: Io) -> Vec<Result<Piece, Stop>> {
         let mut route = stack.route(io);
         std::iter::from_fn(|| route.next(stack)).collect()
+    }
+
+    #[test]
+    fn what_is_kept_of_a_request_stays_small() {
+        // Copied for each rest and each fan-out; a probe's bit must not make it grow.
+        assert_eq!(size_of::<Frame>(), 40);
     }
 
     #[test]
@@ -473,7 +499,7 @@ mod tests {
         let stack = over(late_start, 512, 1);
         let waits: Vec<_> = pieces(&stack, Io::new(Op::Read, 0, 1536))
             .into_iter()
-            .map(|piece| piece.unwrap().wait_ns)
+            .map(|piece| piece.unwrap().wait.ns())
             .collect();
         assert_eq!(waits, [5, 0, 0]);
     }
@@ -490,7 +516,7 @@ mod tests {
             top = builder.layer("late", fake, &[top], &mut |_, _, _| Ok(())).unwrap();
         }
         let stack = builder.finish(top);
-        assert_eq!(pieces(&stack, Io::new(Op::Read, 0, 512))[0].unwrap().wait_ns, 15);
+        assert_eq!(pieces(&stack, Io::new(Op::Read, 0, 512))[0].unwrap().wait.ns(), 15);
     }
 
     #[test]

@@ -12,6 +12,7 @@ use crate::layer::{Layer, Lower};
 use crate::limits::Limits;
 use crate::live::Live;
 use crate::map::Port;
+use crate::probe::{MAX_PROBES, Probe};
 use crate::route::{Piece, Place, Route};
 
 /// Most layers above one another. Bounds what a request keeps while it is routed.
@@ -48,6 +49,8 @@ pub(crate) struct Node {
     pub(crate) mask: u64,
     pub(crate) what: What,
     live: Option<Arc<dyn Live>>,
+    /// The bit of its probe, if it has one.
+    pub(crate) probe: u8,
     /// Layers from here to the deepest bottom.
     depth: usize,
     used: bool,
@@ -73,9 +76,19 @@ pub struct Stack {
     pub(crate) nodes: Box<[Node]>,
     root: NodeId,
     backend_count: u16,
+    probes: Box<[Arc<Probe>]>,
 }
 
 impl Stack {
+    /// Tells probes, by their bits, of something that is done.
+    pub fn record(&self, probes: u8, op: Op, len: u64, ns: u64) {
+        for (bit, probe) in self.probes.iter().enumerate() {
+            if probes >> bit & 1 == 1 {
+                probe.record(op, len, ns);
+            }
+        }
+    }
+
     /// What the whole stack offers.
     #[must_use]
     pub fn limits(&self) -> &Limits {
@@ -184,6 +197,7 @@ impl Stack {
 pub struct StackBuilder {
     nodes: Vec<Node>,
     backend_count: u16,
+    probes: Vec<Arc<Probe>>,
 }
 
 /// Reads metadata from a bottom while a stack is built: backend, position, where to.
@@ -269,9 +283,17 @@ impl StackBuilder {
             let mut below = self.over(ports, &mut bottoms);
             layer.open(&mut below).and_then(Limits::checked).map_err(|error| error.within(name))?
         };
-        let live = layer.live();
+        let (live, probe) = (layer.live(), layer.probe());
+        if probe.is_some() && self.probes.len() == MAX_PROBES {
+            let reason = format!("more than {MAX_PROBES} layers that count latencies");
+            return Err(Error::invalid(name, reason));
+        }
         let node = self.push(name, limits, What::Layer { layer, ports: ports.into() }, depth)?;
         self.nodes[node.index()].live = live;
+        if let Some(probe) = probe {
+            self.nodes[node.index()].probe = 1 << self.probes.len();
+            self.probes.push(probe);
+        }
         Ok(node)
     }
 
@@ -306,6 +328,7 @@ impl StackBuilder {
             mask,
             what,
             live: None,
+            probe: 0,
             depth,
             used: false,
         });
@@ -321,7 +344,8 @@ impl StackBuilder {
     /// The stack whose top is `root`.
     #[must_use]
     pub fn finish(self, root: NodeId) -> Stack {
-        Stack { nodes: self.nodes.into(), root, backend_count: self.backend_count }
+        let (nodes, probes) = (self.nodes.into(), self.probes.into());
+        Stack { nodes, root, backend_count: self.backend_count, probes }
     }
 }
 

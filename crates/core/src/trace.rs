@@ -4,6 +4,7 @@
 use crate::check;
 use crate::io::{Extent, Io, Op};
 use crate::map::{Map, Port};
+use crate::probe::Wait;
 use crate::route::{Piece, Place, Stop};
 use crate::stack::{Node, NodeId, Stack, What, lower};
 
@@ -23,7 +24,7 @@ struct Todo {
     node: NodeId,
     extent: Extent,
     part: u64,
-    wait_ns: u64,
+    wait: Wait,
     up: Option<usize>,
 }
 
@@ -40,7 +41,7 @@ impl Trace {
     /// The pieces of `io` from `node` on, the same that [`Route`](crate::Route) gives.
     #[must_use]
     pub fn new(node: NodeId, io: Io) -> Trace {
-        let first = Todo { node, extent: io.extent, part: 0, wait_ns: 0, up: None };
+        let first = Todo { node, extent: io.extent, part: 0, wait: Wait::NONE, up: None };
         Trace { op: io.op, fua: io.fua, todo: vec![first], steps: Vec::new(), last: None }
     }
 
@@ -118,6 +119,11 @@ impl Trace {
         let count = node.ports().len();
         let every = (0..count).map(|port| u8::try_from(port).unwrap_or(u8::MAX));
         let ways: Vec<(u8, u64)> = match answer {
+            Map::Watched { port, at, .. } => {
+                check::may_watch(&node.name, node.probe);
+                todo.wait = todo.wait.watched(node.probe);
+                vec![(port.0, at)]
+            }
             Map::To { port, at, .. } | Map::After { port, at, .. } => vec![(port.0, at)],
             Map::All { at, .. } => every.map(|port| (port, at)).collect(),
             Map::Some { at, ports, .. } => {
@@ -132,7 +138,7 @@ impl Trace {
             }
         };
         let more_ns = if let Map::After { wait_ns, .. } = answer { wait_ns } else { 0 };
-        let wait_ns = todo.wait_ns.saturating_add(more_ns);
+        let wait = todo.wait.plus_ns(more_ns);
         let io = Io { op: self.op, extent: todo.extent, fua: self.fua };
         for (port, at) in ways.into_iter().rev() {
             let at = if self.op == Op::Flush { 0 } else { at };
@@ -140,15 +146,15 @@ impl Trace {
             let (child, _) = lower(&stack.nodes, node, node.ports(), (Port(port), extent));
             self.steps.push(Step { node: todo.node, io, port: Port(port), up });
             let up = Some(self.steps.len() - 1);
-            self.todo.push(Todo { node: child, extent, part: todo.part, wait_ns, up });
+            self.todo.push(Todo { node: child, extent, part: todo.part, wait, up });
         }
         None
     }
 }
 
 fn piece(place: Place, todo: &Todo) -> Piece {
-    let Todo { extent: Extent { at, len }, part, wait_ns, .. } = *todo;
-    Piece { place, at, part, len, wait_ns }
+    let Todo { extent: Extent { at, len }, part, wait, .. } = *todo;
+    Piece { place, at, part, len, wait }
 }
 
 #[cfg(test)]
@@ -159,6 +165,7 @@ mod tests {
     use crate::layer::{Layer, Lower};
     use crate::limits::Limits;
     use crate::live::{Live, Meta, Slow};
+    use crate::probe::Probe;
     use crate::stack::StackBuilder;
     use std::rc::Rc;
     use std::sync::Arc;
@@ -185,12 +192,13 @@ mod tests {
         fn map(&self, io: Io) -> Result<Map, Errno> {
             let Extent { at, len } = io.extent;
             let len = len.min(1024 - at % 1024);
-            Ok(match at / 1024 % 6 {
+            Ok(match at / 1024 % 7 {
                 0 => Map::To { len, port: Port(2), at },
                 1 => Map::After { len, port: Port(0), at, wait_ns: 5 },
                 2 => Map::All { len, at },
                 3 => Map::Some { len, at, ports: 0b101 },
                 4 => Map::Both { len, first: (Port(1), at), second: (Port(2), 0) },
+                5 => Map::Watched { len, port: Port(1), at },
                 _ if self.knows.load(Ordering::Relaxed) => Map::Zero { len },
                 _ => Map::Miss,
             })
@@ -198,6 +206,10 @@ mod tests {
 
         fn flush(&self) -> Result<Map, Errno> {
             Ok(Map::Some { len: 0, at: 0, ports: 0b110 })
+        }
+
+        fn probe(&self) -> Option<Arc<Probe>> {
+            Some(Arc::default())
         }
 
         fn live(&self) -> Option<Arc<dyn Live>> {

@@ -10,6 +10,7 @@ mod disk;
 mod fio;
 mod host;
 mod left;
+mod replay;
 mod room;
 mod suite;
 
@@ -20,6 +21,7 @@ pub use host::{
     Kind, Mode, PATHS, Setting, is_root, kernel_has_file_system, mode, need, need_tool, program,
 };
 pub use left::leftovers;
+pub use replay::{Entry, Log};
 pub use room::Room;
 pub use suite::{Group, Outcome, Skip, skip, trials};
 

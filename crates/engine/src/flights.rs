@@ -1,6 +1,6 @@
 //! Answers for splices in flight: a fixed table, what each still has to move, how often tried.
 
-use devsplice_core::{Errno, Op, Piece, Place};
+use devsplice_core::{Errno, Op, Piece, Place, Wait};
 
 use crate::ring::{FileId, MAX_PARTS, Pages, Part, Splice, To};
 
@@ -20,7 +20,9 @@ pub struct Flight {
     pub(crate) to: To,
     pub(crate) at: u64,
     pub(crate) len: u64,
-    pub(crate) wait_ns: u64,
+    pub(crate) wait: Wait,
+    /// When it was sent first and how long it was, if probes are to be told.
+    pub(crate) sent: (u64, u64),
     attempts: u8,
     part_count: u8,
     parts: [Part; MAX_PARTS],
@@ -47,7 +49,8 @@ impl Flight {
         to: To::Zero,
         at: 0,
         len: 0,
-        wait_ns: 0,
+        wait: Wait::NONE,
+        sent: (0, 0),
         attempts: 0,
         part_count: 0,
         parts: [Part { at: 0, len: 0 }; MAX_PARTS],
@@ -67,7 +70,7 @@ impl Flight {
         self.to = to;
         self.at = piece.at;
         self.len = piece.len;
-        self.wait_ns = piece.wait_ns;
+        self.wait = piece.wait;
         self.attempts = 0;
         self.part_count = 0;
         if op.has_pages() {
@@ -79,7 +82,7 @@ impl Flight {
     /// Takes a piece that continues this flight below, if there is room; whether it did.
     #[inline]
     pub(crate) fn extend(&mut self, to: To, piece: &Piece) -> bool {
-        if self.to != to || self.at + self.len != piece.at || self.wait_ns != piece.wait_ns {
+        if self.to != to || self.at + self.len != piece.at || self.wait != piece.wait {
             return false;
         }
         if self.op.has_pages() {
@@ -122,7 +125,7 @@ impl Flight {
     /// Whether it can go to the ring as it is.
     #[inline]
     pub(crate) fn is_ready(&self) -> bool {
-        self.wait_ns == 0 && !self.is_void()
+        self.wait.is_none() && !self.is_void()
     }
 
     /// Takes a result into account that is not all that was asked. A short one moves the flight to
@@ -234,7 +237,7 @@ mod tests {
         let mut at = 4096;
         for (index, (part, len)) in parts.iter().enumerate() {
             let place = Place::Backend(BackendId(0));
-            let piece = Piece { place, at, part: *part, len: *len, wait_ns: 0 };
+            let piece = Piece { place, at, part: *part, len: *len, wait: Wait::NONE };
             if index == 0 {
                 let what = (Op::Read, false, Pages(0));
                 flight.start((0, 0), what, To::File(FileId(0)), &piece);

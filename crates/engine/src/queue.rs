@@ -276,9 +276,14 @@ impl<R: Ring> Worker<R> {
         }
     }
 
-    /// Sends a new flight, or has it wait as long as its route says.
+    /// Sends a new flight, at once or when it has waited.
     pub(crate) fn dispatch(&mut self, key: u32) {
-        match self.flights.get(key).wait_ns {
+        let flight = self.flights.get(key);
+        if flight.wait.is_none() {
+            return self.send(key);
+        }
+        flight.sent = (self.ring.now_ns(), flight.len);
+        match flight.wait.ns() {
             0 => self.send(key),
             wait_ns => self.ring.after(key, wait_ns),
         }
@@ -299,12 +304,26 @@ impl<R: Ring> Worker<R> {
         let (lane, tag, len) = (flight.lane, flight.tag, flight.len);
         match result {
             Ok(done) if done == len => {
+                if flight.wait.probes() != 0 {
+                    self.record(key);
+                }
                 self.flights.release(key);
                 self.settle(lane, tag, 1);
             }
             Ok(done) => self.fell_short(key, Ok(done)),
             Err(errno) => self.fell_short(key, Err(errno)),
         }
+    }
+
+    /// Counts what a flight took, for the layers that want to know.
+    #[cold]
+    #[inline(never)]
+    fn record(&mut self, key: u32) {
+        let flight = self.flights.get(key);
+        let (probes, op, (sent_ns, len)) = (flight.wait.probes(), flight.op, flight.sent);
+        let lane = usize::from(flight.lane);
+        let ns = self.ring.now_ns().saturating_sub(sent_ns);
+        self.lanes[lane].stack.record(probes, op, len, ns);
     }
 
     /// As `landed`, when it is not done whole.

@@ -41,7 +41,7 @@ impl Disk {
     /// # Errors
     /// As [`Disk::of_bytes`].
     pub fn of_stack(name: &str, stack: Arc<Stack>, bottoms: Vec<Bottom>) -> Result<Disk> {
-        let service = Service { stack, bottoms, on_stuck: stuck, on_death: death };
+        let service = Service { stack, bottoms, on_stuck: stuck, on_event: tell, on_death: death };
         if ublk::available().is_ok() {
             let options = ublk::Options {
                 id: None,
@@ -89,6 +89,10 @@ impl Disk {
             Disk::Fuse(device) => device.detach(true),
         }
     }
+}
+
+fn tell(text: &str) {
+    eprintln!("{text}");
 }
 
 fn stuck(stuck: &Stuck) {

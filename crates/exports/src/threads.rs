@@ -57,6 +57,8 @@ pub struct Service {
     pub bottoms: Vec<Bottom>,
     /// Told about requests that are stuck below.
     pub on_stuck: fn(&Stuck),
+    /// Told what live layers report.
+    pub on_event: fn(&str),
     /// Told when a thread cannot go on; the device is lost then, and this should end the process.
     pub on_death: fn(Error),
 }
@@ -94,7 +96,7 @@ impl Crew {
     /// The first thing that any thread could not do. The others are left to end with the process.
     pub fn start(shape: Shape, work: Work) -> Result<Crew> {
         let threads = shape.threads.clamp(1, shape.queues.max(1));
-        let served = Served::quietly(work.service.stack.clone());
+        let served = Served::new(work.service.stack.clone(), Box::new(work.service.on_event));
         let work = Arc::new(work);
         let (ready, news) = mpsc::channel();
         let (alive, end) = mpsc::channel::<()>();

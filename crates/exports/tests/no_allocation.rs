@@ -21,7 +21,6 @@ static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
 const SIZE: u64 = 64 << 20;
 const THREADS: u64 = 4;
 const ROUNDS: u64 = 2000;
-
 /// A leg of bytes: helper threads copy from and to it.
 struct Leg(RwLock<Vec<u8>>);
 
@@ -74,7 +73,8 @@ fn stack(with_bytes: bool) -> (Arc<Stack>, Vec<Bottom>) {
 
 fn service(with_bytes: bool) -> Service {
     let (stack, bottoms) = stack(with_bytes);
-    Service { stack, bottoms, on_stuck: |_| {}, on_death: |error| panic!("{error}") }
+    let on_death = |error| panic!("{error}");
+    Service { stack, bottoms, on_stuck: |_| {}, on_event: |_| {}, on_death }
 }
 
 /// Reads and writes with several threads; checks that nothing is allocated once all has been used.

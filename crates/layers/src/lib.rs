@@ -11,13 +11,19 @@ pub mod bottom;
 pub mod concat;
 pub mod delay;
 pub mod error;
+pub mod flaky;
 pub mod linear;
+pub mod log;
 pub mod mirror;
 pub mod null;
 pub mod partition;
+mod passes;
+pub mod stats;
 pub mod stripe;
 #[cfg(test)]
 mod testing;
+pub mod throttle;
+pub mod verify;
 pub mod zero;
 
 /// All of them, in the order in which help texts list them.
@@ -29,6 +35,11 @@ pub const DRIVERS: &[Driver] = &[
     partition::DRIVER,
     delay::DRIVER,
     error::DRIVER,
+    throttle::DRIVER,
+    stats::DRIVER,
+    verify::DRIVER,
+    flaky::DRIVER,
+    log::DRIVER,
     null::DRIVER,
     zero::DRIVER,
 ];

@@ -13,6 +13,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("fio", "fio"),
     ("gpgv", "gpgv"),
     ("losetup", "mount"),
+    ("mkfs.btrfs", "btrfs-progs"),
     ("mkfs.ext4", "e2fsprogs"),
     ("mkfs.xfs", "xfsprogs"),
     ("modprobe", "kmod"),

@@ -8,6 +8,7 @@ mod demo;
 mod deps;
 mod kernel;
 mod proc;
+mod replay;
 mod sim;
 mod testrun;
 mod tidy;
@@ -34,6 +35,7 @@ enum Command {
     Bench(bench::Options),
     Contract(contract::Options),
     Demo(demo::Options),
+    Replay(replay::Options),
     Sim(sim::Options),
     Vm(vm::Options),
     Test(testrun::Options),
@@ -48,6 +50,7 @@ fn main() -> ExitCode {
         Command::Bench(options) => bench::run(&options),
         Command::Contract(options) => contract::run(&options),
         Command::Demo(options) => demo::run(&options),
+        Command::Replay(options) => replay::run(&options).map(|()| 0),
         Command::Sim(options) => sim::run(&options),
         Command::Vm(options) => vm::run(&options),
         Command::Test(options) => testrun::run(&options),

@@ -8,10 +8,12 @@
 mod bad;
 mod cli;
 mod contract;
+mod layers;
 mod life;
 mod luck;
 mod manners;
 mod reach;
+mod replay;
 mod verify;
 
 use std::process::ExitCode;
@@ -73,9 +75,13 @@ fn groups() -> Vec<Group> {
         contract::add(&mut group, kind);
         if kind == home || kind == Kind::Fuse {
             life::add(&mut group, kind);
+            layers::add(&mut group, kind);
             manners::add(&mut group, kind);
             luck::add(&mut group, kind);
             reach::add_once(&mut group, kind);
+            if kind == home {
+                replay::add(&mut group, kind);
+            }
         }
         reach::add(&mut group, kind);
         groups.push(group);

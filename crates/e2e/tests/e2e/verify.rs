@@ -92,6 +92,21 @@ const STACKS: &[(&str, Make)] = &[
     ("an_error_behind_the_range", |room, bottom| {
         Ok(format!("error({}, at=16M)", bottom.make(room, "a", 17 * MIB)?))
     }),
+    ("a_throttle_under_stats", |room, bottom| {
+        Ok(format!("stats(throttle({}, bps=200M, iops=20000))", bottom.make(room, "a", 16 * MIB)?))
+    }),
+    ("a_verify", |room, bottom| {
+        let [a, b] = ["a", "b"].map(|name| bottom.make(room, name, 16 * MIB));
+        Ok(format!("verify({}, {})", a?, b?))
+    }),
+    ("a_flaky", |room, bottom| {
+        let [a, b] = ["a", "b"].map(|name| bottom.make(room, name, 16 * MIB));
+        Ok(format!("flaky({}, {})", a?, b?))
+    }),
+    ("a_log", |room, bottom| {
+        let log = bottom.make(room, "log", 64 * MIB)?;
+        Ok(format!("log({}, {log})", bottom.make(room, "a", 16 * MIB)?))
+    }),
     ("a_stripe_over_linears", |room, bottom| {
         let [a, b] = ["a", "b"].map(|name| bottom.make(room, name, 10 * MIB));
         let (a, b) = (a?, b?);

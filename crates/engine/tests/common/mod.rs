@@ -3,6 +3,7 @@
 
 pub mod export;
 pub mod layers;
+pub mod product;
 
 use std::sync::{Arc, Mutex};
 
@@ -31,6 +32,8 @@ pub struct Setup {
     pub stuck: (u32, OnStuck),
     /// The front end stays open when all was asked.
     pub open: bool,
+    /// Requests may overlap one another.
+    pub overlaps: bool,
     /// The stack as it is served, if a test wants to hold on to it.
     pub served: Option<Arc<Served>>,
 }
@@ -54,6 +57,7 @@ pub fn setup(tree: Tree, disk: Limits, plan: Vec<Ask>) -> Setup {
         zeros: (0, 0),
         stuck: (0, Box::new(|_| ())),
         open: false,
+        overlaps: false,
         served: None,
     }
 }
@@ -103,6 +107,7 @@ impl Setup {
         let world = Arc::new(Mutex::new(world));
         let lanes = exports.into_iter().map(|(base, mut export)| {
             export.stays_open = self.open;
+            export.overlaps = self.overlaps;
             let file = |index| FileId(u16::try_from(base).unwrap() + index);
             let quiet = || Served::quietly(self.stack.clone());
             let served = self.served.clone().unwrap_or_else(quiet);

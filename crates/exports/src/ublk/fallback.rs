@@ -25,6 +25,7 @@ mod tests {
             stack: Arc::new(builder.finish(bottom)),
             bottoms: vec![Bottom::File { fd, kind: FileKind::Regular }],
             on_stuck: |_| {},
+            on_event: |_| {},
             on_death: |error| panic!("{error}"),
         }
     }
