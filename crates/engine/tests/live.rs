@@ -83,7 +83,10 @@ impl Live for State {
         })
     }
 
-    fn failed(self: Arc<Self>, _: Io, port: Port, errno: Errno, meta: Rc<dyn Meta>) -> Slow {
+    fn failed(self: Arc<Self>, io: Io, port: Port, errno: Errno, meta: Rc<dyn Meta>) -> Slow {
+        // A change that failed is not over before somebody has seen to it, and grace does not wait
+        // for it: this is how a layer knows.
+        assert!(!io.op.changes() || meta.is_unsettled());
         Box::pin(async move {
             let failed = self.failed.load(Ordering::SeqCst) | 1 << port.0;
             if failed & 0b11 == 0b11 {
@@ -115,6 +118,7 @@ impl Live for State {
 
     fn stop(self: Arc<Self>, meta: Rc<dyn Meta>) -> Slow {
         Box::pin(async move {
+            assert!(!meta.is_unsettled(), "every request has ended");
             meta.write(JOURNAL, (1 << 20) - 512, vec![7; 512], true).await?;
             self.stopped.store(true, Ordering::SeqCst);
             Ok(())

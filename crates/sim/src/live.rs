@@ -209,7 +209,7 @@ impl Meta for BentHand {
     }
 
     fn is_unsettled(&self) -> bool {
-        self.bug != Mutant::DoubtIgnored && self.inner.is_unsettled()
+        self.inner.is_unsettled()
     }
 
     fn event(&self, text: String) {

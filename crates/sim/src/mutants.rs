@@ -67,8 +67,6 @@ pub enum Mutant {
     CopySkipped,
     /// A live layer does not wait for what is under way.
     GraceSkipped,
-    /// A live layer does not know that a change has failed and is not seen to.
-    DoubtIgnored,
 }
 
 impl Mutant {
@@ -103,7 +101,6 @@ impl Mutant {
         Mutant::MetaFlushSkipped,
         Mutant::CopySkipped,
         Mutant::GraceSkipped,
-        Mutant::DoubtIgnored,
     ];
 
     /// The layer that has the bug; empty for all layers, `None` for a bug that is in no layer.
@@ -117,8 +114,7 @@ impl Mutant {
             | Mutant::MetaNotDurable
             | Mutant::MetaFlushSkipped
             | Mutant::CopySkipped
-            | Mutant::GraceSkipped
-            | Mutant::DoubtIgnored => Some("mirror"),
+            | Mutant::GraceSkipped => Some("mirror"),
             Mutant::FlushOneLeg
             | Mutant::ZeroesDropped
             | Mutant::CacheHidden

@@ -2,6 +2,7 @@
 //! whom.
 
 mod helped;
+mod slots;
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
@@ -187,50 +188,6 @@ impl Uring {
             .map_err(|error| Error::os("registering a file with io_uring", &error))?;
         self.files.push(Slot::new(file));
         Ok(FileId(index))
-    }
-
-    /// Fills a slot of the table of registered buffers with memory of ours, so that a device finds
-    /// it taken: for tests of what follows then.
-    ///
-    /// # Errors
-    /// As the kernel says.
-    #[doc(hidden)]
-    pub fn occupy_slot(&mut self, index: u16) -> Result<()> {
-        let memory = self.zeroes.address(0, 0, ZEROES_LEN);
-        // The memory is the ring's own and outlives its table of buffers (`queues` is dropped
-        // first); no entry that could write to it names the slot.
-        setup::put_buffer(&self.queues.fd, u32::from(index), (memory, ZEROES_LEN as u64))
-            .map_err(|error| Error::os("registering a buffer with io_uring", &error))
-    }
-
-    /// The pages of a request whose data is the device's own, in the slot of its tag.
-    ///
-    /// # Panics
-    /// If the lane was made without slots.
-    #[inline]
-    #[must_use]
-    pub fn slot_pages(&self, lane: u16, tag: u16) -> Pages {
-        PagesKind::Slot(self.slot_index(lane, tag)).pack()
-    }
-
-    /// The index of a tag's slot in the ring's table of registered buffers.
-    ///
-    /// # Panics
-    /// If the lane was made without slots.
-    #[inline]
-    #[must_use]
-    pub fn slot_index(&self, lane: u16, tag: u16) -> u16 {
-        match self.slot_bases[usize::from(lane)] {
-            Some(base) => base + tag,
-            None => panic!("lane {lane} has no slots"),
-        }
-    }
-
-    /// The pages of a request whose data is in the memory of its tag.
-    #[inline]
-    #[must_use]
-    pub fn memory_pages(&self, lane: u16, tag: u16) -> Pages {
-        PagesKind::Memory { lane: lane.to_le_bytes()[0], slot: tag }.pack()
     }
 
     /// A tag's memory: [`Uring::DATA_AT`] bytes for headers, then its data.
