@@ -72,4 +72,28 @@ impl Opened {
         into.copy_from_slice(aligned);
         Ok(())
     }
+
+    /// Writes metadata, durably, blocking: all of `bytes` or an error.
+    ///
+    /// # Errors
+    /// As the file reports them; `EIO` where it takes nothing.
+    pub fn write_at(&self, at: u64, bytes: &[u8]) -> Result<(), Errno> {
+        // As for reading.
+        const PAGE: usize = 4096;
+        let mut room = vec![0_u8; bytes.len() + PAGE];
+        let start = room.as_ptr().align_offset(PAGE);
+        let aligned = &mut room[start..start + bytes.len()];
+        aligned.copy_from_slice(bytes);
+        let mut done = 0;
+        while done < aligned.len() {
+            match rustix::io::pwrite(self.fd.as_fd(), &aligned[done..], at + done as u64) {
+                Ok(0) => return Err(Errno::EIO),
+                Ok(count) => done += count,
+                Err(rustix::io::Errno::INTR) => {}
+                Err(errno) => return Err(Errno::from_result(-errno.raw_os_error())),
+            }
+        }
+        rustix::fs::fdatasync(self.fd.as_fd())
+            .map_err(|errno| Errno::from_result(-errno.raw_os_error()))
+    }
 }

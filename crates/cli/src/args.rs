@@ -31,6 +31,8 @@ pub enum Command {
     Info(Info),
     /// Have a layer of a disk do something, as docs/stack.md says for it.
     Tell(Tell),
+    /// Write fresh metadata for the layer at the top of a stack, a mirror for example.
+    Format(Format),
     /// Show where each byte of a request goes, and how often it is copied. Makes nothing.
     Explain(Explain),
     /// Show what this kernel offers.
@@ -158,6 +160,15 @@ pub struct Info {
     /// Print JSON.
     #[arg(long)]
     pub json: bool,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct Format {
+    /// What is to be formatted: an expression such as 'mirror(/dev/a, /dev/b)', or a .toml file.
+    pub stack: String,
+    /// Overwrite such metadata where there is some.
+    #[arg(long)]
+    pub force: bool,
 }
 
 #[derive(Args, Clone, Debug)]

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use devsplice_backends::{Access, Opened};
-use devsplice_core::{BackendId, Errno, Error, NodeId, Result, Stack, StackBuilder};
+use devsplice_core::{BackendId, Bottoms, Errno, Error, NodeId, Result, Stack, StackBuilder};
 use devsplice_exports::threads::Bottom;
 use devsplice_spec::{Catalog, Kind, Plan};
 
@@ -38,10 +38,60 @@ impl Assembled {
 /// # Errors
 /// What could not be opened, or which layer refuses what lies below it.
 pub fn assemble(plan: &Plan, access: Access) -> Result<Assembled> {
+    let Parts { builder, bottoms, nodes } = build(plan, access, plan.places.len())?;
+    let root = nodes.get(plan.root).copied();
+    let root = root.ok_or_else(|| Error::invalid("stack", "is empty"))?;
+    Ok(Assembled { stack: Arc::new(builder.finish(root)), bottoms })
+}
+
+/// Writes fresh metadata for the layer at the top of a stack; what was made.
+///
+/// # Errors
+/// If that layer keeps none, or what is below it cannot be opened or written.
+pub fn format(plan: &Plan, force: bool) -> Result<String> {
+    let place = plan.places.get(plan.root).ok_or_else(|| Error::invalid("stack", "is empty"))?;
+    let format = match place.kind {
+        Kind::Layer(driver) => devsplice_layers::format_of(driver.name),
+        Kind::Source(_) => None,
+    };
+    let Some(format) = format else {
+        return Err(Error::invalid(&place.label, "keeps no metadata: there is nothing to format"));
+    };
+    // Places come before those above them.
+    let Parts { builder, bottoms, nodes } = build(plan, Access::Serve, plan.root)?;
+    let ports: Vec<_> = place.below.iter().map(|index| nodes[*index]).collect();
+    let mut bottoms = Open(bottoms);
+    builder.format(&place.label, &ports, &mut bottoms, |below| format(&place.args, below, force))
+}
+
+/// Bottoms that metadata is written to.
+struct Open(Vec<(String, Opened)>);
+
+impl Bottoms for Open {
+    fn read(&mut self, id: BackendId, at: u64, into: &mut [u8]) -> Result<(), Errno> {
+        let (_, bottom) = self.0.get(usize::from(id.0)).ok_or(Errno::EINVAL)?;
+        bottom.read_at(at, into)
+    }
+
+    fn write(&mut self, id: BackendId, at: u64, bytes: &[u8]) -> Result<(), Errno> {
+        let (_, bottom) = self.0.get(usize::from(id.0)).ok_or(Errno::EINVAL)?;
+        bottom.write_at(at, bytes)
+    }
+}
+
+/// A stack on its way.
+struct Parts {
+    builder: StackBuilder,
+    bottoms: Vec<(String, Opened)>,
+    nodes: Vec<NodeId>,
+}
+
+/// Opens and builds the first `count` places of a plan.
+fn build(plan: &Plan, access: Access, count: usize) -> Result<Parts> {
     let mut builder = StackBuilder::new();
     let mut bottoms: Vec<(String, Opened)> = Vec::new();
     let mut nodes: Vec<NodeId> = Vec::new();
-    for place in &plan.places {
+    for place in &plan.places[..count] {
         let node = match place.kind {
             Kind::Source(source) => {
                 let opened = devsplice_backends::open(source.name, &place.args, access)?;
@@ -61,7 +111,5 @@ pub fn assemble(plan: &Plan, access: Access) -> Result<Assembled> {
         };
         nodes.push(node);
     }
-    let root = nodes.get(plan.root).copied();
-    let root = root.ok_or_else(|| Error::invalid("stack", "is empty"))?;
-    Ok(Assembled { stack: Arc::new(builder.finish(root)), bottoms })
+    Ok(Parts { builder, bottoms, nodes })
 }

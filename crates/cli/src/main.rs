@@ -9,6 +9,7 @@ mod del;
 mod doctor;
 mod explain;
 mod features;
+mod format;
 mod front;
 mod guard;
 mod info;
@@ -45,6 +46,7 @@ fn run(command: &Command) -> Result<ExitCode> {
         Command::List(list) => list::run(list).map(done),
         Command::Info(info) => info::run(info).map(done),
         Command::Tell(tell) => tell::run(tell).map(done),
+        Command::Format(format) => format::run(format).map(done),
         Command::Explain(explain) => explain::run(explain).map(done),
         Command::Features(features) => features::run(features).map(done),
         Command::Doctor(doctor) => doctor::run(doctor),

@@ -12,6 +12,7 @@ mod layers;
 mod life;
 mod luck;
 mod manners;
+mod mirror;
 mod reach;
 mod replay;
 mod verify;
@@ -76,6 +77,7 @@ fn groups() -> Vec<Group> {
         if kind == home || kind == Kind::Fuse {
             life::add(&mut group, kind);
             layers::add(&mut group, kind);
+            mirror::add(&mut group, kind);
             manners::add(&mut group, kind);
             luck::add(&mut group, kind);
             reach::add_once(&mut group, kind);

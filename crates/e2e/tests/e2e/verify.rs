@@ -95,6 +95,12 @@ const STACKS: &[(&str, Make)] = &[
     ("a_throttle_under_stats", |room, bottom| {
         Ok(format!("stats(throttle({}, bps=200M, iops=20000))", bottom.make(room, "a", 16 * MIB)?))
     }),
+    ("a_mirror_of_two", |room, bottom| {
+        let [a, b] = ["a", "b"].map(|name| bottom.make(room, name, 17 * MIB));
+        let mirror = format!("mirror({}, {})", a?, b?);
+        room.devsplice(["format", &mirror]).ok();
+        Ok(mirror)
+    }),
     ("a_verify", |room, bottom| {
         let [a, b] = ["a", "b"].map(|name| bottom.make(room, name, 16 * MIB));
         Ok(format!("verify({}, {})", a?, b?))

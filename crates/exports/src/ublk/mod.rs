@@ -161,6 +161,7 @@ impl Device {
         let in_memory = service.bottoms.iter().any(crate::threads::Bottom::needs_memory);
         let usable = if in_memory { !(F_ZERO_COPY | F_AUTO_BUF_REG) } else { !0 };
         let data_path = choose_path(options.data_path, control.features() & usable)?;
+        let stable_writes = service.stack.limits().stable_writes;
         let info = control.add(wish(options, data_path, control.features()))?;
         on_made(info.dev_id);
         let lost = data_path.flags() & !info.flags;
@@ -198,11 +199,25 @@ impl Device {
         let path = format!("/dev/ublkb{}", info.dev_id);
         let mut device = Device { control, info, data_path, path, crew };
         match device.control.start(device.info.dev_id) {
-            Ok(()) => Ok(device),
+            Ok(()) => {
+                if stable_writes && data_path.copies() == 0 {
+                    device.keep_pages_stable();
+                }
+                Ok(device)
+            }
             Err(error) => {
                 let _ = device.detach();
                 Err(error)
             }
+        }
+    }
+
+    /// Has the page cache leave pages alone while they are written: several places get them one by
+    /// one and have to be the same. There is no parameter for it (`BLK_FEAT_STABLE_WRITES`, include/linux/blkdev.h).
+    fn keep_pages_stable(&mut self) {
+        let file = format!("/sys/block/ublkb{}/queue/stable_writes", self.info.dev_id);
+        if let Err(error) = std::fs::write(&file, "1") {
+            self.crew.warnings.push(format!("{file}: {error}; legs may come to differ"));
         }
     }
 

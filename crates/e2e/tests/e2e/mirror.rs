@@ -1,0 +1,189 @@
+//! Answers for mirrors from outside: made, degraded and rebuilt under load, killed, checked.
+
+use devsplice_e2e::{Disk, Group, Kind, MIB, Outcome, Room, engines, load, verify, wait_until};
+use rustix::process::Signal;
+use serde_json::Value;
+
+/// Bytes of a leg.
+const LEG: u64 = 33 * MIB;
+/// Bytes that fio uses.
+const SPAN: u64 = 32 * MIB;
+
+pub fn add(group: &mut Group, kind: Kind) {
+    group.add("format_makes_a_mirror_and_asks_before_it_takes_one", move || format(kind));
+    group.add("a_leg_goes_and_comes_back_under_fio_verify", move || leg_goes_and_comes(kind));
+    group.add("a_failing_leg_is_dropped_and_no_byte_is_lost", move || failing_leg(kind));
+    group.add("a_mirror_is_equal_again_after_kill_9_under_load", move || killed(kind));
+    group.add("a_missing_leg_needs_a_word_and_a_new_one_is_filled", move || missing(kind));
+    group.add("check_and_repair_find_what_was_changed_behind_its_back", move || repair(kind));
+}
+
+/// Two fresh legs and the mirror over them, formatted.
+fn formatted(room: &Room) -> [String; 3] {
+    let (a, b) = (room.file("leg-a", LEG), room.file("leg-b", LEG));
+    let mirror = format!("mirror({a}, {b}, clean=200ms)");
+    room.devsplice(["format", &mirror]).ok();
+    [a, b, mirror]
+}
+
+fn status(disk: &Disk<'_>) -> Value {
+    let info = disk.info();
+    let layers = info["layers"].as_array().cloned().unwrap_or_default();
+    let mirror = layers.into_iter().find(|one| one["layer"] == "mirror");
+    mirror.unwrap_or_else(|| panic!("no mirror in {info:#}"))["status"].clone()
+}
+
+fn is(disk: &Disk<'_>, state: &str) -> bool {
+    status(disk)["state"] == state
+}
+
+fn in_sync(disk: &Disk<'_>) {
+    wait_until(60, "the mirror is in sync", || is(disk, "in-sync"));
+}
+
+fn tell(room: &Room, disk: &Disk<'_>, words: &[&str]) -> String {
+    room.devsplice(["tell", &disk.name, "mirror"].iter().chain(words)).ok()
+}
+
+fn all_equal(room: &Room, disk: &Disk<'_>) {
+    let said = tell(room, disk, &["check"]);
+    assert!(said.contains(" 0 differing blocks found"), "{said}");
+}
+
+fn format(kind: Kind) -> Outcome {
+    let room = Room::new();
+    let (a, b) = (room.full_file("leg-a", LEG, 0x41), room.file("leg-b", LEG));
+    let mirror = format!("mirror({a}, {b})");
+    room.add_refused(kind, &mirror, &[], &["none of the devices has a mirror's metadata"]);
+    let said = room.devsplice(["format", &mirror]).ok();
+    assert!(said.contains("mirror of 2 devices"), "{said}");
+    let refused = room.refusal(["format", &mirror]);
+    assert!(refused.contains("already") && refused.contains("--force"), "{refused}");
+    room.devsplice(["format", "--force", &mirror]).ok();
+    let refused = room.refusal(["format", &format!("stripe({a}, {b})")]);
+    assert!(refused.contains("nothing to format"), "{refused}");
+    let disk = room.add(kind, &mirror, &["--no-part-scan"]);
+    in_sync(&disk);
+    disk.remove();
+    let data = usize::try_from(LEG - (64 << 10)).unwrap();
+    let [a, b] = [a, b].map(|path| std::fs::read(path).unwrap());
+    assert!(a[..data].iter().all(|byte| *byte == 0x41), "the first leg's data is kept");
+    assert!(a[..data] == b[..data], "and the second leg has it");
+    Ok(())
+}
+
+fn leg_goes_and_comes(kind: Kind) -> Outcome {
+    engines()?;
+    let room = Room::new();
+    let [_, _, mirror] = formatted(&room);
+    let disk = room.add(kind, &mirror, &["--no-part-scan"]);
+    in_sync(&disk);
+    let node = disk.node.clone();
+    std::thread::scope(|scope| {
+        let fio = scope.spawn(|| verify(&Room::new(), &node, SPAN, "4k-128k"));
+        for _ in 0..2 {
+            std::thread::sleep(std::time::Duration::from_millis(300));
+            let _ = tell(&room, &disk, &["fail", "1"]);
+            assert!(is(&disk, "degraded"), "{}", status(&disk));
+            std::thread::sleep(std::time::Duration::from_millis(300));
+            let said = tell(&room, &disk, &["add", "1"]);
+            assert!(said.contains("by the log"), "{said}");
+            in_sync(&disk);
+        }
+        let moved = fio.join().expect("fio");
+        assert!(moved.read > 0 && moved.written > 0);
+    });
+    all_equal(&room, &disk);
+    verify(&room, &disk.node, SPAN, "512-64k");
+    disk.remove();
+    Ok(())
+}
+
+fn failing_leg(kind: Kind) -> Outcome {
+    engines()?;
+    let room = Room::new();
+    let (a, b) = (room.file("leg-a", LEG), room.file("leg-b", LEG));
+    let bad = format!("mirror(error({a}, at=8M, len=4k, write=EIO), {b}, clean=200ms)");
+    room.devsplice(["format", &bad]).ok();
+    let disk = room.add(kind, &bad, &["--no-part-scan"]);
+    in_sync(&disk);
+    verify(&room, &disk.node, SPAN, "4k-64k");
+    assert!(is(&disk, "degraded"), "{}", status(&disk));
+    let events = disk.info()["events"].to_string();
+    assert!(events.contains("leg at port 0 dropped: EIO"), "{events}");
+    assert_eq!(disk.count("errors"), 0, "no client has seen it");
+    disk.remove();
+    // The leg is stale for good; with a sound disk below it comes back by the log.
+    let disk = room.add(kind, &format!("mirror({a}, {b}, clean=200ms)"), &["--no-part-scan"]);
+    assert!(is(&disk, "degraded"), "{}", status(&disk));
+    assert!(tell(&room, &disk, &["add", "0"]).contains("by the log"));
+    in_sync(&disk);
+    all_equal(&room, &disk);
+    disk.remove();
+    Ok(())
+}
+
+fn killed(kind: Kind) -> Outcome {
+    engines()?;
+    let room = Room::new();
+    let [_, _, mirror] = formatted(&room);
+    for round in 0..3 {
+        let disk = room.add(kind, &mirror, &["--no-part-scan"]);
+        in_sync(&disk);
+        all_equal(&room, &disk);
+        let fio = load(&room, &disk.node, 30);
+        std::thread::sleep(std::time::Duration::from_millis(400 + 150 * round));
+        disk.server().signal(Signal::KILL);
+        disk.is_gone_within(30);
+        let _ = fio.finish();
+    }
+    let disk = room.add(kind, &mirror, &["--no-part-scan"]);
+    in_sync(&disk);
+    all_equal(&room, &disk);
+    disk.remove();
+    Ok(())
+}
+
+fn missing(kind: Kind) -> Outcome {
+    engines()?;
+    let room = Room::new();
+    let [a, b, mirror] = formatted(&room);
+    let disk = room.add(kind, &mirror, &["--no-part-scan"]);
+    in_sync(&disk);
+    disk.remove();
+    std::fs::remove_file(&b).unwrap();
+    let one = format!("mirror({a}, clean=200ms)");
+    room.add_refused(kind, &one, &[], &["leg 1 is in sync and missing", "degraded=on"]);
+    let disk = room.add(kind, &format!("mirror({a}, degraded=on)"), &["--no-part-scan"]);
+    verify(&room, &disk.node, SPAN, "4k-64k");
+    disk.remove();
+    let new = room.file("leg-new", LEG + MIB);
+    let disk = room.add(kind, &format!("mirror({a}, {new}, clean=200ms)"), &["--no-part-scan"]);
+    assert!(is(&disk, "degraded"), "{}", status(&disk));
+    assert!(tell(&room, &disk, &["add", "1"]).contains("everything is being copied"));
+    verify(&room, &disk.node, SPAN, "4k-64k");
+    in_sync(&disk);
+    all_equal(&room, &disk);
+    disk.remove();
+    Ok(())
+}
+
+fn repair(kind: Kind) -> Outcome {
+    let room = Room::new();
+    let [_, b, mirror] = formatted(&room);
+    let disk = room.add(kind, &mirror, &["--no-part-scan"]);
+    in_sync(&disk);
+    disk.remove();
+    let file = std::fs::File::options().write(true).open(&b).unwrap();
+    for at in [0, 5 * MIB + 4095, LEG - (64 << 10) - 1] {
+        std::os::unix::fs::FileExt::write_all_at(&file, b"x", at).unwrap();
+    }
+    let disk = room.add(kind, &mirror, &["--no-part-scan"]);
+    let said = tell(&room, &disk, &["check"]);
+    assert!(said.contains(" 3 differing blocks found"), "{said}");
+    let said = tell(&room, &disk, &["repair"]);
+    assert!(said.contains(" 3 differing blocks repaired"), "{said}");
+    all_equal(&room, &disk);
+    disk.remove();
+    Ok(())
+}
