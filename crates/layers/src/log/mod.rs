@@ -48,6 +48,9 @@ impl Layer for Logged {
             let reason = format!("{} given, log lies over two", below.limits().len());
             return Err(Error::invalid("lower devices", reason));
         };
+        if log.read_only {
+            return Err(Error::invalid("log device", "it is read-only, and the record goes there"));
+        }
         // A discard is recorded without being carried out on the log.
         let log_limits = Limits { discard: disk.discard, ..log };
         let limits = Limits::stack(&[disk, log_limits], disk.size)?;
@@ -116,6 +119,8 @@ mod tests {
     #[test]
     fn what_cannot_be_a_log_is_refused() {
         assert!(refusal(&DRIVER, "", &[disk(512)]).contains("lies over two"));
+        let locked = Limits { read_only: true, ..disk(1 << 20) };
+        assert!(refusal(&DRIVER, "", &[disk(1 << 20), locked]).contains("it is read-only"));
         let text = refusal(&DRIVER, "on-full=wrap", &[disk(512), disk(512)]);
         assert!(text.contains("neither error nor stop-logging"), "{text}");
     }

@@ -279,6 +279,10 @@ impl Live for State {
 
     fn failed(self: Arc<Self>, io: Io, port: Port, errno: Errno, meta: Rc<dyn Meta>) -> Slow {
         Box::pin(async move {
+            if self.is_read_only() {
+                // To mend or to drop a leg is to write.
+                return Err(errno);
+            }
             if io.op == Op::Read {
                 return self.mend(io.extent, port, errno, &meta).await;
             }
@@ -300,6 +304,9 @@ impl Live for State {
 
     fn run(self: Arc<Self>, meta: Rc<dyn Meta>) -> Slow {
         Box::pin(async move {
+            if self.is_read_only() {
+                return Ok(());
+            }
             // Nothing can be written until the states are on disk; a disk that is slow to come
             // back gets time.
             while let Err(errno) = self.settle(&meta).await {
@@ -331,6 +338,7 @@ impl Live for State {
     fn stop(self: Arc<Self>, meta: Rc<dyn Meta>) -> Slow {
         Box::pin(async move {
             self.shut_window();
+            // What is read-only is never ready to be written.
             if !self.ready.load(Ordering::SeqCst) {
                 return Ok(());
             }
@@ -353,7 +361,14 @@ impl Live for State {
             let words: Vec<&str> = words.iter().map(String::as_str).collect();
             let port = |text: &str| text.parse().ok().filter(|port| *port < 16).map(port_of);
             match words.as_slice() {
+                // What differs would be copied first, and nobody does.
+                ["check"] if self.is_read_only() && self.unsynced.load(Ordering::SeqCst) > 0 => {
+                    Ok(Err("a leg is read-only, and the legs are known to differ".to_owned()))
+                }
                 ["check"] => self.check(false, &meta).await,
+                ["repair" | "add" | "fail", ..] if self.is_read_only() => {
+                    Ok(Err("a leg is read-only, so none is written".to_owned()))
+                }
                 ["repair"] => self.check(true, &meta).await,
                 ["add", number] => match port(number) {
                     Some(port) => self.add(port, &meta).await,

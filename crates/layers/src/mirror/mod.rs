@@ -141,8 +141,9 @@ impl Layer for Mirror {
         let state = State::new(&found, (places, super_in), bits, self.clean_ns);
         state.rate.store(self.rate, Ordering::SeqCst);
         state.logs_differ.store(differ, Ordering::SeqCst);
-        self.state = Some(Arc::new(state));
         let mut limits = Limits::stack(&legs, size)?;
+        state.read_only.store(limits.read_only, Ordering::SeqCst);
+        self.state = Some(Arc::new(state));
         limits.stable_writes = true;
         Ok(limits)
     }

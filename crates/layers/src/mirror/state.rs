@@ -79,6 +79,8 @@ pub(crate) struct State {
     /// Some leg's log lacks bits that another one's has.
     pub(crate) logs_differ: AtomicBool,
     pub(crate) clean_ns: u64,
+    /// Some leg may not be written, so none is: legs stay as they were found.
+    pub(crate) read_only: AtomicBool,
     /// Bytes a second that a rebuild may move; 0 for any number.
     pub(crate) rate: AtomicU64,
     pub(crate) tally: Tally,
@@ -169,6 +171,7 @@ impl State {
             log_turn: Turn::default(),
             logs_differ: AtomicBool::new(false),
             clean_ns,
+            read_only: AtomicBool::new(false),
             rate: AtomicU64::new(0),
             tally: Tally::default(),
             last_repair: Mutex::new(None),
@@ -184,6 +187,10 @@ impl State {
         self.sets.store(sets.in_sync | sets.rebuilding << 16, Ordering::SeqCst);
         self.moved.ring();
         self.work.ring();
+    }
+
+    pub(crate) fn is_read_only(&self) -> bool {
+        self.read_only.load(Ordering::SeqCst)
     }
 
     pub(crate) fn region_count(&self) -> u64 {
