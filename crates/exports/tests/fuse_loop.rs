@@ -298,8 +298,9 @@ fn a_deep_queue_costs_few_calls() {
 }
 
 /// KiB that are resident of mappings as large as the memory of a device's requests. The heap, and
-/// malloc's arenas of up to 64 MiB, keep what the tests themselves have used; so may neighbours that
-/// the kernel shows as one mapping with it, which is why as much as they can hold is taken off.
+/// malloc's arenas of up to 64 MiB, keep what the tests themselves have used; so may neighbours
+/// that the kernel shows as one mapping with it, which is why as much as they can hold is taken
+/// off.
 fn request_memory() -> u64 {
     // 64 tags with 1 MiB and a page each.
     const OWN: u64 = 64 * ((1 << 10) + 4);

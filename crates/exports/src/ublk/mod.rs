@@ -213,7 +213,8 @@ impl Device {
     }
 
     /// Has the page cache leave pages alone while they are written: several places get them one by
-    /// one and have to be the same. There is no parameter for it (`BLK_FEAT_STABLE_WRITES`, include/linux/blkdev.h).
+    /// one and have to be the same. There is no parameter for it (`BLK_FEAT_STABLE_WRITES`,
+    /// include/linux/blkdev.h).
     fn keep_pages_stable(&mut self) {
         let file = format!("/sys/block/ublkb{}/queue/stable_writes", self.info.dev_id);
         if let Err(error) = std::fs::write(&file, "1") {
