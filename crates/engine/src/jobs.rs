@@ -44,6 +44,13 @@ pub(crate) struct Job {
     pub(crate) unsettled: bool,
 }
 
+/// A request as it is routed: where a flush is said to be has no meaning; Linux leaves anything
+/// there.
+#[inline]
+fn routed(io: Io) -> Io {
+    if io.op == Op::Flush { Io::new(Op::Flush, 0, 0) } else { io }
+}
+
 impl Job {
     pub(crate) fn idle(stack: &Stack) -> Job {
         let io = Io::new(Op::Flush, 0, 0);
@@ -67,7 +74,7 @@ impl Job {
     }
 
     /// Takes a request that enters its stack at a place; nothing of it is routed yet.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn take(&mut self, (io, pages): (Io, Pages), node: NodeId, tick: u32) {
         self.io = io;
         self.pages = pages;
@@ -88,7 +95,7 @@ impl Job {
             self.fail(errno);
             return None;
         }
-        self.route.begin(stack, self.routed(), &mut self.held)
+        self.route.begin(stack, routed(request.io), &mut self.held)
     }
 
     /// Takes it from the top again: whatever layers answered before counts for nothing any more.
@@ -105,11 +112,9 @@ impl Job {
         }
     }
 
-    /// The request as it is routed: where a flush is said to be has no meaning; Linux leaves
-    /// anything there.
-    #[inline]
+    /// The request as it is routed.
     pub(crate) fn routed(&self) -> Io {
-        if self.io.op == Op::Flush { Io::new(Op::Flush, 0, 0) } else { self.io }
+        routed(self.io)
     }
 
     /// What its splices are to do, and with which pages.
@@ -140,10 +145,14 @@ impl Job {
     /// Whether all of it was routed and all that was sent has landed.
     #[inline]
     pub(crate) fn is_over(&self) -> bool {
-        let is_done = match &self.careful {
-            Some(careful) => careful.trace.is_done(),
-            None => self.route.is_done(),
-        };
-        self.flying == 0 && self.held.is_none() && is_done
+        self.flying == 0 && self.held.is_none() && self.route.is_done()
+    }
+
+    /// As `is_over`, for one that may be routed with care.
+    pub(crate) fn is_over_with_care(&self) -> bool {
+        match &self.careful {
+            Some(careful) => self.held.is_none() && careful.trace.is_done(),
+            None => self.is_over(),
+        }
     }
 }

@@ -304,7 +304,7 @@ impl<R: Ring> Worker<R> {
         let (lane, tag, len) = (flight.lane, flight.tag, flight.len);
         match result {
             Ok(done) if done == len => {
-                if flight.wait.probes() != 0 {
+                if !flight.wait.is_none() {
                     self.record(key);
                 }
                 self.flights.release(key);
@@ -321,6 +321,9 @@ impl<R: Ring> Worker<R> {
     fn record(&mut self, key: u32) {
         let flight = self.flights.get(key);
         let (probes, op, (sent_ns, len)) = (flight.wait.probes(), flight.op, flight.sent);
+        if probes == 0 {
+            return;
+        }
         let lane = usize::from(flight.lane);
         let ns = self.ring.now_ns().saturating_sub(sent_ns);
         self.lanes[lane].stack.record(probes, op, len, ns);
@@ -363,10 +366,9 @@ impl<R: Ring> Worker<R> {
         if job.flying > 0 {
             return;
         }
-        if self.slow.is_some() && self.needs_slow(lane, tag) {
-            return;
+        if self.slow.is_some() {
+            return self.settle_live(lane, tag);
         }
-        let job = &mut self.lanes[usize::from(lane)].jobs[usize::from(tag)];
         if job.is_over() {
             self.finish(lane, tag);
         } else {
@@ -374,20 +376,39 @@ impl<R: Ring> Worker<R> {
         }
     }
 
-    #[inline(always)]
-    fn finish(&mut self, lane: u16, tag: u16) {
-        let Worker { ring, lanes, counts, .. } = self;
-        let Lane { export, jobs, live, is_inner, .. } = &mut lanes[usize::from(lane)];
+    /// As `settle`, where a layer may have to do something first. What layers ask themselves is not
+    /// counted as requests.
+    #[inline(never)]
+    fn settle_live(&mut self, lane: u16, tag: u16) {
+        if self.needs_slow(lane, tag) {
+            return;
+        }
+        let Lane { export, jobs, live, is_inner, .. } = &mut self.lanes[usize::from(lane)];
         let job = &mut jobs[usize::from(tag)];
-        debug_assert!(job.active, "tag {tag} finished twice");
-        job.active = false;
-        self.busy -= 1;
+        if !job.is_over_with_care() {
+            return self.waiting.push_back((lane, tag));
+        }
         if let Some(live) = live {
             live.ended(job);
         }
         if !*is_inner {
-            counts.finished(job.io.op, job.errno.is_some());
+            return self.finish(lane, tag);
         }
+        job.active = false;
+        self.busy -= 1;
+        let result = job.errno.map_or(Ok(()), Err);
+        export.finish(&mut self.ring, tag, &job.io, result);
+    }
+
+    #[inline(always)]
+    fn finish(&mut self, lane: u16, tag: u16) {
+        let Worker { ring, lanes, counts, .. } = self;
+        let Lane { export, jobs, .. } = &mut lanes[usize::from(lane)];
+        let job = &mut jobs[usize::from(tag)];
+        debug_assert!(job.active, "tag {tag} finished twice");
+        job.active = false;
+        self.busy -= 1;
+        counts.finished(job.io.op, job.errno.is_some());
         let result = match job.errno {
             None => Ok(()),
             Some(errno) => Err(errno.for_client()),

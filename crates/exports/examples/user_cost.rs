@@ -7,7 +7,7 @@
 use std::sync::Arc;
 
 use devsplice_core::{Args, Error, ErrorKind, Limits, NodeId, Result, Stack, StackBuilder};
-use devsplice_engine::{Counts, Lane, Shared, Stuck, Worker};
+use devsplice_engine::{Counts, Lane, Served, Shared, Stuck, Worker};
 use devsplice_exports::ublk::imitation;
 use devsplice_uring::{Config, FileKind, LaneMemory, RingFile, Uring};
 use rustix::fs::MemfdFlags;
@@ -34,7 +34,7 @@ fn serve(depth: u16, stack: Arc<Stack>, count: u64) -> Result<Counts> {
     let memory = LaneMemory { depth, bytes: 1 << 20, slots: true, locked: false };
     let flights = (u32::from(depth) * 2).clamp(64, 4096);
     let files = stack.backend_count() + 1;
-    let mut ring = Uring::new(&Config { flights, files, lanes: vec![memory] })?;
+    let mut ring = Uring::new(&Config { flights, files, lanes: vec![memory], inner: 0 })?;
     let mut bottoms = Vec::new();
     for _ in 0..stack.backend_count() {
         let fd = rustix::fs::memfd_create("bottom", MemfdFlags::CLOEXEC)
@@ -44,7 +44,7 @@ fn serve(depth: u16, stack: Arc<Stack>, count: u64) -> Result<Counts> {
     let at = |tag| ((u64::from(tag) * 0x9e37_79b1) & 0x3_ffff) << 12;
     let export = imitation::queue(&mut ring, depth, at)?;
     ring.imitate(count);
-    let lane = Lane::new(export, stack, bottoms.into());
+    let lane = Lane::new(export, Served::quietly(stack), bottoms.into());
     let shared = Arc::new(Shared::default());
     let never = Box::new(|_: &Stuck| {});
     let mut worker = Worker::new(ring, vec![lane], flights, Arc::clone(&shared), (0, never));

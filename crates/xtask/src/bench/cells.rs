@@ -62,6 +62,8 @@ pub struct Device {
     pub make: &'static [&'static str],
     /// Its node.
     pub node: &'static str,
+    /// Commands before that one and after it, if it needs any.
+    pub around: [&'static [&'static str]; 2],
 }
 
 macro_rules! add {
@@ -93,8 +95,17 @@ const fn device(
     make: &'static [&'static str],
     node: &'static str,
 ) -> Device {
-    Device { name, whose, legs, make, node }
+    Device { name, whose, legs, make, node, around: [&[], &[]] }
 }
+
+/// A mirror: it is formatted before, and in sync and known to be equal when it is measured.
+const MIRROR: Device = Device {
+    around: [
+        &["devsplice", "format", "mirror({0}, {1})"],
+        &["devsplice", "tell", "b{id}", "mirror", "check"],
+    ],
+    ..device("mirror", Whose::Ours, 2, add!("devsplice", "auto-register", "mirror({0}, {1})"), UBLK)
+};
 
 const UBLK: &str = "/dev/ublkb{id}";
 const DM: &str = "/dev/mapper/bench{id}";
@@ -111,6 +122,9 @@ pub const DEVICES: &[Device] = &[
     device("dm-stripe", Whose::Peer, 2,
         &["dmsetup", "create", "--noudevsync", "--noudevrules", "bench{id}", "--table",
           "0 262144 striped 2 128 {0} 0 {1} 0"], DM),
+    device("dm-mirror", Whose::Peer, 2,
+        &["dmsetup", "create", "--noudevsync", "--noudevrules", "bench{id}", "--table",
+          "0 131072 mirror core 2 1024 nosync 2 {0} 0 {1} 0"], DM),
     device("bare", Whose::Peer, 1, &["bare", "{id}", "{0}"], UBLK),
     device("kublk", Whose::Peer, 1,
         &["kublk", "add", "-t", "loop", "--auto_zc", "-q", "1", "-d", "64", "-n", "{id}", "{0}"],
@@ -130,6 +144,7 @@ pub const DEVICES: &[Device] = &[
         add!("devsplice", "auto-register", "stripe(chunk=64k, {0}, {1})"), UBLK),
     device("stack", Whose::Ours, 2,
         add!("devsplice", "auto-register", "linear(stripe(chunk=64k, {0}, {1}))"), UBLK),
+    MIRROR,
     device("file-register", Whose::Ours, 1, add!("devsplice", "register", "{0}"), UBLK),
     device("file-user-copy", Whose::Ours, 1, add!("devsplice", "user-copy", "{0}"), UBLK),
     device("file-copy", Whose::Ours, 1, add!("devsplice", "copy", "{0}"), UBLK),
@@ -168,4 +183,5 @@ pub const BARS: &[Bar] = &[
     bar("null", "kublk-null", "", 1.0),
     bar("null", "rublk-null", "", 1.0),
     bar("stack", "file", "", 1.03),
+    bar("mirror", "file", "4k-qd32-write", 1.6),
 ];

@@ -18,6 +18,8 @@ use crate::proc::{self, run_quiet};
 
 /// MiB of a backing device; dm's tables in `cells` have it in sectors.
 const SIZE: u32 = 64;
+/// MiB of each device that are used: a mirror has metadata behind them.
+const USED: u32 = SIZE - 1;
 /// How long a new device's node may take to appear, in guest time.
 const APPEARS: Duration = Duration::from_secs(10);
 
@@ -164,6 +166,8 @@ fn make(plan: &Plan, id: usize, device: &Device) -> Fallible<(String, String)> {
     }
     let words: Vec<String> = device.make.iter().map(|word| filled(word, id, &legs)).collect();
     let node = filled(device.node, id, &legs);
+    let [before, after] = device.around;
+    step(plan, (id, &legs), before)?;
     if let Some(program) = program {
         let mut real = words.clone();
         real[0] = program.to_string_lossy().into_owned();
@@ -173,7 +177,16 @@ fn make(plan: &Plan, id: usize, device: &Device) -> Fallible<(String, String)> {
         }
     }
     appeared(&node)?;
+    step(plan, (id, &legs), after)?;
     Ok((node, words.join(" ")))
+}
+
+/// Runs a command that a device needs around its own.
+fn step(plan: &Plan, (id, legs): (usize, &[String]), words: &[&str]) -> Fallible<()> {
+    let Some((name, rest)) = words.split_first() else { return Ok(()) };
+    let mut command = bounded(120, plan.program(name)?);
+    command.args(rest.iter().map(|word| filled(word, id, legs)));
+    run_quiet(&mut command).map(drop)
 }
 
 /// A word of a command with its placeholders filled.
@@ -185,7 +198,7 @@ fn filled(word: &str, id: usize, legs: &[String]) -> String {
 /// Runs a load once. One instruction is one nanosecond here, the machine has one CPU, and that is
 /// busy until the last I/O is done: time is instructions, fio's, the kernel's and the server's.
 fn measure(live: &Live, cell: &Cell) -> Fallible<Sample> {
-    let arguments = fio_arguments(&live.node, cell, &format!("{SIZE}M"));
+    let arguments = fio_arguments(&live.node, cell, &format!("{USED}M"));
     let count = [format!("--number_ios={}", cell.ios), "--io_size=1T".to_owned()];
     let before = idle_ticks();
     let load = fio(arguments, &[&count[0], &count[1]])?;
