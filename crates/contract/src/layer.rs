@@ -304,12 +304,13 @@ pub fn suite(subject: &Subject) -> Suite {
             Ok(Verdict::Kept)
         });
     }
-    let own: [Own; 6] = [
+    let own: [Own; 7] = [
         ("answers_tile_each_request_and_repeat", map::answers),
         ("it_offers_nothing_that_a_device_below_does_not", map::as_strict),
         ("short_and_transient_results_below_go_unnoticed", map::unnoticed),
         ("an_error_anywhere_below_fails_exactly_the_requests_that_touch_it", map::errors),
         ("a_flush_that_fails_on_any_device_below_fails", map::flush_errors),
+        ("after_a_power_cut_any_device_may_be_lost", through::cut_then_fail),
         ("the_largest_devices_are_mapped_without_overflow", map::huge),
     ];
     for (name, test) in own {

@@ -57,17 +57,17 @@ fn live_subjects() -> Vec<(&'static str, Subject)> {
     let fast = "iops=20000 write-bps=400M burst=100us";
     let twin = |keys: &str| on(&verify::DRIVER, keys, &twins);
     vec![
-        ("mirror", formatted(&mirror::DRIVER, "clean=1ms region=64k", &[leg, more])),
+        ("mirror", formatted(&mirror::DRIVER, "clean=1ms region=4k", &[leg, more])),
         (
             "mirror_of_three",
-            formatted(&mirror::DRIVER, "clean=10ms region=4k", &[more, leg, disk_4k(368 * KIB)]),
+            formatted(&mirror::DRIVER, "clean=10ms", &[more, leg, disk_4k(368 * KIB)]),
         ),
         ("throttle", on(&throttle::DRIVER, fast, &[disk(300 * KIB)])),
         ("stats", Subject::driver(&stats::DRIVER, "", &[disk(300 * KIB)])),
         ("verify", twin("").needs_equals()),
         ("verify_report", twin("on-mismatch=report")),
         ("flaky", on(&flaky::DRIVER, "", &[twins[0], more]).scratch(1).mixes_old()),
-        ("log", recorded("", 48 << 20).appends(1).ends_at_failure()),
+        ("log", recorded("", 20 << 20).appends(1).ends_at_failure()),
         ("log_full", recorded("on-full=stop-logging", 256 * KIB).appends(1).dispensable(1)),
     ]
 }

@@ -1,6 +1,7 @@
 //! Answers for a layer at work: model disks, a stack over them that is built anew after each life,
 //! and the engine on a ring without a kernel.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use devsplice_core::{BackendId, Bottoms, Errno, Limits, Stack};
@@ -38,6 +39,8 @@ pub(super) struct Handle {
     pub(super) stack: Arc<Stack>,
     /// Of the last batch, the requests of which a splice met a place where it goes wrong.
     hits: Arc<Mutex<Vec<bool>>>,
+    /// Before the next batch the layer gets the time to do what it does in the background.
+    rests: Arc<AtomicBool>,
 }
 
 impl Handle {
@@ -51,6 +54,11 @@ impl Handle {
 
     pub(super) fn hits(&self) -> Vec<bool> {
         self.hits.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Before the next batch all that a layer does in the background is to be done.
+    pub(super) fn rest(&self) {
+        self.rests.store(true, Ordering::SeqCst);
     }
 
     /// From here on splices of requests are kept; what was kept before.
@@ -91,15 +99,19 @@ impl FakeTarget {
             world.add_strict_disk(*limits, bytes);
         }
         let stack = open(subject, below, &mut world, true)?;
+        let short_lived = seed % 2 == 1;
+        // Of copies, other seeds begin before they are made.
+        let rests = Arc::new(AtomicBool::new(subject.masks_errors && !short_lived));
         let hits = Arc::default();
-        let handle = Handle { world: Arc::new(Mutex::new(world)), stack: Arc::clone(&stack), hits };
+        let handle =
+            Handle { world: Arc::new(Mutex::new(world)), stack: Arc::clone(&stack), hits, rests };
         Ok(FakeTarget {
             subject: subject.clone(),
             below: below.into(),
             handle,
             depth,
             flights,
-            short_lived: seed % 2 == 1,
+            short_lived,
             stack: Some(stack),
             life: None,
         })
@@ -171,16 +183,14 @@ impl Target for FakeTarget {
 
     fn run(&mut self, asks: &[Ask]) -> Result<Vec<Done>, String> {
         if self.life.is_none() {
-            let is_first = self.stack.is_some();
-            let mut life = self.begin()?;
-            // Later lives begin with work to do, and so do those of other seeds.
-            if is_first && self.subject.masks_errors && !self.short_lived {
-                settle(&mut life, &self.handle)?;
-            }
-            self.life = Some(life);
+            self.life = Some(self.begin()?);
+        }
+        let Some(life) = &mut self.life else { return Err("nothing serves it".into()) };
+        if self.handle.rests.swap(false, Ordering::SeqCst) {
+            settle(life, &self.handle)?;
         }
         let most = usize::try_from(memory_needed(asks)).unwrap_or(0);
-        let mut ring = self.ring();
+        let mut ring = FakeRing { world: Arc::clone(&self.handle.world) };
         {
             let mut world = self.handle.lock();
             world.begin_wait();
@@ -189,7 +199,6 @@ impl Target for FakeTarget {
             let pages = world.pages.iter_mut().take(usize::from(self.depth));
             pages.filter(|page| page.len() < most).for_each(|page| page.resize(most, 0));
         }
-        let Some(life) = &mut self.life else { return Err("nothing serves it".into()) };
         let (dones, hits) = life.run(&mut ring, asks)?;
         *self.handle.hits.lock().unwrap_or_else(PoisonError::into_inner) = hits;
         self.handle.lock().may_sleep = false;

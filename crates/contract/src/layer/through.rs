@@ -7,7 +7,7 @@ use devsplice_engine::{FileId, To};
 use super::life::Handle;
 use super::map::apart;
 use super::{Subject, none};
-use crate::bench::Bench;
+use crate::bench::{BATCH, Bench, expect};
 use crate::fake::{Bad, Fault, Faults};
 use crate::suite::{Outcome, Verdict};
 use crate::target::{Ask, Done};
@@ -203,4 +203,59 @@ fn recovers(subject: &Subject, bench: &mut Bench, handle: &Handle) -> Result<(),
     }
     bench.fill(64 << 10)?;
     bench.check(64 << 10)
+}
+
+/// Reads all, a batch at a time.
+fn image(bench: &mut Bench) -> Result<Vec<u8>, String> {
+    let step = 16 << 10;
+    let mut bytes = Vec::new();
+    let places: Vec<u64> = (0..bench.span).step_by(step).collect();
+    for places in places.chunks(BATCH) {
+        let mut asks = Vec::with_capacity(places.len());
+        for at in places {
+            asks.push(bench.ask(Op::Read, *at, (step as u64).min(bench.span - at)));
+        }
+        let dones = bench.run(&asks)?;
+        expect(&asks, &dones, |_| Ok(()))?;
+        dones.iter().for_each(|done| bytes.extend(&done.bytes));
+    }
+    Ok(bytes)
+}
+
+/// After a power cut the copies are made equal again: whichever device is lost then, what was read
+/// before is read again, also where a write was under way and either would have been right.
+pub(super) fn cut_then_fail(subject: &Subject) -> Outcome {
+    if !subject.masks_errors {
+        return none("it has no copies");
+    }
+    let mut below = subject.below.clone();
+    below.iter_mut().for_each(|limits| limits.volatile_cache = true);
+    for seed in [0, 2, 4, 6, 8, 10] {
+        for file in (0..).take(below.len()) {
+            let (mut bench, handle) = subject.target(&below, seed)?;
+            lose(&mut bench, &handle, file)
+                .map_err(|how| format!("seed {seed}, disk {file} is lost: {how}"))?;
+        }
+    }
+    Ok(Verdict::Kept)
+}
+
+fn lose(bench: &mut Bench, handle: &Handle, file: u16) -> Result<(), String> {
+    bench.fill(64 << 10)?;
+    let flush = bench.ask(Op::Flush, 0, 0);
+    bench.must(&[flush])?;
+    // What has become clean since is what a log must name anew.
+    handle.rest();
+    let asks = bench.mix([0, 100, 0, 0], 16 << 10);
+    bench.must(&asks)?;
+    bench.cut();
+    handle.rest();
+    let before = image(bench)?;
+    let bad = Bad { file, from: 0, to: u64::MAX, fault: Fault::Fail(Errno::EIO), times: u32::MAX };
+    handle.faults(Faults { bad: vec![bad], ..Faults::default() });
+    let after = image(bench)?;
+    match before.iter().zip(&after).position(|(a, b)| a != b) {
+        Some(byte) => Err(format!("byte {byte} is another one than before")),
+        None => Ok(()),
+    }
 }

@@ -15,6 +15,8 @@ pub enum Bug {
     OneLeg,
     /// A leg that failed is dropped in memory, and not on the disks of the others.
     StateLost,
+    /// The log of regions that may differ is not written.
+    LogLost,
     /// A leg that failed is not told of: the request fails.
     Unmasked,
     /// A flush does not wait for what is under way.
@@ -27,6 +29,7 @@ pub enum Bug {
 pub const BUGS: &[(&str, Bug, &str)] = &[
     ("a_mirror_that_forgets_a_leg", Bug::OneLeg, "mixed_requests_at_depth_keep_every_byte"),
     ("a_mirror_that_forgets_which_leg_is_stale", Bug::StateLost, ERRORS),
+    ("a_mirror_that_keeps_no_log", Bug::LogLost, "after_a_power_cut_any_device_may_be_lost"),
     ("a_mirror_that_hides_nothing", Bug::Unmasked, ERRORS),
     ("a_flush_that_does_not_wait", Bug::NoGrace, "flushes_and_durable_writes_succeed_among_others"),
     (
@@ -41,9 +44,9 @@ const ERRORS: &str = "an_error_anywhere_below_fails_exactly_the_requests_that_to
 /// The layer that a bug is one of.
 pub fn bent(bug: Bug) -> Subject {
     let (subject, driver, keys) = match bug {
-        Bug::OneLeg | Bug::StateLost | Bug::Unmasked => {
+        Bug::OneLeg | Bug::StateLost | Bug::LogLost | Bug::Unmasked => {
             let below = [Limits::ideal(364 << 10), Limits::ideal(400 << 10)];
-            let keys = "clean=1ms region=64k";
+            let keys = "clean=1ms region=4k";
             (super::formatted(&mirror::DRIVER, keys, &below), &mirror::DRIVER, keys)
         }
         Bug::NoGrace | Bug::NoFlush => {
@@ -145,10 +148,11 @@ impl Meta for Hand {
     fn write(&self, port: Port, at: u64, bytes: Vec<u8>, durable: bool) -> Slow {
         // A mirror's superblock begins so.
         let is_super = bytes.starts_with(b"dspl");
-        if self.bug == Bug::StateLost && is_super {
-            return nothing();
+        match self.bug {
+            Bug::StateLost if is_super => nothing(),
+            Bug::LogLost if !is_super => nothing(),
+            _ => self.inner.write(port, at, bytes, durable),
         }
-        self.inner.write(port, at, bytes, durable)
     }
 
     fn flush(&self, port: Port) -> Slow {
