@@ -29,6 +29,13 @@ pub struct Disk {
 }
 
 impl Disk {
+    /// From now on it may not be written.
+    pub fn lock(&mut self) {
+        if let Some(limits) = &mut self.limits {
+            limits.read_only = true;
+        }
+    }
+
     /// What was done on `at..at + len`; bytes that are lost with power until a flush.
     pub(super) fn changed(&mut self, at: usize, len: usize, fua: bool) {
         let Some(limits) = &self.limits else { return };

@@ -39,6 +39,7 @@ pub(super) struct Handle {
     pub(super) stack: Arc<Stack>,
     /// Of the last batch, the requests of which a splice met a place where it goes wrong.
     hits: Arc<Mutex<Vec<bool>>>,
+    below: Arc<Mutex<Vec<Limits>>>,
     /// Before the next batch the layer gets the time to do what it does in the background.
     rests: Arc<AtomicBool>,
 }
@@ -54,6 +55,17 @@ impl Handle {
 
     pub(super) fn hits(&self) -> Vec<bool> {
         self.hits.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn below(&self) -> Vec<Limits> {
+        self.below.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The next life is over a device that may not be written.
+    pub(super) fn lock_device(&self, place: usize) {
+        let mut below = self.below.lock().unwrap_or_else(PoisonError::into_inner);
+        below[place].read_only = true;
+        self.lock().disks[place].lock();
     }
 
     /// Before the next batch all that a layer does in the background is to be done.
@@ -72,7 +84,6 @@ impl Handle {
 /// The engine over a fake ring.
 pub(super) struct FakeTarget {
     subject: Subject,
-    below: Vec<Limits>,
     handle: Handle,
     depth: u16,
     flights: u32,
@@ -103,11 +114,16 @@ impl FakeTarget {
         // Of copies, other seeds begin before they are made.
         let rests = Arc::new(AtomicBool::new(subject.masks_errors && !short_lived));
         let hits = Arc::default();
-        let handle =
-            Handle { world: Arc::new(Mutex::new(world)), stack: Arc::clone(&stack), hits, rests };
+        let limits = Arc::new(Mutex::new(below.to_vec()));
+        let handle = Handle {
+            world: Arc::new(Mutex::new(world)),
+            stack: Arc::clone(&stack),
+            hits,
+            rests,
+            below: limits,
+        };
         Ok(FakeTarget {
             subject: subject.clone(),
-            below: below.into(),
             handle,
             depth,
             flights,
@@ -134,7 +150,10 @@ impl FakeTarget {
     fn begin(&mut self) -> Result<Life<FakeRing>, String> {
         let stack = match self.stack.take() {
             Some(stack) => stack,
-            None => open(&self.subject, &self.below, &mut self.handle.lock(), false)?,
+            None => {
+                let below = self.handle.below();
+                open(&self.subject, &below, &mut self.handle.lock(), false)?
+            }
         };
         self.handle.lock().pages = vec![Vec::new(); usize::from(self.depth)];
         Life::begin(Setup {

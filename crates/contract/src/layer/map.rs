@@ -107,7 +107,37 @@ pub(super) fn as_strict(subject: &Subject) -> Outcome {
             bench.check(64 << 10)?;
         }
     }
+    for place in 0..subject.below.len() {
+        locked(subject, place).map_err(|how| format!("disk {place} may not be written: {how}"))?;
+    }
     if opened == 0 { none("it opens over none of them") } else { Ok(Verdict::Kept) }
+}
+
+/// A device that was filled may not be written any more: it is not, whatever fails.
+fn locked(subject: &Subject, place: usize) -> Result<(), String> {
+    let mut below = subject.below.clone();
+    below[place].read_only = true;
+    let (mut bench, target) = subject.target(&subject.below, 0)?;
+    // What it refuses to lie over, it makes no promise about.
+    if !bench.offers(Op::Write) || subject.stack(&below).is_err() {
+        return Ok(());
+    }
+    bench.fill(64 << 10)?;
+    let flush = bench.ask(Op::Flush, 0, 0);
+    bench.must(&[flush])?;
+    target.rest();
+    bench.check(64 << 10)?;
+    target.lock_device(place);
+    bench.cut();
+    bench.check(64 << 10)?;
+    let bad = |file| Bad { file, from: 0, to: u64::MAX, fault: Fault::Fail(Errno::EIO), times: 9 };
+    let bad = (0..).take(below.len()).map(bad).collect();
+    target.faults(Faults { bad, ..Faults::default() });
+    for _ in 0..4 {
+        let asks = bench.mix([90, 0, 10, 0], 64 << 10);
+        bench.run(&asks)?;
+    }
+    Ok(())
 }
 
 pub(super) fn unnoticed(subject: &Subject) -> Outcome {

@@ -242,10 +242,10 @@ pub(super) fn cut_then_fail(subject: &Subject) -> Outcome {
 
 fn lose(bench: &mut Bench, handle: &Handle, file: u16) -> Result<(), String> {
     bench.fill(64 << 10)?;
+    // What has become clean since, and is so on the disks, is what a log must name anew.
+    handle.rest();
     let flush = bench.ask(Op::Flush, 0, 0);
     bench.must(&[flush])?;
-    // What has become clean since is what a log must name anew.
-    handle.rest();
     let asks = bench.mix([0, 100, 0, 0], 16 << 10);
     bench.must(&asks)?;
     bench.cut();

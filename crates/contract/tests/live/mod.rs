@@ -15,7 +15,7 @@ pub enum Bug {
     OneLeg,
     /// A leg that failed is dropped in memory, and not on the disks of the others.
     StateLost,
-    /// The log of regions that may differ is not written.
+    /// That a region may differ is not put into the log before it is written.
     LogLost,
     /// A leg that failed is not told of: the request fails.
     Unmasked,
@@ -150,7 +150,8 @@ impl Meta for Hand {
         let is_super = bytes.starts_with(b"dspl");
         match self.bug {
             Bug::StateLost if is_super => nothing(),
-            Bug::LogLost if !is_super => nothing(),
+            // Only what has to be there before a write goes.
+            Bug::LogLost if durable && !is_super => nothing(),
             _ => self.inner.write(port, at, bytes, durable),
         }
     }
