@@ -12,6 +12,11 @@ use devsplice_engine::{
 
 use crate::rng::Rng;
 
+mod disk;
+
+pub use disk::Disk;
+use disk::against;
+
 /// Disks above this size hold nothing and read as zeros.
 const MATERIAL: u64 = 64 << 20;
 
@@ -19,7 +24,7 @@ fn index(number: u64) -> usize {
     usize::try_from(number).unwrap_or(usize::MAX)
 }
 
-/// No test takes this many nanoseconds of virtual time.
+/// No batch takes this many nanoseconds of virtual time.
 const LONGEST: u64 = 60_000_000_000;
 
 /// What goes wrong with a splice.
@@ -84,6 +89,19 @@ pub struct Logged {
     pub part_count: usize,
 }
 
+/// A splice of a request, not of a layer's own.
+#[derive(Clone, Debug)]
+pub struct Traced {
+    /// Where to.
+    pub to: To,
+    /// First byte there.
+    pub at: u64,
+    /// Bytes.
+    pub len: u64,
+    /// Ranges of the request's pages.
+    pub parts: Vec<Part>,
+}
+
 #[derive(Clone, Copy)]
 struct Flying {
     key: u32,
@@ -111,46 +129,6 @@ struct Due {
     what: What,
 }
 
-/// A change of a disk that may be lost with power.
-struct Change {
-    at: usize,
-    bytes: Vec<u8>,
-    durable: bool,
-}
-
-/// A disk of bytes. With limits of its own it refuses what it does not offer; with a cache that can
-/// lose power, what was written lasts only once it was flushed.
-pub struct Disk {
-    /// Bytes.
-    pub size: u64,
-    /// What a read sees; empty for a disk too large to be held.
-    pub bytes: Vec<u8>,
-    /// What it offers, where that is to be held to.
-    limits: Option<Limits>,
-    /// What survives a power cut, and what was done since; only of a disk with limits.
-    durable: Vec<u8>,
-    changes: Vec<Change>,
-    /// What flushes of it fail with.
-    pub bad_flush: Option<Errno>,
-}
-
-impl Disk {
-    /// What was done on `at..at + len`; bytes that are lost with power until a flush.
-    fn changed(&mut self, at: usize, len: usize, fua: bool) {
-        let Some(limits) = &self.limits else { return };
-        let durable = fua || !limits.volatile_cache;
-        self.changes.push(Change { at, bytes: self.bytes[at..at + len].to_vec(), durable });
-    }
-
-    /// The power goes: only what had to last is left.
-    fn cut(&mut self) {
-        for change in self.changes.drain(..).filter(|change| change.durable) {
-            self.durable[change.at..change.at + change.bytes.len()].copy_from_slice(&change.bytes);
-        }
-        self.bytes.clone_from(&self.durable);
-    }
-}
-
 /// All that lies below the engine.
 pub struct World {
     /// Nanoseconds since the start.
@@ -171,10 +149,20 @@ pub struct World {
     pub may_sleep: bool,
     /// The worker waits and nothing will ever come.
     pub asleep: bool,
+    /// Whether splices of requests are kept in `traced`.
+    pub traces: bool,
+    /// Those that were sent.
+    pub traced: Vec<Traced>,
+    /// First pages of requests of which a splice met a place where it goes wrong.
+    pub hits: Vec<u32>,
+    /// How many splices of layers' own did.
+    pub inner_hits: u64,
     /// Timers that have run out.
     pub timers: u64,
     /// When memory was given back.
     pub rests: Vec<u64>,
+    /// When whoever waits has waited too long.
+    deadline: u64,
     flights: u32,
     /// The first page of each inner lane.
     inner: std::collections::BTreeMap<u16, u32>,
@@ -197,7 +185,12 @@ impl World {
             logs: true,
             may_sleep: false,
             asleep: false,
+            traces: false,
+            traced: Vec::new(),
+            hits: Vec::new(),
+            inner_hits: 0,
             timers: 0,
+            deadline: LONGEST,
             rests: Vec::new(),
             flights,
             inner: std::collections::BTreeMap::new(),
@@ -231,9 +224,54 @@ impl World {
         }
     }
 
-    /// The power goes, with nothing in flight.
+    /// The power goes. What was in flight is done or not; the worker must be gone.
     pub fn cut(&mut self) {
-        self.disks.iter_mut().for_each(Disk::cut);
+        for due in std::mem::take(&mut self.due) {
+            if let What::Splice(flying) = due.what
+                && self.rng.percent(50)
+                && flying.certain.is_none()
+            {
+                self.carry(&flying, flying.len);
+            }
+        }
+        let World { disks, rng, .. } = self;
+        disks.iter_mut().for_each(|disk| disk.cut(rng));
+        self.settle();
+    }
+
+    /// Others wait from now on.
+    pub fn begin_wait(&mut self) {
+        self.deadline = self.now + LONGEST;
+    }
+
+    /// Whether pages are those of a layer's own requests.
+    fn is_inner(&self, pages: Pages) -> bool {
+        let end = u32::from(INNER_DEPTH);
+        self.inner.values().any(|first| (*first..first + end).contains(&pages.0))
+    }
+
+    /// Bytes of a disk, for whoever builds a stack over it.
+    ///
+    /// # Errors
+    /// `ENODEV` if there is no such disk, `EINVAL` if it has no such bytes.
+    pub fn peek(&self, disk: u16, at: u64, into: &mut [u8]) -> Result<(), Errno> {
+        let disk = self.disks.get(usize::from(disk)).ok_or(Errno::ENODEV)?;
+        let bytes = disk.bytes.get(index(at)..).and_then(|rest| rest.get(..into.len()));
+        into.copy_from_slice(bytes.ok_or(Errno::EINVAL)?);
+        Ok(())
+    }
+
+    /// Puts bytes onto a disk for good.
+    ///
+    /// # Errors
+    /// As [`World::peek`].
+    pub fn poke(&mut self, disk: u16, at: u64, bytes: &[u8]) -> Result<(), Errno> {
+        let disk = self.disks.get_mut(usize::from(disk)).ok_or(Errno::ENODEV)?;
+        let range = index(at)..index(at).saturating_add(bytes.len());
+        for image in [&mut disk.bytes, &mut disk.durable] {
+            image.get_mut(range.clone()).ok_or(Errno::EINVAL)?.copy_from_slice(bytes);
+        }
+        Ok(())
     }
 
     /// A worker has ended: its time and its timers are over.
@@ -247,7 +285,11 @@ impl World {
         );
         self.due.clear();
         self.ready.clear();
+        self.pages.clear();
+        self.inner.clear();
+        self.hits.clear();
         self.now = 0;
+        self.deadline = LONGEST;
     }
 
     /// Pages for each tag, large enough for each of `ios`; the number of the first.
@@ -389,23 +431,6 @@ impl World {
     }
 }
 
-/// What a disk has against a splice.
-fn against(disk: &Disk, splice: &Splice<'_>, whole: bool) -> Option<&'static str> {
-    let limits = disk.limits.as_ref()?;
-    let block = u64::from(limits.block) - 1;
-    match splice.op {
-        // What follows a short transfer begins where that one ended.
-        _ if whole && (splice.at | splice.len) & block != 0 => Some("off the blocks of"),
-        _ if splice.op.changes() && limits.read_only => Some("a change of read-only"),
-        Op::Discard if limits.discard == 0 => Some("a discard, which is not offered by"),
-        Op::WriteZeroes { .. } if !limits.write_zeroes => {
-            Some("a write-zeroes, which is not offered by")
-        }
-        Op::Write if splice.fua && !limits.fua => Some("force unit access, not offered by"),
-        _ => None,
-    }
-}
-
 /// What every splice must hold to.
 fn check(splice: &Splice<'_>, world: &World) {
     match splice.to {
@@ -463,7 +488,16 @@ impl Ring for FakeRing {
             let part_count = parts.len();
             world.log.push(Logged { sent: world.now, to, op, fua, at, len, part_count });
         }
+        let is_inner = world.is_inner(pages);
+        if world.traces && !is_inner {
+            world.traced.push(Traced { to, at, len, parts: parts.to_vec() });
+        }
         let certain = world.certain(splice);
+        if certain.is_some() && is_inner {
+            world.inner_hits += 1;
+        } else if certain.is_some() {
+            world.hits.push(pages.0);
+        }
         let mut held = [Part::default(); MAX_PARTS];
         held[..parts.len()].copy_from_slice(parts);
         let part_count = parts.len();
@@ -500,7 +534,7 @@ impl Ring for FakeRing {
         world.counts.enters += 1;
         world.now += 1000;
         // The watchdog's ticks go on for ever while a request hangs.
-        assert!(world.now < LONGEST, "a request is never finished");
+        assert!(world.now < world.deadline, "a request is never finished");
         world.collect();
         if !wait || !world.ready.is_empty() {
             return Ok(());

@@ -3,9 +3,9 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use devsplice_core::{Errno, Io, Limits, Op, Result, Stack};
+use devsplice_core::{Errno, Error, Io, Limits, Op, Result, Stack};
 use devsplice_engine::{Completion, Export, FileId, Inbox, Lane, Pages, Request, Ring};
-use devsplice_engine::{Served, Shared, Worker};
+use devsplice_engine::{Served, Worker};
 
 use crate::content::POISON;
 use crate::target::{Ask, Done};
@@ -20,34 +20,74 @@ pub(crate) trait Room: Ring + Send {
     fn load(&mut self, lane: u16, tag: u16, bytes: &[u8]);
     /// Takes `len` bytes out of it.
     fn unload(&mut self, lane: u16, tag: u16, len: usize) -> Vec<u8>;
+    /// Whether a splice with a tag's memory was failed on purpose since the last time it was asked.
+    fn was_hit(&mut self, _: u16, _: u16) -> bool {
+        false
+    }
+    /// Whether nothing will ever come.
+    fn is_asleep(&self) -> bool {
+        false
+    }
 }
 
-/// What became of each request, in the order of the asks.
-#[derive(Clone)]
-pub(crate) struct Dones(Arc<Mutex<Vec<Option<Done>>>>);
+/// Requests that are asked together, and what became of each, in the order of the asks.
+#[derive(Default)]
+struct Batch {
+    asks: VecDeque<(usize, Ask)>,
+    /// Events that were asked for and have not come.
+    woken: usize,
+    dones: Vec<Option<Done>>,
+    /// Of which some splice was failed on purpose.
+    hits: Vec<bool>,
+    /// Those that are not finished.
+    left: usize,
+    /// No other batch follows.
+    closing: bool,
+    /// Things that must not happen; the first is kept.
+    wrong: Option<String>,
+}
 
-impl Dones {
-    fn lock(&self) -> MutexGuard<'_, Vec<Option<Done>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+impl Batch {
+    fn fill(&mut self, asks: &[Ask]) {
+        self.asks = asks.iter().copied().enumerate().collect();
+        self.dones = vec![None; asks.len()];
+        self.hits = vec![false; asks.len()];
+        self.left = asks.len();
     }
+
+    /// How many events a front with so many tags asks for at first.
+    fn first(&mut self, depth: u16) -> u16 {
+        self.woken = self.asks.len().min(usize::from(depth));
+        u16::try_from(self.woken).unwrap_or(depth)
+    }
+
+    fn collect(&mut self, asks: &[Ask]) -> Result<Vec<Done>, String> {
+        if let Some(text) = self.wrong.take() {
+            return Err(text);
+        }
+        let mut all = Vec::with_capacity(asks.len());
+        for (ask, done) in asks.iter().zip(self.dones.drain(..)) {
+            all.push(done.ok_or_else(|| format!("asked: {ask}; it was never finished"))?);
+        }
+        Ok(all)
+    }
+}
+
+fn lock(batch: &Mutex<Batch>) -> MutexGuard<'_, Batch> {
+    batch.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// One lane.
 struct Front {
     lane: u16,
     depth: u16,
-    asks: VecDeque<(usize, Ask)>,
-    /// Events that were asked for and have not come.
-    woken: usize,
     slots: Vec<Option<(usize, Ask)>>,
-    dones: Dones,
-    /// Things that must not happen; the first is kept.
-    wrong: Arc<Mutex<Option<String>>>,
+    batch: Arc<Mutex<Batch>>,
 }
 
 impl Front {
     fn wrong(&self, text: String) {
-        self.wrong.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(text);
+        lock(&self.batch).wrong.get_or_insert(text);
     }
 }
 
@@ -58,16 +98,19 @@ impl<R: Room> Export<R> for Front {
 
     fn arm(&mut self, ring: &mut R, lane: u16) -> Result<()> {
         self.lane = lane;
-        self.woken = self.asks.len().min(usize::from(self.depth));
-        for tag in (0..self.depth).take(self.woken) {
+        for tag in 0..lock(&self.batch).first(self.depth) {
             ring.summon(lane, tag);
         }
         Ok(())
     }
 
     fn event(&mut self, ring: &mut R, got: Completion, inbox: &mut Inbox) -> Result<()> {
-        self.woken -= 1;
-        let Some((place, ask)) = self.asks.pop_front() else { return Ok(()) };
+        let next = {
+            let mut batch = lock(&self.batch);
+            batch.woken -= 1;
+            batch.asks.pop_front()
+        };
+        let Some((place, ask)) = next else { return Ok(()) };
         // Tags are what this export asked to be woken with.
         let tag = u16::try_from(got.index).unwrap_or(u16::MAX);
         match ask.io.op {
@@ -95,16 +138,21 @@ impl<R: Room> Export<R> for Front {
         }
         let len = if io.op == Op::Read { usize::try_from(io.extent.len).unwrap_or(0) } else { 0 };
         let bytes = if len > 0 { ring.unload(self.lane, tag, len) } else { Vec::new() };
-        self.dones.lock()[place] = Some(Done { result, bytes });
-        if self.asks.len() > self.woken {
-            self.woken += 1;
+        let hit = ring.was_hit(self.lane, tag);
+        let mut batch = lock(&self.batch);
+        batch.dones[place] = Some(Done { result, bytes });
+        batch.hits[place] = hit;
+        batch.left -= 1;
+        if batch.asks.len() > batch.woken {
+            batch.woken += 1;
             ring.summon(self.lane, tag);
         }
     }
 
     fn is_closed(&self) -> bool {
         // As soon as the last one was asked: what is in flight then must still be finished.
-        self.asks.is_empty()
+        let batch = lock(&self.batch);
+        batch.closing && batch.asks.is_empty()
     }
 }
 
@@ -117,40 +165,80 @@ pub(crate) struct Setup<'a, R> {
     pub(crate) flights: u32,
 }
 
+/// An engine at work, from its start to its end or to where it is dropped.
+pub(crate) struct Life<R: Ring> {
+    worker: Worker<R>,
+    batch: Arc<Mutex<Batch>>,
+    depth: u16,
+}
+
+impl<R: Room + 'static> Life<R> {
+    /// Begins with some requests; `closing` if they are all.
+    fn with(setup: Setup<'_, R>, asks: &[Ask], closing: bool) -> Result<Life<R>, String> {
+        let Setup { ring, stack, files, depth, flights } = setup;
+        let mut batch = Batch { closing, ..Batch::default() };
+        batch.fill(asks);
+        let batch = Arc::new(Mutex::new(batch));
+        let slots = vec![None; usize::from(depth)];
+        let front = Front { lane: 0, depth, slots, batch: batch.clone() };
+        let lane = Lane::new(Box::new(front), Served::quietly(Arc::clone(stack)), files.into());
+        let never = (0, Box::new(|_: &_| ()) as _);
+        let mut worker = Worker::new(ring, vec![lane], flights, Arc::default(), never);
+        worker.arm().map_err(|error| failed(&error))?;
+        Ok(Life { worker, batch, depth })
+    }
+
+    /// Begins without any.
+    pub(crate) fn begin(setup: Setup<'_, R>) -> Result<Life<R>, String> {
+        Life::with(setup, &[], false)
+    }
+
+    /// Serves requests; `ring` is another handle of its own ring. What became of each, and of which
+    /// some splice was failed on purpose.
+    pub(crate) fn run(
+        &mut self,
+        ring: &mut R,
+        asks: &[Ask],
+    ) -> Result<(Vec<Done>, Vec<bool>), String> {
+        lock(&self.batch).fill(asks);
+        for tag in 0..lock(&self.batch).first(self.depth) {
+            ring.summon(0, tag);
+        }
+        while lock(&self.batch).left > 0 {
+            if ring.is_asleep() {
+                return Err("the worker waits for ever".into());
+            }
+            self.turn()?;
+        }
+        let mut batch = lock(&self.batch);
+        Ok((batch.collect(asks)?, std::mem::take(&mut batch.hits)))
+    }
+
+    /// One turn of the engine; whether there is more to come.
+    pub(crate) fn turn(&mut self) -> Result<bool, String> {
+        self.worker.turn().map_err(|error| failed(&error))
+    }
+
+    /// Ends it as a device is removed.
+    pub(crate) fn end(mut self) -> Result<(), String> {
+        lock(&self.batch).closing = true;
+        self.worker.run().map_err(|error| failed(&error))
+    }
+}
+
+fn failed(error: &Error) -> String {
+    format!("the ring failed: {error}")
+}
+
 /// An engine's whole life: serves the asks, and ends.
 pub(crate) fn serve<R: Room + 'static>(
     setup: Setup<'_, R>,
     asks: &[Ask],
 ) -> Result<Vec<Done>, String> {
-    let Setup { ring, stack, files, depth, flights } = setup;
-    let dones = Dones(Arc::new(Mutex::new(vec![None; asks.len()])));
-    let wrong = Arc::new(Mutex::new(None));
-    let front = Front {
-        lane: 0,
-        depth,
-        asks: asks.iter().copied().enumerate().collect(),
-        woken: 0,
-        slots: vec![None; usize::from(depth)],
-        dones: dones.clone(),
-        wrong: wrong.clone(),
-    };
-    let lane = Lane::new(Box::new(front), Served::quietly(Arc::clone(stack)), files.into());
-    let shared = Arc::new(Shared::default());
-    let never = (0, Box::new(|_: &_| ()) as _);
-    let mut worker = Worker::new(ring, vec![lane], flights, shared, never);
-    worker
-        .arm()
-        .and_then(|()| worker.run())
-        .map_err(|error| format!("the ring failed: {error}"))?;
+    let Life { mut worker, batch, .. } = Life::with(setup, asks, true)?;
+    worker.run().map_err(|error| failed(&error))?;
     drop(worker);
-    if let Some(text) = wrong.lock().unwrap_or_else(PoisonError::into_inner).take() {
-        return Err(text);
-    }
-    let mut all = Vec::with_capacity(asks.len());
-    for (ask, done) in asks.iter().zip(dones.lock().drain(..)) {
-        all.push(done.ok_or_else(|| format!("asked: {ask}; it was never finished"))?);
-    }
-    Ok(all)
+    lock(&batch).collect(asks)
 }
 
 /// Most bytes of data that the asks need in one tag's memory.

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod common;
+mod live;
 
 use std::process::ExitCode;
 
@@ -10,7 +11,10 @@ use common::{Trials, caught};
 use devsplice_contract::layer::{self, Subject};
 use devsplice_contract::{Outcome, Verdict};
 use devsplice_core::prelude::*;
-use devsplice_layers::{concat, delay, error, linear, null, partition, stripe, zero};
+use devsplice_layers::{
+    concat, delay, error, flaky, linear, log, mirror, null, partition, stats, stripe, throttle,
+    verify, zero,
+};
 
 const KIB: u64 = 1 << 10;
 
@@ -30,6 +34,42 @@ fn mbr() -> Vec<u8> {
     sector[446 + 12..][..4].copy_from_slice(&500_u32.to_le_bytes());
     sector[510..].copy_from_slice(&[0x55, 0xaa]);
     sector
+}
+
+/// A driver that finds fresh metadata of its own below.
+fn formatted(driver: &'static Driver, keys: &str, below: &[Limits]) -> Subject {
+    let pairs = keys.split_whitespace().filter_map(|word| word.split_once('='));
+    let given: Vec<_> = pairs.map(|(key, value)| (key.to_owned(), value.to_owned())).collect();
+    let format = devsplice_layers::format_of(driver.name).unwrap();
+    Subject::driver(driver, keys, below)
+        .formatted(move |lower| format(&Args::new(driver.name, driver.keys, &given)?, lower, false))
+        .resolves()
+        .masks_errors()
+}
+
+/// Layers that change what they answer. What each does not promise is a property with a name.
+fn live_subjects() -> Vec<(&'static str, Subject)> {
+    // Reads take turns of 256 KiB between the legs; 64 KiB of each are metadata.
+    let (leg, more) = (disk(364 * KIB), disk(400 * KIB));
+    let twins = [disk(200 * KIB); 2];
+    let on = |driver, keys: &str, below: &[Limits]| Subject::driver(driver, keys, below).resolves();
+    let recorded = |keys, size| on(&log::DRIVER, keys, &[disk(96 * KIB), disk(size)]);
+    let fast = "iops=20000 write-bps=400M burst=100us";
+    let twin = |keys: &str| on(&verify::DRIVER, keys, &twins);
+    vec![
+        ("mirror", formatted(&mirror::DRIVER, "clean=1ms region=4k", &[leg, more])),
+        (
+            "mirror_of_three",
+            formatted(&mirror::DRIVER, "clean=10ms", &[more, leg, disk_4k(368 * KIB)]),
+        ),
+        ("throttle", on(&throttle::DRIVER, fast, &[disk(300 * KIB)])),
+        ("stats", Subject::driver(&stats::DRIVER, "", &[disk(300 * KIB)])),
+        ("verify", twin("").needs_equals()),
+        ("verify_report", twin("on-mismatch=report")),
+        ("flaky", on(&flaky::DRIVER, "", &[twins[0], more]).scratch(1).mixes_old()),
+        ("log", recorded("", 20 << 20).appends(1).ends_at_failure()),
+        ("log_full", recorded("on-full=stop-logging", 256 * KIB).appends(1).dispensable(1)),
+    ]
 }
 
 fn subjects() -> Vec<(&'static str, Subject)> {
@@ -149,7 +189,7 @@ const BUGS: &[(&str, Bug, &str)] = &[
 
 /// A driver without a subject here would make promises that nobody has tested.
 fn every_driver_is_a_subject() -> Outcome {
-    let subjects = subjects();
+    let subjects: Vec<_> = subjects().into_iter().chain(live_subjects()).collect();
     let has = |name: &str| subjects.iter().any(|(_, subject)| subject.name() == name);
     let names = devsplice_layers::DRIVERS.iter().map(|driver| driver.name);
     let missing: Vec<_> = names.filter(|name| !has(name)).collect();
@@ -162,12 +202,16 @@ fn every_driver_is_a_subject() -> Outcome {
 fn main() -> ExitCode {
     let mut trials = Trials::default();
     trials.test("suite::every_driver_is_a_subject", every_driver_is_a_subject);
-    for (name, subject) in subjects() {
+    for (name, subject) in subjects().into_iter().chain(live_subjects()) {
         trials.suite(name, layer::suite(&subject));
     }
     trials.suite("bent_by_no_bug", layer::suite(&bent(Bug::None)));
     for &(name, bug, case) in BUGS {
         let suite = layer::suite(&bent(bug));
+        trials.test(&format!("suite::{name}_is_caught"), move || caught(suite, case));
+    }
+    for &(name, bug, case) in live::BUGS {
+        let suite = layer::suite(&live::bent(bug));
         trials.test(&format!("suite::{name}_is_caught"), move || caught(suite, case));
     }
     trials.run()
