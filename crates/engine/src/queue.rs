@@ -146,7 +146,9 @@ impl<R: Ring> Worker<R> {
         }
         inbox.clear();
         self.inbox = inbox;
-        self.slow_turn();
+        if self.slow.is_some() {
+            self.slow_turn();
+        }
         if std::mem::take(&mut self.watch.ticked) && self.busy == 0 {
             self.rest();
         }

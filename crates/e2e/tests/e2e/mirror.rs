@@ -64,6 +64,9 @@ fn format(kind: Kind) -> Outcome {
     assert!(refused.contains("nothing to format"), "{refused}");
     let disk = room.add(kind, &mirror, &["--no-part-scan"]);
     in_sync(&disk);
+    if disk.info()["data_path"].as_str().is_some_and(|path| path.ends_with("register")) {
+        assert_eq!(disk.queue("stable_writes"), "1", "legs get the same pages one by one");
+    }
     disk.remove();
     let data = usize::try_from(LEG - (64 << 10)).unwrap();
     let [a, b] = [a, b].map(|path| std::fs::read(path).unwrap());
