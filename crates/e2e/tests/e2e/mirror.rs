@@ -1,6 +1,8 @@
 //! Answers for mirrors from outside: made, degraded and rebuilt under load, killed, checked.
 
-use devsplice_e2e::{Disk, Group, Kind, MIB, Outcome, Room, engines, load, verify, wait_until};
+use devsplice_e2e::{
+    Disk, Group, Kind, MIB, Outcome, Room, call, engines, load, verify, wait_until,
+};
 use rustix::process::Signal;
 use serde_json::Value;
 
@@ -111,6 +113,10 @@ fn failing_leg(kind: Kind) -> Outcome {
     let disk = room.add(kind, &bad, &["--no-part-scan"]);
     in_sync(&disk);
     verify(&room, &disk.node, SPAN, "4k-64k");
+    // Whether fio has been there or not.
+    let of = format!("of={}", disk.node.display());
+    let bad = ["if=/dev/zero", &of, "bs=4k", "count=1", "seek=2048", "oflag=direct"];
+    call("dd", bad.into_iter().chain(["conv=notrunc"])).ok();
     assert!(is(&disk, "degraded"), "{}", status(&disk));
     let events = disk.info()["events"].to_string();
     assert!(events.contains("leg at port 0 dropped: EIO"), "{events}");
