@@ -46,6 +46,8 @@ pub struct Report {
     pub splices: u64,
     /// Crashes survived.
     pub crashes: u64,
+    /// Of these, such that a mirror survived.
+    pub mirror_crashes: u64,
     /// What went wrong.
     pub failure: Option<Failure>,
 }
@@ -59,6 +61,7 @@ pub fn run(seed: u64, options: Options) -> Report {
         trees: Vec::new(),
         world: World::default(),
         crashes: 0,
+        mirror_crashes: 0,
         checks: false,
         served: Vec::new(),
         answers: Vec::new(),
@@ -76,6 +79,7 @@ pub fn run(seed: u64, options: Options) -> Report {
         requests: asked,
         splices: counts.sqes,
         crashes: run.crashes,
+        mirror_crashes: run.mirror_crashes,
         failure,
     }
 }
@@ -84,6 +88,7 @@ struct Run {
     trees: Vec<Tree>,
     world: World,
     crashes: u64,
+    mirror_crashes: u64,
     /// Whether mirrors are told to compare their legs.
     checks: bool,
     /// The stacks of this life, for what they have to tell.
@@ -349,6 +354,8 @@ impl Run {
             disk.crash(&mut world.rng);
         }
         self.crashes += 1;
+        let mirrored = self.world.devices.iter().any(|device| device.habits.is_some());
+        self.mirror_crashes += u64::from(mirrored);
         let crashes = self.crashes;
         self.note(format_args!("crash {crashes}"));
         self.check_images(Kind::LostData, Disk::durable, Oracle::survived)?;

@@ -6,13 +6,16 @@ use devsplice_sim::{Options, run};
 #[test]
 fn seeds_run_without_a_failure() {
     let mut crashes = 0;
+    let mut mirror_crashes = 0;
     let mut requests = 0;
     for seed in 0..1500 {
         let report = run(seed, Options::default());
         assert_eq!(report.failure, None, "cargo xtask sim --seed {seed} --trace");
         crashes += report.crashes;
+        mirror_crashes += report.mirror_crashes;
         requests += report.requests;
     }
+    assert!(mirror_crashes > 500, "{mirror_crashes} crashes of mirrors");
     assert!(crashes > 1500 && requests > 75_000, "{crashes} crashes, {requests} requests");
 }
 

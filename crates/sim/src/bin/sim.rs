@@ -93,6 +93,7 @@ struct Progress {
     done: AtomicU64,
     requests: AtomicU64,
     crashes: AtomicU64,
+    mirror_crashes: AtomicU64,
     stop: AtomicBool,
     failed: Mutex<Vec<Report>>,
 }
@@ -138,6 +139,7 @@ fn work(cli: &Cli, progress: &Progress) {
             progress.done.fetch_add(1, Ordering::Relaxed);
             progress.requests.fetch_add(report.requests, Ordering::Relaxed);
             progress.crashes.fetch_add(report.crashes, Ordering::Relaxed);
+            progress.mirror_crashes.fetch_add(report.mirror_crashes, Ordering::Relaxed);
             if report.failure.is_some() {
                 progress.stop.store(true, Ordering::Relaxed);
                 if let Ok(mut failed) = progress.failed.lock() {
@@ -152,9 +154,12 @@ fn tell(progress: &Progress, seeds: u64, start: Instant, again: bool) {
     let done = progress.done.load(Ordering::Relaxed);
     let requests = progress.requests.load(Ordering::Relaxed);
     let crashes = progress.crashes.load(Ordering::Relaxed);
+    let mirrors = progress.mirror_crashes.load(Ordering::Relaxed);
     let seconds = start.elapsed().as_secs_f64();
     let rate = done as f64 / seconds.max(0.001);
-    print!("sim: {done} of {seeds} seeds, {requests} requests, {crashes} crashes, ");
+    print!(
+        "sim: {done} of {seeds} seeds, {requests} requests, {crashes} crashes ({mirrors} of mirrors), "
+    );
     print!("{seconds:.1} s, {rate:.0} seeds/s{}", if again { "\r" } else { "\n" });
     // Progress is not worth an error.
     let _ = std::io::stdout().flush();
