@@ -323,14 +323,16 @@ impl<R: Ring> Worker<R> {
     pub(crate) fn is_at_rest(&mut self) -> bool {
         let Some(slow) = &mut self.slow else { return true };
         if !slow.stopping {
-            slow.executor.drop_background();
             for side in slow.sides.iter_mut().filter(|side| !side.is_home && !side.has_left) {
                 side.has_left = true;
                 side.served.leave();
             }
+            // What runs in the background goes on for the others: a request of theirs may wait for
+            // it.
             if slow.sides.iter().any(|side| side.is_home && !side.served.is_alone()) {
                 return false;
             }
+            slow.executor.drop_background();
             slow.stopping = true;
             for side in slow.sides.iter().filter(|side| side.is_home) {
                 side.served.drop_mail();

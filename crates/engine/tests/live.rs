@@ -247,3 +247,36 @@ fn a_command_is_answered_while_requests_are_served() {
     setup.run().all_succeed();
     assert_eq!(answer.recv().unwrap(), Ok("a-b".to_owned()));
 }
+
+/// The thread that is a device's home has nothing left to do, and another one still serves: what
+/// runs in the background must go on, for a request there may wait for it.
+#[test]
+fn the_background_lives_until_the_last_thread_has_served_its_last_request() {
+    for seed in 0..20 {
+        let state = Arc::new(State::default());
+        let mut first = over_learner(&state, mix(&mut Rng::new(seed), MIB, 5), seed);
+        let served = first.served();
+        let rest = mix(&mut Rng::new(seed + 100), MIB, 300);
+        let mut second = over_learner(&state, rest, seed + 100);
+        (second.stack, second.served) = (first.stack.clone(), Some(served));
+        let (mut home, mut other) = (first.bench(), second.bench());
+        for bench in [&home, &other] {
+            bench.world.lock().unwrap().may_sleep = true;
+        }
+        home.worker.arm().unwrap();
+        other.worker.arm().unwrap();
+        let (mut home_goes_on, mut other_goes_on) = (true, true);
+        // Each has a clock of its own; what one waits for and the other does takes some turns.
+        for _ in 0..100_000 {
+            home_goes_on = home_goes_on && home.worker.turn().unwrap();
+            other_goes_on = other_goes_on && other.worker.turn().unwrap();
+            if !home_goes_on && !other_goes_on {
+                break;
+            }
+            assert!(home_goes_on, "the home ended first");
+        }
+        assert!(!home_goes_on && !other_goes_on, "seed {seed}: it never ends");
+        assert!(state.stopped.load(Ordering::SeqCst));
+        other.end().all_succeed();
+    }
+}
