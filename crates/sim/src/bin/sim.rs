@@ -158,7 +158,8 @@ fn tell(progress: &Progress, seeds: u64, start: Instant, again: bool) {
     let seconds = start.elapsed().as_secs_f64();
     let rate = done as f64 / seconds.max(0.001);
     print!(
-        "sim: {done} of {seeds} seeds, {requests} requests, {crashes} crashes ({mirrors} of mirrors), "
+        "sim: {done} of {seeds} seeds, {requests} requests, {crashes} crashes \
+         ({mirrors} of mirrors), "
     );
     print!("{seconds:.1} s, {rate:.0} seeds/s{}", if again { "\r" } else { "\n" });
     // Progress is not worth an error.
