@@ -37,6 +37,12 @@ pub enum Access {
 /// Every kind of bottom.
 pub const SOURCES: &[Source] = &[file::SOURCE, mem::SOURCE];
 
+/// Whether what is in a bottom of the kind `name` is still there when its process is not.
+#[must_use]
+pub fn outlives_process(name: &str) -> bool {
+    name != mem::SOURCE.name
+}
+
 /// Opens a bottom of the kind `name`.
 ///
 /// # Errors

@@ -1,17 +1,17 @@
 //! Answers for `devsplice add`: checks what can be checked at once, starts the server, tells how
 //! that went.
 
-use std::io::{BufRead, BufReader, PipeWriter, Write};
+use std::io::Write;
 use std::process::ExitCode;
 
 use devsplice_core::size::show_size;
-use devsplice_core::{Error, ErrorKind, Result};
+use devsplice_core::{Error, Result};
 use devsplice_spec::Plan;
-use serde_json::json;
 
 use crate::args::Add;
 use crate::assemble::CATALOG;
-use crate::server::{self, Server};
+use crate::launch::{launch, no_core_dump};
+use crate::server::Server;
 use crate::state::Disk;
 use crate::{front, guard, say, state};
 
@@ -23,90 +23,23 @@ pub fn run(add: &Add) -> Result<ExitCode> {
     if let Some(name) = &add.name {
         state::check_name(name)?;
     }
-    let plan = Plan::load(&add.stack, &CATALOG)?;
+    let here = std::env::current_dir().map_err(|error| Error::os("current directory", &error))?;
+    let plan = Plan::load(&add.stack, &CATALOG)?.anchored(&here)?;
     if add.foreground {
-        return foreground(add, &plan);
+        no_core_dump();
+        let server = start(add, &plan)?;
+        show(add, server.disk());
+        return server.run().map(|()| ExitCode::SUCCESS);
     }
-    let os = |error| Error::os("server process", &error);
-    let (reader, writer) = std::io::pipe().map_err(os)?;
-    match fork::fork().map_err(os)? {
-        fork::Fork::Parent(_) => {
-            drop(writer);
-            told(add, BufReader::new(reader))
-        }
-        fork::Fork::Child => {
-            drop(reader);
-            let _ = rustix::process::setsid();
-            background(add, &plan, writer)
-        }
-    }
+    let started = launch(|| Ok((start(add, &plan)?, None)))?;
+    show(add, &started.disk);
+    Ok(ExitCode::SUCCESS)
 }
 
 fn start(add: &Add, plan: &Plan) -> Result<Server> {
-    // A core dump could end up on the very disk that has just lost its server.
-    let none = rustix::process::Rlimit { current: Some(0), maximum: Some(0) };
-    let _ = rustix::process::setrlimit(rustix::process::Resource::Core, none);
     let choice = front::choose(add.export, add.data_path)?;
     let guard = guard::start()?;
     Server::start(add, plan, choice, guard)
-}
-
-fn foreground(add: &Add, plan: &Plan) -> Result<ExitCode> {
-    let server = start(add, plan)?;
-    show(add, server.disk());
-    server.run().map(|()| ExitCode::SUCCESS)
-}
-
-/// The server's process: reports how its start went, then serves.
-fn background(add: &Add, plan: &Plan, mut status: PipeWriter) -> Result<ExitCode> {
-    let started = start(add, plan);
-    let report = match &started {
-        Ok(server) => json!({ "disk": server.disk() }),
-        Err(error) => json!({ "error": error.to_string() }),
-    };
-    let server = match started {
-        Ok(server) => server,
-        Err(_) => {
-            send(&mut status, &report);
-            return Ok(ExitCode::from(1));
-        }
-    };
-    // The current directory of a daemon must keep no file system busy. Files are open by now.
-    let _ = std::env::set_current_dir("/");
-    server::silence(Some(&server.disk().name))?;
-    send(&mut status, &report);
-    drop(status);
-    server.run().map(|()| ExitCode::SUCCESS)
-}
-
-/// Sends the report in one write: formatting into the pipe would wake the reader for every word.
-fn send(status: &mut PipeWriter, report: &serde_json::Value) {
-    let _ = status.write_all(format!("{report}\n").as_bytes());
-}
-
-/// The caller's process: waits for the report and passes it on.
-fn told(add: &Add, mut status: impl BufRead) -> Result<ExitCode> {
-    let mut line = String::new();
-    let read = status.read_line(&mut line);
-    let report: serde_json::Value = serde_json::from_str(&line).unwrap_or_default();
-    if let Some(error) = report["error"].as_str() {
-        eprintln!("devsplice: {error}");
-        return Ok(ExitCode::from(1));
-    }
-    match serde_json::from_value::<Disk>(report["disk"].clone()) {
-        Ok(disk) => {
-            show(add, &disk);
-            Ok(ExitCode::SUCCESS)
-        }
-        Err(_) => {
-            let reason = match read {
-                Err(error) => error.to_string(),
-                Ok(_) => "ended without a word".to_owned(),
-            };
-            Err(Error::new(ErrorKind::Os, "server process", reason)
-                .next("run it with --foreground to see why"))
-        }
-    }
 }
 
 /// The node on standard output, for scripts; the rest on standard error.
@@ -115,7 +48,7 @@ fn show(add: &Add, disk: &Disk) {
         eprintln!("devsplice: note: {warning}");
     }
     if add.json {
-        say!("{}", serde_json::to_string_pretty(disk).unwrap_or_default());
+        say!("{}", serde_json::to_string_pretty(&disk.shown()).unwrap_or_default());
         return;
     }
     say!("{}", disk.device);

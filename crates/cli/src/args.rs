@@ -1,7 +1,8 @@
 //! Answers for the command line: every command, option and help text, defined once.
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use devsplice_exports::ublk::DataPath;
+use devsplice_exports::ublk::{DataPath, Recovery};
+use serde::{Deserialize, Serialize};
 
 const AFTER_HELP: &str = "\
 Exit codes: 0 done; 1 it failed, the message says what and what to do (doctor: no disk can be made
@@ -21,6 +22,19 @@ pub struct Options {
 pub enum Command {
     /// Make a disk of a stack and serve it in the background.
     Add(Add),
+    /// Serve a disk again whose server is gone, as it was before.
+    Recover(Recover),
+    /// Have this very program take over from the one that serves a disk, while it is used.
+    Upgrade(Upgrade),
+    /// Finish what a disk has in flight, have the kernel hold what comes, let go of what is below.
+    #[command(alias = "suspend")]
+    Quiesce(Quiesce),
+    /// Go on with a disk that was quiesced.
+    Resume(Resume),
+    /// Have a disk go on with another stack, without its users' noticing.
+    Swap(Swap),
+    /// Tell a disk's users of the size that what is below it has by now.
+    Resize(Resize),
     /// Stop serving a disk and remove it. Refused while it is mounted or held, unless forced.
     #[command(alias = "stop")]
     Del(Del),
@@ -46,7 +60,8 @@ pub enum Command {
 }
 
 /// Which front end makes the disk.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Export {
     /// ublk where the kernel has it, else FUSE + loop.
     Auto,
@@ -57,7 +72,8 @@ pub enum Export {
 }
 
 /// `--data-path`, as typed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum PathChoice {
     /// The best that the kernel offers.
     Auto,
@@ -84,7 +100,36 @@ impl PathChoice {
     }
 }
 
-#[derive(Args, Clone, Debug)]
+/// `--recovery`, as typed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RecoveryChoice {
+    /// reissue where the kernel and the stack allow it, else off.
+    Auto,
+    /// The disk stays; what was in flight is done again, new requests wait (Linux 6.1).
+    Reissue,
+    /// The disk stays; what was in flight fails, new requests wait (Linux 6.1).
+    Fail,
+    /// The disk stays; all requests fail until it is served again (Linux 6.13).
+    FailFast,
+    /// The disk goes with its server.
+    Off,
+}
+
+impl RecoveryChoice {
+    /// The policy that is asked for, if one is.
+    pub fn forced(self) -> Option<Recovery> {
+        match self {
+            RecoveryChoice::Auto => None,
+            RecoveryChoice::Reissue => Some(Recovery::Reissue),
+            RecoveryChoice::Fail => Some(Recovery::Fail),
+            RecoveryChoice::FailFast => Some(Recovery::FailFast),
+            RecoveryChoice::Off => Some(Recovery::Off),
+        }
+    }
+}
+
+#[derive(Args, Clone, Debug, Serialize, Deserialize)]
 pub struct Add {
     /// What the disk is made of: an expression such as 'stripe(/a.img, /b.img)', or a .toml file.
     pub stack: String,
@@ -125,12 +170,78 @@ pub struct Add {
     /// Report requests that have been below for this many seconds; 0 for never.
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub stuck_after: u32,
+    /// What becomes of the disk when its server dies. It is served again at once, by itself.
+    #[arg(long, value_enum, default_value = "auto")]
+    pub recovery: RecoveryChoice,
     /// Serve from this process, until a signal; messages go to standard error.
     #[arg(long, short = 'f')]
+    #[serde(skip)]
     pub foreground: bool,
     /// Print what was made as JSON.
     #[arg(long)]
+    #[serde(skip)]
     pub json: bool,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct Recover {
+    /// Its name.
+    #[arg(required_unless_present = "all")]
+    pub name: Option<String>,
+    /// Every disk whose server is gone and that the kernel still has.
+    #[arg(long, short = 'a', conflicts_with = "name")]
+    pub all: bool,
+    /// Print what is served again as JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct Upgrade {
+    /// Its name, or its device node.
+    #[arg(required_unless_present = "all")]
+    pub name: Option<String>,
+    /// Every disk that is served here.
+    #[arg(long, short = 'a', conflicts_with = "name")]
+    pub all: bool,
+    /// The program that is to take over, rather than this one.
+    #[arg(long, value_name = "PATH")]
+    pub binary: Option<std::path::PathBuf>,
+    /// Print what was done as JSON, a line for each disk.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct Quiesce {
+    /// Its name, or its device node.
+    pub name: String,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct Resume {
+    /// Its name, or its device node.
+    pub name: String,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct Swap {
+    /// Its name, or its device node.
+    pub name: String,
+    /// What it is to be made of from now on, as for add.
+    pub stack: String,
+    /// Even if that is smaller: what lies beyond is cut off from its users.
+    #[arg(long)]
+    pub shrink: bool,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct Resize {
+    /// Its name, or its device node.
+    pub name: String,
+    /// Even if that is smaller: what lies beyond is cut off from its users.
+    #[arg(long)]
+    pub shrink: bool,
 }
 
 #[derive(Args, Clone, Debug)]

@@ -4,13 +4,14 @@ use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use devsplice_core::{Error, ErrorKind, Result};
+use devsplice_exports::host;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde_json::json;
 
 use crate::args::Del;
 use crate::state::{Claim, Disk, Found};
-use crate::{client, state};
+use crate::{client, guard, state};
 
 /// Longer than the server's own patience with the device.
 const LIMIT: Duration = Duration::from_secs(240);
@@ -43,11 +44,7 @@ pub fn run(del: &Del) -> Result<()> {
 
 fn remove(found: &Found, force: bool) -> Result<()> {
     if !found.alive {
-        // Taking the name cleans up after its last server.
-        if let Some(claim) = Claim::try_take(&found.disk.name)? {
-            claim.remove();
-        }
-        return Ok(());
+        return clear(found, force);
     }
     let disk = &found.disk;
     let process = i32::try_from(disk.pid)
@@ -66,17 +63,50 @@ fn remove(found: &Found, force: bool) -> Result<()> {
     Ok(())
 }
 
+/// Clears up after a dead server, unless its guard has just put another in its place.
+fn clear(found: &Found, force: bool) -> Result<()> {
+    let name = &found.disk.name;
+    let end = Instant::now() + END_LIMIT;
+    while Instant::now() < end {
+        match Claim::hold(name)? {
+            Some((_, Some(left)))
+                if !force && guard::is_kept(&left) && host::is_held(&left.device) =>
+            {
+                let reason = "its server is gone, but it is in use; the kernel holds its requests";
+                return Err(Error::new(ErrorKind::Busy, name, reason).next(format!(
+                    "devsplice recover {name} serves it again; --force loses what is not written"
+                )));
+            }
+            Some((claim, left)) => {
+                if let Some(left) = left {
+                    guard::clean(&left);
+                }
+                claim.remove();
+                return Ok(());
+            }
+            None => {}
+        }
+        let Ok(now) = state::find(name) else { return Ok(()) };
+        if now.alive {
+            return remove(&now, force);
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    Err(Error::new(ErrorKind::Busy, name, "another process is starting or clearing it up"))
+}
+
 fn wait_for_end(process: &OwnedFd) {
     let limit = Timespec { tv_sec: i64::try_from(END_LIMIT.as_secs()).unwrap_or(1), tv_nsec: 0 };
     let _ = poll(&mut [PollFd::new(process, PollFlags::IN)], Some(&limit));
 }
 
-/// Ends a server that does not answer. Its guard cleans up; without a guard, this does.
+/// Ends a server that does not answer, and removes the disk, in whatever state its guard finds it.
 fn kill(disk: &Disk, process: &OwnedFd) -> Result<()> {
     eprintln!(
         "devsplice: {}: its server (process {}) does not answer: killed",
         disk.name, disk.pid
     );
+    state::doom(&disk.name)?;
     let _ = pidfd_send_signal(process, Signal::KILL);
     wait_for_end(process);
     let end = Instant::now() + END_LIMIT;

@@ -91,6 +91,11 @@ impl Front {
         let queues = add.queues.unwrap_or_else(|| u16::try_from(cpus.min(most)).unwrap_or(1));
         let threads = add.threads.unwrap_or(queues);
         if export == Export::Fuse {
+            if add.recovery.forced().is_some_and(|one| one != ublk::Recovery::Off) {
+                let reason = "a disk over FUSE goes with its server";
+                return Err(Error::new(ErrorKind::Unsupported, "--recovery", reason)
+                    .next("leave it out, or --export ublk"));
+            }
             let options = fuse::Options {
                 name: name.to_owned(),
                 queues,
@@ -103,17 +108,7 @@ impl Front {
             let device = fuse::Device::attach(&options, service, on_made)?;
             return Ok(Front::Fuse(Box::new(device)));
         }
-        let options = ublk::Options {
-            id: add.id,
-            queues,
-            threads,
-            depth: add.depth,
-            read_only: add.read_only,
-            data_path: add.data_path.forced(),
-            part_scan: !add.no_part_scan,
-            affinity: !add.no_affinity,
-            stuck_seconds: add.stuck_after,
-        };
+        let options = options(add, queues, threads);
         let device = ublk::Device::attach(&options, service, on_made)?;
         Ok(Front::Ublk(Box::new(device)))
     }
@@ -134,6 +129,32 @@ impl Front {
         }
     }
 
+    /// What becomes of the disk when its server dies, in a word.
+    pub fn recovery(&self) -> &'static str {
+        match self {
+            Front::Ublk(device) => device.recovery().name(),
+            Front::Fuse(_) => ublk::Recovery::Off.name(),
+        }
+    }
+
+    /// Finishes what is in flight, has the kernel hold what comes, lets go of all that is below.
+    ///
+    /// # Errors
+    /// If this disk cannot be suspended (it is as before then), or what is in flight does not come
+    /// back (nothing can be done with it then but to end).
+    pub fn suspend(self) -> Result<ublk::Suspended, (Option<Front>, Error)> {
+        match self {
+            Front::Ublk(device) => {
+                device.suspend().map_err(|(back, error)| (back.map(Front::Ublk), error))
+            }
+            Front::Fuse(_) => {
+                let reason = "a disk over FUSE cannot be suspended";
+                let error = Error::new(ErrorKind::Unsupported, self.path(), reason);
+                Err((Some(self), error))
+            }
+        }
+    }
+
     /// How data moves, in a word.
     pub fn data_path(&self) -> &'static str {
         match self {
@@ -151,5 +172,21 @@ impl Front {
             Front::Ublk(device) => device.detach(),
             Front::Fuse(device) => device.detach(true),
         }
+    }
+}
+
+/// What a ublk device is to be; of one that is there already, only what is about threads counts.
+pub fn options(add: &Add, queues: u16, threads: u16) -> ublk::Options {
+    ublk::Options {
+        id: add.id,
+        queues,
+        threads,
+        depth: add.depth,
+        read_only: add.read_only,
+        data_path: add.data_path.forced(),
+        part_scan: !add.no_part_scan,
+        affinity: !add.no_affinity,
+        stuck_seconds: add.stuck_after,
+        recovery: add.recovery.forced(),
     }
 }

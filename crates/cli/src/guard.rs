@@ -1,5 +1,6 @@
-//! Answers for what is left when a server dies without a word: a second process waits for that, and
-//! clears up the device, the link and the state.
+//! Answers for what is left when a server dies without a word: a second process waits for that. It
+//! takes the server's place where the kernel keeps the disk; else it clears up the device, the link
+//! and the state.
 
 use std::io::{PipeReader, PipeWriter, Read, Write};
 use std::time::{Duration, Instant};
@@ -7,7 +8,8 @@ use std::time::{Duration, Instant};
 use devsplice_core::{Error, ErrorKind, Result};
 use devsplice_exports::{fuse, ublk};
 
-use crate::state::{Claim, Disk};
+use crate::server;
+use crate::state::{self, Claim, Disk};
 
 /// The server's end: its end tells the guard.
 pub struct Guard {
@@ -18,8 +20,17 @@ pub struct Guard {
 /// How long a dead server's device may take to go.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// How long another program may take to take a disk over that was handed to it.
+const SUCCESSION: Duration = Duration::from_secs(30);
+/// How long it may be seen doing nothing.
+const HESITATION: Duration = Duration::from_secs(2);
+/// How often in a row a server may die soon after its start before it is let be.
+const MOST_RESTARTS: u32 = 10;
+
 /// What the server says before it goes in good order.
 const FAREWELL: &str = "bye";
+/// What it says before it leaves the disk to another program.
+const HANDOVER: &str = "handover";
 
 /// Starts a guard. To be called before any thread and any descriptor of a device exists: the guard
 /// must hold neither.
@@ -33,29 +44,118 @@ pub fn start() -> Result<Guard> {
         fork::Fork::Parent(pid) => Ok(Guard { pipe: writer, pid }),
         fork::Fork::Child => {
             drop(writer);
-            watch(reader);
+            if let Some(name) = watch(reader) {
+                succeed(&name);
+            }
             std::process::exit(0);
         }
     }
 }
 
-/// Waits for the server's end; without a farewell, cleans up after the disk that it named.
-fn watch(mut reader: PipeReader) {
+/// Waits for the server's end. Without a farewell, the disk that is to be served by this process
+/// from now on, if the kernel has kept it; otherwise what was left is cleaned up.
+fn watch(mut reader: PipeReader) -> Option<String> {
     // The server's signals (a terminal's ^C reaches the whole group) are not for the guard.
     let _ = rustix::process::setsid();
-    let _ = crate::server::silence(None);
+    let _ = server::silence(None);
+    let server = rustix::process::getppid().map_or(0, |pid| pid.as_raw_nonzero().get());
     let mut said = String::new();
     let _ = reader.read_to_string(&mut said);
     let mut lines = said.lines();
-    let (Some(name), None) = (lines.next(), lines.next()) else { return };
+    let name = lines.next()?;
+    match lines.next() {
+        None => {}
+        Some(HANDOVER) => return abandoned(name, u32::try_from(server).unwrap_or(0)),
+        Some(_) => return None,
+    }
     // The lock goes with the last descriptor, a moment after the pipe.
     let end = Instant::now() + PATIENCE;
     while Instant::now() < end {
-        match Claim::try_take(name) {
-            // Whatever the server left is cleaned up by now; it is ours until it is removed.
-            Ok(Some(claim)) => return claim.remove(),
+        match Claim::hold(name) {
+            Ok(Some((claim, Some(disk)))) if is_kept(&disk) && !state::is_doomed(name) => {
+                return worth(claim, disk);
+            }
+            Ok(Some((claim, left))) => {
+                // It is ours until it is removed.
+                if let Some(left) = left {
+                    clean(&left);
+                }
+                claim.remove();
+                return None;
+            }
             Ok(None) => std::thread::sleep(Duration::from_millis(5)),
-            Err(_) => return,
+            Err(_) => return None,
+        }
+    }
+    None
+}
+
+/// A disk that process `server` handed to another program which has not taken it.
+fn abandoned(name: &str, server: u32) -> Option<String> {
+    let (end, mut free_since) = (Instant::now() + SUCCESSION, None);
+    while Instant::now() < end {
+        match Claim::hold(name).ok()? {
+            // Removed in good order meanwhile.
+            Some((claim, None)) => {
+                claim.remove();
+                return None;
+            }
+            Some((claim, Some(disk))) => {
+                // Somebody has served it since: that one had a guard of its own.
+                if disk.pid != server {
+                    return None;
+                }
+                let since = *free_since.get_or_insert_with(Instant::now);
+                if since.elapsed() > HESITATION && is_kept(&disk) {
+                    drop(claim);
+                    return Some(disk.name);
+                }
+            }
+            None => free_since = None,
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    None
+}
+
+/// Whether a dead server is to be replaced: not where a person suspended the disk, and not for ever
+/// where each dies soon after its start.
+fn worth(mut claim: Claim, mut disk: Disk) -> Option<String> {
+    if disk.quiesced {
+        return None;
+    }
+    let soon = state::now_ms().saturating_sub(disk.started_ms) < state::SETTLED_MS;
+    disk.restarts = if soon { disk.restarts + 1 } else { 1 };
+    let _ = server::silence(Some(&disk.name));
+    if disk.restarts > MOST_RESTARTS {
+        disk.restarts = 0;
+        let name = &disk.name;
+        eprintln!(
+            "devsplice: {name}: its server has died {MOST_RESTARTS} times soon after its start; \
+             the kernel holds its requests until devsplice recover {name} or devsplice del --force"
+        );
+        let _ = claim.write(&disk);
+        return None;
+    }
+    let _ = claim.write(&disk);
+    eprintln!(
+        "devsplice: {}: its server (process {}) has died; another starts",
+        disk.name, disk.pid
+    );
+    Some(disk.name)
+}
+
+/// Becomes the server. The claim on the name is taken anew: the next guard, a copy of this process,
+/// must not have it.
+fn succeed(name: &str) {
+    let _ = server::silence(Some(name));
+    let _ = std::env::set_current_dir("/");
+    let started = crate::recover::again(name, false);
+    match started.and_then(server::Server::run) {
+        Ok(()) => std::process::exit(0),
+        Err(error) => {
+            eprintln!("devsplice: {error}; devsplice recover {name} tries again");
+            std::process::exit(1);
         }
     }
 }
@@ -66,12 +166,26 @@ impl Guard {
         let _ = self.pipe.write_all(format!("{name}\n").as_bytes());
     }
 
+    /// Tells the guard that another program is to serve the disk. It stays until that one does.
+    pub fn hand_over(mut self) {
+        let _ = self.pipe.write_all(format!("{HANDOVER}\n").as_bytes());
+    }
+
     /// Tells the guard that all is cleaned up, and waits for it to go.
     pub fn dismiss(mut self) {
         let _ = self.pipe.write_all(format!("{FAREWELL}\n{FAREWELL}\n").as_bytes());
         drop(self.pipe);
         let _ = fork::waitpid(self.pid);
     }
+}
+
+/// Whether the kernel keeps the disk of a dead server for the next one.
+pub fn is_kept(disk: &Disk) -> bool {
+    let Some(id) = disk.ublk_id.filter(|_| disk.outlives_server()) else { return false };
+    let Ok(mut control) = ublk::Control::open() else { return false };
+    // It becomes quiesced when the dead process has let go of everything, so it may still be live.
+    matches!(control.server(id), Ok((pid, state)) if state != "dead"
+        && (pid <= 0 || u32::try_from(pid).is_ok_and(|pid| pid == disk.pid)))
 }
 
 /// Takes the device of a server that is gone away. For who holds the claim on its name. Best

@@ -7,7 +7,7 @@ use devsplice_core::size::show_size;
 use serde_json::{Value, json};
 
 use crate::args::Info;
-use crate::{client, say, state, tell};
+use crate::{client, list, say, state, tell};
 
 /// Prints one disk.
 ///
@@ -18,8 +18,8 @@ pub fn run(info: &Info) -> Result<()> {
     let value = if found.alive {
         client::call(&found.disk.name, "info", &json!({}), Duration::from_secs(10))?
     } else {
-        let mut value = serde_json::to_value(&found.disk).unwrap_or_default();
-        value["state"] = json!("dead");
+        let mut value = found.disk.shown();
+        value["state"] = json!(list::word(&found));
         value
     };
     if info.json {
@@ -44,6 +44,7 @@ fn show(value: &Value) {
     say!("access      {}", if value["read_only"] == true { "read-only" } else { "read-write" });
     say!("export      {} ({})", text("export"), text("why"));
     say!("data path   {}", text("data_path"));
+    say!("recovery    {}", text("recovery"));
     say!("serial      {}", text("serial"));
     say!("stack       {}", text("stack"));
     for warning in value["warnings"].as_array().into_iter().flatten() {

@@ -5,7 +5,8 @@ use devsplice_core::size::show_size;
 use serde_json::json;
 
 use crate::args::List;
-use crate::{say, state};
+use crate::state::Found;
+use crate::{guard, say, state};
 
 /// Prints the table.
 ///
@@ -17,8 +18,8 @@ pub fn run(list: &List) -> Result<()> {
         let disks: Vec<_> = all
             .iter()
             .map(|found| {
-                let mut disk = serde_json::to_value(&found.disk).unwrap_or_default();
-                disk["state"] = json!(word(found.alive));
+                let mut disk = found.disk.shown();
+                disk["state"] = json!(word(found));
                 disk
             })
             .collect();
@@ -33,7 +34,7 @@ pub fn run(list: &List) -> Result<()> {
             disk.name.clone(),
             disk.device.clone(),
             show_size(disk.size),
-            word(found.alive).to_owned(),
+            word(found).to_owned(),
             disk.pid.to_string(),
             disk.export.clone(),
             disk.data_path.clone(),
@@ -46,8 +47,14 @@ pub fn run(list: &List) -> Result<()> {
     Ok(())
 }
 
-fn word(alive: bool) -> &'static str {
-    if alive { "live" } else { "dead" }
+/// In what state a disk is, as far as that can be known without asking its server.
+pub fn word(found: &Found) -> &'static str {
+    match found {
+        Found { alive: true, disk } if disk.quiesced => "quiesced",
+        Found { alive: true, .. } => "live",
+        Found { disk, .. } if guard::is_kept(disk) => "waiting",
+        Found { .. } => "dead",
+    }
 }
 
 /// Columns as wide as they need to be.

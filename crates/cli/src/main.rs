@@ -12,9 +12,13 @@ mod features;
 mod format;
 mod front;
 mod guard;
+mod hold;
 mod info;
+mod launch;
 mod list;
+mod listen;
 mod papers;
+mod recover;
 mod server;
 mod state;
 mod tell;
@@ -42,6 +46,12 @@ fn run(command: &Command) -> Result<ExitCode> {
     let done = |()| ExitCode::SUCCESS;
     match command {
         Command::Add(add) => add::run(add),
+        Command::Recover(recover) => recover::recover(recover).map(done),
+        Command::Upgrade(upgrade) => recover::upgrade(upgrade).map(done),
+        Command::Quiesce(quiesce) => hold::plain(&quiesce.name, "quiesce").map(done),
+        Command::Resume(resume) => hold::plain(&resume.name, "resume").map(done),
+        Command::Swap(swap) => hold::swap(swap).map(done),
+        Command::Resize(resize) => hold::resize(resize).map(done),
         Command::Del(del) => del::run(del).map(done),
         Command::List(list) => list::run(list).map(done),
         Command::Info(info) => info::run(info).map(done),

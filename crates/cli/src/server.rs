@@ -1,60 +1,51 @@
 //! Answers for the process that serves a disk: start-up, then signals and requests from the control
 //! socket until it is told to stop.
 
-use std::io::{BufRead, BufReader, Read, Write};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
 use devsplice_backends::Access;
 use devsplice_core::{Error, ErrorKind, Result};
-use devsplice_engine::{Served, Stuck};
+use devsplice_engine::Stuck;
 use devsplice_exports::host;
 use devsplice_exports::threads::Service;
-use devsplice_spec::Plan;
+use devsplice_exports::ublk::{self, Fit, Suspended};
+use devsplice_spec::{Kind, Plan};
 use rustix::fs::{Mode, OFlags};
 use serde_json::{Value, json};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
-use signal_hook::iterator::Signals;
+use signal_hook::consts::SIGHUP;
 
-use crate::args::{Add, Export};
+use crate::args::{Add, Export, RecoveryChoice};
 use crate::assemble::assemble;
-use crate::front::Front;
+use crate::front::{self, Front};
 use crate::guard::Guard;
+use crate::listen::{Call, Lines, News};
 use crate::state::{self, Claim, Disk};
 use crate::tell;
 
-/// Most bytes of one request on the control socket.
-const MAX_REQUEST: u64 = 64 << 10;
-/// How long a client may take to send its request or to take the answer.
-const CLIENT_PATIENCE: Duration = Duration::from_secs(5);
 /// How long what is in memory for the disk may take to be written out before it is removed.
 const SYNC_PATIENCE: Duration = Duration::from_secs(120);
 /// The same when it is removed in any case.
 const FORCED_SYNC_PATIENCE: Duration = Duration::from_secs(15);
 
-/// What reaches the main thread.
-enum News {
-    Signal(i32),
-    /// A request of a control client, and where its answer goes.
-    Request(Call, Sender<Value>),
-    /// The disk was removed by somebody else.
-    Ended,
-}
-
-/// What a control client can ask for.
-enum Call {
-    Info,
-    Stop { force: bool },
+/// Whether a disk is served.
+pub(crate) enum Phase {
+    /// It is.
+    Up(Front),
+    /// The kernel holds its requests.
+    Held(Box<Suspended>),
+    /// On the way from one to the other.
+    Between,
 }
 
 /// A disk with its server's surroundings.
 pub struct Server {
-    front: Front,
-    disk: Disk,
-    claim: Claim,
-    guard: Guard,
+    pub(crate) phase: Phase,
+    pub(crate) disk: Disk,
+    pub(crate) plan: Plan,
+    pub(crate) claim: Claim,
+    pub(crate) guard: Guard,
+    pub(crate) lines: Lines,
     news: Receiver<News>,
 }
 
@@ -66,10 +57,10 @@ impl Server {
     pub fn start(
         add: &Add,
         plan: &Plan,
-        choice: (Export, String),
+        (export, why): (Export, String),
         mut guard: Guard,
     ) -> Result<Server> {
-        let mut claim = match Claim::take(add.name.as_deref()) {
+        let claim = match Claim::take(add.name.as_deref()) {
             Ok(claim) => claim,
             Err(error) => {
                 guard.dismiss();
@@ -77,71 +68,117 @@ impl Server {
             }
         };
         guard.name(&claim.name);
-        match Server::prepare(add, plan, choice, &mut claim) {
-            Ok((front, disk, news)) => {
-                let mut server = Server { front, disk, claim, guard, news };
-                match server.claim.write(&server.disk) {
-                    Ok(()) => Ok(server),
-                    Err(error) => {
-                        let _ = server.close();
-                        Err(error)
+        let name = claim.name.clone();
+        let made = lasting(add, plan).and_then(|add| {
+            let disk = Disk {
+                name: name.clone(),
+                export: if export == Export::Fuse { "fuse" } else { "ublk" }.to_owned(),
+                why,
+                read_only: add.read_only,
+                serial: add.serial.clone(),
+                made_with: Some(add.clone()),
+                ..Disk::default()
+            };
+            Server::make(plan, disk, claim, |service, disk, claim| {
+                // From now on somebody would have to clear up if this process died: so that is
+                // written before the disk is there, which may take as long as a look for
+                // partitions does.
+                let mut on_made = |number| {
+                    match export {
+                        Export::Fuse => disk.fuse_connection = Some(number),
+                        _ => disk.ublk_id = Some(number),
                     }
-                }
-            }
-            Err(error) => {
+                    let _ = claim.write(disk);
+                };
+                Front::attach(&add, &name, export, service, &mut on_made)
+            })
+            .map_err(|(claim, error)| {
                 claim.remove();
+                error
+            })
+        });
+        match made {
+            Ok(parts) => Ok(parts.guarded(guard)),
+            Err(error) => {
                 guard.dismiss();
                 Err(error)
             }
         }
     }
 
-    fn prepare(
-        add: &Add,
-        plan: &Plan,
-        (export, why): (Export, String),
-        claim: &mut Claim,
-    ) -> Result<(Front, Disk, Receiver<News>)> {
-        let assembled = assemble(plan, Access::Serve)?;
-        let mut warnings = assembled.warnings();
-        let limits = *assembled.stack.limits();
-        let (stack, bottoms) = assembled.into_parts();
-        let (news_in, news) = channel();
-        let name = claim.name.clone();
-        let listener = listen(&name)?;
-        let signals = Signals::new([SIGTERM, SIGINT, SIGQUIT, SIGHUP])
-            .map_err(|error| Error::os("signal handlers", &error))?;
-        let mut disk = Disk {
-            name: name.clone(),
-            export: if export == Export::Fuse { "fuse" } else { "ublk" }.to_owned(),
-            why,
-            pid: std::process::id(),
-            size: limits.size,
-            block: limits.block,
-            read_only: add.read_only || limits.read_only,
-            serial: add.serial.clone(),
-            stack: plan.to_expression(),
-            ..Disk::default()
-        };
-        let service =
-            Service { stack, bottoms, on_stuck: report_stuck, on_event: report, on_death: die };
-        // From now on somebody would have to clear up if this process died: so that is written
-        // before the disk is there, which may take as long as a look for partitions does.
-        let mut on_made = |number| {
-            match export {
-                Export::Fuse => disk.fuse_connection = Some(number),
-                _ => disk.ublk_id = Some(number),
+    /// Serves a disk again whose server is gone. `left` is what that one wrote of it, `claim` the
+    /// right to it.
+    ///
+    /// # Errors
+    /// If it cannot be taken over; the disk is then as it was, and so is what is known of it.
+    pub fn take_over(claim: Claim, left: &Disk, mut guard: Guard) -> Result<Server> {
+        guard.name(&claim.name);
+        let made = (|| {
+            let plan = left.plan()?;
+            let id = left.ublk_id.ok_or_else(|| Error::invalid(&left.name, "is no ublk disk"))?;
+            let add = left.made_with.as_ref();
+            let add = add.ok_or_else(|| Error::invalid(&left.name, "its options are lost"))?;
+            // Queues and their depth are as they were; the kernel knows them.
+            let options = front::options(add, 0, add.threads.unwrap_or(u16::MAX));
+            Ok((plan, id, options))
+        })();
+        let (plan, id, options) = match made {
+            Ok(made) => made,
+            Err(error) => {
+                guard.dismiss();
+                return Err(error);
             }
-            let _ = claim.write(&disk);
         };
-        let front = Front::attach(add, &name, export, service, &mut on_made)?;
-        warnings.extend(front.crew().warnings.iter().cloned());
+        let mut disk = left.clone();
+        disk.quiesced = false;
+        let made = Server::make(&plan, disk, claim, |service, disk, claim| {
+            let suspended = Suspended::find(id, &options)?;
+            // Whoever comes after this process has to know it.
+            claim.write(disk)?;
+            let resumed = suspended.resume(service, Fit::Same);
+            resumed.map(|device| Front::Ublk(Box::new(device))).map_err(|(_, error)| error)
+        });
+        match made {
+            Ok(parts) => Ok(parts.guarded(guard)),
+            Err((mut claim, error)) => {
+                let _ = claim.write(left);
+                guard.dismiss();
+                Err(error)
+            }
+        }
+    }
+
+    /// Opens the stack, has `attach` make a front end of it, and starts what serves people.
+    fn make(
+        plan: &Plan,
+        mut disk: Disk,
+        mut claim: Claim,
+        attach: impl FnOnce(Service, &mut Disk, &mut Claim) -> Result<Front>,
+    ) -> Result<Parts, (Claim, Error)> {
+        let made = (|| {
+            let (news_in, news) = channel();
+            let lines = Lines::open(&disk.name, news_in)?;
+            disk.pid = std::process::id();
+            disk.started_ms = state::now_ms();
+            let service = open(plan, &mut disk)?;
+            let front = attach(service, &mut disk, &mut claim)?;
+            Ok((lines, news, front))
+        })();
+        let (mut lines, news, front) = match made {
+            Ok(made) => made,
+            Err(error) => return Err((claim, error)),
+        };
+        disk.warnings.extend(front.crew().warnings.iter().cloned());
         disk.device = front.path().to_owned();
         disk.data_path = front.data_path().to_owned();
-        disk.warnings = warnings;
+        disk.recovery = front.recovery().to_owned();
         make_link(&disk);
-        start_listeners(&front, listener, signals, &news_in);
-        Ok((front, disk, news))
+        lines.serve(front.crew());
+        if let Err(error) = claim.write(&disk) {
+            let _ = front.detach();
+            return Err((claim, error));
+        }
+        Ok(Parts { front, disk, plan: plan.clone(), claim, lines, news })
     }
 
     /// What was made.
@@ -153,12 +190,9 @@ impl Server {
     ///
     /// # Errors
     /// If the disk could not be removed in the end.
-    pub fn run(self) -> Result<()> {
+    pub fn run(mut self) -> Result<()> {
         loop {
             match self.news.recv() {
-                Ok(News::Request(Call::Info, answer)) => {
-                    let _ = answer.send(self.info());
-                }
                 Ok(News::Request(Call::Stop { force }, answer)) => {
                     if !force && let Some(refusal) = self.refusal() {
                         let _ = answer.send(refusal);
@@ -176,15 +210,52 @@ impl Server {
                     std::thread::sleep(Duration::from_millis(20));
                     return done;
                 }
+                Ok(News::Request(Call::HandOver, answer)) => match self.let_go() {
+                    Ok(()) => {
+                        let _ = answer.send(json!({ "result": "handed over" }));
+                        drop(answer);
+                        std::thread::sleep(Duration::from_millis(20));
+                        return Ok(());
+                    }
+                    Err((server, error)) => {
+                        self = *server;
+                        let _ = answer.send(json!({ "error": error.to_string() }));
+                    }
+                },
+                Ok(News::Request(call, answer)) => {
+                    let _ = answer.send(self.answer(call));
+                }
                 Ok(News::Signal(SIGHUP)) => {}
-                Ok(News::Signal(_) | News::Ended) | Err(_) => return self.close(),
+                Ok(News::Ended(crew)) if !self.lines.is_current(crew) => {}
+                Ok(News::Signal(_) | News::Ended(_)) | Err(_) => return self.close(),
             }
+        }
+    }
+
+    fn answer(&mut self, call: Call) -> Value {
+        let done = match call {
+            Call::Info => return self.info(),
+            Call::Quiesce => self.quiesce(),
+            Call::Resume => self.resume(),
+            Call::Swap { stack, labels, shrink } => self.swap(&stack, &labels, shrink),
+            Call::Resize { shrink } => self.resize(shrink),
+            Call::Stop { .. } | Call::HandOver => Err(Error::invalid("request", "out of place")),
+        };
+        match done {
+            Ok(text) => json!({ "result": text }),
+            Err(error) => json!({ "error": error.to_string() }),
         }
     }
 
     /// Why the disk must not be removed now, if so. Otherwise everything written to it is below.
     fn refusal(&self) -> Option<Value> {
         let Disk { name, device, .. } = &self.disk;
+        if !matches!(self.phase, Phase::Up(_)) {
+            return Some(json!({ "error": format!(
+                "{name} ({device}): is quiesced, requests may be waiting; resume it first, or \
+                 --force to lose them"
+            )}));
+        }
         if !host::is_held(device) {
             if host::sync(device, SYNC_PATIENCE) {
                 return None;
@@ -207,13 +278,17 @@ impl Server {
     }
 
     fn info(&self) -> Value {
-        let crew = self.front.crew();
+        let mut info = self.disk.shown();
+        info["held"] = json!(host::is_held(&self.disk.device));
+        let Phase::Up(front) = &self.phase else {
+            info["state"] = json!("quiesced");
+            return json!({ "result": info });
+        };
+        let crew = front.crew();
         let counts: serde_json::Map<String, Value> =
             crew.counts().list().into_iter().map(|(k, v)| (k.to_owned(), v.into())).collect();
-        let mut info = serde_json::to_value(&self.disk).unwrap_or_default();
         info["state"] = json!("live");
         info["threads"] = json!(crew.thread_count());
-        info["held"] = json!(host::is_held(&self.disk.device));
         info["counts"] = Value::Object(counts);
         info["layers"] = tell::layers(&crew.served.stack);
         info["events"] = json!(crew.served.events());
@@ -223,7 +298,8 @@ impl Server {
     /// Writes out what is in memory, then removes the disk in any case.
     fn close(self) -> Result<()> {
         let device = &self.disk.device;
-        if !host::sync(device, FORCED_SYNC_PATIENCE) {
+        let is_up = matches!(self.phase, Phase::Up(_));
+        if is_up && !host::sync(device, FORCED_SYNC_PATIENCE) {
             eprintln!("devsplice: {device}: data in memory could not be written to it");
         }
         self.remove()
@@ -231,9 +307,14 @@ impl Server {
 
     /// Removes the disk and all traces of it.
     fn remove(self) -> Result<()> {
-        let Server { front, claim, guard, .. } = self;
-        match front.detach() {
-            Ok(_) => {
+        let Server { phase, claim, guard, .. } = self;
+        let removed = match phase {
+            Phase::Up(front) => front.detach().map(drop),
+            Phase::Held(suspended) => suspended.remove(),
+            Phase::Between => Ok(()),
+        };
+        match removed {
+            Ok(()) => {
                 claim.remove();
                 guard.dismiss();
                 Ok(())
@@ -242,6 +323,63 @@ impl Server {
             Err(error) => Err(error),
         }
     }
+}
+
+/// A server but for its guard.
+struct Parts {
+    front: Front,
+    disk: Disk,
+    plan: Plan,
+    claim: Claim,
+    lines: Lines,
+    news: Receiver<News>,
+}
+
+impl Parts {
+    fn guarded(self, guard: Guard) -> Server {
+        let Parts { front, disk, plan, claim, lines, news } = self;
+        Server { phase: Phase::Up(front), disk, plan, claim, guard, lines, news }
+    }
+}
+
+/// The options, with a recovery that this stack can have.
+fn lasting(add: &Add, plan: &Plan) -> Result<Add> {
+    let mut add = add.clone();
+    if add.recovery.forced() == Some(ublk::Recovery::Off) {
+        return Ok(add);
+    }
+    if let Some(place) = passing(plan) {
+        if add.recovery != RecoveryChoice::Auto {
+            let reason = "what is in it goes with its server, so the disk has to go, too";
+            return Err(Error::invalid(place, reason).next("--recovery off"));
+        }
+        add.recovery = RecoveryChoice::Off;
+    }
+    Ok(add)
+}
+
+/// A bottom whose content goes with its process.
+pub(crate) fn passing(plan: &Plan) -> Option<&str> {
+    let is_passing = |kind: Kind| match kind {
+        Kind::Source(source) => !devsplice_backends::outlives_process(source.name),
+        Kind::Layer(_) => false,
+    };
+    plan.places.iter().find(|place| is_passing(place.kind)).map(|place| place.label.as_str())
+}
+
+/// Opens a stack to serve it, and writes down what the disk is with it.
+pub(crate) fn open(plan: &Plan, disk: &mut Disk) -> Result<Service> {
+    let assembled = assemble(plan, Access::Serve)?;
+    disk.warnings = assembled.warnings();
+    let limits = *assembled.stack.limits();
+    let asked = disk.made_with.as_ref().is_some_and(|add| add.read_only);
+    disk.size = limits.size;
+    disk.block = limits.block;
+    disk.read_only = asked || limits.read_only;
+    disk.stack = plan.to_expression();
+    disk.labels = plan.labels();
+    let (stack, bottoms) = assembled.into_parts();
+    Ok(Service { stack, bottoms, on_stuck: report_stuck, on_event: report, on_death: die })
 }
 
 fn report_stuck(stuck: &Stuck) {
@@ -262,8 +400,8 @@ fn report(text: &str) {
 
 /// An I/O thread cannot go on: the device is lost. The guard cleans up.
 #[allow(clippy::needless_pass_by_value)]
-fn die(error: Error) {
-    eprintln!("devsplice: {error}; the device is gone");
+pub(crate) fn die(error: Error) {
+    eprintln!("devsplice: {error}; this process ends");
     std::process::exit(1);
 }
 
@@ -275,108 +413,6 @@ fn make_link(disk: &Disk) {
     let _ = std::fs::remove_file(&link);
     // A convenience: where /dev cannot be written to, the node itself is still there.
     let _ = std::os::unix::fs::symlink(&disk.device, &link);
-}
-
-fn listen(name: &str) -> Result<UnixListener> {
-    let path = state::path(name, "sock");
-    let _ = std::fs::remove_file(&path);
-    UnixListener::bind(&path).map_err(|error| Error::os(path.display().to_string(), &error))
-}
-
-fn start_listeners(
-    front: &Front,
-    listener: UnixListener,
-    mut signals: Signals,
-    news: &Sender<News>,
-) {
-    let spawn = |name: &str, body: Box<dyn FnOnce() + Send>| {
-        let thread = std::thread::Builder::new().name(name.to_owned()).stack_size(128 << 10);
-        if let Err(error) = thread.spawn(body) {
-            eprintln!("devsplice: thread {name}: {error}");
-        }
-    };
-    let out = news.clone();
-    spawn(
-        "signals",
-        Box::new(move || {
-            for signal in signals.forever() {
-                let _ = out.send(News::Signal(signal));
-            }
-        }),
-    );
-    let (out, served) = (news.clone(), front.crew().served.clone());
-    spawn(
-        "control",
-        Box::new(move || {
-            for client in listener.incoming().flatten() {
-                let _ = talk(client, &out, &served);
-            }
-        }),
-    );
-    let out = news.clone();
-    if let Some(end) = front.crew().take_end() {
-        spawn(
-            "end",
-            Box::new(move || {
-                let _ = end.recv();
-                let _ = out.send(News::Ended);
-            }),
-        );
-    }
-}
-
-/// Serves one request of a control client: a line of JSON-RPC 2.0 each way.
-fn talk(client: UnixStream, news: &Sender<News>, served: &Arc<Served>) -> std::io::Result<()> {
-    client.set_read_timeout(Some(CLIENT_PATIENCE))?;
-    client.set_write_timeout(Some(CLIENT_PATIENCE))?;
-    let mut line = String::new();
-    BufReader::new((&client).take(MAX_REQUEST)).read_line(&mut line)?;
-    let request: Value = serde_json::from_str(&line).unwrap_or_default();
-    if request["method"] == "tell" {
-        // A layer may take its time; others are served meanwhile.
-        let served = Arc::clone(served);
-        let body = move || {
-            let _ = reply(&client, &request, tell::answer(&served, &request["params"]));
-        };
-        let thread = std::thread::Builder::new().name("tell".to_owned()).stack_size(128 << 10);
-        return thread.spawn(body).map(drop);
-    }
-    let answer = match parse(&request) {
-        Ok(call) => ask(call, news),
-        Err(error) => json!({ "error": error.to_string() }),
-    };
-    reply(&client, &request, answer)
-}
-
-fn reply(mut client: &UnixStream, request: &Value, mut answer: Value) -> std::io::Result<()> {
-    answer["jsonrpc"] = json!("2.0");
-    answer["id"] = request["id"].clone();
-    if let Some(text) = answer["error"].as_str() {
-        answer["error"] = json!({ "code": -32000, "message": text });
-    }
-    client.write_all(format!("{answer}\n").as_bytes())
-}
-
-fn parse(request: &Value) -> Result<Call> {
-    match request["method"].as_str() {
-        Some("info") => Ok(Call::Info),
-        Some("stop") => {
-            Ok(Call::Stop { force: request["params"]["force"].as_bool().unwrap_or(false) })
-        }
-        Some(other) => {
-            Err(Error::invalid(format!("method `{other}`"), "unknown").next("info, stop, tell"))
-        }
-        None => Err(Error::invalid("request", "is no JSON-RPC 2.0 with a method, on one line")),
-    }
-}
-
-fn ask(call: Call, news: &Sender<News>) -> Value {
-    let (answer, reply) = channel();
-    let gone = || json!({ "error": "the server is stopping" });
-    match news.send(News::Request(call, answer)) {
-        Ok(()) => reply.recv().unwrap_or_else(|_| gone()),
-        Err(_) => gone(),
-    }
 }
 
 /// Lets go of the terminal: standard input and output become /dev/null, standard error goes to the

@@ -10,8 +10,14 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::PathBuf;
 
 use devsplice_core::{Error, ErrorKind, Result};
+use devsplice_spec::Plan;
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::args::Add;
+use crate::assemble::CATALOG;
+use crate::guard;
 
 /// What a disk is.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -43,8 +49,55 @@ pub struct Disk {
     pub serial: Option<String>,
     /// The stack as one line.
     pub stack: String,
+    /// What messages and `tell` call its places, in the stack's order.
+    #[serde(default)]
+    pub labels: Vec<String>,
+    /// What becomes of it when its server dies.
+    #[serde(default)]
+    pub recovery: String,
+    /// Whether it was quiesced, so that the kernel holds its requests.
+    #[serde(default)]
+    pub quiesced: bool,
+    /// How often in a row its server died within [`SETTLED_MS`] of its start.
+    #[serde(default)]
+    pub restarts: u32,
+    /// When its server started, in milliseconds since 1970.
+    #[serde(default)]
+    pub started_ms: u64,
+    /// The options that it was made with.
+    #[serde(default)]
+    pub made_with: Option<Add>,
     /// What is not as one would wish.
     pub warnings: Vec<String>,
+}
+
+/// Milliseconds after which a server's death is not the start's fault.
+pub const SETTLED_MS: u64 = 1000;
+
+impl Disk {
+    /// Its stack as a plan.
+    ///
+    /// # Errors
+    /// If a file of it is used twice by now, or this program does not know a layer of it.
+    pub fn plan(&self) -> Result<Plan> {
+        Ok(Plan::parse(&self.stack, &CATALOG)?.labelled(&self.labels))
+    }
+
+    /// Whether the kernel keeps it when its server dies.
+    pub fn outlives_server(&self) -> bool {
+        self.ublk_id.is_some() && !matches!(self.recovery.as_str(), "" | "off")
+    }
+
+    /// What of it people may want to read.
+    pub fn shown(&self) -> Value {
+        let mut value = serde_json::to_value(self).unwrap_or_default();
+        if let Some(fields) = value.as_object_mut() {
+            for own in ["made_with", "labels"] {
+                fields.remove(own);
+            }
+        }
+        value
+    }
 }
 
 /// Where state lives: DEVSPLICE_RUN, for tests, else /run/devsplice.
@@ -60,6 +113,26 @@ pub fn path(name: &str, ending: &str) -> PathBuf {
 /// Where a disk's node can be found by its name.
 pub fn link(name: &str) -> PathBuf {
     PathBuf::from("/dev/devsplice").join(name)
+}
+
+/// Milliseconds since 1970.
+pub fn now_ms() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    now.map_or(0, |now| u64::try_from(now.as_millis()).unwrap_or(u64::MAX))
+}
+
+/// Says that the disk is to go, whatever its server was made for.
+///
+/// # Errors
+/// If that cannot be written down.
+pub fn doom(name: &str) -> Result<()> {
+    let path = path(name, "doomed");
+    File::create(&path).map(drop).map_err(|error| Error::os(path.display().to_string(), &error))
+}
+
+/// Whether it is to go.
+pub fn is_doomed(name: &str) -> bool {
+    path(name, "doomed").exists()
 }
 
 /// Makes the directory of links and the one of state.
@@ -96,7 +169,7 @@ pub struct Claim {
 
 impl Claim {
     /// Takes `name`, or the first free of d0, d1, ... What a dead server left under it is cleaned
-    /// up.
+    /// up, unless the kernel keeps its disk: that is not for a new one to lose.
     ///
     /// # Errors
     /// If the name is taken.
@@ -104,14 +177,24 @@ impl Claim {
         make_dirs()?;
         if let Some(name) = name {
             check_name(name)?;
-            return Claim::try_take(name)?.ok_or_else(|| {
-                Error::new(ErrorKind::Busy, format!("`{name}`"), "is the name of a running disk")
-                    .next(format!("devsplice del {name}, or choose another --name"))
-            });
+            let taken = |reason: &str| Error::new(ErrorKind::Busy, format!("`{name}`"), reason);
+            return match Claim::hold(name)? {
+                Some((_, Some(left))) if guard::is_kept(&left) => {
+                    let reason = "is the name of a disk whose server is gone; the kernel keeps it";
+                    Err(taken(reason).next(format!(
+                        "devsplice recover {name}, or devsplice del {name}; or another --name"
+                    )))
+                }
+                Some(held) => Ok(cleaned(held)),
+                None => Err(taken("is the name of a running disk")
+                    .next(format!("devsplice del {name}, or choose another --name"))),
+            };
         }
         for number in 0..65_536 {
-            if let Some(claim) = Claim::try_take(&format!("d{number}"))? {
-                return Ok(claim);
+            match Claim::hold(&format!("d{number}"))? {
+                Some((_, Some(left))) if guard::is_kept(&left) => {}
+                Some(held) => return Ok(cleaned(held)),
+                None => {}
             }
         }
         Err(Error::new(ErrorKind::Busy, "names", "d0 to d65535 are all taken"))
@@ -122,6 +205,14 @@ impl Claim {
     /// # Errors
     /// If the state file cannot be opened.
     pub fn try_take(name: &str) -> Result<Option<Claim>> {
+        Ok(Claim::hold(name)?.map(cleaned))
+    }
+
+    /// Takes `name` unless a server has it, with what a dead one left under it.
+    ///
+    /// # Errors
+    /// If the state file cannot be opened.
+    pub fn hold(name: &str) -> Result<Option<(Claim, Option<Disk>)>> {
         let path = path(name, "json");
         let os = |error| Error::os(path.display().to_string(), &error);
         let mut options = OpenOptions::new();
@@ -141,10 +232,8 @@ impl Claim {
             };
             if !is_ghost {
                 let mut claim = Claim { file, name: name.to_owned() };
-                if let Some(left) = claim.read() {
-                    crate::guard::clean(&left);
-                }
-                return Ok(Some(claim));
+                let left = claim.read();
+                return Ok(Some((claim, left)));
             }
         }
         Ok(None)
@@ -174,10 +263,18 @@ impl Claim {
     /// Removes all state of the disk, and the link to its node.
     pub fn remove(self) {
         let _ = std::fs::remove_file(link(&self.name));
-        for ending in ["sock", "log", "json"] {
+        for ending in ["sock", "log", "doomed", "json"] {
             let _ = std::fs::remove_file(path(&self.name, ending));
         }
     }
+}
+
+/// A claim, after cleaning up what the last server left.
+fn cleaned((claim, left): (Claim, Option<Disk>)) -> Claim {
+    if let Some(left) = left {
+        guard::clean(&left);
+    }
+    claim
 }
 
 /// Locks a state file, unless a server has. Who only looks (`list`) has it for a moment, which is

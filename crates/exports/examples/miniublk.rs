@@ -13,7 +13,7 @@ use devsplice_core::prelude::*;
 use devsplice_core::size::parse_size;
 use devsplice_core::{BackendId, StackBuilder};
 use devsplice_exports::threads::{Bottom, Service};
-use devsplice_exports::ublk::{Device, Options};
+use devsplice_exports::ublk::{Device, Options, Recovery};
 use devsplice_uring::FileKind;
 
 /// Swaps the halves of a device: a layer that no user needs and every author understands.
@@ -97,6 +97,7 @@ fn main() -> Result<()> {
         part_scan: false,
         affinity: true,
         stuck_seconds: 30,
+        recovery: Some(Recovery::Off),
     };
     let stack = Arc::new(builder.finish(top));
     let on_stuck = |stuck: &devsplice_engine::Stuck| eprintln!("miniublk: {stuck:?}");

@@ -53,6 +53,7 @@ impl Disk {
                 part_scan: false,
                 affinity: false,
                 stuck_seconds: STUCK_SECONDS,
+                recovery: Some(ublk::Recovery::Off),
             };
             let device = ublk::Device::attach(&options, service, &mut |_| {})?;
             return Ok(Disk::Ublk(Box::new(device)));

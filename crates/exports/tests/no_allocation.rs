@@ -168,6 +168,7 @@ fn on_ublk() -> bool {
             part_scan: false,
             affinity: true,
             stuck_seconds: 30,
+            recovery: Some(ublk::Recovery::Off),
         };
         let device = ublk::Device::attach(&options, service(with_bytes), &mut |_| {}).unwrap();
         flow(device.path(), device.crew());

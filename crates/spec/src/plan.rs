@@ -71,6 +71,44 @@ impl Plan {
         Plan::parse_toml(&text, catalog).map_err(|error| error.within(arg))
     }
 
+    /// The same stack with the paths of its files seen from the root, given that they were typed in
+    /// `dir`: it means the same to a process elsewhere, later.
+    ///
+    /// # Errors
+    /// If a path so becomes one that its driver does not take.
+    pub fn anchored(mut self, dir: &Path) -> Result<Plan> {
+        for place in &mut self.places {
+            let Kind::Source(source) = place.kind else { continue };
+            if source.main_key != Some("path") {
+                continue;
+            }
+            for (_, path) in place.given.iter_mut().filter(|(key, _)| key == "path") {
+                if Path::new(path).is_relative() {
+                    *path = dir.join(&path).to_string_lossy().into_owned();
+                }
+            }
+            place.args = Args::new(source.name, source.keys, &place.given)?;
+        }
+        Ok(self)
+    }
+
+    /// What messages and commands call the places, in their order; [`Plan::labelled`] takes it.
+    #[must_use]
+    pub fn labels(&self) -> Vec<String> {
+        self.places.iter().map(|place| place.label.clone()).collect()
+    }
+
+    /// The plan with other labels, as far as they are as many as it has places.
+    #[must_use]
+    pub fn labelled(mut self, labels: &[String]) -> Plan {
+        if labels.len() == self.places.len() {
+            for (place, label) in self.places.iter_mut().zip(labels) {
+                place.label.clone_from(label);
+            }
+        }
+        self
+    }
+
     /// The same stack as one line, in the one form that equal stacks share. Names are lost.
     #[must_use]
     pub fn to_expression(&self) -> String {

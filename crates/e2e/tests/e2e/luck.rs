@@ -167,7 +167,8 @@ fn errors(kind: Kind) -> Outcome {
 /// A disk over two files with fio at work on it.
 fn disk_under_load(room: &Room, kind: Kind, seconds: u64) -> (Disk<'_>, Running) {
     let [a, b] = ["a", "b"].map(|name| room.file(name, 8 * MIB));
-    let disk = room.add(kind, &format!("stripe({a}, {b})"), &[]);
+    let stack = format!("stripe({a}, {b})");
+    let disk = room.add(kind, &stack, &["--recovery", "off"]);
     let before = disk.count("requests");
     let fio = load(room, &disk.node, seconds);
     wait_until(30, "requests", || disk.count("requests") > before + 200);
@@ -258,7 +259,7 @@ fn mounted_disk(
 ) -> Result<(Disk<'_>, std::path::PathBuf), devsplice_e2e::Skip> {
     need_tool("mkfs.ext4")?;
     need(kernel_has_file_system("ext4"), "this kernel mounts no ext4")?;
-    let disk = room.add(kind, &room.file("a", 32 * MIB), &[]);
+    let disk = room.add(kind, &room.file("a", 32 * MIB), &["--recovery", "off"]);
     let node = disk.node.to_string_lossy().into_owned();
     call("mkfs.ext4", ["-q", "-F", &node]).ok();
     let at = room.mount_point("mnt");
@@ -299,7 +300,7 @@ fn killed_mounted(kind: Kind) -> Outcome {
 fn both_killed(kind: Kind, by_del: bool) -> Outcome {
     let room = Room::new();
     let file = room.file("a", 4 * MIB);
-    let disk = room.add(kind, &file, &[]);
+    let disk = room.add(kind, &file, &["--recovery", "off"]);
     let (guard, server) = (disk.guard(), disk.server());
     guard.signal(Signal::KILL);
     wait_until(5, "the end of the guard", || !guard.lives());

@@ -14,6 +14,7 @@ mod luck;
 mod manners;
 mod mirror;
 mod reach;
+mod recover;
 mod replay;
 mod verify;
 
@@ -86,6 +87,7 @@ fn groups() -> Vec<Group> {
             }
         }
         reach::add(&mut group, kind);
+        recover::add(&mut group, kind, kind == home);
         groups.push(group);
     }
     if mode() == Mode::Native && Kind::Ublk(PATHS[3]).gate().is_err() {

@@ -137,7 +137,7 @@ fn killed(kind: Kind) -> Outcome {
     let room = Room::new();
     let [_, _, mirror] = formatted(&room);
     for round in 0..3 {
-        let disk = room.add(kind, &mirror, &["--no-part-scan"]);
+        let disk = room.add(kind, &mirror, &["--no-part-scan", "--recovery", "off"]);
         in_sync(&disk);
         all_equal(&room, &disk);
         let fio = load(&room, &disk.node, 30);

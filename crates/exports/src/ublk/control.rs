@@ -114,11 +114,43 @@ impl Control {
         self.send("SET_PARAMS", ctrl::SET_PARAMS, device(id), Some(params.as_mut_bytes()))
     }
 
+    /// What the driver was told about a disk.
+    pub(crate) fn params(&mut self, id: u32) -> Result<Params> {
+        let len = u32::try_from(size_of::<Params>()).unwrap_or(0);
+        let mut params = Params { len, ..Params::default() };
+        self.send("GET_PARAMS", ctrl::GET_PARAMS, device(id), Some(params.as_mut_bytes()))?;
+        Ok(params)
+    }
+
+    /// Says that a new server takes a device over. Refused as busy until the last one has let go of
+    /// everything: its descriptors, its rings and what they had in flight.
+    pub(crate) fn start_recovery(&mut self, id: u32) -> Result<()> {
+        self.send("START_USER_RECOVERY", ctrl::START_USER_RECOVERY, device(id), None)
+    }
+
+    /// The new server is there: held requests come to it. All queues must have been fetched from;
+    /// waits for that.
+    pub(crate) fn end_recovery(&mut self, id: u32) -> Result<()> {
+        self.send("END_USER_RECOVERY", ctrl::END_USER_RECOVERY, as_server(id), None)
+    }
+
+    /// Has new requests wait in the kernel, and ends the fetches that wait for one. What is being
+    /// served can still be finished; the commits of that wait again, until this is called again.
+    pub(crate) fn quiesce(&mut self, id: u32, limit: Duration) -> Result<()> {
+        let data = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
+        let command = CtrlCmd { data, ..device(id) };
+        self.send("QUIESCE_DEV", ctrl::QUIESCE_DEV, command, None)
+    }
+
+    /// Changes a disk's size, in sectors of 512 bytes; users are told by a uevent.
+    pub(crate) fn update_size(&mut self, id: u32, sectors: u64) -> Result<()> {
+        let command = CtrlCmd { data: sectors, ..device(id) };
+        self.send("UPDATE_SIZE", ctrl::UPDATE_SIZE, command, None)
+    }
+
     /// Makes the disk appear. All queues must have been fetched from; waits for that.
     pub(crate) fn start(&mut self, id: u32) -> Result<()> {
-        let pid = rustix::process::getpid().as_raw_nonzero().get();
-        let data = u64::try_from(pid).unwrap_or(0);
-        self.send("START_DEV", ctrl::START_DEV, CtrlCmd { data, ..device(id) }, None)
+        self.send("START_DEV", ctrl::START_DEV, as_server(id), None)
     }
 
     /// Removes the disk; waits for I/O in flight, which must be served meanwhile.
@@ -180,6 +212,12 @@ fn none() -> CtrlCmd {
 
 fn device(dev_id: u32) -> CtrlCmd {
     CtrlCmd { dev_id, queue_id: u16::MAX, ..CtrlCmd::default() }
+}
+
+/// A command about a device from the process that serves it.
+fn as_server(id: u32) -> CtrlCmd {
+    let pid = rustix::process::getpid().as_raw_nonzero().get();
+    CtrlCmd { data: u64::try_from(pid).unwrap_or(0), ..device(id) }
 }
 
 fn explain(thing: String, errno: Errno) -> Error {

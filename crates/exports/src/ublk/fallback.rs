@@ -41,6 +41,7 @@ mod tests {
             part_scan: false,
             affinity: false,
             stuck_seconds: 30,
+            recovery: Some(Recovery::Off),
         }
     }
 

@@ -8,23 +8,27 @@ pub mod imitation;
 mod map;
 mod params;
 mod queue;
+mod recovery;
 mod uapi;
 
 use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use devsplice_core::{Error, ErrorKind, Result};
+use devsplice_core::{Error, ErrorKind, Result, Stack};
 use devsplice_engine::{Counts, Export};
 use devsplice_uring::{FileKind, LaneMemory, RingFile, Uring};
 use rustix::fs::OFlags;
 use rustix::thread::CpuSet;
 
 pub use control::{CONTROL, Control, available};
+pub use recovery::{Fit, Recovery, Suspended};
 
 use crate::threads::{Crew, OnMade, Service, Shape, Work};
 use queue::{Queue, QueueConfig};
-use uapi::{DevInfo, F_AUTO_BUF_REG, F_NO_AUTO_PART_SCAN, F_USER_COPY, F_ZERO_COPY};
+use uapi::{
+    DevInfo, F_AUTO_BUF_REG, F_NO_AUTO_PART_SCAN, F_UPDATE_SIZE, F_USER_COPY, F_ZERO_COPY, Params,
+};
 
 /// How a request's data reaches its place. Best first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,6 +78,16 @@ impl DataPath {
         }
     }
 
+    /// The path of a device that was made with these flags.
+    const fn of(flags: u64) -> DataPath {
+        match flags {
+            flags if flags & F_AUTO_BUF_REG != 0 => DataPath::AutoRegister,
+            flags if flags & F_ZERO_COPY != 0 => DataPath::Register,
+            flags if flags & F_USER_COPY != 0 => DataPath::UserCopy,
+            _ => DataPath::Copy,
+        }
+    }
+
     /// The paths that a kernel with these features has, best first.
     #[must_use]
     pub fn offered(features: u64) -> Vec<DataPath> {
@@ -109,6 +123,8 @@ pub struct Options {
     pub affinity: bool,
     /// Seconds after which a request is reported as stuck; 0 for never.
     pub stuck_seconds: u32,
+    /// What becomes of the disk when its server dies; `None` for the best that the kernel has.
+    pub recovery: Option<Recovery>,
 }
 
 /// What is done to a ring that will serve queues.
@@ -124,11 +140,17 @@ const MIN_IO: u32 = 16 << 10;
 /// How long the character device may take to appear, or to be let go.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// A disk that is being served.
-pub struct Device {
+/// A device as the kernel made it, and how it is served.
+struct Made {
     control: Control,
     info: DevInfo,
     data_path: DataPath,
+    options: Options,
+}
+
+/// A disk that is being served.
+pub struct Device {
+    made: Made,
     path: String,
     crew: Crew,
 }
@@ -161,44 +183,32 @@ impl Device {
         let in_memory = service.bottoms.iter().any(crate::threads::Bottom::needs_memory);
         let usable = if in_memory { !(F_ZERO_COPY | F_AUTO_BUF_REG) } else { !0 };
         let data_path = choose_path(options.data_path, control.features() & usable)?;
+        let recovery = recovery::choose(options.recovery, control.features())?;
         let stable_writes = service.stack.limits().stable_writes;
-        let info = control.add(wish(options, data_path, control.features()))?;
+        let info = control.add(wish(options, (data_path, recovery), control.features()))?;
         on_made(info.dev_id);
-        let lost = data_path.flags() & !info.flags;
+        let lost = (data_path.flags() | recovery.flags()) & !info.flags;
         if lost != 0 {
             let _ = control.delete(info.dev_id);
             let reason = format!("the kernel took no {data_path} path (flags {lost:#x} refused)");
             return Err(Error::new(ErrorKind::Unsupported, "ublk", reason)
                 .next("--data-path auto, and report this kernel"));
         }
-        let started = (|| {
-            let limits = service.stack.limits();
-            let read_only = options.read_only || limits.read_only;
-            let params = params::params(
-                limits,
-                read_only,
-                max_io(&info, data_path),
-                data_path.copies() == 0,
-            );
-            control.set_params(info.dev_id, params)?;
-            let file = open_char(info.dev_id)?;
-            let shape = shape(options, &info, data_path);
-            let cpus = if options.affinity { queue_cpus(&mut control, &info) } else { Vec::new() };
-            let make = queue_maker(file, &info, (data_path, control.is_encoded()), prepare);
-            let cpus = Box::new(move |queue: u16| cpus.get(usize::from(queue)).copied().flatten());
-            Crew::start(shape, Work { service, make, cpus })
-        })();
+        let mut made = Made { control, info, data_path, options: options.clone() };
+        let id = info.dev_id;
+        let params = made.params(&service.stack);
+        let started =
+            made.control.set_params(id, params).and_then(|()| made.crew(service, prepare));
         let crew = match started {
             Ok(crew) => crew,
             Err(error) => {
-                let _ = control.stop(info.dev_id);
-                let _ = control.delete(info.dev_id);
+                let _ = made.control.stop(id);
+                let _ = made.control.delete(id);
                 return Err(error);
             }
         };
-        let path = format!("/dev/ublkb{}", info.dev_id);
-        let mut device = Device { control, info, data_path, path, crew };
-        match device.control.start(device.info.dev_id) {
+        let mut device = Device { made, path: node(id), crew };
+        match device.made.control.start(id) {
             Ok(()) => {
                 if stable_writes && data_path.copies() == 0 {
                     device.keep_pages_stable();
@@ -216,7 +226,7 @@ impl Device {
     /// one and have to be the same. There is no parameter for it (`BLK_FEAT_STABLE_WRITES`,
     /// include/linux/blkdev.h).
     fn keep_pages_stable(&mut self) {
-        let file = format!("/sys/block/ublkb{}/queue/stable_writes", self.info.dev_id);
+        let file = format!("/sys/block/ublkb{}/queue/stable_writes", self.id());
         if let Err(error) = std::fs::write(&file, "1") {
             self.crew.warnings.push(format!("{file}: {error}; legs may come to differ"));
         }
@@ -231,19 +241,25 @@ impl Device {
     /// The device's number.
     #[must_use]
     pub fn id(&self) -> u32 {
-        self.info.dev_id
+        self.made.info.dev_id
     }
 
     /// The data path in use.
     #[must_use]
     pub fn data_path(&self) -> DataPath {
-        self.data_path
+        self.made.data_path
+    }
+
+    /// What becomes of the disk when its server dies.
+    #[must_use]
+    pub fn recovery(&self) -> Recovery {
+        Recovery::of(self.made.info.flags)
     }
 
     /// Queues and their depth, as the kernel made them.
     #[must_use]
     pub fn queues(&self) -> (u16, u16) {
-        (self.info.nr_hw_queues, self.info.queue_depth)
+        (self.made.info.nr_hw_queues, self.made.info.queue_depth)
     }
 
     /// The threads that serve it.
@@ -258,7 +274,7 @@ impl Device {
     /// # Errors
     /// If the driver hangs, or something else keeps the device; it says which step.
     pub fn detach(self) -> Result<Counts> {
-        let Device { mut control, info, crew, .. } = self;
+        let Device { made: Made { mut control, info, .. }, crew, .. } = self;
         let stopped = control.stop(info.dev_id);
         let end = Instant::now() + PATIENCE;
         while !crew.is_over() {
@@ -278,6 +294,34 @@ impl Device {
     }
 }
 
+impl Made {
+    /// What the kernel is told of a disk of this stack.
+    fn params(&self, stack: &Stack) -> Params {
+        let limits = stack.limits();
+        let read_only = self.options.read_only || limits.read_only;
+        let max_io = max_io(&self.info, self.data_path);
+        params::params(limits, read_only, max_io, self.data_path.copies() == 0)
+    }
+
+    /// Opens the device and has threads fetch from all its queues.
+    fn crew(&mut self, service: Service, prepare: Prepare) -> Result<Crew> {
+        let info = self.info;
+        let file = open_char(info.dev_id)?;
+        let shape = shape(&self.options, &info, self.data_path);
+        let affinity = self.options.affinity;
+        let cpus = if affinity { queue_cpus(&mut self.control, &info) } else { Vec::new() };
+        let path = (self.data_path, self.control.is_encoded());
+        let make = queue_maker(file, &info, path, prepare);
+        let cpus = Box::new(move |queue: u16| cpus.get(usize::from(queue)).copied().flatten());
+        Crew::start(shape, Work { service, make, cpus })
+    }
+}
+
+/// Where the disk is.
+fn node(id: u32) -> String {
+    format!("/dev/ublkb{id}")
+}
+
 fn choose_path(asked: Option<DataPath>, features: u64) -> Result<DataPath> {
     let offered = DataPath::offered(features);
     match asked {
@@ -292,14 +336,15 @@ fn choose_path(asked: Option<DataPath>, features: u64) -> Result<DataPath> {
     }
 }
 
-fn wish(options: &Options, path: DataPath, features: u64) -> DevInfo {
+fn wish(options: &Options, (path, recovery): (DataPath, Recovery), features: u64) -> DevInfo {
+    let extras = (recovery.extras() | F_UPDATE_SIZE) & features;
     let no_scan = if options.part_scan { 0 } else { F_NO_AUTO_PART_SCAN & features };
     DevInfo {
         nr_hw_queues: options.queues.max(1),
         queue_depth: options.depth.clamp(1, 4096),
         max_io_buf_bytes: MAX_IO,
         dev_id: options.id.unwrap_or(u32::MAX),
-        flags: path.flags() | no_scan,
+        flags: path.flags() | recovery.flags() | extras | no_scan,
         ..DevInfo::default()
     }
 }

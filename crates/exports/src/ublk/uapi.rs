@@ -11,8 +11,13 @@ pub(crate) mod ctrl {
     pub(crate) const START_DEV: u32 = 0xC020_7506;
     pub(crate) const STOP_DEV: u32 = 0xC020_7507;
     pub(crate) const SET_PARAMS: u32 = 0xC020_7508;
+    pub(crate) const GET_PARAMS: u32 = 0x8020_7509;
+    pub(crate) const START_USER_RECOVERY: u32 = 0xC020_7510;
+    pub(crate) const END_USER_RECOVERY: u32 = 0xC020_7511;
     pub(crate) const GET_FEATURES: u32 = 0x8020_7513;
     pub(crate) const DEL_DEV_ASYNC: u32 = 0x8020_7514;
+    pub(crate) const UPDATE_SIZE: u32 = 0xC020_7515;
+    pub(crate) const QUIESCE_DEV: u32 = 0xC020_7516;
 }
 
 /// Commands of the character device.
@@ -49,9 +54,14 @@ pub(crate) const FEATURES: &[(u32, &str)] = &[
 ];
 
 pub(crate) const F_ZERO_COPY: u64 = 1;
+pub(crate) const F_USER_RECOVERY: u64 = 1 << 3;
+pub(crate) const F_USER_RECOVERY_REISSUE: u64 = 1 << 4;
 pub(crate) const F_IOCTL_ENCODE: u64 = 1 << 6;
 pub(crate) const F_USER_COPY: u64 = 1 << 7;
+pub(crate) const F_USER_RECOVERY_FAIL_IO: u64 = 1 << 9;
+pub(crate) const F_UPDATE_SIZE: u64 = 1 << 10;
 pub(crate) const F_AUTO_BUF_REG: u64 = 1 << 11;
+pub(crate) const F_QUIESCE: u64 = 1 << 12;
 pub(crate) const F_NO_AUTO_PART_SCAN: u64 = 1 << 18;
 
 /// In `sqe->addr` of a fetch: hand the request over without a slot when the slot cannot be filled.
@@ -129,7 +139,7 @@ pub(crate) struct IoCmd {
 /// `struct ublk_params` as far as devices without zones and integrity need it: header, basic,
 /// discard, devt, zoned (unused), dma alignment, segments.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default, IntoBytes, FromBytes, Immutable)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, IntoBytes, FromBytes, Immutable)]
 pub(crate) struct Params {
     pub(crate) len: u32,
     pub(crate) types: u32,
@@ -166,6 +176,7 @@ pub(crate) struct Params {
 
 pub(crate) const PARAM_BASIC: u32 = 1;
 pub(crate) const PARAM_DISCARD: u32 = 2;
+pub(crate) const PARAM_DEVT: u32 = 4;
 pub(crate) const PARAM_DMA_ALIGN: u32 = 16;
 
 pub(crate) const ATTR_READ_ONLY: u32 = 1;

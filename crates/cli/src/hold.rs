@@ -1,0 +1,212 @@
+//! Answers for changing a disk while it is used: requests wait in the kernel meanwhile. Also for
+//! the commands that ask its server for that.
+
+use std::time::Duration;
+
+use devsplice_backends::Access;
+use devsplice_core::size::show_size;
+use devsplice_core::{Error, ErrorKind, Result};
+use devsplice_exports::ublk::Fit;
+use devsplice_spec::Plan;
+use serde_json::{Value, json};
+
+use crate::args::{Resize, Swap};
+use crate::assemble::{CATALOG, assemble};
+use crate::front::Front;
+use crate::server::{self, Phase, Server};
+use crate::{client, say, state};
+
+/// How long a server may take to finish what is in flight, and to start again.
+const LIMIT: Duration = Duration::from_secs(150);
+
+/// Sends a command without arguments and prints the answer.
+///
+/// # Errors
+/// If there is no such disk, or its server cannot do it.
+pub fn plain(name: &str, method: &str) -> Result<()> {
+    ask(name, method, &json!({}))
+}
+
+/// Has a disk go on with another stack.
+///
+/// # Errors
+/// If the stack makes no sense, or the server cannot do it.
+pub fn swap(swap: &Swap) -> Result<()> {
+    let here = std::env::current_dir().map_err(|error| Error::os("current directory", &error))?;
+    let plan = Plan::load(&swap.stack, &CATALOG)?.anchored(&here)?;
+    let params = json!({
+        "stack": plan.to_expression(), "labels": plan.labels(), "shrink": swap.shrink,
+    });
+    ask(&swap.name, "swap", &params)
+}
+
+/// Has a disk's users told of its size.
+///
+/// # Errors
+/// If the server cannot do it.
+pub fn resize(resize: &Resize) -> Result<()> {
+    ask(&resize.name, "resize", &json!({ "shrink": resize.shrink }))
+}
+
+fn ask(word: &str, method: &str, params: &Value) -> Result<()> {
+    let found = state::find(word)?;
+    let name = &found.disk.name;
+    if !found.alive {
+        let error = Error::new(ErrorKind::NotFound, name, "its server is gone");
+        return Err(error.next(format!("devsplice recover {name} serves it again")));
+    }
+    let answer = client::call(name, method, params, LIMIT)?;
+    say!("{}", answer.as_str().unwrap_or_default());
+    Ok(())
+}
+
+impl Server {
+    fn thing(&self) -> String {
+        format!("{} ({})", self.disk.name, self.disk.device)
+    }
+
+    /// Finishes what is in flight, lets go of the stack. The kernel holds what comes.
+    fn hold(&mut self) -> Result<()> {
+        if let Some(place) = server::passing(&self.plan) {
+            let reason = "what is in it would go with that";
+            return Err(Error::new(ErrorKind::Unsupported, place, reason));
+        }
+        let front = match std::mem::replace(&mut self.phase, Phase::Between) {
+            Phase::Up(front) => front,
+            other => {
+                self.phase = other;
+                return Err(Error::invalid(self.thing(), "is quiesced already"));
+            }
+        };
+        self.lines.pause();
+        match front.suspend() {
+            Ok(suspended) => {
+                self.phase = Phase::Held(Box::new(suspended));
+                Ok(())
+            }
+            Err((Some(front), error)) => {
+                self.lines.serve(front.crew());
+                self.phase = Phase::Up(front);
+                Err(error)
+            }
+            Err((None, error)) => {
+                // Neither served nor held: the guard, or the next recover, makes it whole.
+                server::die(error);
+                std::process::exit(1)
+            }
+        }
+    }
+
+    /// Serves `plan` from now on.
+    fn go_on(&mut self, plan: &Plan, fit: Fit) -> Result<()> {
+        let suspended = match std::mem::replace(&mut self.phase, Phase::Between) {
+            Phase::Held(suspended) => suspended,
+            other => {
+                self.phase = other;
+                return Err(Error::invalid(self.thing(), "is not quiesced"));
+            }
+        };
+        let mut disk = self.disk.clone();
+        let service = match server::open(plan, &mut disk) {
+            Ok(service) => service,
+            Err(error) => {
+                self.phase = Phase::Held(suspended);
+                return Err(error);
+            }
+        };
+        match suspended.resume(service, fit) {
+            Ok(device) => {
+                let front = Front::Ublk(Box::new(device));
+                disk.warnings.extend(front.crew().warnings.iter().cloned());
+                disk.quiesced = false;
+                self.lines.serve(front.crew());
+                self.phase = Phase::Up(front);
+                self.disk = disk;
+                self.plan = plan.clone();
+                self.claim.write(&self.disk)
+            }
+            Err((suspended, error)) => {
+                self.phase = Phase::Held(suspended);
+                Err(error)
+            }
+        }
+    }
+
+    /// Holds the disk until it is to go on.
+    pub(crate) fn quiesce(&mut self) -> Result<String> {
+        self.hold()?;
+        self.disk.quiesced = true;
+        self.claim.write(&self.disk)?;
+        Ok(format!("{} is quiesced", self.thing()))
+    }
+
+    /// Goes on.
+    pub(crate) fn resume(&mut self) -> Result<String> {
+        let plan = self.plan.clone();
+        self.go_on(&plan, Fit::Same)?;
+        Ok(format!("{} is served again", self.thing()))
+    }
+
+    /// Goes on with another stack; with the old one where the new one cannot be had.
+    pub(crate) fn swap(&mut self, text: &str, labels: &[String], shrink: bool) -> Result<String> {
+        let plan = Plan::parse(text, &CATALOG)?.labelled(labels);
+        if let Some(place) = server::passing(&plan) {
+            let reason = "a disk that outlives its server cannot stand on it";
+            return Err(Error::new(ErrorKind::Unsupported, place, reason));
+        }
+        let size = self.fits(&plan, shrink)?;
+        let old = self.plan.clone();
+        if matches!(self.phase, Phase::Up(_)) {
+            self.hold()?;
+        }
+        if let Err(error) = self.go_on(&plan, Fit::Resized) {
+            return Err(match self.go_on(&old, Fit::Same) {
+                Ok(()) => error.next("nothing was changed"),
+                Err(second) => error.next(format!(
+                    "the disk is quiesced now, for the old stack cannot be had again: {second}"
+                )),
+            });
+        }
+        Ok(format!("{} is {} of {}", self.thing(), show_size(size), self.disk.stack))
+    }
+
+    /// Goes on with what the same stack is by now.
+    pub(crate) fn resize(&mut self, shrink: bool) -> Result<String> {
+        let plan = self.plan.clone();
+        let size = self.fits(&plan, shrink)?;
+        if size == self.disk.size {
+            return Ok(format!("{} has its size of {} already", self.thing(), show_size(size)));
+        }
+        let old = self.disk.size;
+        self.swap(&plan.to_expression(), &plan.labels(), shrink)?;
+        Ok(format!("{}: {} instead of {}", self.thing(), show_size(size), show_size(old)))
+    }
+
+    /// Looks at a stack before anything is done: the size that the disk would have with it.
+    fn fits(&self, plan: &Plan, shrink: bool) -> Result<u64> {
+        let assembled = assemble(plan, Access::Look)?;
+        let limits = assembled.stack.limits();
+        if limits.block != self.disk.block {
+            let reason = format!("has blocks of {}, the disk of {}", limits.block, self.disk.block);
+            return Err(Error::invalid("the stack", reason));
+        }
+        if limits.size < self.disk.size && !shrink {
+            let (new, old) = (show_size(limits.size), show_size(self.disk.size));
+            let reason = format!("is smaller ({new}) than the disk ({old})");
+            return Err(Error::invalid("the stack", reason)
+                .next("shrink what is on the disk first, then --shrink"));
+        }
+        Ok(limits.size)
+    }
+
+    /// Leaves the disk to another program: on return nothing of it is held here.
+    pub(crate) fn let_go(mut self) -> Result<(), (Box<Server>, Error)> {
+        match self.hold() {
+            Ok(()) => {
+                self.guard.hand_over();
+                Ok(())
+            }
+            Err(error) => Err((Box::new(self), error)),
+        }
+    }
+}

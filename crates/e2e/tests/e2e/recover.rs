@@ -1,0 +1,448 @@
+//! Answers for disks that outlive their servers: killed under load, upgraded, suspended, changed.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use devsplice_e2e::{
+    Disk, Group, Kind, MIB, Outcome, Process, Room, call, engines, need, verify, wait_until,
+};
+use rustix::process::Signal;
+
+/// Bytes that fio uses.
+const SPAN: u64 = 16 * MIB;
+/// Kills of each data path; with four of them, a hundred.
+const KILLS: u32 = 25;
+/// Upgrades of a disk under load.
+const UPGRADES: u32 = 20;
+
+pub fn add(group: &mut Group, kind: Kind, is_home: bool) {
+    if !kind.is_ublk() {
+        group.add("a_disk_over_fuse_says_that_it_cannot_be_kept", move || not_kept(kind));
+        return;
+    }
+    group.add("fio_verify_does_not_notice_that_servers_are_killed", move || kills(kind));
+    if !is_home {
+        return;
+    }
+    group.add("fio_verify_does_not_notice_upgrades", move || upgrades(kind));
+    group.add("a_program_that_does_not_start_upgrades_nothing", move || bad_upgrade(kind));
+    group.add("recover_takes_over_when_the_guard_is_gone_too", move || by_hand(kind));
+    group.add("recover_with_another_stack_below_is_refused", move || wrong_stack(kind));
+    group.add("what_was_in_flight_fails_where_that_was_asked_for", move || policies(kind));
+    group.add("a_server_that_keeps_dying_is_let_be", move || dying(kind));
+    group.add("del_of_a_kept_disk_needs_force_while_it_is_mounted", move || del_kept(kind));
+    group.add("quiesce_holds_requests_and_resume_lets_them_go", move || quiesce(kind));
+    group.add("fio_verify_does_not_notice_swaps", move || swaps(kind));
+    group.add("resize_tells_users_and_asks_before_it_cuts", move || resize(kind));
+    group.add("a_disk_in_memory_goes_with_its_server", move || in_memory(kind));
+    group.add("a_mirror_is_recovered_and_equal", move || mirror(kind));
+}
+
+/// Who serves it now.
+fn server(disk: &Disk<'_>) -> Process {
+    Process(disk.info()["pid"].as_u64().and_then(|pid| u32::try_from(pid).ok()).unwrap_or(0))
+}
+
+/// What `list` says of its state.
+fn state(room: &Room, disk: &Disk<'_>) -> String {
+    let list = room.devsplice(["list", "--json"]).ok();
+    let list: serde_json::Value = serde_json::from_str(&list).unwrap();
+    let all = list.as_array().into_iter().flatten();
+    let ours = all.into_iter().find(|one| one["name"] == *disk.name);
+    ours.map_or_else(String::new, |one| one["state"].as_str().unwrap_or_default().to_owned())
+}
+
+/// Kills who serves the disk now, and waits for the next.
+fn kill(room: &Room, disk: &Disk<'_>) {
+    let old = server(disk);
+    old.signal(Signal::KILL);
+    old.ends_within(20);
+    wait_until(30, "another server", || {
+        let info = room.devsplice(["info", "--json", &disk.name]).run();
+        let info: serde_json::Value = serde_json::from_str(&info.out).unwrap_or_default();
+        info["state"] == "live" && info["pid"].as_u64() != Some(u64::from(old.0))
+    });
+}
+
+/// Does something `count` times while fio writes and verifies, over and over.
+fn under_verify(disk: &Disk<'_>, count: u32, mut each: impl FnMut(u32)) {
+    let done = AtomicBool::new(false);
+    let node = disk.node.clone();
+    std::thread::scope(|scope| {
+        let fio = scope.spawn(|| {
+            let mut moved = 0;
+            while !done.load(Ordering::Relaxed) {
+                moved += verify(&Room::new(), &node, SPAN, "512-128k").written;
+            }
+            moved
+        });
+        // Odd times, so that it does not keep hitting the same moment.
+        for number in 0..count {
+            std::thread::sleep(Duration::from_millis(u64::from(number * 37 % 160)));
+            each(number);
+            if fio.is_finished() {
+                break;
+            }
+        }
+        done.store(true, Ordering::Relaxed);
+        let moved = fio.join().expect("fio");
+        assert!(moved >= SPAN / 2, "fio wrote {moved} bytes");
+    });
+}
+
+fn kills(kind: Kind) -> Outcome {
+    engines()?;
+    let room = Room::new();
+    let (a, b) = (room.file("a", SPAN), room.file("b", SPAN));
+    let disk = room.add(kind, &format!("stripe({a}, {b})"), &["--no-part-scan"]);
+    assert_eq!(disk.told["recovery"], "reissue");
+    let mut killed = 0;
+    under_verify(&disk, KILLS, |_| {
+        kill(&room, &disk);
+        killed += 1;
+    });
+    assert_eq!(killed, KILLS);
+    verify(&room, &disk.node, SPAN, "512-1M");
+    if !kind.copies() {
+        assert_eq!(disk.count("bytes_copied"), 0);
+    }
+    let last = server(&disk);
+    let _ = disk.del(&[]).ok();
+    last.ends_within(5);
+    disk.is_gone_within(5);
+    Ok(())
+}
+
+fn upgrades(kind: Kind) -> Outcome {
+    engines()?;
+    let room = Room::new();
+    let disk = room.add(kind, &room.file("a", SPAN), &["--no-part-scan"]);
+    let mut pauses = Vec::new();
+    under_verify(&disk, UPGRADES, |_| {
+        let old = server(&disk);
+        let said = room.devsplice(["upgrade", "--json", &disk.name]).ok();
+        let said: serde_json::Value = serde_json::from_str(&said).unwrap();
+        assert_eq!(said["from"], old.0, "{said}");
+        assert_eq!(said["to"], server(&disk).0, "{said}");
+        old.ends_within(5);
+        pauses.push(said["pause_ms"].as_f64().unwrap());
+    });
+    assert_eq!(pauses.len(), UPGRADES as usize);
+    pauses.sort_by(f64::total_cmp);
+    let (middle, worst) = (pauses[pauses.len() / 2], pauses[pauses.len() - 1]);
+    println!("pause of an upgrade under load: median {middle:.1} ms, worst {worst:.1} ms");
+    assert!(worst <= 1000.0, "an upgrade paused for {worst} ms");
+    let _ = disk.del(&[]).ok();
+    disk.is_gone_within(5);
+    Ok(())
+}
+
+fn bad_upgrade(kind: Kind) -> Outcome {
+    let room = Room::new();
+    let disk = room.add(kind, &room.file("a", 4 * MIB), &[]);
+    let old = server(&disk);
+    for (program, reason) in [("/bin/false", "does not say"), ("/nonexistent", "No such file")] {
+        let refused = room.refusal(["upgrade", &disk.name, "--binary", program]);
+        assert!(refused.contains(reason) && refused.contains("goes on serving"), "{refused}");
+    }
+    // One that starts, and cannot open what is below: nothing has been touched by then.
+    let (file, hidden) = (room.path("a"), room.path("hidden"));
+    std::fs::rename(&file, &hidden).unwrap();
+    let refused = room.refusal(["upgrade", &disk.name]);
+    assert!(refused.contains(&file), "{refused}");
+    std::fs::rename(&hidden, &file).unwrap();
+    assert_eq!(server(&disk), old);
+    call("dd", [&format!("if={}", disk.node.display()), "of=/dev/null", "count=8"]).ok();
+    disk.remove();
+    Ok(())
+}
+
+/// Kills the guard, then the server.
+fn kill_both(disk: &Disk<'_>) {
+    let (guard, server) = (disk.guard(), disk.server());
+    guard.signal(Signal::KILL);
+    wait_until(5, "the end of the guard", || !guard.lives());
+    server.signal(Signal::KILL);
+    server.ends_within(10);
+}
+
+fn by_hand(kind: Kind) -> Outcome {
+    let room = Room::new();
+    let file = room.full_file("a", 8 * MIB, 0x5a);
+    let disk = room.add(kind, &file, &[]);
+    let at = std::path::PathBuf::from(&file);
+    let relative = at.file_name().unwrap().to_string_lossy().into_owned();
+    kill_both(&disk);
+    wait_until(10, "the kernel holds it", || state(&room, &disk) == "waiting");
+    let doctor = room.devsplice(["doctor"]).run();
+    assert!(doctor.out.contains(&format!("devsplice recover {}", disk.name)), "{}", doctor.out);
+    let taken = room.refusal(room.add_arguments(kind, &relative, &["-n", &disk.name]));
+    assert!(taken.contains("devsplice recover"), "{taken}");
+    let into = room.path("copy");
+    let dd = [format!("if={}", disk.node.display()), format!("of={into}"), "bs=64k".into()];
+    let mut reader = call("dd", dd).start();
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(!reader.is_over(), "a read has ended without a server");
+    room.devsplice(["recover", &disk.name]).dir(Path::new("/")).ok();
+    assert_eq!(reader.finish().code, Some(0));
+    assert!(std::fs::read(into).unwrap() == std::fs::read(&file).unwrap());
+    let refused = room.refusal(["recover", &disk.name]);
+    assert!(refused.contains("another process serves it"), "{refused}");
+    let _ = disk.del(&[]).ok();
+    disk.is_gone_within(5);
+    Ok(())
+}
+
+fn wrong_stack(kind: Kind) -> Outcome {
+    let room = Room::new();
+    let file = room.file("a", 8 * MIB);
+    let disk = room.add(kind, &file, &[]);
+    kill_both(&disk);
+    let resize = |size| std::fs::File::options().write(true).open(&file).unwrap().set_len(size);
+    resize(4 * MIB).unwrap();
+    let refused = room.refusal(["recover", &disk.name]);
+    assert!(refused.contains("a size of 8M, the stack 4M"), "{refused}");
+    assert_eq!(state(&room, &disk), "waiting", "a refusal changes nothing");
+    resize(8 * MIB).unwrap();
+    room.devsplice(["recover", "--all"]).ok();
+    assert_eq!(state(&room, &disk), "live");
+    let _ = disk.del(&[]).ok();
+    disk.is_gone_within(5);
+    Ok(())
+}
+
+fn policies(kind: Kind) -> Outcome {
+    engines()?;
+    for (policy, in_flight_fails, new_fail) in
+        [("reissue", false, false), ("fail", true, false), ("fail-fast", true, true)]
+    {
+        let room = Room::new();
+        let stack = format!("delay({}, read=1500ms)", room.file("a", 4 * MIB));
+        let disk = room.add(kind, &stack, &["--no-part-scan", "--recovery", policy]);
+        let read = |skip: &str| {
+            let from = format!("if={}", disk.node.display());
+            call("dd", [&from, "of=/dev/null", "bs=4k", "count=1", "iflag=direct", skip]).limit(30)
+        };
+        let first = read("skip=0").start();
+        std::thread::sleep(Duration::from_millis(500));
+        kill_both(&disk);
+        wait_until(10, "the kernel has it", || state(&room, &disk) == "waiting");
+        let mut second = read("skip=8").start();
+        std::thread::sleep(Duration::from_millis(500));
+        assert_eq!(second.is_over(), new_fail, "{policy}: a new request without a server");
+        room.devsplice(["recover", &disk.name]).ok();
+        let (first, second) = (first.finish(), second.finish());
+        assert_eq!(first.code != Some(0), in_flight_fails, "{policy}: {}", first.err);
+        assert_eq!(second.code != Some(0), new_fail, "{policy}: {}", second.err);
+        assert_eq!(read("skip=16").run().code, Some(0), "{policy}: after recovery");
+        let _ = disk.del(&[]).ok();
+        disk.is_gone_within(10);
+    }
+    Ok(())
+}
+
+fn dying(kind: Kind) -> Outcome {
+    let room = Room::new();
+    let disk = room.add(kind, &room.file("a", 4 * MIB), &["--no-part-scan"]);
+    // Each dies as soon as it is there, as one would that a request is too much for.
+    let end = std::time::Instant::now() + Duration::from_secs(60);
+    let file = room.run.join(format!("{}.json", disk.name));
+    let mut killed = 0;
+    while !disk.log().contains("has died 10 times soon after its start") {
+        assert!(std::time::Instant::now() < end, "{killed} kills: {}", disk.log());
+        let text = std::fs::read_to_string(&file).unwrap_or_default();
+        let known: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
+        let pid = known["pid"].as_u64().and_then(|pid| u32::try_from(pid).ok()).unwrap_or(0);
+        if pid != 0 && Process(pid).lives() {
+            Process(pid).signal(Signal::KILL);
+            killed += 1;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert!(killed >= 10);
+    assert_eq!(state(&room, &disk), "waiting");
+    room.devsplice(["recover", &disk.name]).ok();
+    let _ = disk.del(&[]).ok();
+    disk.is_gone_within(5);
+    Ok(())
+}
+
+fn del_kept(kind: Kind) -> Outcome {
+    devsplice_e2e::need_tool("mkfs.ext4")?;
+    need(devsplice_e2e::kernel_has_file_system("ext4"), "this kernel mounts no ext4")?;
+    let room = Room::new();
+    let disk = room.add(kind, &room.file("a", 32 * MIB), &[]);
+    let node = disk.node.to_string_lossy().into_owned();
+    call("mkfs.ext4", ["-q", "-F", &node]).ok();
+    let at = room.mount_point("mnt");
+    room.mount(&[&node], &at);
+    std::fs::write(at.join("first"), b"first").unwrap();
+    kill_both(&disk);
+    wait_until(10, "the kernel holds it", || state(&room, &disk) == "waiting");
+    let refused = disk.del(&[]);
+    assert_eq!(refused.code, Some(1));
+    assert!(refused.err.contains("devsplice recover"), "{}", refused.err);
+    room.devsplice(["recover", &disk.name]).ok();
+    call("sync", ["-f", &at.to_string_lossy()]).ok();
+    assert_eq!(std::fs::read(at.join("first")).unwrap(), b"first");
+    room.unmount(&at);
+    call("e2fsck", ["-f", "-n", &node]).ok();
+    let _ = disk.del(&[]).ok();
+    disk.is_gone_within(5);
+    Ok(())
+}
+
+fn quiesce(kind: Kind) -> Outcome {
+    let room = Room::new();
+    let disk = room.add(kind, &room.file("a", 4 * MIB), &["--no-part-scan"]);
+    let tell = |word: &str| room.devsplice([word, &disk.name]).ok();
+    assert!(tell("quiesce").contains("is quiesced"));
+    assert_eq!(disk.info()["state"], "quiesced");
+    assert_eq!(state(&room, &disk), "quiesced");
+    // What is below is free for others meanwhile.
+    call("flock", ["-n", &room.path("a"), "true"]).ok();
+    let to = format!("of={}", disk.node.display());
+    let mut writer = call("dd", ["if=/dev/zero", &to, "bs=64k", "count=4", "oflag=direct"]).start();
+    std::thread::sleep(Duration::from_millis(400));
+    assert!(!writer.is_over(), "a write has ended while the disk was quiesced");
+    let refused = disk.del(&[]);
+    assert!(refused.code == Some(1) && refused.err.contains("resume"), "{}", refused.err);
+    assert!(room.refusal(["quiesce", &disk.name]).contains("already"));
+    assert!(room.refusal(["upgrade", &disk.name]).contains("devsplice resume"));
+    assert!(tell("resume").contains("served again"));
+    assert_eq!(writer.finish().code, Some(0));
+    assert!(room.refusal(["resume", &disk.name]).contains("not quiesced"));
+    assert_eq!(disk.count("errors"), 0);
+    // A person's wish outlives the server, too.
+    let _ = tell("quiesce");
+    let (old, guard) = (disk.server(), disk.guard());
+    old.signal(Signal::KILL);
+    guard.ends_within(20);
+    assert_eq!(state(&room, &disk), "waiting");
+    room.devsplice(["recover", &disk.name]).ok();
+    let _ = disk.del(&[]).ok();
+    disk.is_gone_within(5);
+    Ok(())
+}
+
+fn swaps(kind: Kind) -> Outcome {
+    engines()?;
+    let room = Room::new();
+    let a = room.file("a", SPAN);
+    let disk = room.add(kind, &a, &["--no-part-scan"]);
+    let stacks = [format!("linear({a})"), format!("stats(linear({a}))"), a.clone()];
+    let mut swapped = 0;
+    under_verify(&disk, 12, |number| {
+        let stack = &stacks[number as usize % stacks.len()];
+        let said = room.devsplice(["swap", &disk.name, stack]).ok();
+        assert!(said.contains("file("), "{said}");
+        let refused = room.refusal(["swap", &disk.name, &room.path("nothing")]);
+        assert!(refused.contains("No such file"), "{refused}");
+        swapped += 1;
+    });
+    assert_eq!(swapped, 12);
+    // What another holds is found out only when the old stack has been let go of.
+    let (b, held) = (room.file("b", SPAN), room.name());
+    let other = room.add(kind, &b, &["-n", &held]);
+    let refused = room.refusal(["swap", &disk.name, &b]);
+    assert!(refused.contains("nothing was changed"), "{refused}");
+    other.remove();
+    assert_eq!(disk.info()["stack"], format!("file({a})"));
+    verify(&room, &disk.node, SPAN, "4k-64k");
+    assert!(room.refusal(["swap", &disk.name, "mem:16M"]).contains("outlives"));
+    let small = room.file("small", SPAN / 2);
+    assert!(room.refusal(["swap", &disk.name, &small]).contains("--shrink"));
+    disk.remove();
+    Ok(())
+}
+
+fn resize(kind: Kind) -> Outcome {
+    engines()?;
+    let room = Room::new();
+    let file = room.file("a", SPAN);
+    let disk = room.add(kind, &file, &["--no-part-scan"]);
+    let set = |size| std::fs::File::options().write(true).open(&file).unwrap().set_len(size);
+    let size = || {
+        let text = call("blockdev", ["--getsize64", &disk.node.to_string_lossy()]).ok();
+        text.trim().parse::<u64>().unwrap()
+    };
+    let tell = |more: &[&str]| room.devsplice(["resize", &disk.name].iter().chain(more)).run();
+    assert!(tell(&[]).out.contains("already"));
+    set(2 * SPAN).unwrap();
+    let mut rounds = 0;
+    under_verify(&disk, 1, |_| {
+        assert_eq!(tell(&[]).code, Some(0));
+        rounds += 1;
+    });
+    assert_eq!((rounds, size()), (1, 2 * SPAN));
+    verify(&room, &disk.node, 2 * SPAN, "4k-64k");
+    set(SPAN).unwrap();
+    let refused = tell(&[]);
+    assert!(refused.code == Some(1) && refused.err.contains("--shrink"), "{}", refused.err);
+    assert_eq!(size(), 2 * SPAN);
+    assert_eq!(tell(&["--shrink"]).code, Some(0));
+    assert_eq!(size(), SPAN);
+    assert_eq!(disk.info()["size"], SPAN);
+    verify(&room, &disk.node, SPAN, "4k-64k");
+    disk.remove();
+    Ok(())
+}
+
+fn in_memory(kind: Kind) -> Outcome {
+    let room = Room::new();
+    room.add_refused(kind, "mem:4M", &["--recovery", "reissue"], &["goes with its server"]);
+    let disk = room.add(kind, "mem:4M", &[]);
+    assert_eq!(disk.told["recovery"], "off");
+    for word in ["quiesce", "resize"] {
+        assert_eq!(
+            room.devsplice([word, &disk.name]).run().code,
+            Some(i32::from(word != "resize"))
+        );
+    }
+    assert!(room.refusal(["upgrade", &disk.name]).contains("goes with its server"));
+    disk.server().signal(Signal::KILL);
+    disk.is_gone_within(10);
+    Ok(())
+}
+
+fn mirror(kind: Kind) -> Outcome {
+    engines()?;
+    let room = Room::new();
+    let (a, b) = (room.file("leg-a", SPAN + MIB), room.file("leg-b", SPAN + MIB));
+    let stack = format!("mirror({a}, {b}, clean=200ms)");
+    room.devsplice(["format", &stack]).ok();
+    let disk = room.add(kind, &stack, &["--no-part-scan"]);
+    let in_sync = || {
+        wait_until(60, "the mirror is in sync", || {
+            disk.info()["layers"][0]["status"]["state"] == "in-sync"
+        });
+    };
+    in_sync();
+    let mut killed = 0;
+    under_verify(&disk, 8, |_| {
+        kill(&room, &disk);
+        killed += 1;
+    });
+    assert_eq!(killed, 8);
+    in_sync();
+    let said = room.devsplice(["tell", &disk.name, "mirror", "check"]).ok();
+    assert!(said.contains(" 0 differing blocks found"), "{said}");
+    let _ = disk.del(&[]).ok();
+    disk.is_gone_within(5);
+    Ok(())
+}
+
+fn not_kept(kind: Kind) -> Outcome {
+    let room = Room::new();
+    let file = room.file("a", 4 * MIB);
+    let refused = ["--recovery", "reissue"];
+    room.add_refused(kind, &file, &refused, &["a disk over FUSE goes with its server"]);
+    let disk = room.add(kind, &file, &["--no-part-scan"]);
+    for word in ["quiesce", "upgrade"] {
+        let said = room.refusal([word, &disk.name]);
+        assert!(said.contains("FUSE") || said.contains("goes with its server"), "{said}");
+    }
+    disk.remove();
+    Ok(())
+}
