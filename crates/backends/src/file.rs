@@ -290,12 +290,9 @@ fn open_block(wish: &Wish<'_>, rdev: u64) -> Result<Opened> {
 }
 
 fn dma(device: &Device) -> Dma {
-    let segments = device.queue("max_segments").map(|most| u16::try_from(most).unwrap_or(u16::MAX));
     Dma {
         // The mask, not the alignment (since 6.0); 511 is what block devices asked for before.
         align: device.queue32("dma_alignment").unwrap_or(511).saturating_add(1),
-        max_segments: segments.filter(|most| *most > 0).unwrap_or(u16::MAX),
-        max_segment_size: device.queue32("max_segment_size").unwrap_or(u32::MAX),
         virt_boundary: match device.queue32("virt_boundary_mask") {
             None | Some(0) => 0,
             Some(mask) => mask.saturating_add(1),

@@ -18,6 +18,7 @@ pub mod route;
 pub mod size;
 pub mod stack;
 pub mod trace;
+pub mod twist;
 pub mod wait;
 
 pub use args::{Args, Key, Kind};

@@ -12,26 +12,19 @@ pub const MAX_BLOCK: u32 = 4096;
 pub struct Dma {
     /// Alignment of each segment's address, bytes, a power of two.
     pub align: u32,
-    /// Most segments in one transfer.
-    pub max_segments: u16,
-    /// Most bytes in one segment.
-    pub max_segment_size: u32,
     /// Gaps are allowed only where the address is a multiple of this; 0 for anywhere.
     pub virt_boundary: u32,
 }
 
 impl Dma {
     /// Any memory will do.
-    pub const ANY: Dma =
-        Dma { align: 1, max_segments: u16::MAX, max_segment_size: u32::MAX, virt_boundary: 0 };
+    pub const ANY: Dma = Dma { align: 1, virt_boundary: 0 };
 
     /// What satisfies both.
     #[must_use]
     pub fn and(self, other: Dma) -> Dma {
         Dma {
             align: self.align.max(other.align),
-            max_segments: self.max_segments.min(other.max_segments),
-            max_segment_size: self.max_segment_size.min(other.max_segment_size),
             virt_boundary: self.virt_boundary.max(other.virt_boundary),
         }
     }

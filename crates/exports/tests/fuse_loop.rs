@@ -451,6 +451,16 @@ fn a_flush_reaches_the_file_below_and_its_error_the_client() {
     assert!(unflushed.to_string().contains("flush"), "{unflushed}");
     disk.device.detach(true).unwrap();
 
+    // A detach flushes once, a forced one leaves that to whoever wants it.
+    for (force, more) in [(false, 1), (true, 0)] {
+        let disk = disk_of(&options, limits(4 * MIB), None);
+        disk.open().write_all_at(data.all(), 0).unwrap();
+        assert!(devsplice_exports::host::sync(disk.path(), std::time::Duration::from_secs(20)));
+        let before = disk.counts().flushes;
+        assert!(before > 0);
+        assert_eq!(disk.device.detach(force).unwrap().flushes, before + more, "force: {force}");
+    }
+
     // Nothing below loses anything: no flush is sent at all.
     let durable = Limits { volatile_cache: false, ..limits(4 * MIB) };
     let disk = disk_of(&options, durable, Some(("error", "flush=EIO")));

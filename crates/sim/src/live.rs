@@ -1,10 +1,10 @@
 //! Answers for devices whose layers have a live side: mirrors over random legs, commands that come
 //! in the middle, and bugs in what a layer does to the devices below it.
 
-use std::rc::Rc;
 use std::sync::Arc;
 
 use devsplice_core::prelude::*;
+use devsplice_core::twist::{Twist, nothing};
 use devsplice_core::{BackendId, Bottoms, NodeId, Stack};
 use devsplice_engine::Served;
 
@@ -121,98 +121,27 @@ impl Bottoms for Direct<'_> {
     }
 }
 
-/// A live side with a bug.
-pub(crate) struct BentLive {
-    pub(crate) inner: Arc<dyn Live>,
-    pub(crate) bug: Mutant,
-}
-
-impl BentLive {
-    fn hand(&self, inner: Rc<dyn Meta>) -> Rc<dyn Meta> {
-        Rc::new(BentHand { inner, bug: self.bug })
-    }
-}
-
-impl Live for BentLive {
-    fn resolve(self: Arc<Self>, io: Io, meta: Rc<dyn Meta>) -> Slow {
-        self.inner.clone().resolve(io, self.hand(meta))
-    }
-
-    fn failed(self: Arc<Self>, io: Io, port: Port, errno: Errno, meta: Rc<dyn Meta>) -> Slow {
-        self.inner.clone().failed(io, port, errno, self.hand(meta))
-    }
-
-    fn sees_to_failures(&self) -> bool {
-        self.inner.sees_to_failures()
-    }
-
-    fn run(self: Arc<Self>, meta: Rc<dyn Meta>) -> Slow {
-        self.inner.clone().run(self.hand(meta))
-    }
-
-    fn stop(self: Arc<Self>, meta: Rc<dyn Meta>) -> Slow {
-        self.inner.clone().stop(self.hand(meta))
-    }
-
-    fn command(
-        self: Arc<Self>,
-        words: Vec<String>,
-        meta: Rc<dyn Meta>,
-    ) -> Slow<Result<String, String>> {
-        self.inner.clone().command(words, self.hand(meta))
-    }
-}
-
-/// A hand that does not do what it says.
-struct BentHand {
-    inner: Rc<dyn Meta>,
-    bug: Mutant,
-}
-
-fn nothing() -> Slow {
-    Box::pin(std::future::ready(Ok(())))
-}
-
-impl Meta for BentHand {
-    fn read(&self, port: Port, at: u64, len: usize) -> Slow<Vec<u8>> {
-        self.inner.read(port, at, len)
-    }
-
-    fn write(&self, port: Port, at: u64, bytes: Vec<u8>, durable: bool) -> Slow {
+impl Twist for Mutant {
+    fn write(&self, meta: &dyn Meta, port: Port, at: u64, bytes: Vec<u8>, durable: bool) -> Slow {
+        // A mirror's superblock begins so.
         let is_super = bytes.starts_with(b"dspl");
-        match self.bug {
+        match self {
             Mutant::LogLost if durable && !is_super => nothing(),
             Mutant::StateLost if is_super => nothing(),
-            Mutant::MetaNotDurable => self.inner.write(port, at, bytes, false),
-            _ => self.inner.write(port, at, bytes, durable),
+            Mutant::MetaNotDurable => meta.write(port, at, bytes, false),
+            _ => meta.write(port, at, bytes, durable),
         }
     }
 
-    fn flush(&self, port: Port) -> Slow {
-        if self.bug == Mutant::MetaFlushSkipped { nothing() } else { self.inner.flush(port) }
+    fn flush(&self, meta: &dyn Meta, port: Port) -> Slow {
+        if *self == Mutant::MetaFlushSkipped { nothing() } else { meta.flush(port) }
     }
 
-    fn copy(&self, from: Port, to: Vec<Port>, at: u64, len: usize) -> Slow {
-        if self.bug == Mutant::CopySkipped { nothing() } else { self.inner.copy(from, to, at, len) }
+    fn copy(&self, meta: &dyn Meta, from: Port, to: Vec<Port>, at: u64, len: usize) -> Slow {
+        if *self == Mutant::CopySkipped { nothing() } else { meta.copy(from, to, at, len) }
     }
 
-    fn sleep(&self, ns: u64) -> Slow {
-        self.inner.sleep(ns)
-    }
-
-    fn now_ns(&self) -> u64 {
-        self.inner.now_ns()
-    }
-
-    fn grace(&self) -> Slow {
-        if self.bug == Mutant::GraceSkipped { nothing() } else { self.inner.grace() }
-    }
-
-    fn is_unsettled(&self) -> bool {
-        self.inner.is_unsettled()
-    }
-
-    fn event(&self, text: String) {
-        self.inner.event(text);
+    fn grace(&self, meta: &dyn Meta) -> Slow {
+        if *self == Mutant::GraceSkipped { nothing() } else { meta.grace() }
     }
 }

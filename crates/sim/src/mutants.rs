@@ -3,8 +3,7 @@
 use std::sync::Arc;
 
 use devsplice_core::prelude::*;
-
-use crate::live::BentLive;
+use devsplice_core::twist::Twisted;
 
 /// A bug.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -207,6 +206,6 @@ impl Layer for Bent {
 
     fn live(&self) -> Option<Arc<dyn Live>> {
         let inner = self.inner.live()?;
-        Some(Arc::new(BentLive { inner, bug: self.bug }))
+        Some(Arc::new(Twisted { live: inner, twist: self.bug }))
     }
 }

@@ -71,10 +71,7 @@ fn strictness() -> Vec<fn(&mut Limits)> {
         |limits| limits.fua = false,
         |limits| limits.discard = 0,
         |limits| limits.write_zeroes = false,
-        |limits| {
-            let dma = Dma { align: 512, max_segments: 8, max_segment_size: 4096, ..Dma::ANY };
-            limits.dma = Dma { virt_boundary: 4096, ..dma };
-        },
+        |limits| limits.dma = Dma { align: 512, virt_boundary: 4096 },
     ]
 }
 

@@ -1,11 +1,11 @@
 //! Answers for live layers that break the contract: ours, with a bug between them and the engine.
 
-use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use devsplice_contract::layer::Subject;
 use devsplice_core::prelude::*;
+use devsplice_core::twist::{Twist, Twisted, nothing};
 use devsplice_layers::{flaky, mirror};
 
 /// A way to break it.
@@ -93,94 +93,31 @@ impl Layer for Bent {
 
     fn live(&self) -> Option<Arc<dyn Live>> {
         let inner = self.inner.live()?;
-        Some(Arc::new(BentLive { inner, bug: self.bug }))
+        Some(Arc::new(Twisted { live: inner, twist: self.bug }))
     }
 }
 
-struct BentLive {
-    inner: Arc<dyn Live>,
-    bug: Bug,
-}
-
-impl BentLive {
-    fn hand(&self, inner: Rc<dyn Meta>) -> Rc<dyn Meta> {
-        Rc::new(Hand { inner, bug: self.bug })
-    }
-}
-
-impl Live for BentLive {
-    fn resolve(self: Arc<Self>, io: Io, meta: Rc<dyn Meta>) -> Slow {
-        self.inner.clone().resolve(io, self.hand(meta))
-    }
-
-    fn failed(self: Arc<Self>, io: Io, port: Port, errno: Errno, meta: Rc<dyn Meta>) -> Slow {
-        self.inner.clone().failed(io, port, errno, self.hand(meta))
-    }
-
-    fn sees_to_failures(&self) -> bool {
-        self.bug != Bug::Unmasked && self.inner.sees_to_failures()
-    }
-
-    fn run(self: Arc<Self>, meta: Rc<dyn Meta>) -> Slow {
-        self.inner.clone().run(self.hand(meta))
-    }
-
-    fn stop(self: Arc<Self>, meta: Rc<dyn Meta>) -> Slow {
-        self.inner.clone().stop(self.hand(meta))
-    }
-}
-
-/// What the layer does below, with the bug.
-struct Hand {
-    inner: Rc<dyn Meta>,
-    bug: Bug,
-}
-
-fn nothing() -> Slow {
-    Box::pin(std::future::ready(Ok(())))
-}
-
-impl Meta for Hand {
-    fn read(&self, port: Port, at: u64, len: usize) -> Slow<Vec<u8>> {
-        self.inner.read(port, at, len)
-    }
-
-    fn write(&self, port: Port, at: u64, bytes: Vec<u8>, durable: bool) -> Slow {
+impl Twist for Bug {
+    fn write(&self, meta: &dyn Meta, port: Port, at: u64, bytes: Vec<u8>, durable: bool) -> Slow {
         // A mirror's superblock begins so.
         let is_super = bytes.starts_with(b"dspl");
-        match self.bug {
+        match self {
             Bug::StateLost if is_super => nothing(),
             // Only what has to be there before a write goes.
             Bug::LogLost if durable && !is_super => nothing(),
-            _ => self.inner.write(port, at, bytes, durable),
+            _ => meta.write(port, at, bytes, durable),
         }
     }
 
-    fn flush(&self, port: Port) -> Slow {
-        if self.bug == Bug::NoFlush { nothing() } else { self.inner.flush(port) }
+    fn flush(&self, meta: &dyn Meta, port: Port) -> Slow {
+        if *self == Bug::NoFlush { nothing() } else { meta.flush(port) }
     }
 
-    fn copy(&self, from: Port, to: Vec<Port>, at: u64, len: usize) -> Slow {
-        self.inner.copy(from, to, at, len)
+    fn grace(&self, meta: &dyn Meta) -> Slow {
+        if *self == Bug::NoGrace { nothing() } else { meta.grace() }
     }
 
-    fn sleep(&self, ns: u64) -> Slow {
-        self.inner.sleep(ns)
-    }
-
-    fn now_ns(&self) -> u64 {
-        self.inner.now_ns()
-    }
-
-    fn grace(&self) -> Slow {
-        if self.bug == Bug::NoGrace { nothing() } else { self.inner.grace() }
-    }
-
-    fn is_unsettled(&self) -> bool {
-        self.inner.is_unsettled()
-    }
-
-    fn event(&self, text: String) {
-        self.inner.event(text);
+    fn sees_to_failures(&self, live: &dyn Live) -> bool {
+        *self != Bug::Unmasked && live.sees_to_failures()
     }
 }

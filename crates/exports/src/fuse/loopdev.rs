@@ -107,17 +107,17 @@ pub enum Cleared {
     NotOurs,
 }
 
-/// Flushes the loop device at `path` and gives it back, if its name is `name`; with `even_if_held`
-/// also while it is mounted, in which case it goes at the unmount.
+/// Gives the loop device at `path` back, if its name is `name`, after a flush. With `even_if_held`
+/// also while it is mounted, in which case it goes at the unmount, and without a flush: it could
+/// change nothing any more.
 ///
 /// # Errors
 /// [`ErrorKind::Busy`] while somebody holds it; or the flush failed.
 pub fn clear(path: &str, name: &str, even_if_held: bool) -> Result<Cleared> {
     let exclusive = if even_if_held { OFlags::empty() } else { OFlags::EXCL };
     let Some((device, _)) = open_ours(path, name, exclusive)? else { return Ok(Cleared::NotOurs) };
-    let flushed = fsync(&device).map_err(|errno| os(path, errno).within("flush"));
     if !even_if_held {
-        flushed?;
+        fsync(&device).map_err(|errno| os(path, errno).within("flush"))?;
     }
     give_back(path, &device)
 }

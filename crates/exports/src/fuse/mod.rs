@@ -140,8 +140,9 @@ impl Device {
     }
 
     /// Flushes the device and takes it away. Where it is held, that is an error, and it goes on as
-    /// before; it can be tried again. With `force`, requests fail from now on instead, and the loop
-    /// device goes when its last user lets go.
+    /// before; it can be tried again. With `force` nothing is flushed (whoever wants that has done
+    /// it, see `host::sync`), requests fail from now on, and the loop device goes when its last
+    /// user lets go.
     ///
     /// # Errors
     /// If it is in use, or cannot be flushed, or the threads do not end.

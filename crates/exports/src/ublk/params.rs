@@ -95,9 +95,9 @@ mod tests {
     #[test]
     fn segment_limits_of_a_device_below_cut_no_request_before_it_arrives() {
         let mut limits = Limits::ideal(1 << 20);
-        (limits.dma.max_segments, limits.dma.max_segment_size) = (128, 65_536);
+        (limits.dma.align, limits.dma.virt_boundary) = (512, 4096);
         let disk = params(&limits, false, 1 << 20, true);
-        assert_eq!(disk.types, params(&Limits::ideal(1 << 20), false, 1 << 20, true).types);
+        assert_eq!(disk.types & !(PARAM_BASIC | PARAM_DISCARD | PARAM_DMA_ALIGN), 0);
         assert_eq!((disk.max_segments, disk.max_segment_size), (0, 0));
     }
 

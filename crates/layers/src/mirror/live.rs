@@ -316,9 +316,11 @@ impl Live for State {
             loop {
                 let work = self.work.wait();
                 if self.sync_all(&meta).await.is_err() {
+                    self.failed_rounds.fetch_add(1, Ordering::SeqCst);
                     meta.sleep(SECOND).await?;
                     continue;
                 }
+                self.failed_rounds.store(0, Ordering::SeqCst);
                 let left = if self.is_degraded() {
                     false
                 } else {

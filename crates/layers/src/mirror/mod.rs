@@ -12,11 +12,14 @@
 //! changing once more, if the leg that is read from is lost before the legs are equal again.
 
 mod assemble;
+mod check;
 mod format;
 mod live;
 mod log;
 mod state;
 mod sync;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;

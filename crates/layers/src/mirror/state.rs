@@ -86,6 +86,10 @@ pub(crate) struct State {
     pub(crate) tally: Tally,
     /// The last place that was repaired: one that fails again at once is not worth keeping.
     pub(crate) last_repair: Mutex<Option<(Port, Extent)>>,
+    /// Rounds of making legs equal that failed one after another without a region done.
+    pub(crate) failed_rounds: AtomicU64,
+    /// The place that the last one ended at and why, as people were told.
+    pub(crate) unreadable: Mutex<Option<(u64, Errno)>>,
 }
 
 /// Which ports take part.
@@ -175,6 +179,8 @@ impl State {
             rate: AtomicU64::new(0),
             tally: Tally::default(),
             last_repair: Mutex::new(None),
+            failed_rounds: AtomicU64::new(0),
+            unreadable: Mutex::new(None),
         }
     }
 

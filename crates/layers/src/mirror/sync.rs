@@ -1,5 +1,5 @@
-//! Answers for making legs equal: after a crash, for a leg that is added, where a read failed, and
-//! on command. Always in a window to which no client writes.
+//! Answers for making legs equal: after a crash, for a leg that is added, where a read failed.
+//! Always in a window to which no client writes.
 
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
@@ -12,7 +12,14 @@ use super::state::{State, WINDOW, lock, ports, region};
 /// Nanoseconds of a second.
 const SECOND: u64 = 1_000_000_000;
 /// The unit in which a copy goes on around a place that cannot be read. No block is larger.
-const GRAIN: u64 = 4096;
+pub(super) const GRAIN: u64 = 4096;
+
+/// An extent from its start to its end, in steps of up to `most` bytes.
+pub(super) fn steps(extent: Extent, most: u64) -> impl Iterator<Item = Extent> {
+    let end = extent.at + extent.len;
+    let starts = (extent.at..end).step_by(usize::try_from(most).unwrap_or(usize::MAX));
+    starts.map(move |at| Extent { at, len: most.min(end - at) })
+}
 
 impl State {
     /// Makes every unsynced region equal on all legs, then takes legs that were being filled as in
@@ -22,7 +29,10 @@ impl State {
         if todo > 0 {
             self.tally.to_sync.store(todo * self.region, Ordering::SeqCst);
             self.tally.synced.store(0, Ordering::SeqCst);
-            meta.event(format!("copying {todo} regions of {} bytes", self.region));
+            // A round that only tries once more is no news.
+            if self.failed_rounds.load(Ordering::SeqCst) == 0 {
+                meta.event(format!("copying {todo} regions of {} bytes", self.region));
+            }
         }
         for index in 0..self.region_count() {
             if self.state_of(index) == region::UNSYNCED {
@@ -44,9 +54,7 @@ impl State {
     async fn sync_region(&self, index: u64, meta: &Rc<dyn Meta>) -> Result<(), Errno> {
         let (start, end) = (index * self.region, self.size.min((index + 1) * self.region));
         let added = self.added.load(Ordering::SeqCst);
-        let mut at = start;
-        while at < end {
-            let len = WINDOW.min(end - at);
+        for step in steps(Extent { at: start, len: end - start }, WINDOW) {
             let begun = meta.now_ns();
             {
                 let _sync = self.sync.take().await;
@@ -54,62 +62,79 @@ impl State {
                     // A leg came in between; the region's turn comes again.
                     return Ok(());
                 }
-                self.open_window(at);
-                let done = self.in_window(at, len, meta).await;
-                at += len;
+                self.open_window(step.at);
+                let done = self.in_window(step, meta).await;
                 if done.is_ok()
-                    && at == end
+                    && step.at + step.len == end
                     && self.turn_region(index, region::UNSYNCED, region::HOT)
                 {
                     self.unsynced.fetch_sub(1, Ordering::SeqCst);
+                    self.failed_rounds.store(0, Ordering::SeqCst);
                 }
                 self.shut_window();
                 done?;
             }
-            self.tally.synced.fetch_add(len, Ordering::SeqCst);
-            if let Some(ns) = self.pause(len, meta.now_ns() - begun) {
-                meta.sleep(ns).await?;
-            }
+            self.tally.synced.fetch_add(step.len, Ordering::SeqCst);
+            self.keep_rate(step.len, begun, meta).await?;
         }
         Ok(())
     }
 
-    /// How long to wait after `len` bytes that took `ns`, so that the rate is kept.
-    fn pause(&self, len: u64, ns: u64) -> Option<u64> {
+    /// How long `len` bytes take at least, at the rate that is set now.
+    pub(super) fn due(&self, len: u64) -> u64 {
         let rate = self.rate.load(Ordering::SeqCst);
-        let due = len.checked_mul(SECOND)?.checked_div(rate)?;
-        due.checked_sub(ns).filter(|ns| *ns > 0)
+        len.saturating_mul(SECOND).checked_div(rate).unwrap_or(0)
     }
 
-    async fn in_window(&self, at: u64, len: u64, meta: &Rc<dyn Meta>) -> Result<(), Errno> {
+    /// Waits until `len` bytes may have been moved since `begun`. The rate may change meanwhile, so
+    /// it is looked at again and again.
+    pub(super) async fn keep_rate(
+        &self,
+        len: u64,
+        begun: u64,
+        meta: &Rc<dyn Meta>,
+    ) -> Result<(), Errno> {
+        while let Some(ns) = self.due(len).checked_sub(meta.now_ns() - begun).filter(|ns| *ns > 0) {
+            meta.sleep(ns.min(SECOND)).await?;
+        }
+        Ok(())
+    }
+
+    async fn in_window(&self, extent: Extent, meta: &Rc<dyn Meta>) -> Result<(), Errno> {
         meta.grace().await?;
-        let mut done = 0;
-        while done < len {
-            let step = (MOST_BYTES as u64).min(len - done);
-            self.copy_step(Extent { at: at + done, len: step }, meta).await?;
-            done += step;
+        for step in steps(extent, MOST_BYTES as u64) {
+            self.copy_step(step, meta).await?;
         }
         Ok(())
     }
 
     /// Copies from the first leg to all others. If anything fails, in small steps, each from the
     /// first leg that can be read.
-    async fn copy_step(&self, extent: Extent, meta: &Rc<dyn Meta>) -> Result<(), Errno> {
+    pub(super) async fn copy_step(&self, extent: Extent, meta: &Rc<dyn Meta>) -> Result<(), Errno> {
         let sets = self.sets();
         let len = usize::try_from(extent.len).unwrap_or(0);
         let from = sets.primary();
         let to = ports(sets.without(from).written()).collect();
-        if meta.copy(from, to, extent.at, len).await.is_ok() {
-            return Ok(());
+        let copied = match meta.copy(from, to, extent.at, len).await {
+            Ok(()) => Ok(()),
+            Err(_) => self.copy_grains(extent, meta).await,
+        };
+        if copied.is_ok() {
+            let mut last = lock(&self.unreadable);
+            *last = last.filter(|(at, _)| !(extent.at..extent.at + extent.len).contains(at));
         }
-        let mut done = 0;
-        while done < extent.len {
-            let len = GRAIN.min(extent.len - done);
-            let grain = Extent { at: extent.at + done, len };
-            self.copy_from_any(grain, meta).await.inspect_err(|errno| {
-                meta.event(format!("{len} bytes at {} cannot be read: {errno}", grain.at));
-            })?;
-            done += len;
+        copied
+    }
+
+    async fn copy_grains(&self, extent: Extent, meta: &Rc<dyn Meta>) -> Result<(), Errno> {
+        for grain in steps(extent, GRAIN) {
+            let Err(errno) = self.copy_from_any(grain, meta).await else { continue };
+            // It is tried again every second; people are told once.
+            if lock(&self.unreadable).replace((grain.at, errno)) != Some((grain.at, errno)) {
+                let Extent { at, len } = grain;
+                meta.event(format!("{len} bytes at {at} cannot be copied: {errno}"));
+            }
+            return Err(errno);
         }
         Ok(())
     }
@@ -156,15 +181,11 @@ impl State {
             return self.drop_leg(port, errno, meta).await;
         }
         let _sync = self.sync.take().await;
-        let mut at = extent.at;
-        let end = extent.at + extent.len;
-        while at < end {
-            let len = WINDOW.min(end - at);
-            self.open_window(at);
-            let mended = self.mend_window(Extent { at, len }, port, errno, meta).await;
+        for step in steps(extent, WINDOW) {
+            self.open_window(step.at);
+            let mended = self.mend_window(step, port, errno, meta).await;
             self.shut_window();
             mended?;
-            at += len;
         }
         self.tally.repaired.fetch_add(1, Ordering::SeqCst);
         meta.event(format!(
@@ -182,15 +203,11 @@ impl State {
         meta: &Rc<dyn Meta>,
     ) -> Result<(), Errno> {
         meta.grace().await?;
-        let mut done = 0;
-        while done < extent.len {
-            let len = (MOST_BYTES as u64).min(extent.len - done);
-            let at = extent.at + done;
+        for Extent { at, len } in steps(extent, MOST_BYTES as u64) {
             let bytes = self.read_other(port, at, len, errno, meta).await?;
             if let Err(errno) = meta.write(port, at, bytes, false).await {
                 return self.drop_leg(port, errno, meta).await;
             }
-            done += len;
         }
         Ok(())
     }
@@ -209,82 +226,6 @@ impl State {
             }
         }
         Err(errno)
-    }
-
-    /// Compares the legs everywhere; with `repair`, what differs is written anew from the first.
-    pub(crate) async fn check(
-        &self,
-        repair: bool,
-        meta: &Rc<dyn Meta>,
-    ) -> Result<Result<String, String>, Errno> {
-        if self.sets().in_sync.count_ones() < 2 {
-            return Ok(Err("fewer than two legs are in sync: nothing to compare".to_owned()));
-        }
-        // What is known to differ needs no check.
-        loop {
-            let moved = self.moved.wait();
-            if self.unsynced.load(Ordering::SeqCst) == 0 {
-                break;
-            }
-            moved.await;
-        }
-        self.tally.checked.store(0, Ordering::SeqCst);
-        self.tally.mismatched.store(0, Ordering::SeqCst);
-        let mut at = 0;
-        while at < self.size {
-            let len = WINDOW.min(self.size - at);
-            let begun = meta.now_ns();
-            {
-                let _sync = self.sync.take().await;
-                self.open_window(at);
-                let checked = self.check_window(Extent { at, len }, repair, meta).await;
-                self.shut_window();
-                checked?;
-            }
-            self.tally.checked.fetch_add(len, Ordering::SeqCst);
-            at += len;
-            if let Some(ns) = self.pause(len, meta.now_ns() - begun) {
-                meta.sleep(ns).await?;
-            }
-        }
-        let differ = self.tally.mismatched.load(Ordering::SeqCst);
-        let what = if repair { "repaired" } else { "found" };
-        Ok(Ok(format!("{} bytes checked, {differ} differing blocks {what}", self.size)))
-    }
-
-    async fn check_window(
-        &self,
-        extent: Extent,
-        repair: bool,
-        meta: &Rc<dyn Meta>,
-    ) -> Result<(), Errno> {
-        meta.grace().await?;
-        let mut done = 0;
-        while done < extent.len {
-            let step = (MOST_BYTES as u64).min(extent.len - done);
-            let at = extent.at + done;
-            let len = usize::try_from(step).unwrap_or(0);
-            let mut legs = ports(self.sets().in_sync);
-            let Some(first) = legs.next() else { return Err(Errno::EIO) };
-            let truth = meta.read(first, at, len).await?;
-            let mut differs = 0;
-            for port in legs {
-                let other = meta.read(port, at, len).await?;
-                let grain = GRAIN as usize;
-                let pairs = truth.chunks(grain).zip(other.chunks(grain));
-                differs += pairs.filter(|(a, b)| a != b).count() as u64;
-            }
-            if differs > 0 {
-                self.tally.mismatched.fetch_add(differs, Ordering::SeqCst);
-                meta.event(format!("legs differ in {differs} blocks from {at} on"));
-                if repair {
-                    self.copy_step(Extent { at, len: step }, meta).await?;
-                    self.tally.repaired.fetch_add(differs, Ordering::SeqCst);
-                }
-            }
-            done += step;
-        }
-        Ok(())
     }
 
     /// A change of this extent has failed for good, on some legs or on all: they are made equal
@@ -327,5 +268,22 @@ impl State {
                 self.unsynced.fetch_add(1, Ordering::SeqCst);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn steps_cover_an_extent_once_and_in_order() {
+        let extent = |at, len| Extent { at, len };
+        let all = |from, most| steps(from, most).collect::<Vec<_>>();
+        assert_eq!(all(extent(10, 7), 3), [extent(10, 3), extent(13, 3), extent(16, 1)]);
+        assert_eq!(all(extent(10, 6), 3), [extent(10, 3), extent(13, 3)]);
+        assert_eq!(all(extent(10, 1), 3), [extent(10, 1)]);
+        assert_eq!(all(extent(10, 0), 3), []);
+        let end = u64::MAX - 1;
+        assert_eq!(all(extent(end - 4096, 4096), 4096), [extent(end - 4096, 4096)]);
     }
 }

@@ -264,8 +264,9 @@ not disks.
 All with `--ioengine=io_uring --direct=1 --norandommap`. `bare` is the floor: a ublk server in C
 that is nothing but its loop (crates/xtask/src/bench/bare.c). `kublk` is the kernel's own test
 server (zero copy by automatic registration), `rublk` the one of libublk-rs (zero copy). `file` is a
-devsplice device over one backing device, `stripe` over two, `stack` a `linear` over such a stripe;
-the suffix names a forced data path. A read of devsplice's `null` fills the pages with zeros; the
+devsplice device over one backing device, `stripe` over two, `stack` a `linear` over such a stripe,
+`mirror` one over two that are in sync (`dm-mirror` is the kernel's, without a log on disk); the
+suffix names a forced data path. A read of devsplice's `null` fills the pages with zeros; the
 other null servers leave them as they are.
 
 ";
