@@ -27,7 +27,7 @@ pub fn queue(
     at: impl Fn(u16) -> u64,
 ) -> Result<Box<dyn Export<Uring>>> {
     let fd = descriptors(depth, at)?;
-    let descriptors = Descriptors::map(fd.as_fd(), 0, depth)?;
+    let descriptors = Descriptors::map(fd.as_fd(), 0, (depth, size_of::<IoDesc>()))?;
     let file = ring.add_file(RingFile { fd, kind: FileKind::Other })?;
     let config = QueueConfig { queue: 0, depth, path: DataPath::AutoRegister, encoded: true };
     Ok(Box::new(Queue::new(config, file, descriptors)))

@@ -1,11 +1,13 @@
 //! Answers for the ublk front end: a /dev/ublkbN whose requests this process serves.
 
 mod control;
+mod extra;
 #[cfg(test)]
 mod fallback;
 #[cfg(feature = "imitation")]
 pub mod imitation;
 mod map;
+mod outside;
 mod params;
 mod queue;
 mod uapi;
@@ -15,12 +17,14 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use devsplice_core::{Error, ErrorKind, Result};
-use devsplice_engine::{Counts, Export};
+use devsplice_engine::Counts;
 use devsplice_uring::{FileKind, LaneMemory, RingFile, Uring};
 use rustix::fs::OFlags;
 use rustix::thread::CpuSet;
 
 pub use control::{CONTROL, Control, available};
+pub use extra::{Extra, Segments};
+pub use outside::{Seen, Trial};
 
 use crate::threads::{Crew, OnMade, Service, Shape, Work};
 use queue::{Queue, QueueConfig};
@@ -111,9 +115,6 @@ pub struct Options {
     pub stuck_seconds: u32,
 }
 
-/// What is done to a ring that will serve queues.
-type Prepare = fn(&mut Uring) -> Result<()>;
-
 /// Most bytes of a request. Larger ones cost more memory where data is copied and gain nothing.
 const MAX_IO: u32 = 1 << 20;
 /// Bytes that the requests of a device may have locked where the kernel copies (`DataPath::Copy`):
@@ -146,25 +147,38 @@ impl Device {
     /// # Errors
     /// Without the driver, rights, or the data path asked for; nothing is left behind then.
     pub fn attach(options: &Options, service: Service, on_made: OnMade<'_>) -> Result<Device> {
-        Device::make(Control::open()?, options, service, on_made, |_| Ok(()))
+        Device::attach_with(options, Extra::default(), service, on_made)
     }
 
-    /// The same; `prepare` sees each queue's ring before the queue does.
-    fn make(
-        mut control: Control,
+    /// The same, with what else is asked of the driver.
+    ///
+    /// # Errors
+    /// As [`Device::attach`].
+    pub fn attach_with(
         options: &Options,
+        extra: Extra,
         service: Service,
         on_made: OnMade<'_>,
-        prepare: Prepare,
+    ) -> Result<Device> {
+        Device::make(Control::open()?, (options, extra), service, on_made)
+    }
+
+    fn make(
+        mut control: Control,
+        (options, extra): (&Options, Extra),
+        service: Service,
+        on_made: OnMade<'_>,
     ) -> Result<Device> {
         // Bytes that a helper thread reads and writes must be in memory of ours.
         let in_memory = service.bottoms.iter().any(crate::threads::Bottom::needs_memory);
         let usable = if in_memory { !(F_ZERO_COPY | F_AUTO_BUF_REG) } else { !0 };
         let data_path = choose_path(options.data_path, control.features() & usable)?;
         let stable_writes = service.stack.limits().stable_writes;
-        let info = control.add(wish(options, data_path, control.features()))?;
+        let mut wish = wish(options, data_path, control.features());
+        extra.wish(&mut wish, data_path)?;
+        let info = control.add(wish)?;
         on_made(info.dev_id);
-        let lost = data_path.flags() & !info.flags;
+        let lost = (data_path.flags() | extra.flags()) & !info.flags;
         if lost != 0 {
             let _ = control.delete(info.dev_id);
             let reason = format!("the kernel took no {data_path} path (flags {lost:#x} refused)");
@@ -174,17 +188,18 @@ impl Device {
         let started = (|| {
             let limits = service.stack.limits();
             let read_only = options.read_only || limits.read_only;
-            let params = params::params(
+            let mut params = params::params(
                 limits,
                 read_only,
                 max_io(&info, data_path),
                 data_path.copies() == 0,
             );
+            extra.limit(&mut params);
             control.set_params(info.dev_id, params)?;
             let file = open_char(info.dev_id)?;
             let shape = shape(options, &info, data_path);
             let cpus = if options.affinity { queue_cpus(&mut control, &info) } else { Vec::new() };
-            let make = queue_maker(file, &info, (data_path, control.is_encoded()), prepare);
+            let make = queue_maker(file, &info, (data_path, control.is_encoded()), extra);
             let cpus = Box::new(move |queue: u16| cpus.get(usize::from(queue)).copied().flatten());
             Crew::start(shape, Work { service, make, cpus })
         })();
@@ -353,16 +368,16 @@ fn queue_maker(
     file: OwnedFd,
     info: &DevInfo,
     (path, encoded): (DataPath, bool),
-    prepare: Prepare,
+    extra: Extra,
 ) -> Box<crate::threads::MakeQueue> {
-    let depth = info.queue_depth;
+    let (depth, each) = (info.queue_depth, extra::descriptor_bytes(info));
     Box::new(move |queue, ring: &mut Uring| {
-        prepare(ring)?;
+        extra.prepare(ring)?;
         let fd = file.try_clone().map_err(|error| Error::os("/dev/ublkc", &error))?;
-        let descriptors = map::Descriptors::map(fd.as_fd(), queue, depth)?;
+        let descriptors = map::Descriptors::map(fd.as_fd(), queue, (depth, each))?;
         let file = ring.add_file(RingFile { fd, kind: FileKind::Other })?;
         let config = QueueConfig { queue, depth, path, encoded };
-        Ok(Box::new(Queue::new(config, file, descriptors)) as Box<dyn Export<Uring>>)
+        Ok(extra.around(Box::new(Queue::new(config, file, descriptors))))
     })
 }
 

@@ -13,8 +13,8 @@ use zerocopy::IntoBytes;
 use super::DataPath;
 use super::map::Descriptors;
 use super::uapi::{
-    AUTO_BUF_REG_FALLBACK, IO_F_FUA, IO_F_NEED_REG_BUF, IO_F_NOUNMAP, IoCmd, IoDesc, io, op,
-    user_copy_at,
+    AUTO_BUF_REG_FALLBACK, IO_F_FUA, IO_F_NEED_REG_BUF, IO_F_NOUNMAP, IoCmd, IoDesc,
+    RES_NEED_GET_DATA, io, op, user_copy_at,
 };
 
 /// What of a tag a completion is about: the high half of its index.
@@ -218,6 +218,11 @@ impl Queue {
     ) -> Result<()> {
         if result == 0 {
             self.fetched(ring, tag, inbox);
+            return Ok(());
+        }
+        if result == RES_NEED_GET_DATA {
+            // A write; its data comes into our memory now, which the command names as any fetch.
+            self.fetch(ring, io::NEED_GET_DATA, tag, 0);
             return Ok(());
         }
         if result != -Errno::ENODEV.raw() {
