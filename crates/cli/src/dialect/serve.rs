@@ -48,7 +48,8 @@ fn make(wish: &Wish, plan: &Plan) -> Result<Device> {
     let none = rustix::process::Rlimit { current: Some(0), maximum: Some(0) };
     let _ = rustix::process::setrlimit(rustix::process::Resource::Core, none);
     front::choose(Export::Ublk, PathChoice::Auto)?;
-    let (stack, bottoms) = assemble(plan, Access::Serve)?.into_parts();
+    // Their tests make several devices of one file.
+    let (stack, bottoms) = assemble(plan, Access::Share)?.into_parts();
     let service = Service {
         stack,
         bottoms,

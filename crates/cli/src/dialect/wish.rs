@@ -124,7 +124,6 @@ const MISSING: &[(Asks, &str)] = &[
     (|more| more.outlives || more.reissues || more.fails, "-r, -i, -e: a device without a server"),
     (|more| more.batch, "-b: UBLK_F_BATCH_IO"),
     (|more| more.rotates, "--rotate_auto_buf"),
-    (|more| more.per_io, "--per_io_tasks: UBLK_F_PER_IO_DAEMON"),
     (|more| more.shared_memory, "--shmem_zc: UBLK_F_SHMEM_ZC"),
     (|more| more.integrity, "--metadata_size: UBLK_F_INTEGRITY"),
     (|more| more.unprivileged, "UBLK_F_UNPRIVILEGED_DEV"),
@@ -176,6 +175,7 @@ impl Wish {
             segments: (self.target == "null").then_some(segments),
             need_get_data: self.copy == CopyMode::GetData,
             descriptor_bytes: self.descriptor_bytes,
+            per_io: self.more.per_io,
             no_slots: self.copy == CopyMode::Fallback,
             ..Extra::default()
         }

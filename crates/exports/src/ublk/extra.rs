@@ -1,13 +1,16 @@
 //! Answers for what a ublk device has only when it is asked for: parameters and ways of the driver
 //! that are no use to a disk, but that those who test the driver want to see taken.
 
-use devsplice_core::{Errno, Error, Io, Result};
+use std::sync::atomic::{AtomicU16, Ordering};
+
+use devsplice_core::{Errno, Error, ErrorKind, Io, Result};
 use devsplice_engine::{Completion, Export, Inbox};
 use devsplice_uring::Uring;
 
 use super::DataPath;
 use super::uapi::{
-    DevInfo, F_IO_DESC_SIZE, F_NEED_GET_DATA, IoDesc, PARAM_DMA_ALIGN, PARAM_SEGMENT, Params,
+    DevInfo, F_IO_DESC_SIZE, F_NEED_GET_DATA, F_PER_IO_DAEMON, IoDesc, PARAM_DMA_ALIGN,
+    PARAM_SEGMENT, Params,
 };
 
 /// What memory the requests of a device have, whatever lies below.
@@ -32,6 +35,8 @@ pub struct Extra {
     pub need_get_data: bool,
     /// Bytes from one request's descriptor to the next: a multiple of 8 from 24 to 256.
     pub descriptor_bytes: Option<u16>,
+    /// Whether every thread serves some tags of every queue, as many threads as are asked for.
+    pub per_io: bool,
     /// Whether all slots are taken, so that every request has to fall back to a copy.
     pub no_slots: bool,
     /// What else is done to the ring of each queue's thread, for tests.
@@ -43,7 +48,8 @@ impl Extra {
     /// The feature flags that it takes.
     pub(super) fn flags(&self) -> u64 {
         let get_data = if self.need_get_data { F_NEED_GET_DATA } else { 0 };
-        get_data | if self.descriptor_bytes.is_some() { F_IO_DESC_SIZE } else { 0 }
+        let per_io = if self.per_io { F_PER_IO_DAEMON } else { 0 };
+        get_data | per_io | if self.descriptor_bytes.is_some() { F_IO_DESC_SIZE } else { 0 }
     }
 
     /// Asks for it.
@@ -81,6 +87,58 @@ impl Extra {
     /// The queue with what is asked for.
     pub(super) fn around(&self, queue: Box<dyn Export<Uring>>) -> Box<dyn Export<Uring>> {
         if self.no_slots { Box::new(NoSlots(queue)) } else { queue }
+    }
+}
+
+/// Which tags of a queue one thread serves: every `step`-th from `first` on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Part {
+    pub(crate) first: u16,
+    pub(crate) step: u16,
+}
+
+impl Part {
+    /// All of them.
+    pub(crate) const WHOLE: Part = Part { first: 0, step: 1 };
+
+    /// How many of a queue's `depth` tags it has.
+    pub(crate) fn depth(self, depth: u16) -> u16 {
+        depth.saturating_sub(self.first).div_ceil(self.step)
+    }
+
+    /// The queue's number for a tag of the part.
+    #[inline]
+    pub(crate) fn tag(self, tag: u16) -> u16 {
+        self.first + tag * self.step
+    }
+}
+
+/// Deals the tags of queues out to threads.
+pub(super) struct Dealer {
+    threads: u16,
+    dealt: Vec<AtomicU16>,
+}
+
+impl Dealer {
+    /// For that many queues, each of which `threads` threads serve.
+    pub(super) fn new(queues: u16, threads: u16) -> Dealer {
+        let dealt = (0..queues).map(|_| AtomicU16::new(0)).collect();
+        Dealer { threads: threads.max(1), dealt }
+    }
+
+    /// The next part of a queue, each of which goes to one thread alone.
+    ///
+    /// # Errors
+    /// If all are dealt.
+    pub(super) fn deal(&self, queue: u16) -> Result<Part> {
+        let next =
+            self.dealt.get(usize::from(queue)).map(|next| next.fetch_add(1, Ordering::Relaxed));
+        match next.filter(|first| *first < self.threads) {
+            Some(first) => Ok(Part { first, step: self.threads }),
+            None => {
+                Err(Error::new(ErrorKind::Os, format!("ublk queue {queue}"), "has no tags left"))
+            }
+        }
     }
 }
 
@@ -137,6 +195,25 @@ mod tests {
         extra.limit(&mut params);
         assert_eq!((info.flags, info.io_desc_size, params.types), (0, 0, 0));
         assert_eq!(descriptor_bytes(&info), 24);
+    }
+
+    #[test]
+    fn every_tag_of_a_queue_is_dealt_to_one_thread() {
+        for (depth, threads) in [(16, 6), (128, 8), (3, 3), (1, 1), (5, 2)] {
+            let dealer = Dealer::new(2, threads);
+            let mut seen = vec![0; usize::from(depth)];
+            for _ in 0..threads {
+                let part = dealer.deal(1).unwrap();
+                assert!(part.depth(depth) > 0 && part.depth(depth) <= depth.div_ceil(threads));
+                for tag in 0..part.depth(depth) {
+                    seen[usize::from(part.tag(tag))] += 1;
+                }
+            }
+            assert!(seen.iter().all(|count| *count == 1), "{depth} {threads}: {seen:?}");
+            assert!(dealer.deal(1).is_err() && dealer.deal(2).is_err());
+            assert_eq!(dealer.deal(0).unwrap().first, 0);
+        }
+        assert_eq!((Part::WHOLE.depth(77), Part::WHOLE.tag(76)), (77, 76));
     }
 
     #[test]

@@ -197,9 +197,14 @@ impl Device {
             extra.limit(&mut params);
             control.set_params(info.dev_id, params)?;
             let file = open_char(info.dev_id)?;
-            let shape = shape(options, &info, data_path);
-            let cpus = if options.affinity { queue_cpus(&mut control, &info) } else { Vec::new() };
-            let make = queue_maker(file, &info, (data_path, control.is_encoded()), extra);
+            let shape = shape((options, &extra), &info, data_path);
+            let cpus = if options.affinity && !extra.per_io {
+                queue_cpus(&mut control, &info)
+            } else {
+                Vec::new()
+            };
+            let how = (data_path, control.is_encoded());
+            let make = queue_maker(file, &info, how, (extra, shape.threads));
             let cpus = Box::new(move |queue: u16| cpus.get(usize::from(queue)).copied().flatten());
             Crew::start(shape, Work { service, make, cpus })
         })();
@@ -330,18 +335,21 @@ fn max_io(info: &DevInfo, path: DataPath) -> u32 {
     1 << each.ilog2()
 }
 
-fn shape(options: &Options, info: &DevInfo, path: DataPath) -> Shape {
+fn shape((options, extra): (&Options, &Extra), info: &DevInfo, path: DataPath) -> Shape {
     let slots = path.copies() == 0;
+    let most = if extra.per_io { info.queue_depth } else { info.nr_hw_queues };
+    let threads = options.threads.clamp(1, most);
     // Zero-copy paths have memory for the requests that fall back; untouched, it costs nothing.
     let memory = LaneMemory {
-        depth: info.queue_depth,
+        depth: info.queue_depth.div_ceil(if extra.per_io { threads } else { 1 }),
         bytes: max_io(info, path),
         slots,
         locked: path == DataPath::Copy,
     };
     Shape {
         queues: info.nr_hw_queues,
-        threads: options.threads.clamp(1, info.nr_hw_queues),
+        threads,
+        is_shared: extra.per_io,
         memory,
         stuck_seconds: options.stuck_seconds,
     }
@@ -368,15 +376,18 @@ fn queue_maker(
     file: OwnedFd,
     info: &DevInfo,
     (path, encoded): (DataPath, bool),
-    extra: Extra,
+    (extra, threads): (Extra, u16),
 ) -> Box<crate::threads::MakeQueue> {
     let (depth, each) = (info.queue_depth, extra::descriptor_bytes(info));
+    let dealer = extra::Dealer::new(info.nr_hw_queues, threads);
     Box::new(move |queue, ring: &mut Uring| {
         extra.prepare(ring)?;
         let fd = file.try_clone().map_err(|error| Error::os("/dev/ublkc", &error))?;
-        let descriptors = map::Descriptors::map(fd.as_fd(), queue, (depth, each))?;
+        let part = if extra.per_io { dealer.deal(queue)? } else { extra::Part::WHOLE };
+        let descriptors = map::Descriptors::map(fd.as_fd(), queue, (depth, each), part)?;
         let file = ring.add_file(RingFile { fd, kind: FileKind::Other })?;
-        let config = QueueConfig { queue, depth, path, encoded };
+        let depth = part.depth(depth);
+        let config = QueueConfig { queue, depth, path, encoded, part };
         Ok(extra.around(Box::new(Queue::new(config, file, descriptors))))
     })
 }

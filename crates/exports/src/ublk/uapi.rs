@@ -57,6 +57,7 @@ pub(crate) const F_NEED_GET_DATA: u64 = 1 << 2;
 pub(crate) const F_IOCTL_ENCODE: u64 = 1 << 6;
 pub(crate) const F_USER_COPY: u64 = 1 << 7;
 pub(crate) const F_AUTO_BUF_REG: u64 = 1 << 11;
+pub(crate) const F_PER_IO_DAEMON: u64 = 1 << 13;
 pub(crate) const F_NO_AUTO_PART_SCAN: u64 = 1 << 18;
 pub(crate) const F_IO_DESC_SIZE: u64 = 1 << 20;
 
