@@ -114,7 +114,7 @@ fn open_regular(wish: &Wish<'_>) -> Result<Opened> {
         }
     };
     let fd = if use_direct.is_some() { open_with(wish, OFlags::DIRECT)? } else { plain };
-    if wish.access == Access::Serve {
+    if wish.access != Access::Look {
         lock(&fd, wish)?;
         if !wish.read_only {
             not_under_loop(&fd, wish)?;
@@ -127,9 +127,9 @@ fn open_regular(wish: &Wish<'_>) -> Result<Opened> {
 }
 
 /// Keeps other servers away for as long as the file is open: from a writer all, from a reader
-/// writers.
+/// writers; from who shares it those that do not.
 fn lock(fd: &OwnedFd, wish: &Wish<'_>) -> Result<()> {
-    let lock = if wish.read_only {
+    let lock = if wish.read_only || wish.access == Access::Share {
         FlockOperation::NonBlockingLockShared
     } else {
         FlockOperation::NonBlockingLockExclusive
@@ -252,7 +252,7 @@ fn direct_need(plain: &OwnedFd, wish: &Wish<'_>) -> Option<DirectNeed> {
 fn open_block(wish: &Wish<'_>, rdev: u64) -> Result<Opened> {
     let missing = || Error::new(ErrorKind::NotFound, wish.path, "no device behind this node");
     let device = Device::find(rdev).ok_or_else(missing)?;
-    if device.own("ro") == Some(1) && !wish.read_only && wish.access == Access::Serve {
+    if device.own("ro") == Some(1) && !wish.read_only && wish.access != Access::Look {
         return Err(Error::new(ErrorKind::Permission, wish.path, "is a read-only device")
             .next("use readonly=on to serve it read-only"));
     }
@@ -348,6 +348,22 @@ mod tests {
         let (first, second) = (file(&reader).unwrap(), file(&reader).unwrap());
         assert!(first.limits.read_only && second.limits.read_only);
         drop((first, second));
+        std::fs::remove_file(path).unwrap();
+    }
+
+    #[test]
+    fn who_shares_a_file_writes_it_beside_others_who_do_but_not_beside_who_does_not() {
+        let path = temp("shared", 1 << 20);
+        let given = [("path".to_owned(), path.clone())];
+        let args = Args::new("file", SOURCE.keys, &given).unwrap();
+        let share = || open(&args, Access::Share);
+        let (first, second) = (share().unwrap(), share().unwrap());
+        assert!(!first.limits.read_only && !second.limits.read_only);
+        assert!(refusal(&[("path", &path)]).contains("in use"));
+        drop((first, second));
+        let alone = file(&[("path", &path)]).unwrap();
+        assert!(share().map(|_| ()).unwrap_err().to_string().contains("in use"));
+        drop(alone);
         std::fs::remove_file(path).unwrap();
     }
 

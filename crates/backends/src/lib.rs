@@ -30,6 +30,9 @@ pub struct Opened {
 pub enum Access {
     /// To serve it: exclusively, unless it is read-only.
     Serve,
+    /// To serve a file beside others who say so too, never beside one who serves it exclusively: as
+    /// tests do that write one file through several devices.
+    Share,
     /// To look at what it is, also while somebody serves it. Nothing is written.
     Look,
 }

@@ -6,6 +6,7 @@ mod args;
 mod assemble;
 mod client;
 mod del;
+mod dialect;
 mod doctor;
 mod explain;
 mod features;
@@ -32,6 +33,9 @@ use args::{Command, Options};
 
 fn main() -> ExitCode {
     abort_on_panic();
+    if let Some(code) = dialect::run() {
+        return code;
+    }
     let options = Options::parse();
     match run(&options.command) {
         Ok(code) => code,

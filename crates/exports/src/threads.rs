@@ -37,6 +37,9 @@ pub struct Shape {
     pub queues: u16,
     /// Threads that serve them; at most as many as queues.
     pub threads: u16,
+    /// Whether every thread serves every queue, each some of its requests; there may be more of
+    /// them then.
+    pub is_shared: bool,
     /// What each queue's requests need.
     pub memory: LaneMemory,
     /// Seconds after which a request is reported as stuck; 0 for never.
@@ -95,7 +98,8 @@ impl Crew {
     /// # Errors
     /// The first thing that any thread could not do. The others are left to end with the process.
     pub fn start(shape: Shape, work: Work) -> Result<Crew> {
-        let threads = shape.threads.clamp(1, shape.queues.max(1));
+        let most = if shape.is_shared { u16::MAX } else { shape.queues.max(1) };
+        let threads = shape.threads.clamp(1, most);
         let served = Served::new(work.service.stack.clone(), Box::new(work.service.on_event));
         let work = Arc::new(work);
         let (ready, news) = mpsc::channel();
@@ -108,8 +112,8 @@ impl Crew {
             warnings: Vec::new(),
         };
         for thread in 0..threads {
-            let queues: Vec<u16> =
-                (0..shape.queues).filter(|queue| queue % threads == thread).collect();
+            let serves = |queue: &u16| shape.is_shared || queue % threads == thread;
+            let queues: Vec<u16> = (0..shape.queues).filter(serves).collect();
             let shared = Arc::new(Shared::default());
             crew.shared.push(Arc::clone(&shared));
             let (work, ready, alive) = (Arc::clone(&work), ready.clone(), alive.clone());

@@ -4,9 +4,9 @@ mod cells;
 mod data;
 mod guest;
 mod native;
-mod peers;
+pub mod peers;
 mod report;
-mod run;
+pub mod run;
 mod svg;
 
 use std::path::{Path, PathBuf};
@@ -152,7 +152,7 @@ fn absolute(path: &Path) -> Fallible<PathBuf> {
 }
 
 /// Builds the command for release; where it is.
-fn build() -> Fallible<PathBuf> {
+pub fn build() -> Fallible<PathBuf> {
     eprintln!("xtask: building devsplice for release");
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = run::bounded(BUILD_LIMIT, cargo);

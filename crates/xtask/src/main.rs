@@ -3,6 +3,7 @@
 
 mod apt;
 mod bench;
+mod conformance;
 mod contract;
 mod demo;
 mod deps;
@@ -33,6 +34,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Bench(bench::Options),
+    Conformance(conformance::Options),
     Contract(contract::Options),
     Demo(demo::Options),
     Replay(replay::Options),
@@ -48,6 +50,7 @@ fn main() -> ExitCode {
     let failure = if matches!(cli.command, Command::Vm(_)) { vm::RC_NO_VM } else { 1 };
     let done = proc::watch_signals().and_then(|()| match cli.command {
         Command::Bench(options) => bench::run(&options),
+        Command::Conformance(options) => conformance::run(&options),
         Command::Contract(options) => contract::run(&options),
         Command::Demo(options) => demo::run(&options),
         Command::Replay(options) => replay::run(&options).map(|()| 0),

@@ -74,7 +74,7 @@ impl Control {
         self.features &= !F_IOCTL_ENCODE;
     }
 
-    fn send(
+    pub(super) fn send(
         &mut self,
         name: &str,
         op: u32,

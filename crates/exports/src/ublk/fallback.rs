@@ -92,9 +92,9 @@ mod tests {
     fn with_slots_taken(path: DataPath) {
         let Some(control) = control(path) else { return };
         let options = options(path);
+        let extra = Extra { prepare: Some(take_every_other_slot), ..Extra::default() };
         let made = &mut |_| ();
-        let device =
-            Device::make(control, &options, service(), made, take_every_other_slot).unwrap();
+        let device = Device::make(control, (&options, extra), service(), made).unwrap();
         is_true(device.path());
         let counts = device.detach().unwrap();
         let moved = 2 * (CLIENTS * 8 * LEN) as u64;
@@ -120,7 +120,8 @@ mod tests {
             let Some(mut control) = control(path) else { return };
             control.forget_encoding();
             let made = &mut |_| ();
-            let device = match Device::make(control, &options(path), service(), made, |_| Ok(())) {
+            let how = (&options(path), Extra::default());
+            let device = match Device::make(control, how, service(), made) {
                 Err(error) if error.kind() == ErrorKind::Unsupported => {
                     // CONFIG_BLKDEV_UBLK_LEGACY_OPCODES is off.
                     println!("skipped: {error}");

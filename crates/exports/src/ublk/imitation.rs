@@ -12,6 +12,7 @@ use rustix::fs::MemfdFlags;
 use zerocopy::IntoBytes;
 
 use super::DataPath;
+use super::extra::Part;
 use super::map::Descriptors;
 use super::queue::{Queue, QueueConfig};
 use super::uapi::{IoDesc, op};
@@ -27,9 +28,10 @@ pub fn queue(
     at: impl Fn(u16) -> u64,
 ) -> Result<Box<dyn Export<Uring>>> {
     let fd = descriptors(depth, at)?;
-    let descriptors = Descriptors::map(fd.as_fd(), 0, depth)?;
+    let descriptors = Descriptors::map(fd.as_fd(), 0, (depth, size_of::<IoDesc>()), Part::WHOLE)?;
     let file = ring.add_file(RingFile { fd, kind: FileKind::Other })?;
-    let config = QueueConfig { queue: 0, depth, path: DataPath::AutoRegister, encoded: true };
+    let (path, part) = (DataPath::AutoRegister, Part::WHOLE);
+    let config = QueueConfig { queue: 0, depth, path, encoded: true, part };
     Ok(Box::new(Queue::new(config, file, descriptors)))
 }
 

@@ -6,6 +6,7 @@ use std::ptr::NonNull;
 use devsplice_core::{Error, Result};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
+use super::extra::Part;
 use super::uapi::IoDesc;
 
 const PAGE: usize = 4096;
@@ -16,6 +17,10 @@ const MAX_DEPTH: usize = 4096;
 pub(crate) struct Descriptors {
     base: NonNull<IoDesc>,
     depth: usize,
+    /// Bytes from the base to the first that is ours, a multiple of 8.
+    first: usize,
+    /// Bytes from one to the next: at least one's size, and a multiple of 8.
+    each: usize,
     bytes: usize,
 }
 
@@ -24,10 +29,17 @@ pub(crate) struct Descriptors {
 unsafe impl Send for Descriptors {}
 
 impl Descriptors {
-    /// Maps the descriptors of `queue` from the character device.
-    pub(crate) fn map(file: BorrowedFd<'_>, queue: u16, depth: u16) -> Result<Descriptors> {
-        let stride = (MAX_DEPTH * size_of::<IoDesc>()).next_multiple_of(PAGE);
-        let bytes = (usize::from(depth) * size_of::<IoDesc>()).next_multiple_of(PAGE);
+    /// Maps the descriptors of `queue` from the character device, of which there are `depth`, each
+    /// `each` bytes after the one before it, and `part` are read here, by their places in it.
+    pub(crate) fn map(
+        file: BorrowedFd<'_>,
+        queue: u16,
+        (depth, each): (u16, usize),
+        part: Part,
+    ) -> Result<Descriptors> {
+        assert!(each >= size_of::<IoDesc>() && each % align_of::<IoDesc>() == 0, "{each} bytes");
+        let stride = (MAX_DEPTH * each).next_multiple_of(PAGE);
+        let bytes = (usize::from(depth) * each).next_multiple_of(PAGE);
         let offset = (usize::from(queue) * stride) as u64;
         let (prot, flags) = (ProtFlags::READ, MapFlags::SHARED | MapFlags::POPULATE);
         // SAFETY: a fresh mapping at an address of the kernel's choice; this value alone owns it.
@@ -35,7 +47,9 @@ impl Descriptors {
             .map_err(|errno| Error::os("ublk descriptors", &errno.into()))?;
         let base = NonNull::new(base.cast())
             .ok_or_else(|| Error::invalid("ublk descriptors", "mapped at address 0"))?;
-        Ok(Descriptors { base, depth: usize::from(depth), bytes })
+        // The last one read is at `part.tag(depth - 1)`, which is below the queue's depth.
+        let (depth, first) = (usize::from(part.depth(depth)), usize::from(part.first) * each);
+        Ok(Descriptors { base, depth, first, each: usize::from(part.step) * each, bytes })
     }
 
     /// A copy of a tag's descriptor. It is the request's from the completion of its fetch to its
@@ -44,10 +58,11 @@ impl Descriptors {
     pub(crate) fn read(&self, tag: u16) -> IoDesc {
         let tag = usize::from(tag);
         assert!(tag < self.depth, "tag {tag} of {}", self.depth);
-        // SAFETY: below the depth, so inside the mapping, which is at least depth x 24 bytes.
-        let at = unsafe { self.base.as_ptr().add(tag) };
-        // SAFETY: aligned (24 is a multiple of 8, the base is a page), mapped, plain data; volatile
-        // because the kernel writes it between commits.
+        // SAFETY: below the part's depth, so below the queue's, for which the mapping has room.
+        let at = unsafe { self.base.as_ptr().byte_add(self.first + tag * self.each) };
+        // SAFETY: aligned (`map` took multiples of 8 alone, the base is a page), mapped with all of
+        // its bytes (each is at least as large), plain data; volatile because the kernel writes it
+        // between commits.
         unsafe { at.read_volatile() }
     }
 }

@@ -1,11 +1,13 @@
 //! Answers for the ublk front end: a /dev/ublkbN whose requests this process serves.
 
 mod control;
+mod extra;
 #[cfg(test)]
 mod fallback;
 #[cfg(feature = "imitation")]
 pub mod imitation;
 mod map;
+mod outside;
 mod params;
 mod queue;
 mod recovery;
@@ -16,12 +18,14 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use devsplice_core::{Error, ErrorKind, Result, Stack};
-use devsplice_engine::{Counts, Export};
+use devsplice_engine::Counts;
 use devsplice_uring::{FileKind, LaneMemory, RingFile, Uring};
 use rustix::fs::OFlags;
 use rustix::thread::CpuSet;
 
 pub use control::{CONTROL, Control, available};
+pub use extra::{Extra, Segments};
+pub use outside::{Seen, Trial};
 pub use recovery::{Fit, Recovery, Suspended};
 
 use crate::threads::{Crew, OnMade, Service, Shape, Work};
@@ -127,9 +131,6 @@ pub struct Options {
     pub recovery: Option<Recovery>,
 }
 
-/// What is done to a ring that will serve queues.
-type Prepare = fn(&mut Uring) -> Result<()>;
-
 /// Most bytes of a request. Larger ones cost more memory where data is copied and gain nothing.
 const MAX_IO: u32 = 1 << 20;
 /// Bytes that the requests of a device may have locked where the kernel copies (`DataPath::Copy`):
@@ -146,6 +147,7 @@ struct Made {
     info: DevInfo,
     data_path: DataPath,
     options: Options,
+    extra: Extra,
 }
 
 /// A disk that is being served.
@@ -168,16 +170,27 @@ impl Device {
     /// # Errors
     /// Without the driver, rights, or the data path asked for; nothing is left behind then.
     pub fn attach(options: &Options, service: Service, on_made: OnMade<'_>) -> Result<Device> {
-        Device::make(Control::open()?, options, service, on_made, |_| Ok(()))
+        Device::attach_with(options, Extra::default(), service, on_made)
     }
 
-    /// The same; `prepare` sees each queue's ring before the queue does.
-    fn make(
-        mut control: Control,
+    /// The same, with what else is asked of the driver.
+    ///
+    /// # Errors
+    /// As [`Device::attach`].
+    pub fn attach_with(
         options: &Options,
+        extra: Extra,
         service: Service,
         on_made: OnMade<'_>,
-        prepare: Prepare,
+    ) -> Result<Device> {
+        Device::make(Control::open()?, (options, extra), service, on_made)
+    }
+
+    fn make(
+        mut control: Control,
+        (options, extra): (&Options, Extra),
+        service: Service,
+        on_made: OnMade<'_>,
     ) -> Result<Device> {
         // Bytes that a helper thread reads and writes must be in memory of ours.
         let in_memory = service.bottoms.iter().any(crate::threads::Bottom::needs_memory);
@@ -185,20 +198,21 @@ impl Device {
         let data_path = choose_path(options.data_path, control.features() & usable)?;
         let recovery = recovery::choose(options.recovery, control.features())?;
         let stable_writes = service.stack.limits().stable_writes;
-        let info = control.add(wish(options, (data_path, recovery), control.features()))?;
+        let mut wish = wish(options, (data_path, recovery), control.features());
+        extra.wish(&mut wish, data_path)?;
+        let info = control.add(wish)?;
         on_made(info.dev_id);
-        let lost = (data_path.flags() | recovery.flags()) & !info.flags;
+        let lost = (data_path.flags() | recovery.flags() | extra.flags()) & !info.flags;
         if lost != 0 {
             let _ = control.delete(info.dev_id);
             let reason = format!("the kernel took no {data_path} path (flags {lost:#x} refused)");
             return Err(Error::new(ErrorKind::Unsupported, "ublk", reason)
                 .next("--data-path auto, and report this kernel"));
         }
-        let mut made = Made { control, info, data_path, options: options.clone() };
+        let mut made = Made { control, info, data_path, options: options.clone(), extra };
         let id = info.dev_id;
         let params = made.params(&service.stack);
-        let started =
-            made.control.set_params(id, params).and_then(|()| made.crew(service, prepare));
+        let started = made.control.set_params(id, params).and_then(|()| made.crew(service));
         let crew = match started {
             Ok(crew) => crew,
             Err(error) => {
@@ -300,18 +314,20 @@ impl Made {
         let limits = stack.limits();
         let read_only = self.options.read_only || limits.read_only;
         let max_io = max_io(&self.info, self.data_path);
-        params::params(limits, read_only, max_io, self.data_path.copies() == 0)
+        let mut params = params::params(limits, read_only, max_io, self.data_path.copies() == 0);
+        self.extra.limit(&mut params);
+        params
     }
 
     /// Opens the device and has threads fetch from all its queues.
-    fn crew(&mut self, service: Service, prepare: Prepare) -> Result<Crew> {
+    fn crew(&mut self, service: Service) -> Result<Crew> {
         let info = self.info;
         let file = open_char(info.dev_id)?;
-        let shape = shape(&self.options, &info, self.data_path);
-        let affinity = self.options.affinity;
+        let shape = shape((&self.options, &self.extra), &info, self.data_path);
+        let affinity = self.options.affinity && !self.extra.per_io;
         let cpus = if affinity { queue_cpus(&mut self.control, &info) } else { Vec::new() };
         let path = (self.data_path, self.control.is_encoded());
-        let make = queue_maker(file, &info, path, prepare);
+        let make = queue_maker(file, &info, path, (self.extra.clone(), shape.threads));
         let cpus = Box::new(move |queue: u16| cpus.get(usize::from(queue)).copied().flatten());
         Crew::start(shape, Work { service, make, cpus })
     }
@@ -360,18 +376,21 @@ fn max_io(info: &DevInfo, path: DataPath) -> u32 {
     1 << each.ilog2()
 }
 
-fn shape(options: &Options, info: &DevInfo, path: DataPath) -> Shape {
+fn shape((options, extra): (&Options, &Extra), info: &DevInfo, path: DataPath) -> Shape {
     let slots = path.copies() == 0;
+    let most = if extra.per_io { info.queue_depth } else { info.nr_hw_queues };
+    let threads = options.threads.clamp(1, most);
     // Zero-copy paths have memory for the requests that fall back; untouched, it costs nothing.
     let memory = LaneMemory {
-        depth: info.queue_depth,
+        depth: info.queue_depth.div_ceil(if extra.per_io { threads } else { 1 }),
         bytes: max_io(info, path),
         slots,
         locked: path == DataPath::Copy,
     };
     Shape {
         queues: info.nr_hw_queues,
-        threads: options.threads.clamp(1, info.nr_hw_queues),
+        threads,
+        is_shared: extra.per_io,
         memory,
         stuck_seconds: options.stuck_seconds,
     }
@@ -398,16 +417,19 @@ fn queue_maker(
     file: OwnedFd,
     info: &DevInfo,
     (path, encoded): (DataPath, bool),
-    prepare: Prepare,
+    (extra, threads): (Extra, u16),
 ) -> Box<crate::threads::MakeQueue> {
-    let depth = info.queue_depth;
+    let (depth, each) = (info.queue_depth, extra::descriptor_bytes(info));
+    let dealer = extra::Dealer::new(info.nr_hw_queues, threads);
     Box::new(move |queue, ring: &mut Uring| {
-        prepare(ring)?;
+        extra.prepare(ring)?;
         let fd = file.try_clone().map_err(|error| Error::os("/dev/ublkc", &error))?;
-        let descriptors = map::Descriptors::map(fd.as_fd(), queue, depth)?;
+        let part = if extra.per_io { dealer.deal(queue)? } else { extra::Part::WHOLE };
+        let descriptors = map::Descriptors::map(fd.as_fd(), queue, (depth, each), part)?;
         let file = ring.add_file(RingFile { fd, kind: FileKind::Other })?;
-        let config = QueueConfig { queue, depth, path, encoded };
-        Ok(Box::new(Queue::new(config, file, descriptors)) as Box<dyn Export<Uring>>)
+        let depth = part.depth(depth);
+        let config = QueueConfig { queue, depth, path, encoded, part };
+        Ok(extra.around(Box::new(Queue::new(config, file, descriptors))))
     })
 }
 

@@ -11,10 +11,11 @@ use devsplice_uring::{Command, Prepared, Uring};
 use zerocopy::IntoBytes;
 
 use super::DataPath;
+use super::extra::Part;
 use super::map::Descriptors;
 use super::uapi::{
-    AUTO_BUF_REG_FALLBACK, IO_F_FUA, IO_F_NEED_REG_BUF, IO_F_NOUNMAP, IoCmd, IoDesc, io, op,
-    user_copy_at,
+    AUTO_BUF_REG_FALLBACK, IO_F_FUA, IO_F_NEED_REG_BUF, IO_F_NOUNMAP, IoCmd, IoDesc,
+    RES_NEED_GET_DATA, io, op, user_copy_at,
 };
 
 /// What of a tag a completion is about: the high half of its index.
@@ -43,6 +44,8 @@ pub(crate) struct QueueConfig {
     pub(crate) path: DataPath,
     /// Whether commands have their ioctl-encoded numbers (since 6.4).
     pub(crate) encoded: bool,
+    /// Which of the queue's tags; `depth` is how many. They are counted from 0 here.
+    pub(crate) part: Part,
 }
 
 /// What is known of a request between fetch and commit.
@@ -92,7 +95,8 @@ impl Queue {
 
     /// Fetches, or commits `result` and fetches.
     fn fetch(&self, ring: &mut Uring, op: u32, tag: u16, result: i32) {
-        let payload = IoCmd { q_id: self.config.queue, tag, result, addr: 0 };
+        let kernels = self.config.part.tag(tag);
+        let payload = IoCmd { q_id: self.config.queue, tag: kernels, result, addr: 0 };
         let path = self.config.path;
         let auto = path == DataPath::AutoRegister;
         let slot = if auto { u64::from(ring.slot_index(self.lane, tag)) } else { 0 };
@@ -107,7 +111,8 @@ impl Queue {
 
     fn slot_command(&self, ring: &mut Uring, (op, kind): (u32, u32), tag: u16) {
         let addr = u64::from(ring.slot_index(self.lane, tag));
-        let payload = IoCmd { q_id: self.config.queue, tag, result: 0, addr };
+        let kernels = self.config.part.tag(tag);
+        let payload = IoCmd { q_id: self.config.queue, tag: kernels, result: 0, addr };
         let payload = payload_bytes(&payload);
         let command = Command { op: self.op(op), payload, aux: 0, lend: None };
         ring.command((self.lane, index(kind, tag)), self.file, &command);
@@ -169,7 +174,7 @@ impl Queue {
     /// What of the tag's data is still to be moved, and where it is on the character device.
     fn left(&self, tag: u16) -> (u64, (usize, usize)) {
         let Tag { io, moved, .. } = self.tags[usize::from(tag)];
-        let at = user_copy_at(self.config.queue, tag) + u64::from(moved);
+        let at = user_copy_at(self.config.queue, self.config.part.tag(tag)) + u64::from(moved);
         let len = usize::try_from(io.extent.len).unwrap_or(0) - moved as usize;
         (at, (Uring::DATA_AT + moved as usize, len))
     }
@@ -218,6 +223,11 @@ impl Queue {
     ) -> Result<()> {
         if result == 0 {
             self.fetched(ring, tag, inbox);
+            return Ok(());
+        }
+        if result == RES_NEED_GET_DATA {
+            // A write; its data comes into our memory now, which the command names as any fetch.
+            self.fetch(ring, io::NEED_GET_DATA, tag, 0);
             return Ok(());
         }
         if result != -Errno::ENODEV.raw() {
@@ -334,7 +344,9 @@ impl Export<Uring> for Queue {
 
     fn arm(&mut self, ring: &mut Uring, lane: u16) -> Result<()> {
         self.lane = lane;
-        if self.config.path == DataPath::AutoRegister {
+        // A prepared commit has the tag as it is counted here.
+        let is_whole = self.config.part == Part::WHOLE;
+        if self.config.path == DataPath::AutoRegister && is_whole {
             let payload = IoCmd { q_id: self.config.queue, tag: 0, result: 0, addr: 0 };
             let command = Command {
                 op: self.op(io::COMMIT_AND_FETCH_REQ),

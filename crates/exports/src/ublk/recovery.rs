@@ -16,7 +16,7 @@ use super::uapi::{
     F_QUIESCE, F_UPDATE_SIZE, F_USER_RECOVERY, F_USER_RECOVERY_FAIL_IO, F_USER_RECOVERY_REISSUE,
     PARAM_DEVT, Params,
 };
-use super::{Control, DataPath, Device, Made, Options, node};
+use super::{Control, DataPath, Device, Extra, Made, Options, node};
 use crate::threads::Service;
 
 /// What becomes of a disk whose server dies.
@@ -157,6 +157,14 @@ impl Suspended {
     /// # Errors
     /// If there is no such device, it is not to be recovered, or a server has it.
     pub fn find(id: u32, options: &Options) -> Result<Suspended> {
+        Suspended::find_with(id, options, Extra::default())
+    }
+
+    /// The same of one that was made with more than that.
+    ///
+    /// # Errors
+    /// As [`Suspended::find`].
+    pub fn find_with(id: u32, options: &Options, extra: Extra) -> Result<Suspended> {
         let mut control = Control::open()?;
         let info = control.info(id)?;
         let thing = node(id);
@@ -167,7 +175,7 @@ impl Suspended {
         }
         let data_path = DataPath::of(info.flags);
         let options = Options { id: Some(id), recovery: Some(recovery), ..options.clone() };
-        Ok(Suspended { made: Made { control, info, data_path, options } })
+        Ok(Suspended { made: Made { control, info, data_path, options, extra } })
     }
 
     /// Its number.
@@ -228,7 +236,7 @@ impl Suspended {
                 Ok(()) => break,
             }
         }
-        let crew = self.made.crew(service, |_| Ok(()))?;
+        let crew = self.made.crew(service)?;
         self.made.control.end_recovery(id)?;
         Ok(crew)
     }

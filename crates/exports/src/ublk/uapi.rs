@@ -18,12 +18,14 @@ pub(crate) mod ctrl {
     pub(crate) const DEL_DEV_ASYNC: u32 = 0x8020_7514;
     pub(crate) const UPDATE_SIZE: u32 = 0xC020_7515;
     pub(crate) const QUIESCE_DEV: u32 = 0xC020_7516;
+    pub(crate) const TRY_STOP_DEV: u32 = 0xC020_7517;
 }
 
 /// Commands of the character device.
 pub(crate) mod io {
     pub(crate) const FETCH_REQ: u32 = 0xC010_7520;
     pub(crate) const COMMIT_AND_FETCH_REQ: u32 = 0xC010_7521;
+    pub(crate) const NEED_GET_DATA: u32 = 0xC010_7522;
     pub(crate) const REGISTER_IO_BUF: u32 = 0xC010_7523;
     pub(crate) const UNREGISTER_IO_BUF: u32 = 0xC010_7524;
 }
@@ -54,6 +56,7 @@ pub(crate) const FEATURES: &[(u32, &str)] = &[
 ];
 
 pub(crate) const F_ZERO_COPY: u64 = 1;
+pub(crate) const F_NEED_GET_DATA: u64 = 1 << 2;
 pub(crate) const F_USER_RECOVERY: u64 = 1 << 3;
 pub(crate) const F_USER_RECOVERY_REISSUE: u64 = 1 << 4;
 pub(crate) const F_IOCTL_ENCODE: u64 = 1 << 6;
@@ -62,7 +65,12 @@ pub(crate) const F_USER_RECOVERY_FAIL_IO: u64 = 1 << 9;
 pub(crate) const F_UPDATE_SIZE: u64 = 1 << 10;
 pub(crate) const F_AUTO_BUF_REG: u64 = 1 << 11;
 pub(crate) const F_QUIESCE: u64 = 1 << 12;
+pub(crate) const F_PER_IO_DAEMON: u64 = 1 << 13;
 pub(crate) const F_NO_AUTO_PART_SCAN: u64 = 1 << 18;
+pub(crate) const F_IO_DESC_SIZE: u64 = 1 << 20;
+
+/// Result of a fetch: a write has come without its data (`UBLK_IO_RES_NEED_GET_DATA`).
+pub(crate) const RES_NEED_GET_DATA: i32 = 1;
 
 /// In `sqe->addr` of a fetch: hand the request over without a slot when the slot cannot be filled.
 pub(crate) const AUTO_BUF_REG_FALLBACK: u64 = 1 << 16;
@@ -88,7 +96,8 @@ pub(crate) struct DevInfo {
     pub(crate) nr_hw_queues: u16,
     pub(crate) queue_depth: u16,
     pub(crate) state: u16,
-    pub(crate) pad0: u16,
+    /// Since 7.2; 0 before.
+    pub(crate) io_desc_size: u16,
     pub(crate) max_io_buf_bytes: u32,
     pub(crate) dev_id: u32,
     pub(crate) ublksrv_pid: i32,
@@ -177,7 +186,9 @@ pub(crate) struct Params {
 pub(crate) const PARAM_BASIC: u32 = 1;
 pub(crate) const PARAM_DISCARD: u32 = 2;
 pub(crate) const PARAM_DEVT: u32 = 4;
+pub(crate) const PARAM_ZONED: u32 = 8;
 pub(crate) const PARAM_DMA_ALIGN: u32 = 16;
+pub(crate) const PARAM_SEGMENT: u32 = 32;
 
 pub(crate) const ATTR_READ_ONLY: u32 = 1;
 pub(crate) const ATTR_ROTATIONAL: u32 = 2;

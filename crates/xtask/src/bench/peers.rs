@@ -36,11 +36,11 @@ pub fn find(name: &str) -> Fallible<PathBuf> {
     }
 }
 
-/// The cached program called `name`; `build` puts one into a directory of its own.
+/// What is cached as `name`, a program or a directory; `build` makes it in a directory of its own.
 fn cached(name: &str, build: fn(&Path) -> Fallible<PathBuf>) -> Fallible<PathBuf> {
     let home = cache_directory()?;
     let program = home.join(name);
-    if program.is_file() {
+    if program.exists() {
         return Ok(program);
     }
     eprintln!("xtask: building {name} into {}", home.display());
@@ -86,19 +86,37 @@ fn build_bare(work: &Path) -> Fallible<PathBuf> {
     Ok(program)
 }
 
-/// The kernel's own test server, from the kernel's sources.
-fn build_kublk(work: &Path) -> Fallible<PathBuf> {
+/// The kernel's own tests of ublk as a directory of scripts, with the helper that some of them
+/// start.
+pub fn ublk_tests() -> Fallible<PathBuf> {
+    cached("ublk-tests-7.3", |work| {
+        let (sources, tree) = sources(work)?;
+        let mut gcc = bounded(BUILD_LIMIT, "gcc");
+        gcc.args(["-O2", "-w", "-D_GNU_SOURCE", "-I"]).arg(tree.join("usr/include"));
+        gcc.arg("-o").arg(sources.join("metadata_size"));
+        run_quiet(gcc.arg(sources.join("metadata_size.c")))?;
+        Ok(sources)
+    })
+}
+
+/// The sources of the kernel's tests of ublk, and a tree with the headers of that kernel.
+fn sources(work: &Path) -> Fallible<(PathBuf, PathBuf)> {
     deps::ensure(&["gcc", "xz"])?;
     let tree = work.join("tree");
     let kernel = Suite::new(SOURCE_SUITE, work)?;
     unpack(&kernel, HEADERS, &tree)?;
     unpack(&kernel, SOURCE, &tree)?;
-    unpack(&Suite::new(LIBRARY_SUITE, work)?, LIBRARY, &tree)?;
-    let sources = work.join("tools/testing/selftests/ublk");
     let mut tar = bounded(300, "tar");
     tar.arg("-xJf").arg(tree.join(format!("usr/src/{SOURCE}.tar.xz"))).arg("-C").arg(work);
     tar.args(["--strip-components=1", "--wildcards", "*/tools/testing/selftests/ublk"]);
     run_quiet(&mut tar)?;
+    Ok((work.join("tools/testing/selftests/ublk"), tree))
+}
+
+/// The kernel's own test server, from the kernel's sources.
+fn build_kublk(work: &Path) -> Fallible<PathBuf> {
+    let (sources, tree) = sources(work)?;
+    unpack(&Suite::new(LIBRARY_SUITE, work)?, LIBRARY, &tree)?;
     let program = work.join("kublk");
     let mut gcc = bounded(BUILD_LIMIT, "gcc");
     gcc.args(["-O3", "-w", "-D_GNU_SOURCE", "-I"]).arg(tree.join("usr/include"));

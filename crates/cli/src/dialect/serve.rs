@@ -1,0 +1,127 @@
+//! Answers for the server of a device that was made under another tool's name: a process of its
+//! own, which ends when the device is stopped and leaves it to be deleted.
+
+use std::io::{BufRead, BufReader, PipeWriter, Write};
+use std::process::ExitCode;
+
+use devsplice_backends::Access;
+use devsplice_core::{Error, ErrorKind, Result};
+use devsplice_exports::threads::Service;
+use devsplice_exports::ublk::{Control, Device, Fit, Suspended};
+use devsplice_spec::Plan;
+
+use super::wish::Wish;
+use super::{Tool, list};
+use crate::args::{Export, PathChoice};
+use crate::assemble::{CATALOG, assemble};
+use crate::{front, server};
+
+/// Makes a device as `wish` says, and prints it as `tool` does.
+///
+/// # Errors
+/// Whatever stands in the way; nothing is left behind then.
+pub fn add(wish: &Wish, tool: Tool) -> Result<ExitCode> {
+    wish.check()?;
+    let plan = Plan::parse(&wish.stack()?, &CATALOG)?;
+    if wish.is_foreground {
+        let device = make(wish, &plan)?;
+        show(device.id(), tool)?;
+        return Ok(serve(&device));
+    }
+    let os = |error| Error::os("server process", &error);
+    let (reader, writer) = std::io::pipe().map_err(os)?;
+    match fork::fork().map_err(os)? {
+        fork::Fork::Parent(_) => {
+            drop(writer);
+            show(told(BufReader::new(reader))?, tool).map(|()| ExitCode::SUCCESS)
+        }
+        fork::Fork::Child => {
+            drop(reader);
+            let _ = rustix::process::setsid();
+            background(wish, &plan, writer)
+        }
+    }
+}
+
+fn make(wish: &Wish, plan: &Plan) -> Result<Device> {
+    // A core dump could end up on the very disk that has just lost its server.
+    let none = rustix::process::Rlimit { current: Some(0), maximum: Some(0) };
+    let _ = rustix::process::setrlimit(rustix::process::Resource::Core, none);
+    front::choose(Export::Ublk, PathChoice::Auto)?;
+    // Their tests make several devices of one file.
+    let (stack, bottoms) = assemble(plan, Access::Share)?.into_parts();
+    let service = Service {
+        stack,
+        bottoms,
+        on_stuck: |_| {},
+        on_event: |text| eprintln!("ublk: {text}"),
+        on_death: |error| {
+            eprintln!("ublk: {error}; the device is dead");
+            std::process::exit(1);
+        },
+    };
+    let (options, extra) = (wish.options(), wish.extra());
+    let Some(id) = wish.id.filter(|_| wish.more.is_recovery) else {
+        return Device::attach_with(&options, extra, service, &mut |_| ());
+    };
+    let suspended = Suspended::find_with(id, &options, extra)?;
+    suspended.resume(service, Fit::Same).map_err(|(_, error)| error)
+}
+
+/// The server's process: reports how its start went, then serves.
+fn background(wish: &Wish, plan: &Plan, mut status: PipeWriter) -> Result<ExitCode> {
+    let made = make(wish, plan).and_then(|device| {
+        // The current directory of a daemon must keep no file system busy. Files are open by now.
+        let _ = std::env::set_current_dir("/");
+        // Who started it may wait for the end of what it printed to.
+        server::silence(None).map(|()| device)
+    });
+    let report = match &made {
+        Ok(device) => format!("{}\n", device.id()),
+        Err(error) => format!("{error}\n"),
+    };
+    let _ = status.write_all(report.as_bytes());
+    drop(status);
+    Ok(made.map_or(ExitCode::from(1), |device| serve(&device)))
+}
+
+/// Serves until the device is stopped. The process's end is what lets it be deleted.
+fn serve(device: &Device) -> ExitCode {
+    if let Some(end) = device.crew().take_end() {
+        // Nothing is ever sent: the wait ends with the last I/O thread.
+        let _ = end.recv();
+    }
+    ExitCode::SUCCESS
+}
+
+/// The device's number as its server reports it, or why there is none.
+fn told(mut status: impl BufRead) -> Result<u32> {
+    let mut line = String::new();
+    let read = status.read_line(&mut line);
+    line.trim_end().parse().map_err(|_| {
+        let reason = match (read, line.trim_end()) {
+            (Err(error), _) => error.to_string(),
+            (Ok(_), "") => "ended without a word".to_owned(),
+            (Ok(_), said) => said.to_owned(),
+        };
+        Error::new(ErrorKind::Os, "no device", reason)
+    })
+}
+
+fn show(id: u32, tool: Tool) -> Result<()> {
+    list::print(&Control::open()?.look(id)?, tool);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_servers_report_is_a_number_or_a_reason() {
+        assert_eq!(told(&b"7\n"[..]).unwrap(), 7);
+        let error = told(&b"/a: is in use\n"[..]).unwrap_err();
+        assert!(error.to_string().contains("/a: is in use"), "{error}");
+        assert!(told(&b""[..]).unwrap_err().to_string().contains("without a word"));
+    }
+}

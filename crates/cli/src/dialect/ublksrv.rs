@@ -1,0 +1,132 @@
+//! Answers for the command line of `ublk`, ublksrv's tool.
+
+use devsplice_core::{Error, Result};
+
+use super::wish::{CopyMode, More, Verb, Wish};
+use super::words::{Known, Words, flag, value};
+use super::{number_of, which_of};
+
+const KNOWN: &[Known] = &[
+    flag('a', "all"),
+    value('t', "type"),
+    value('n', "number"),
+    value('q', "queues"),
+    value('d', "depth"),
+    value('f', "file"),
+    // How completions reach its threads: an affair of kernels before 6.0.
+    value('u', "uring_comp"),
+    value('g', "need_get_data"),
+    value('r', "user_recovery"),
+    value('i', "user_recovery_reissue"),
+    value('e', "user_recovery_fail_io"),
+    value('\0', "debug_mask"),
+    flag('\0', "unprivileged"),
+    flag('\0', "usercopy"),
+    flag('\0', "eventfd"),
+    flag('z', "zerocopy"),
+    flag('b', "auto_zc"),
+    flag('\0', "foreground"),
+    flag('\0', "buffered_io"),
+    flag('v', "verbose"),
+    flag('\0', "read_only"),
+];
+
+/// How it is used.
+pub const HELP: &str = "\
+ublk add -t null|loop|stripe|fault_inject [-f FILE]... [-n ID] [-q QUEUES] [-d DEPTH] [-g 0|1]
+     [-r 0|1] [-i 0|1] [-e 0|1] [-z] [--usercopy] [--buffered_io] [--foreground]
+ublk recover -n ID
+ublk del -n ID | -a;  list [-n ID];  features";
+
+/// What a command line asks for.
+///
+/// # Errors
+/// Which word makes no sense.
+pub fn parse(verb: &str, words: &[String]) -> Result<Verb> {
+    let words = Words::sort(KNOWN, words)?;
+    match verb {
+        "add" => add(&words).map(|wish| Verb::Add(Box::new(wish))),
+        "recover" => Ok(Verb::Add(Box::new(Wish {
+            id: Some(number_of(&words)?),
+            more: More { is_recovery: true, ..More::default() },
+            ..Wish::default()
+        }))),
+        "del" => which_of(&words, true).map(Verb::Del),
+        "list" => which_of(&words, false).map(Verb::List),
+        "features" => Ok(Verb::Features),
+        _ => Ok(Verb::Help),
+    }
+}
+
+fn add(words: &Words) -> Result<Wish> {
+    let on = |name| words.is_on(name);
+    let modes = [
+        (on("need_get_data")?, CopyMode::GetData),
+        (words.has("usercopy"), CopyMode::UserCopy),
+        (words.has("zerocopy"), CopyMode::Register),
+        (words.has("auto_zc"), CopyMode::AutoRegister),
+    ];
+    let mut given = modes.iter().filter(|(given, _)| *given).map(|(_, mode)| *mode);
+    let copy = given.next().unwrap_or_default();
+    if given.next().is_some() {
+        return Err(Error::invalid("-g, -z, -b, --usercopy", "are ways of one thing: give one"));
+    }
+    let (reissues, fails) = (on("user_recovery_reissue")?, on("user_recovery_fail_io")?);
+    let files = words.given.iter().filter(|(name, _)| *name == "file");
+    let named = files.map(|(_, file)| file.clone()).chain(words.plain.iter().cloned());
+    let id = words.get("number").filter(|text| *text != "-1");
+    Ok(Wish {
+        target: words.get("type").unwrap_or("unknown").to_owned(),
+        files: named.collect(),
+        target_options: words.others.clone(),
+        id: id.map(|_| number_of(words)).transpose()?,
+        queues: words.number("queues")?.unwrap_or(1),
+        depth: words.number("depth")?.unwrap_or(128),
+        copy,
+        is_foreground: words.has("foreground"),
+        is_buffered: words.has("buffered_io"),
+        read_only: words.has("read_only"),
+        more: More {
+            outlives: on("user_recovery")? || reissues || fails,
+            reissues,
+            fails,
+            unprivileged: words.has("unprivileged"),
+            ..More::default()
+        },
+        ..Wish::default()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::wish::Which;
+    use super::*;
+
+    fn read(line: &str) -> Result<Verb> {
+        let words: Vec<String> = line.split_whitespace().map(str::to_owned).collect();
+        parse(&words[0], &words[1..])
+    }
+
+    #[test]
+    fn devices_are_asked_for_as_ublksrvs_tests_do() {
+        let line = "add -t loop -q 2 -d 64 -u 1 -g 0 -r 1 -i 1 -e 0 --buffered_io -f /a";
+        let Ok(Verb::Add(wish)) = read(line) else { panic!() };
+        assert_eq!((wish.target.as_str(), wish.queues, wish.depth), ("loop", 2, 64));
+        assert_eq!((wish.files, wish.is_buffered), (vec!["/a".to_owned()], true));
+        assert_eq!(wish.copy, CopyMode::Copy);
+        assert_eq!(wish.more, More { outlives: true, reissues: true, ..More::default() });
+        for (flags, mode) in [
+            ("-g 1", CopyMode::GetData),
+            ("--usercopy", CopyMode::UserCopy),
+            ("-z", CopyMode::Register),
+            ("-b", CopyMode::AutoRegister),
+        ] {
+            let Ok(Verb::Add(wish)) = read(&format!("add -t null {flags}")) else { panic!() };
+            assert_eq!(wish.copy, mode);
+        }
+        assert!(read("add -t null -z --usercopy").is_err());
+        assert!(read("recover").is_err() && read("del").is_err());
+        assert_eq!(read("del -n 2").unwrap(), Verb::Del(Which::One(2)));
+        assert_eq!(read("list").unwrap(), Verb::List(Which::All));
+    }
+}

@@ -1,0 +1,339 @@
+//! Answers for what the command lines of other ublk tools ask for, in words of ours, and for what
+//! of it there is not.
+
+use devsplice_core::{Error, ErrorKind, Result};
+use devsplice_exports::ublk::{DataPath, Extra, Options, Recovery, Segments, Trial};
+
+use super::words::number;
+
+/// What a tool is to do.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Verb {
+    /// Make a device, or serve one on whose server has gone.
+    Add(Box<Wish>),
+    /// Remove one or all.
+    Del(Which),
+    /// Show one or all.
+    List(Which),
+    /// Stop one, if it is idle or in any case, and leave it to be deleted.
+    Stop { id: u32, is_safe: bool },
+    /// Have one's server let it go, for another to take over.
+    Quiesce { id: u32 },
+    /// Give one another size in bytes.
+    Resize { id: u32, bytes: u64 },
+    /// Make one, try parameters on it, delete it.
+    Try(Option<u32>, Trial),
+    /// Show what the driver can do.
+    Features,
+    /// Say how the tool is used.
+    Help,
+}
+
+/// Which devices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Which {
+    /// That one.
+    One(u32),
+    /// All that there are.
+    All,
+}
+
+/// What a device is to be.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Wish {
+    /// `null`, `loop`, `stripe` or `fault_inject`.
+    pub target: String,
+    /// What it lies on.
+    pub files: Vec<String>,
+    /// Options of the target, with their values.
+    pub target_options: Vec<(String, String)>,
+    /// Its number; `None` for the first free one.
+    pub id: Option<u32>,
+    /// Queues.
+    pub queues: u16,
+    /// Requests in flight per queue.
+    pub depth: u16,
+    /// Threads; `None` for one per queue.
+    pub threads: Option<u16>,
+    /// How data moves.
+    pub copy: CopyMode,
+    /// Bytes from one descriptor to the next.
+    pub descriptor_bytes: Option<u16>,
+    /// Whether no partitions are looked for.
+    pub no_part_scan: bool,
+    /// Whether it is served from this process.
+    pub is_foreground: bool,
+    /// Whether the page cache is used for what it lies on.
+    pub is_buffered: bool,
+    /// Whether it may not be written.
+    pub read_only: bool,
+    /// What is asked for beside that.
+    pub more: More,
+}
+
+/// How data moves.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CopyMode {
+    /// The kernel copies.
+    #[default]
+    Copy,
+    /// The kernel copies; the data of a write comes when it is asked for.
+    GetData,
+    /// The server copies.
+    UserCopy,
+    /// Nobody copies; each request's pages are registered by a command.
+    Register,
+    /// Nobody copies; pages are registered by the kernel.
+    AutoRegister,
+    /// As before, but that always fails, so that each request has to fall back.
+    Fallback,
+}
+
+/// What a device may be asked for besides.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct More {
+    /// Serve a device on whose server has gone.
+    pub is_recovery: bool,
+    /// The device outlives its server.
+    pub outlives: bool,
+    /// What was in flight is sent again.
+    pub reissues: bool,
+    /// What comes while there is no server fails.
+    pub fails: bool,
+    /// Requests are fetched and committed many at a time.
+    pub batch: bool,
+    /// With that, slots change all the time.
+    pub rotates: bool,
+    /// Every thread serves some tags of every queue.
+    pub per_io: bool,
+    /// Memory is shared with clients.
+    pub shared_memory: bool,
+    /// Requests carry integrity data.
+    pub integrity: bool,
+    /// It may be served without root.
+    pub unprivileged: bool,
+}
+
+impl More {
+    /// What becomes of the device when its server dies.
+    fn recovery(&self) -> Recovery {
+        match self {
+            More { outlives: false, .. } => Recovery::Off,
+            More { fails: true, .. } => Recovery::FailFast,
+            More { reissues: true, .. } => Recovery::Reissue,
+            More { .. } => Recovery::Fail,
+        }
+    }
+}
+
+/// Whether a device asks for something.
+type Asks = fn(&More) -> bool;
+
+/// What is not supported yet: whether a device asks for it, and what it is. Whoever adds one of
+/// them takes its line out and tells the device in [`Wish::options`] or [`Wish::extra`].
+const MISSING: &[(Asks, &str)] = &[
+    (|more| more.batch, "-b: UBLK_F_BATCH_IO"),
+    (|more| more.rotates, "--rotate_auto_buf"),
+    (|more| more.shared_memory, "--shmem_zc: UBLK_F_SHMEM_ZC"),
+    (|more| more.integrity, "--metadata_size: UBLK_F_INTEGRITY"),
+    (|more| more.unprivileged, "UBLK_F_UNPRIVILEGED_DEV"),
+];
+
+/// Bytes of a device that has nothing below.
+const NULL_SIZE: u64 = 250 << 30;
+
+impl Wish {
+    /// What of it cannot be had.
+    ///
+    /// # Errors
+    /// The first thing that cannot.
+    pub fn check(&self) -> Result<()> {
+        match MISSING.iter().find(|(asks, _)| asks(&self.more)) {
+            None => Ok(()),
+            Some((_, name)) => {
+                Err(Error::new(ErrorKind::Unsupported, *name, "not supported by devsplice yet"))
+            }
+        }
+    }
+
+    /// The device in words of the front end.
+    pub fn options(&self) -> Options {
+        Options {
+            id: self.id,
+            queues: self.queues,
+            // One that is taken over has the queues that it has.
+            threads: self.threads.unwrap_or(match self.more.is_recovery {
+                true => u16::MAX,
+                false => self.queues,
+            }),
+            depth: self.depth,
+            read_only: self.read_only,
+            data_path: Some(match self.copy {
+                CopyMode::Copy | CopyMode::GetData => DataPath::Copy,
+                CopyMode::UserCopy => DataPath::UserCopy,
+                CopyMode::Register => DataPath::Register,
+                CopyMode::AutoRegister | CopyMode::Fallback => DataPath::AutoRegister,
+            }),
+            part_scan: !self.no_part_scan,
+            affinity: true,
+            stuck_seconds: 0,
+            recovery: Some(self.more.recovery()),
+        }
+    }
+
+    /// What else is asked of the driver.
+    pub fn extra(&self) -> Extra {
+        // What those tools' own null device takes; one of the suites looks.
+        let segments =
+            Segments { dma_mask: 4095, boundary_mask: 4095, max_bytes: 32 << 10, max_count: 32 };
+        Extra {
+            segments: (self.target == "null").then_some(segments),
+            need_get_data: self.copy == CopyMode::GetData,
+            descriptor_bytes: self.descriptor_bytes,
+            per_io: self.more.per_io,
+            no_slots: self.copy == CopyMode::Fallback,
+            ..Extra::default()
+        }
+    }
+
+    /// The stack as an expression of ours.
+    ///
+    /// # Errors
+    /// If there is no such target, or it does not go with its files or options.
+    pub fn stack(&self) -> Result<String> {
+        let need = |fits: bool, what: &str| {
+            let reason = format!("needs {what}, not {} files", self.files.len());
+            if fits { Ok(()) } else { Err(Error::invalid(&self.target, reason)) }
+        };
+        let direct = if self.is_buffered { ", direct=off" } else { "" };
+        let file = |path: &String| format!("file({}{direct})", quoted(path));
+        let null = format!("null(size={NULL_SIZE})");
+        match self.target.as_str() {
+            "null" => need(self.files.is_empty(), "no file")
+                .and_then(|()| self.only_options(&[]))
+                .map(|()| null),
+            "loop" => {
+                need(self.files.len() == 1, "one file")?;
+                self.only_options(&[]).map(|()| file(&self.files[0]))
+            }
+            "stripe" => {
+                need(!self.files.is_empty(), "files")?;
+                self.only_options(&["chunk_size"])?;
+                let chunk: u64 = self.option("chunk_size")?.unwrap_or(64 << 10);
+                let files: Vec<String> = self.files.iter().map(file).collect();
+                Ok(format!("stripe(chunk={chunk}, {})", files.join(", ")))
+            }
+            "fault_inject" => {
+                need(self.files.is_empty(), "no file")?;
+                self.only_options(&["delay_us", "die_during_fetch"])?;
+                let wait: u64 = self.option("delay_us")?.unwrap_or(0);
+                let waits =
+                    ["read", "write", "flush", "discard"].map(|op| format!("{op}={wait}us"));
+                Ok(format!("delay({null}, {})", waits.join(", ")))
+            }
+            other => Err(Error::invalid(format!("-t {other}"), "no such target")
+                .next("null, loop, stripe, fault_inject")),
+        }
+    }
+
+    fn option<N: TryFrom<u64>>(&self, name: &str) -> Result<Option<N>> {
+        let found = self.target_options.iter().rev().find(|(known, _)| known == name);
+        found.map(|(_, text)| number(name, text)).transpose()
+    }
+
+    fn only_options(&self, known: &[&str]) -> Result<()> {
+        let other = |(name, _): &&(String, String)| !known.contains(&name.as_str());
+        match self.target_options.iter().find(other) {
+            None => Ok(()),
+            Some((name, _)) => {
+                Err(Error::invalid(format!("--{name}"), format!("{} has none", self.target)))
+            }
+        }
+    }
+}
+
+/// A path as the stack language takes any.
+fn quoted(path: &str) -> String {
+    format!("\"{}\"", path.replace('\\', "\\\\").replace('"', "\\\""))
+}
+
+#[cfg(test)]
+mod tests {
+    use devsplice_spec::Plan;
+
+    use super::*;
+    use crate::assemble::CATALOG;
+
+    fn wish(target: &str, files: &[&str], options: &[(&str, &str)]) -> Wish {
+        Wish {
+            target: target.to_owned(),
+            files: files.iter().map(|file| (*file).to_owned()).collect(),
+            target_options: options.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect(),
+            ..Wish::default()
+        }
+    }
+
+    fn stack(wish: &Wish) -> String {
+        Plan::parse(&wish.stack().unwrap(), &CATALOG).unwrap().to_expression()
+    }
+
+    #[test]
+    fn targets_are_stacks() {
+        assert_eq!(stack(&wish("null", &[], &[])), "null(size=268435456000)");
+        assert_eq!(stack(&wish("loop", &["/a,b \"c"], &[])), r#"file("/a,b \"c")"#);
+        assert_eq!(
+            stack(&wish("stripe", &["/a", "/b"], &[("chunk_size", "4096")])),
+            "stripe(file(/a), file(/b), chunk=4096)"
+        );
+        let slow = stack(&wish("fault_inject", &[], &[("delay_us", "2000000")]));
+        assert!(
+            slow.starts_with("delay(null(size=268435456000)") && slow.contains("read=2"),
+            "{slow}"
+        );
+        let buffered = Wish { is_buffered: true, ..wish("loop", &["/a"], &[]) };
+        assert!(stack(&buffered).contains("direct=off"));
+    }
+
+    #[test]
+    fn what_does_not_go_together_is_refused() {
+        for (target, files, options) in [
+            ("null", &["/a"][..], &[][..]),
+            ("loop", &[], &[]),
+            ("loop", &["/a", "/b"], &[]),
+            ("loop", &["/a"], &[("chunk_size", "4096")]),
+            ("stripe", &[], &[]),
+            ("fault_inject", &[], &[("delay_us", "soon")]),
+            ("tape", &[], &[]),
+        ] {
+            assert!(wish(target, files, options).stack().is_err(), "{target} {files:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_there_is_said() {
+        assert!(Wish::default().check().is_ok());
+        for more in [
+            More { shared_memory: true, ..More::default() },
+            More { integrity: true, ..More::default() },
+            More { unprivileged: true, ..More::default() },
+        ] {
+            let error = Wish { more, ..Wish::default() }.check().unwrap_err();
+            assert!(error.to_string().contains("not supported by devsplice yet"), "{error}");
+        }
+    }
+
+    #[test]
+    fn ways_of_data_are_the_front_ends() {
+        let of = |copy| {
+            let wish = Wish { copy, ..wish("null", &[], &[]) };
+            let extra = wish.extra();
+            (wish.options().data_path.unwrap(), extra.need_get_data, extra.no_slots)
+        };
+        assert_eq!(of(CopyMode::Copy), (DataPath::Copy, false, false));
+        assert_eq!(of(CopyMode::GetData), (DataPath::Copy, true, false));
+        assert_eq!(of(CopyMode::UserCopy), (DataPath::UserCopy, false, false));
+        assert_eq!(of(CopyMode::Register), (DataPath::Register, false, false));
+        assert_eq!(of(CopyMode::AutoRegister), (DataPath::AutoRegister, false, false));
+        assert_eq!(of(CopyMode::Fallback), (DataPath::AutoRegister, false, true));
+    }
+}

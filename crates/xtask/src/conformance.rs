@@ -1,0 +1,207 @@
+//! Answers for `cargo xtask conformance`: the kernel's own tests of ublk, unmodified, on devsplice.
+
+mod guest;
+mod results;
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+
+use clap::{Args, Parser};
+use serde_json::json;
+
+use crate::bench::run::bounded;
+use crate::bench::{self, peers};
+use crate::proc::run_quiet;
+use crate::{Fallible, deps, proc, tidy, vm};
+use results::{Outcome, Results};
+
+/// What the tests start in the machine; without one of the second kind some skip.
+const PROGRAMS: &[&str] = &["fio", "sfdisk", "mkfs.ext4", "lsblk", "blockdev", "taskset"];
+const WISHES: &[(&str, &str)] = &[("bpftrace", "bpftrace"), ("udevadm", "udev")];
+/// Seconds of tests after which a machine starts no further one, so that others get a turn.
+const TURN: u64 = 400;
+/// Seconds for booting and clearing up.
+const OVERHEAD: u64 = 150;
+/// The program that the tests start, by their directory.
+const SERVER: &str = "kublk";
+
+/// Run the kernel's own ublk tests with devsplice in the place of their server.
+///
+/// The tests come from Debian's package of the kernel's source and run unmodified in the VM, each
+/// with a time limit. Results are kept in target/conformance; the page docs/conformance.md is
+/// written when all tests have one. Needs root.
+#[derive(Args)]
+pub struct Options {
+    /// Tests, by the start of their names without test_, such as loop or generic_03 [default: all]
+    tests: Vec<String>,
+    /// Tests to leave out, by the start of their names
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    without: Vec<String>,
+    /// Run them with the kernel's own server, for comparison
+    #[arg(long)]
+    kublk: bool,
+    /// Seconds that a test may take
+    #[arg(long, value_name = "S", default_value_t = 300)]
+    limit: u64,
+    /// The devsplice to test, instead of building it
+    #[arg(long, value_name = "PATH")]
+    bin: Option<PathBuf>,
+    /// Run nothing: print what is kept, and write the page
+    #[arg(long)]
+    render: bool,
+    /// Only carry out the plan in this directory, in the machine
+    #[arg(long, value_name = "DIR", hide = true)]
+    inside: Option<PathBuf>,
+}
+
+/// The options of a VM, as its own command line would give them.
+#[derive(Parser)]
+struct Machine {
+    #[command(flatten)]
+    options: vm::Options,
+}
+
+/// Runs what the options ask for; 1 if a test failed.
+pub fn run(options: &Options) -> Fallible<u8> {
+    if let Some(directory) = &options.inside {
+        return guest::run(directory);
+    }
+    let home = tidy::workspace()?.join("target/conformance");
+    if options.render {
+        return render(&home);
+    }
+    if !proc::is_root() {
+        return Err("the tests make block devices and need root".into());
+    }
+    deps::ensure(PROGRAMS)?;
+    for (program, package) in WISHES {
+        if proc::find_program(program).is_none()
+            && let Err(reason) = deps::install(&[package])
+        {
+            eprintln!("xtask: going on without {program}: {reason}");
+        }
+    }
+    let (whose, server) = match (&options.bin, options.kublk) {
+        (_, true) => ("kublk", peers::find("kublk")?),
+        (Some(bin), _) => ("devsplice", bin.canonicalize().map_err(|e| e.to_string())?),
+        (None, _) => ("devsplice", bench::build()?),
+    };
+    let directory = home.join(whose);
+    let suite = set_up(&directory, &server)?;
+    let wanted = names(&suite, options)?;
+    if wanted.is_empty() {
+        return Err("no test of that name".into());
+    }
+    let commit = if options.kublk { "Linux 7.3".to_owned() } else { commit()? };
+    let done = run_all(&directory, &wanted, options.limit, &commit)?;
+    println!("\n{}", done.table());
+    render(&home)?;
+    Ok(u8::from(done.failures() > 0 || done.len() < wanted.len()))
+}
+
+/// Puts the tests into `directory`, with `server` as their server.
+fn set_up(directory: &Path, server: &Path) -> Fallible<PathBuf> {
+    let suite = directory.join("suite");
+    let _ = fs::remove_dir_all(&suite);
+    let make = |directory: &Path| {
+        fs::create_dir_all(directory)
+            .map_err(|e| format!("cannot create {}: {e}", directory.display()))
+    };
+    make(directory)?;
+    make(&directory.join("logs"))?;
+    run_quiet(bounded(60, "cp").arg("-r").arg(peers::ublk_tests()?).arg(&suite))?;
+    let place = suite.join(SERVER);
+    symlink(server, &place).map_err(|e| format!("cannot make {}: {e}", place.display()))?;
+    Ok(suite)
+}
+
+/// The tests that were asked for.
+fn names(suite: &Path, options: &Options) -> Fallible<Vec<String>> {
+    let list = fs::read_dir(suite).map_err(|e| format!("cannot list {}: {e}", suite.display()))?;
+    let name = |file: std::ffi::OsString| {
+        let name = file.to_str()?.strip_prefix("test_")?.strip_suffix(".sh")?.to_owned();
+        (name != "common").then_some(name)
+    };
+    let mut names: Vec<String> =
+        list.flatten().filter_map(|entry| name(entry.file_name())).collect();
+    let starts = |list: &[String], name: &str| list.iter().any(|start| name.starts_with(start));
+    names.retain(|name| options.tests.is_empty() || starts(&options.tests, name));
+    names.retain(|name| !starts(&options.without, name));
+    names.sort();
+    Ok(names)
+}
+
+fn commit() -> Fallible<String> {
+    let root = tidy::workspace()?;
+    let mut git = bounded(20, "git");
+    git.arg("-C").arg(root).args(["describe", "--always", "--dirty"]);
+    Ok(String::from_utf8_lossy(&run_quiet(&mut git)?).trim().to_owned())
+}
+
+/// Runs tests in as many machines as it takes: one that a test has left in disorder is not used for
+/// the next.
+fn run_all(directory: &Path, wanted: &[String], limit: u64, commit: &str) -> Fallible<Results> {
+    let file = directory.join("new.json");
+    let mut done = Results::default();
+    while let Some(next) = wanted.iter().find(|name| done.get(name).is_none()) {
+        let left: Vec<&String> = wanted.iter().filter(|name| done.get(name).is_none()).collect();
+        eprintln!("xtask: {} of {} tests to go", left.len(), wanted.len());
+        let plan = json!({ "tests": left, "limit": limit, "turn": TURN, "server": SERVER });
+        let path = directory.join("plan.json");
+        fs::write(&path, format!("{plan:#}\n")).map_err(|e| format!("cannot write a plan: {e}"))?;
+        let _ = fs::remove_file(&file);
+        let code = boot(directory, TURN + limit + OVERHEAD)?;
+        proc::check_interrupt()?;
+        let news = Results::load(&file);
+        if news.get(next).is_none() {
+            if !news.is_empty() || code == 0 {
+                return Err(format!("the machine did not run {next}"));
+            }
+            // It was running when the machine died or stood still.
+            let reason = "the machine died or stood still".to_owned();
+            done.put(next, Outcome { verdict: "hang".into(), seconds: 0.0, reason });
+        }
+        done.merge(&news);
+        let mut kept = Results::load(&directory.join("results.json"));
+        kept.merge_from(&done, commit);
+        kept.save(&directory.join("results.json"))?;
+    }
+    Ok(done)
+}
+
+/// Runs the plan in a machine.
+fn boot(directory: &Path, limit: u64) -> Fallible<u8> {
+    let this = std::env::current_exe().map_err(|e| format!("where is this program? {e}"))?;
+    let limit = limit.to_string();
+    let words = ["vm", "--kernel", "7.3", "--scratch", "4G", "--timeout", &limit, "--rw"];
+    let mut words: Vec<std::ffi::OsString> = words.map(Into::into).to_vec();
+    words.extend([directory.into(), "--".into(), this.into(), "conformance".into()]);
+    words.extend(["--inside".into(), directory.into()]);
+    let machine = Machine::try_parse_from(words).map_err(|e| format!("the VM's options: {e}"))?;
+    vm::run(&machine.options)
+}
+
+/// Writes the page from what is kept.
+fn render(home: &Path) -> Fallible<u8> {
+    let ours = Results::load(&home.join("devsplice/results.json"));
+    let theirs = Results::load(&home.join("kublk/results.json"));
+    let suite = home.join("devsplice/suite");
+    let all = Options {
+        tests: Vec::new(),
+        without: Vec::new(),
+        kublk: false,
+        limit: 0,
+        bin: None,
+        render: false,
+        inside: None,
+    };
+    if names(&suite, &all)?.iter().any(|name| ours.get(name).is_none()) {
+        eprintln!("xtask: docs/conformance.md stays as it is: not all tests have been run");
+        return Ok(0);
+    }
+    let page = tidy::workspace()?.join("docs/conformance.md");
+    fs::write(&page, results::page(&ours, &theirs))
+        .map_err(|e| format!("cannot write {}: {e}", page.display()))?;
+    Ok(0)
+}
