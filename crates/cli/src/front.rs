@@ -91,6 +91,10 @@ impl Front {
         let queues = add.queues.unwrap_or_else(|| u16::try_from(cpus.min(most)).unwrap_or(1));
         let threads = add.threads.unwrap_or(queues);
         if export == Export::Fuse {
+            if add.batch.forced() == Some(true) {
+                return Err(Error::invalid("--batch", "is ublk's; FUSE has none")
+                    .next("leave it out, or --export ublk"));
+            }
             let options = fuse::Options {
                 name: name.to_owned(),
                 queues,
@@ -110,6 +114,7 @@ impl Front {
             depth: add.depth,
             read_only: add.read_only,
             data_path: add.data_path.forced(),
+            batch: add.batch.forced(),
             part_scan: !add.no_part_scan,
             affinity: !add.no_affinity,
             stuck_seconds: add.stuck_after,
@@ -139,6 +144,14 @@ impl Front {
         match self {
             Front::Ublk(device) => device.data_path().name(),
             Front::Fuse(_) => "fuse-copy",
+        }
+    }
+
+    /// Whether requests come and go in batches.
+    pub fn is_batched(&self) -> bool {
+        match self {
+            Front::Ublk(device) => device.is_batched(),
+            Front::Fuse(_) => false,
         }
     }
 

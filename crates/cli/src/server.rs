@@ -138,6 +138,7 @@ impl Server {
         warnings.extend(front.crew().warnings.iter().cloned());
         disk.device = front.path().to_owned();
         disk.data_path = front.data_path().to_owned();
+        disk.batch = front.is_batched();
         disk.warnings = warnings;
         make_link(&disk);
         start_listeners(&front, listener, signals, &news_in);

@@ -35,7 +35,7 @@ impl Bottom {
 pub struct Shape {
     /// Queues of the device.
     pub queues: u16,
-    /// Threads that serve them; at most as many as queues.
+    /// Threads that serve them; more than queues only where threads can share one.
     pub threads: u16,
     /// What each queue's requests need.
     pub memory: LaneMemory,
@@ -95,7 +95,7 @@ impl Crew {
     /// # Errors
     /// The first thing that any thread could not do. The others are left to end with the process.
     pub fn start(shape: Shape, work: Work) -> Result<Crew> {
-        let threads = shape.threads.clamp(1, shape.queues.max(1));
+        let threads = shape.threads.max(1);
         let served = Served::new(work.service.stack.clone(), Box::new(work.service.on_event));
         let work = Arc::new(work);
         let (ready, news) = mpsc::channel();
@@ -107,9 +107,12 @@ impl Crew {
             end: Mutex::new(Some(end)),
             warnings: Vec::new(),
         };
+        // A queue's first thread is ready before others come to share it.
         for thread in 0..threads {
-            let queues: Vec<u16> =
-                (0..shape.queues).filter(|queue| queue % threads == thread).collect();
+            if thread == shape.queues {
+                crew.wait(&news, thread)?;
+            }
+            let queues = queues_of(thread, &shape);
             let shared = Arc::new(Shared::default());
             crew.shared.push(Arc::clone(&shared));
             let (work, ready, alive) = (Arc::clone(&work), ready.clone(), alive.clone());
@@ -125,20 +128,23 @@ impl Crew {
             crew.handles.push(handle);
         }
         drop(ready);
-        for _ in 0..threads {
+        let waited = if threads > shape.queues { shape.queues } else { 0 };
+        crew.wait(&news, threads - waited)?;
+        crew.warnings.dedup();
+        Ok(crew)
+    }
+
+    /// Waits until `count` more threads are ready.
+    fn wait(&mut self, news: &mpsc::Receiver<Result<Option<String>>>, count: u16) -> Result<()> {
+        for _ in 0..count {
             match news.recv() {
-                Ok(warning) => {
-                    if let Some(warning) = warning? {
-                        crew.warnings.push(warning);
-                    }
-                }
+                Ok(warning) => self.warnings.extend(warning?),
                 Err(_) => {
                     return Err(Error::new(ErrorKind::Os, "I/O thread", "ended at its start"));
                 }
             }
         }
-        crew.warnings.dedup();
-        Ok(crew)
+        Ok(())
     }
 
     /// The counters of all threads together.
@@ -172,6 +178,15 @@ impl Crew {
             let _ = handle.join();
         }
         self.shared.iter().fold(Counts::default(), |sum, shared| sum.plus(&shared.read()))
+    }
+}
+
+/// The queues that a thread serves. Where there are more threads than queues, they share them.
+fn queues_of(thread: u16, shape: &Shape) -> Vec<u16> {
+    if thread < shape.queues {
+        (thread..shape.queues).step_by(usize::from(shape.threads.max(1))).collect()
+    } else {
+        vec![thread % shape.queues.max(1)]
     }
 }
 

@@ -220,7 +220,8 @@ fn shape(options: &Options) -> Shape {
     let memory =
         LaneMemory { depth: options.depth.max(1), bytes: MAX_WRITE, slots: false, locked: false };
     let queues = options.queues.max(1);
-    Shape { queues, threads: options.threads, memory, stuck_seconds: options.stuck_seconds }
+    let threads = options.threads.min(queues);
+    Shape { queues, threads, memory, stuck_seconds: options.stuck_seconds }
 }
 
 fn make_queue(node: Arc<Node>, queues: Vec<OwnedFd>, depth: u16) -> Box<crate::threads::MakeQueue> {

@@ -38,6 +38,7 @@ mod tests {
             depth: 16,
             read_only: false,
             data_path: Some(data_path),
+            batch: None,
             part_scan: false,
             affinity: false,
             stuck_seconds: 30,

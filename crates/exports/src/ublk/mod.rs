@@ -1,5 +1,9 @@
 //! Answers for the ublk front end: a /dev/ublkbN whose requests this process serves.
 
+mod batch;
+#[cfg(test)]
+mod batch_tests;
+mod batch_wire;
 mod control;
 #[cfg(test)]
 mod fallback;
@@ -12,6 +16,7 @@ mod uapi;
 
 use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use devsplice_core::{Error, ErrorKind, Result};
@@ -23,8 +28,9 @@ use rustix::thread::CpuSet;
 pub use control::{CONTROL, Control, available};
 
 use crate::threads::{Crew, OnMade, Service, Shape, Work};
+use batch::{BatchQueue, Part};
 use queue::{Queue, QueueConfig};
-use uapi::{DevInfo, F_AUTO_BUF_REG, F_NO_AUTO_PART_SCAN, F_USER_COPY, F_ZERO_COPY};
+use uapi::{DevInfo, F_AUTO_BUF_REG, F_BATCH_IO, F_NO_AUTO_PART_SCAN, F_USER_COPY, F_ZERO_COPY};
 
 /// How a request's data reaches its place. Best first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,7 +101,7 @@ pub struct Options {
     pub id: Option<u32>,
     /// Queues; the kernel takes at most one per CPU.
     pub queues: u16,
-    /// Threads that serve them.
+    /// Threads that serve them; more than queues only in batches and without [`DataPath::Copy`].
     pub threads: u16,
     /// Requests in flight per queue, 1 to 4096.
     pub depth: u16,
@@ -103,6 +109,9 @@ pub struct Options {
     pub read_only: bool,
     /// Which data path; `None` for the best there is.
     pub data_path: Option<DataPath>,
+    /// Whether queues are served in batches (7.0), as threads that share a queue need; `None` to
+    /// do so where they do.
+    pub batch: Option<bool>,
     /// Whether the kernel looks for partitions when the disk appears.
     pub part_scan: bool,
     /// Whether a queue's thread runs only where the queue's requests come from.
@@ -121,6 +130,8 @@ const MAX_IO: u32 = 1 << 20;
 const MAX_LOCKED: u32 = 12 << 20;
 /// What a request may at least have there, however many there are.
 const MIN_IO: u32 = 16 << 10;
+/// Most threads of a device.
+const MAX_THREADS: u16 = 256;
 /// How long the character device may take to appear, or to be let go.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -162,9 +173,11 @@ impl Device {
         let usable = if in_memory { !(F_ZERO_COPY | F_AUTO_BUF_REG) } else { !0 };
         let data_path = choose_path(options.data_path, control.features() & usable)?;
         let stable_writes = service.stack.limits().stable_writes;
-        let info = control.add(wish(options, data_path, control.features()))?;
+        let batch = choose_batch(options, data_path, control.features())?;
+        let wish = wish(options, data_path, (control.features(), batch));
+        let info = control.add(wish)?;
         on_made(info.dev_id);
-        let lost = data_path.flags() & !info.flags;
+        let lost = (data_path.flags() | batch) & !info.flags;
         if lost != 0 {
             let _ = control.delete(info.dev_id);
             let reason = format!("the kernel took no {data_path} path (flags {lost:#x} refused)");
@@ -183,8 +196,15 @@ impl Device {
             control.set_params(info.dev_id, params)?;
             let file = open_char(info.dev_id)?;
             let shape = shape(options, &info, data_path);
-            let cpus = if options.affinity { queue_cpus(&mut control, &info) } else { Vec::new() };
-            let make = queue_maker(file, &info, (data_path, control.is_encoded()), prepare);
+            let is_shared = shape.threads > shape.queues;
+            // Threads of one queue are there to run beside each other.
+            let cpus = if options.affinity && !is_shared {
+                queue_cpus(&mut control, &info)
+            } else {
+                Vec::new()
+            };
+            let way = (data_path, control.is_encoded(), is_shared);
+            let make = queue_maker(file, &info, way, prepare);
             let cpus = Box::new(move |queue: u16| cpus.get(usize::from(queue)).copied().flatten());
             Crew::start(shape, Work { service, make, cpus })
         })();
@@ -240,6 +260,12 @@ impl Device {
         self.data_path
     }
 
+    /// Whether its queues are served in batches.
+    #[must_use]
+    pub fn is_batched(&self) -> bool {
+        self.info.flags & F_BATCH_IO != 0
+    }
+
     /// Queues and their depth, as the kernel made them.
     #[must_use]
     pub fn queues(&self) -> (u16, u16) {
@@ -292,14 +318,30 @@ fn choose_path(asked: Option<DataPath>, features: u64) -> Result<DataPath> {
     }
 }
 
-fn wish(options: &Options, path: DataPath, features: u64) -> DevInfo {
+/// The flag for batches, if there are to be any.
+fn choose_batch(options: &Options, path: DataPath, features: u64) -> Result<u64> {
+    let is_offered = features & F_BATCH_IO != 0;
+    // Where the kernel copies, it does so to memory of the thread that committed last.
+    let is_shared = options.threads > options.queues && path != DataPath::Copy;
+    match options.batch {
+        Some(true) if !is_offered => {
+            let reason = "this kernel's ublk has none (they came with 7.0)";
+            Err(Error::new(ErrorKind::Unsupported, "batches", reason).next("leave it to auto"))
+        }
+        None if is_shared => Ok(F_BATCH_IO & features),
+        Some(true) => Ok(F_BATCH_IO),
+        Some(false) | None => Ok(0),
+    }
+}
+
+fn wish(options: &Options, path: DataPath, (features, batch): (u64, u64)) -> DevInfo {
     let no_scan = if options.part_scan { 0 } else { F_NO_AUTO_PART_SCAN & features };
     DevInfo {
         nr_hw_queues: options.queues.max(1),
         queue_depth: options.depth.clamp(1, 4096),
         max_io_buf_bytes: MAX_IO,
         dev_id: options.id.unwrap_or(u32::MAX),
-        flags: path.flags() | no_scan,
+        flags: path.flags() | no_scan | batch,
         ..DevInfo::default()
     }
 }
@@ -324,9 +366,11 @@ fn shape(options: &Options, info: &DevInfo, path: DataPath) -> Shape {
         slots,
         locked: path == DataPath::Copy,
     };
+    let is_shared = info.flags & F_BATCH_IO != 0 && path != DataPath::Copy;
+    let most = if is_shared { MAX_THREADS } else { info.nr_hw_queues };
     Shape {
         queues: info.nr_hw_queues,
-        threads: options.threads.clamp(1, info.nr_hw_queues),
+        threads: options.threads.clamp(1, most),
         memory,
         stuck_seconds: options.stuck_seconds,
     }
@@ -352,17 +396,25 @@ fn open_char(id: u32) -> Result<OwnedFd> {
 fn queue_maker(
     file: OwnedFd,
     info: &DevInfo,
-    (path, encoded): (DataPath, bool),
+    (path, encoded, is_shared): (DataPath, bool, bool),
     prepare: Prepare,
 ) -> Box<crate::threads::MakeQueue> {
     let depth = info.queue_depth;
+    let is_batched = info.flags & F_BATCH_IO != 0;
+    let begun: Vec<_> = (0..info.nr_hw_queues).map(|_| AtomicBool::new(false)).collect();
     Box::new(move |queue, ring: &mut Uring| {
         prepare(ring)?;
         let fd = file.try_clone().map_err(|error| Error::os("/dev/ublkc", &error))?;
         let descriptors = map::Descriptors::map(fd.as_fd(), queue, depth)?;
         let file = ring.add_file(RingFile { fd, kind: FileKind::Other })?;
         let config = QueueConfig { queue, depth, path, encoded };
-        Ok(Box::new(Queue::new(config, file, descriptors)) as Box<dyn Export<Uring>>)
+        Ok(if is_batched {
+            let is_first = !begun[usize::from(queue)].swap(true, Ordering::Relaxed);
+            let part = Part { is_first, is_shared };
+            Box::new(BatchQueue::new(config, part, file, descriptors)) as Box<dyn Export<Uring>>
+        } else {
+            Box::new(Queue::new(config, file, descriptors))
+        })
     })
 }
 
