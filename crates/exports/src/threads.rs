@@ -256,3 +256,21 @@ fn prepare(
     worker.arm()?;
     Ok(worker)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn threads_share_out_queues_or_queues_threads() {
+        let memory = LaneMemory { depth: 1, bytes: 0, slots: false, locked: false };
+        let all = |queues, threads| {
+            let shape = Shape { queues, threads, memory, stuck_seconds: 0 };
+            (0..threads).map(|thread| queues_of(thread, &shape)).collect::<Vec<_>>()
+        };
+        assert_eq!(all(4, 2), [[0, 2], [1, 3]]);
+        assert_eq!(all(3, 3), [[0], [1], [2]]);
+        assert_eq!(all(2, 5), [[0], [1], [0], [1], [0]]);
+        assert_eq!(all(5, 1), [[0, 1, 2, 3, 4]]);
+    }
+}

@@ -475,4 +475,46 @@ mod tests {
         let text = error.to_string();
         assert!(text.contains("no register path") && text.contains("user-copy, copy"), "{text}");
     }
+
+    fn options(batch: Option<bool>, threads: u16) -> Options {
+        Options {
+            id: None,
+            queues: 2,
+            threads,
+            depth: 4,
+            read_only: false,
+            data_path: None,
+            batch,
+            part_scan: false,
+            affinity: false,
+            stuck_seconds: 0,
+        }
+    }
+
+    #[test]
+    fn batches_are_taken_when_asked_for_or_needed() {
+        let choose =
+            |batch, threads, path, features| choose_batch(&options(batch, threads), path, features);
+        let auto = DataPath::AutoRegister;
+        assert_eq!(choose(None, 2, auto, F_BATCH_IO).unwrap(), 0);
+        assert_eq!(choose(None, 3, auto, F_BATCH_IO).unwrap(), F_BATCH_IO);
+        assert_eq!(choose(None, 3, DataPath::Copy, F_BATCH_IO).unwrap(), 0);
+        assert_eq!(choose(None, 3, auto, 0).unwrap(), 0);
+        assert_eq!(choose(Some(false), 3, auto, F_BATCH_IO).unwrap(), 0);
+        assert_eq!(choose(Some(true), 1, DataPath::Copy, F_BATCH_IO).unwrap(), F_BATCH_IO);
+        let error = choose(Some(true), 1, auto, !F_BATCH_IO).unwrap_err().to_string();
+        assert!(error.contains("7.0") && error.contains("auto"), "{error}");
+    }
+
+    #[test]
+    fn more_threads_than_queues_are_for_batches_that_do_not_copy() {
+        let threads = |flags, path| {
+            let info = DevInfo { nr_hw_queues: 2, queue_depth: 4, flags, ..DevInfo::default() };
+            shape(&options(None, 5), &info, path).threads
+        };
+        assert_eq!(threads(F_BATCH_IO, DataPath::AutoRegister), 5);
+        assert_eq!(threads(F_BATCH_IO, DataPath::UserCopy), 5);
+        assert_eq!(threads(F_BATCH_IO, DataPath::Copy), 2);
+        assert_eq!(threads(0, DataPath::AutoRegister), 2);
+    }
 }

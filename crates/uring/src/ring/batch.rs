@@ -47,6 +47,8 @@ pub(super) struct Batch {
     /// Two slots, a list each.
     lists: Arena,
     element: usize,
+    /// Bytes of a full list.
+    room: usize,
     /// The list that is filled, and how far.
     current: usize,
     filled: usize,
@@ -67,6 +69,7 @@ impl Batch {
             tail: 0,
             lists: Arena::new(2, list, true)?,
             element,
+            room: depth * element,
             current: 0,
             filled: 0,
             sent: None,
@@ -180,6 +183,7 @@ impl Uring {
     pub fn list(&mut self, lane: u16, element: &[u8]) {
         let batch = self.batch(lane);
         let end = batch.filled + batch.element;
+        assert!(end <= batch.room, "lane {lane} lists more than its tags");
         batch.lists.bytes(batch.current)[batch.filled..end].copy_from_slice(element);
         batch.filled = end;
     }
@@ -249,5 +253,103 @@ impl Uring {
     #[must_use]
     pub fn pages(&self, lane: u16, tag: u16, in_slot: bool) -> Pages {
         if in_slot { self.slot_pages(lane, tag) } else { self.memory_pages(lane, tag) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ring::{Config, LaneMemory};
+
+    const BUFFERS: Buffers = Buffers { count: 4, tags: 8 };
+
+    #[test]
+    fn given_buffers_lie_in_the_ring_in_order_and_do_not_overlap() {
+        let mut batch = Batch::new(100, 8, BUFFERS).unwrap();
+        for buffer in [2, 0, 3, 1, 2] {
+            batch.give(buffer);
+        }
+        let base = batch.tags.address(0, 0, PAGE);
+        let bytes = batch.tags.bytes(0);
+        let entry = |place: usize| {
+            let entry = &bytes[place * ENTRY_BYTES..][..ENTRY_BYTES];
+            let address = u64::from_ne_bytes(entry[..8].try_into().unwrap());
+            let len = u32::from_ne_bytes(entry[8..12].try_into().unwrap());
+            (address - base, len, u16::from_ne_bytes(entry[12..14].try_into().unwrap()))
+        };
+        let at = |buffer: u16| 4096 + u64::from(buffer) * 256;
+        // The fifth has come round to the first place, and left the tail there alone.
+        for (place, buffer) in [2, 0, 3, 1].into_iter().enumerate() {
+            assert_eq!(entry(place), (at(buffer), 16, buffer));
+        }
+        assert_eq!(u16::from_ne_bytes(bytes[TAIL_AT..][..2].try_into().unwrap()), 5);
+    }
+
+    #[test]
+    fn tags_are_read_from_the_buffer_that_is_named() {
+        let mut batch = Batch::new(8, 8, BUFFERS).unwrap();
+        let at = batch.buffer_at(3);
+        batch.tags.bytes(0)[at + 4..][..2].copy_from_slice(&513_u16.to_ne_bytes());
+        assert_eq!((batch.tag(3, 1), batch.tag(3, 2), batch.tag(2, 2)), (0, 513, 0));
+        for (buffer, place) in [(4, 0), (0, 8)] {
+            let read = std::panic::AssertUnwindSafe(|| batch.tag(buffer, place));
+            assert!(std::panic::catch_unwind(read).is_err());
+        }
+    }
+
+    fn ring() -> Uring {
+        let lane = LaneMemory { depth: 4, bytes: 4096, slots: false, locked: false };
+        Uring::new(&Config { flights: 4, files: 0, lanes: vec![lane], inner: 0 }).unwrap()
+    }
+
+    #[test]
+    fn a_list_that_is_out_is_neither_filled_nor_followed_by_another() {
+        let mut ring = ring();
+        ring.make_batch(0, (2, 8), BUFFERS).unwrap();
+        let command = Command { op: 0, payload: [0; 16], aux: 0, lend: None };
+        ring.list(0, &[1; 8]);
+        ring.send_list((0, 0), FileId(0), &command);
+        let batch = ring.batch(0);
+        assert_eq!((batch.current, batch.filled, batch.sent), (1, 0, Some((0, 0))));
+        assert!(batch.lists.is_lent());
+        ring.list(0, &[2; 8]);
+        ring.list(0, &[3; 8]);
+        let third = std::panic::AssertUnwindSafe(|| ring.list(0, &[4; 8]));
+        assert!(std::panic::catch_unwind(third).is_err(), "more elements than tags");
+        let second = std::panic::AssertUnwindSafe(|| ring.send_list((0, 0), FileId(0), &command));
+        assert!(std::panic::catch_unwind(second).is_err(), "two lists out");
+        ring.batch_completed(KIND_LIST, 0, 0);
+        ring.list_done(0);
+        assert!(!ring.batch(0).lists.is_lent());
+    }
+
+    #[test]
+    fn what_is_left_of_a_list_is_sent_from_where_it_stopped() {
+        let mut ring = ring();
+        ring.make_batch(0, (4, 8), BUFFERS).unwrap();
+        let command = Command { op: 0, payload: [0; 16], aux: 0, lend: None };
+        for byte in 0..4 {
+            ring.list(0, &[byte; 8]);
+        }
+        ring.send_list((0, 0), FileId(0), &command);
+        for (done, at) in [(8, 8), (16, 24)] {
+            ring.batch_completed(KIND_LIST, 0, 0);
+            ring.resend_list((0, 0), FileId(0), &command, done);
+            assert_eq!(ring.batch(0).sent, Some((0, at)));
+        }
+        ring.batch_completed(KIND_LIST, 0, 0);
+        assert_eq!(ring.batch(0).lists.bytes(0)[24..32], [3; 8]);
+    }
+
+    #[test]
+    fn memory_that_tags_may_still_come_to_is_lent() {
+        let mut ring = ring();
+        ring.make_batch(0, (4, 8), BUFFERS).unwrap();
+        let command = Command { op: 0, payload: [0; 16], aux: 0, lend: None };
+        ring.fetch_tags((0, 0), FileId(0), &command);
+        ring.batch_completed(KIND_TAGS, 0, CQE_MORE);
+        assert!(ring.batch(0).tags.is_lent());
+        ring.batch_completed(KIND_TAGS, 0, 0);
+        assert!(!ring.batch(0).tags.is_lent());
     }
 }
