@@ -168,8 +168,7 @@ impl BatchQueue {
         let buf_index = if is_auto { ring.slot_index(self.lane, tag) } else { 0 };
         let addr = if path == DataPath::Copy { ring.lend_memory(self.lane, tag) } else { 0 };
         let element = Element { tag, buf_index, result, addr };
-        let bytes = usize::from(self.element_bytes());
-        ring.list(self.lane, &element.as_bytes()[..bytes]);
+        ring.list(self.lane, zerocopy::transmute!(element));
         self.listed += 1;
     }
 

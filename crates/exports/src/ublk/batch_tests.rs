@@ -320,9 +320,10 @@ mod tests {
             assert!(!self.free.contains(&buffer) && buffer < BUFFERS);
             self.free.push_back(buffer);
         }
-        fn list(&mut self, _: u16, element: &[u8]) {
-            self.lists[self.current].extend_from_slice(element);
-            assert!(self.lists[self.current].len() <= usize::from(DEPTH) * element.len());
+        fn list(&mut self, _: u16, words: [u64; 2]) {
+            let bytes = if self.kernel().path == DataPath::Copy { 16 } else { 8 };
+            self.lists[self.current].extend_from_slice(&words.as_bytes()[..bytes]);
+            assert!(self.lists[self.current].len() <= usize::from(DEPTH) * bytes);
         }
         fn send_list(&mut self, index: (u16, u32), _: FileId, command: &Command) {
             assert!(self.sent.is_none() && !self.is_lent, "a list is out");

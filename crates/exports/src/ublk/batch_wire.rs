@@ -11,7 +11,7 @@ pub(crate) trait Wire {
     fn fetch_tags(&mut self, at: (u16, u32), file: FileId, command: &Command);
     fn tag(&mut self, lane: u16, buffer: u16, place: u16) -> u16;
     fn give_buffer(&mut self, lane: u16, buffer: u16);
-    fn list(&mut self, lane: u16, element: &[u8]);
+    fn list(&mut self, lane: u16, words: [u64; 2]);
     fn send_list(&mut self, at: (u16, u32), file: FileId, command: &Command);
     fn resend_list(&mut self, at: (u16, u32), file: FileId, command: &Command, done: usize);
     fn list_done(&mut self, lane: u16);
@@ -34,7 +34,7 @@ impl Wire for Uring {
     }
     fn tag(&mut self, lane: u16, buffer: u16, place: u16) -> u16 { self.tag(lane, buffer, place) }
     fn give_buffer(&mut self, lane: u16, buffer: u16) { self.give_buffer(lane, buffer); }
-    fn list(&mut self, lane: u16, element: &[u8]) { self.list(lane, element); }
+    fn list(&mut self, lane: u16, words: [u64; 2]) { self.list(lane, words); }
     fn send_list(&mut self, at: (u16, u32), file: FileId, command: &Command) {
         self.send_list(at, file, command);
     }

@@ -144,6 +144,7 @@ impl Uring {
         Ok(())
     }
 
+    #[inline]
     fn batch(&mut self, lane: u16) -> &mut Batch {
         match self.batches.get_mut(usize::from(lane)) {
             Some(Some(batch)) => batch,
@@ -165,26 +166,31 @@ impl Uring {
     ///
     /// # Panics
     /// If there is no such place.
+    #[inline]
     #[must_use]
     pub fn tag(&mut self, lane: u16, buffer: u16, place: u16) -> u16 {
         self.batch(lane).tag(buffer, place)
     }
 
     /// Gives back a buffer that a completion has named, once its tags are taken.
+    #[inline]
     pub fn give_buffer(&mut self, lane: u16, buffer: u16) {
         self.batch(lane).give(buffer);
     }
 
-    /// Adds an element to the list that is filled.
+    /// Adds an element to the list that is filled: its first words, as many as it has.
     ///
     /// # Panics
     /// If it does not fit: there are more elements than tags then.
     #[inline]
-    pub fn list(&mut self, lane: u16, element: &[u8]) {
+    pub fn list(&mut self, lane: u16, words: [u64; 2]) {
         let batch = self.batch(lane);
         let end = batch.filled + batch.element;
         assert!(end <= batch.room, "lane {lane} lists more than its tags");
-        batch.lists.bytes(batch.current)[batch.filled..end].copy_from_slice(element);
+        let list = &mut batch.lists.bytes(batch.current)[batch.filled..end];
+        for (place, word) in list.chunks_exact_mut(8).zip(words) {
+            place.copy_from_slice(&word.to_ne_bytes());
+        }
         batch.filled = end;
     }
 
@@ -250,6 +256,7 @@ impl Uring {
     }
 
     /// The pages of a request: in the slot of its tag, or in its memory.
+    #[inline]
     #[must_use]
     pub fn pages(&self, lane: u16, tag: u16, in_slot: bool) -> Pages {
         if in_slot { self.slot_pages(lane, tag) } else { self.memory_pages(lane, tag) }
@@ -307,14 +314,14 @@ mod tests {
         let mut ring = ring();
         ring.make_batch(0, (2, 8), BUFFERS).unwrap();
         let command = Command { op: 0, payload: [0; 16], aux: 0, lend: None };
-        ring.list(0, &[1; 8]);
+        ring.list(0, [1; 2]);
         ring.send_list((0, 0), FileId(0), &command);
         let batch = ring.batch(0);
         assert_eq!((batch.current, batch.filled, batch.sent), (1, 0, Some((0, 0))));
         assert!(batch.lists.is_lent());
-        ring.list(0, &[2; 8]);
-        ring.list(0, &[3; 8]);
-        let third = std::panic::AssertUnwindSafe(|| ring.list(0, &[4; 8]));
+        ring.list(0, [2; 2]);
+        ring.list(0, [3; 2]);
+        let third = std::panic::AssertUnwindSafe(|| ring.list(0, [4; 2]));
         assert!(std::panic::catch_unwind(third).is_err(), "more elements than tags");
         let second = std::panic::AssertUnwindSafe(|| ring.send_list((0, 0), FileId(0), &command));
         assert!(std::panic::catch_unwind(second).is_err(), "two lists out");
@@ -328,8 +335,8 @@ mod tests {
         let mut ring = ring();
         ring.make_batch(0, (4, 8), BUFFERS).unwrap();
         let command = Command { op: 0, payload: [0; 16], aux: 0, lend: None };
-        for byte in 0..4 {
-            ring.list(0, &[byte; 8]);
+        for word in 0..4 {
+            ring.list(0, [word; 2]);
         }
         ring.send_list((0, 0), FileId(0), &command);
         for (done, at) in [(8, 8), (16, 24)] {
@@ -338,7 +345,7 @@ mod tests {
             assert_eq!(ring.batch(0).sent, Some((0, at)));
         }
         ring.batch_completed(KIND_LIST, 0, 0);
-        assert_eq!(ring.batch(0).lists.bytes(0)[24..32], [3; 8]);
+        assert_eq!(ring.batch(0).lists.bytes(0)[24..32], 3_u64.to_ne_bytes());
     }
 
     #[test]
