@@ -129,6 +129,30 @@ impl RecoveryChoice {
     }
 }
 
+/// `--batch`, as typed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum BatchChoice {
+    /// If there are more I/O threads than queues.
+    Auto,
+    /// One command for all that is finished at a time: less work where much is in flight, a little
+    /// more where there is not.
+    On,
+    /// A command per request.
+    Off,
+}
+
+impl BatchChoice {
+    /// What is forced, if anything is.
+    pub fn forced(self) -> Option<bool> {
+        match self {
+            BatchChoice::Auto => None,
+            BatchChoice::On => Some(true),
+            BatchChoice::Off => Some(false),
+        }
+    }
+}
+
 #[derive(Args, Clone, Debug, Serialize, Deserialize)]
 pub struct Add {
     /// What the disk is made of: an expression such as 'stripe(/a.img, /b.img)', or a .toml file.
@@ -142,13 +166,16 @@ pub struct Add {
     /// How data moves between a ublk request and its place.
     #[arg(long, value_enum, default_value = "auto")]
     pub data_path: PathChoice,
+    /// Whether ublk's requests come and go in batches (Linux 7.0).
+    #[arg(long, value_enum, default_value = "auto")]
+    pub batch: BatchChoice,
     /// Number of the ublk device: 3 for /dev/ublkb3. The first free one if not given.
     #[arg(long, value_name = "N")]
     pub id: Option<u32>,
     /// Queues [default: ublk one per CPU, at most 4; FUSE one].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     pub queues: Option<u16>,
-    /// I/O threads that serve the queues [default: one per queue].
+    /// I/O threads that serve the queues; more than queues only in batches [default: one each].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     pub threads: Option<u16>,
     /// Requests in flight per queue.

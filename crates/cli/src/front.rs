@@ -96,6 +96,10 @@ impl Front {
                 return Err(Error::new(ErrorKind::Unsupported, "--recovery", reason)
                     .next("leave it out, or --export ublk"));
             }
+            if add.batch.forced() == Some(true) {
+                return Err(Error::invalid("--batch", "is ublk's; FUSE has none")
+                    .next("leave it out, or --export ublk"));
+            }
             let options = fuse::Options {
                 name: name.to_owned(),
                 queues,
@@ -163,6 +167,14 @@ impl Front {
         }
     }
 
+    /// Whether requests come and go in batches.
+    pub fn is_batched(&self) -> bool {
+        match self {
+            Front::Ublk(device) => device.is_batched(),
+            Front::Fuse(_) => false,
+        }
+    }
+
     /// Removes the disk.
     ///
     /// # Errors
@@ -184,6 +196,7 @@ pub fn options(add: &Add, queues: u16, threads: u16) -> ublk::Options {
         depth: add.depth,
         read_only: add.read_only,
         data_path: add.data_path.forced(),
+        batch: add.batch.forced(),
         part_scan: !add.no_part_scan,
         affinity: !add.no_affinity,
         stuck_seconds: add.stuck_after,

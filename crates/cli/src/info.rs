@@ -43,7 +43,8 @@ fn show(value: &Value) {
     say!("size        {} ({size} bytes), {}-byte blocks", show_size(size), text("block"));
     say!("access      {}", if value["read_only"] == true { "read-only" } else { "read-write" });
     say!("export      {} ({})", text("export"), text("why"));
-    say!("data path   {}", text("data_path"));
+    let batches = if value["batch"] == true { ", in batches" } else { "" };
+    say!("data path   {}{batches}", text("data_path"));
     say!("recovery    {}", text("recovery"));
     say!("serial      {}", text("serial"));
     say!("stack       {}", text("stack"));

@@ -57,46 +57,10 @@ impl Server {
     pub fn start(
         add: &Add,
         plan: &Plan,
-        (export, why): (Export, String),
+        choice: (Export, String),
         mut guard: Guard,
     ) -> Result<Server> {
-        let claim = match Claim::take(add.name.as_deref()) {
-            Ok(claim) => claim,
-            Err(error) => {
-                guard.dismiss();
-                return Err(error);
-            }
-        };
-        guard.name(&claim.name);
-        let name = claim.name.clone();
-        let made = lasting(add, plan).and_then(|add| {
-            let disk = Disk {
-                name: name.clone(),
-                export: if export == Export::Fuse { "fuse" } else { "ublk" }.to_owned(),
-                why,
-                read_only: add.read_only,
-                serial: add.serial.clone(),
-                made_with: Some(add.clone()),
-                ..Disk::default()
-            };
-            Server::make(plan, disk, claim, |service, disk, claim| {
-                // From now on somebody would have to clear up if this process died: so that is
-                // written before the disk is there, which may take as long as a look for
-                // partitions does.
-                let mut on_made = |number| {
-                    match export {
-                        Export::Fuse => disk.fuse_connection = Some(number),
-                        _ => disk.ublk_id = Some(number),
-                    }
-                    let _ = claim.write(disk);
-                };
-                Front::attach(&add, &name, export, service, &mut on_made)
-            })
-            .map_err(|(claim, error)| {
-                claim.remove();
-                error
-            })
-        });
+        let made = Server::begin(add, plan, choice, &mut guard);
         match made {
             Ok(parts) => Ok(parts.guarded(guard)),
             Err(error) => {
@@ -104,6 +68,43 @@ impl Server {
                 Err(error)
             }
         }
+    }
+
+    fn begin(
+        add: &Add,
+        plan: &Plan,
+        (export, why): (Export, String),
+        guard: &mut Guard,
+    ) -> Result<Parts> {
+        let add = lasting(add, plan)?;
+        let claim = Claim::take(add.name.as_deref())?;
+        guard.name(&claim.name);
+        let name = claim.name.clone();
+        let disk = Disk {
+            name: name.clone(),
+            export: if export == Export::Fuse { "fuse" } else { "ublk" }.to_owned(),
+            why,
+            read_only: add.read_only,
+            serial: add.serial.clone(),
+            made_with: Some(add.clone()),
+            ..Disk::default()
+        };
+        let made = Server::make(plan, disk, claim, |service, disk, claim| {
+            // From now on somebody would have to clear up if this process died: so that is written
+            // before the disk is there, which may take as long as a look for partitions does.
+            let mut on_made = |number| {
+                match export {
+                    Export::Fuse => disk.fuse_connection = Some(number),
+                    _ => disk.ublk_id = Some(number),
+                }
+                let _ = claim.write(disk);
+            };
+            Front::attach(&add, &name, export, service, &mut on_made)
+        });
+        made.map_err(|(claim, error)| {
+            claim.remove();
+            error
+        })
     }
 
     /// Serves a disk again whose server is gone. `left` is what that one wrote of it, `claim` the
@@ -119,7 +120,7 @@ impl Server {
             let add = left.made_with.as_ref();
             let add = add.ok_or_else(|| Error::invalid(&left.name, "its options are lost"))?;
             // Queues and their depth are as they were; the kernel knows them.
-            let options = front::options(add, 0, add.threads.unwrap_or(u16::MAX));
+            let options = front::options(add, 0, add.threads.unwrap_or(0));
             Ok((plan, id, options))
         })();
         let (plan, id, options) = match made {
@@ -172,6 +173,7 @@ impl Server {
         disk.device = front.path().to_owned();
         disk.data_path = front.data_path().to_owned();
         disk.recovery = front.recovery().to_owned();
+        disk.batch = front.is_batched();
         make_link(&disk);
         lines.serve(front.crew());
         if let Err(error) = claim.write(&disk) {

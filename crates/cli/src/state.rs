@@ -32,6 +32,9 @@ pub struct Disk {
     pub why: String,
     /// How data moves.
     pub data_path: String,
+    /// Whether requests come and go in batches.
+    #[serde(default)]
+    pub batch: bool,
     /// Number of the ublk device.
     pub ublk_id: Option<u32>,
     /// Number of the FUSE connection.

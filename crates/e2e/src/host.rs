@@ -87,6 +87,10 @@ pub enum Kind {
     Fuse,
     /// ublk with a data path.
     Ublk(&'static str),
+    /// The same, in batches.
+    Batch(&'static str),
+    /// The same, with one queue that several threads share.
+    Shared(&'static str),
 }
 
 impl Kind {
@@ -96,6 +100,8 @@ impl Kind {
         match self {
             Kind::Fuse => "fuse".to_owned(),
             Kind::Ublk(path) => format!("ublk::{}", path.replace('-', "_")),
+            Kind::Batch(path) => format!("ublk::batch_{}", path.replace('-', "_")),
+            Kind::Shared(path) => format!("ublk::shared_{}", path.replace('-', "_")),
         }
     }
 
@@ -105,13 +111,23 @@ impl Kind {
         match self {
             Kind::Fuse => vec!["--export", "fuse"],
             Kind::Ublk(path) => vec!["--export", "ublk", "--data-path", path],
+            Kind::Batch(path) => [&Kind::Ublk(path).arguments()[..], &["--batch", "on"]].concat(),
+            Kind::Shared(path) => {
+                let threads = ["--queues", "1", "--threads", "3"];
+                [&Kind::Batch(path).arguments()[..], &threads].concat()
+            }
         }
     }
 
     /// Whether data passes through the process.
     #[must_use]
     pub fn copies(self) -> bool {
-        !matches!(self, Kind::Ublk("auto-register" | "register"))
+        match self {
+            Kind::Fuse => true,
+            Kind::Ublk(path) | Kind::Batch(path) | Kind::Shared(path) => {
+                !matches!(path, "auto-register" | "register")
+            }
+        }
     }
 
     /// Whether it is ublk.
@@ -135,6 +151,11 @@ impl Kind {
                 opens("/dev/fuse")?;
                 opens("/dev/loop-control")
             }
+            Kind::Batch(path) | Kind::Shared(path) => {
+                Kind::Ublk(path).gate()?;
+                let has_batches = features()["ublk"]["features"]["batch-io"] == true;
+                need(has_batches, "this kernel's ublk has no batches")
+            }
             Kind::Ublk(path) => {
                 need(Path::new("/dev/ublk-control").exists(), "no /dev/ublk-control: no ublk_drv")?;
                 let offered = offered_paths();
@@ -146,15 +167,18 @@ impl Kind {
     }
 }
 
-fn offered_paths() -> &'static [String] {
-    static PATHS: OnceLock<Vec<String>> = OnceLock::new();
-    PATHS.get_or_init(|| {
-        let Some(program) = program() else { return Vec::new() };
-        let text = call(program, ["features", "--json"]).ok();
-        let value: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
-        let paths = value["ublk"]["data_paths"].as_array().cloned().unwrap_or_default();
-        paths.iter().filter_map(|path| path.as_str().map(str::to_owned)).collect()
+/// What the command under test says that this kernel has.
+fn features() -> &'static serde_json::Value {
+    static FEATURES: OnceLock<serde_json::Value> = OnceLock::new();
+    FEATURES.get_or_init(|| {
+        let Some(program) = program() else { return serde_json::Value::Null };
+        serde_json::from_str(&call(program, ["features", "--json"]).ok()).unwrap_or_default()
     })
+}
+
+fn offered_paths() -> Vec<String> {
+    let paths = features()["ublk"]["data_paths"].as_array().cloned().unwrap_or_default();
+    paths.iter().filter_map(|path| path.as_str().map(str::to_owned)).collect()
 }
 
 /// A value below /proc/sys that is changed for a while.

@@ -152,6 +152,9 @@ impl<R: Ring> Worker<R> {
         if std::mem::take(&mut self.watch.ticked) && self.busy == 0 {
             self.rest();
         }
+        for lane in &mut self.lanes {
+            lane.export.flush(&mut self.ring);
+        }
         self.counts.set_ring(self.ring.counts());
         let is_closed = self.busy == 0 && self.lanes.iter().all(|lane| lane.export.is_closed());
         if is_closed && self.is_at_rest() {

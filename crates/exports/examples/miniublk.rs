@@ -94,6 +94,7 @@ fn main() -> Result<()> {
         depth: 64,
         read_only: false,
         data_path: None,
+        batch: None,
         part_scan: false,
         affinity: true,
         stuck_seconds: 30,

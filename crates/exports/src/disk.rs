@@ -50,6 +50,7 @@ impl Disk {
                 depth: DEPTH,
                 read_only: false,
                 data_path: None,
+                batch: None,
                 part_scan: false,
                 affinity: false,
                 stuck_seconds: STUCK_SECONDS,

@@ -35,7 +35,7 @@ impl Bottom {
 pub struct Shape {
     /// Queues of the device.
     pub queues: u16,
-    /// Threads that serve them; at most as many as queues.
+    /// Threads that serve them; more than queues only where threads can share one.
     pub threads: u16,
     /// Whether every thread serves every queue, each some of its requests; there may be more of
     /// them then.
@@ -98,8 +98,7 @@ impl Crew {
     /// # Errors
     /// The first thing that any thread could not do. The others are left to end with the process.
     pub fn start(shape: Shape, work: Work) -> Result<Crew> {
-        let most = if shape.is_shared { u16::MAX } else { shape.queues.max(1) };
-        let threads = shape.threads.clamp(1, most);
+        let threads = shape.threads.max(1);
         let served = Served::new(work.service.stack.clone(), Box::new(work.service.on_event));
         let work = Arc::new(work);
         let (ready, news) = mpsc::channel();
@@ -111,9 +110,12 @@ impl Crew {
             end: Mutex::new(Some(end)),
             warnings: Vec::new(),
         };
+        // A queue's first thread is ready before others come to share it.
         for thread in 0..threads {
-            let serves = |queue: &u16| shape.is_shared || queue % threads == thread;
-            let queues: Vec<u16> = (0..shape.queues).filter(serves).collect();
+            if thread == shape.queues && !shape.is_shared {
+                crew.wait(&news, thread)?;
+            }
+            let queues = queues_of(thread, &shape);
             let shared = Arc::new(Shared::default());
             crew.shared.push(Arc::clone(&shared));
             let (work, ready, alive) = (Arc::clone(&work), ready.clone(), alive.clone());
@@ -129,20 +131,24 @@ impl Crew {
             crew.handles.push(handle);
         }
         drop(ready);
-        for _ in 0..threads {
+        let was_waited = threads > shape.queues && !shape.is_shared;
+        let waited = if was_waited { shape.queues } else { 0 };
+        crew.wait(&news, threads - waited)?;
+        crew.warnings.dedup();
+        Ok(crew)
+    }
+
+    /// Waits until `count` more threads are ready.
+    fn wait(&mut self, news: &mpsc::Receiver<Result<Option<String>>>, count: u16) -> Result<()> {
+        for _ in 0..count {
             match news.recv() {
-                Ok(warning) => {
-                    if let Some(warning) = warning? {
-                        crew.warnings.push(warning);
-                    }
-                }
+                Ok(warning) => self.warnings.extend(warning?),
                 Err(_) => {
                     return Err(Error::new(ErrorKind::Os, "I/O thread", "ended at its start"));
                 }
             }
         }
-        crew.warnings.dedup();
-        Ok(crew)
+        Ok(())
     }
 
     /// The counters of all threads together.
@@ -176,6 +182,17 @@ impl Crew {
             let _ = handle.join();
         }
         self.shared.iter().fold(Counts::default(), |sum, shared| sum.plus(&shared.read()))
+    }
+}
+
+/// The queues that a thread serves. Where there are more threads than queues, they share them.
+fn queues_of(thread: u16, shape: &Shape) -> Vec<u16> {
+    if shape.is_shared {
+        (0..shape.queues).collect()
+    } else if thread < shape.queues {
+        (thread..shape.queues).step_by(usize::from(shape.threads.max(1))).collect()
+    } else {
+        vec![thread % shape.queues.max(1)]
     }
 }
 
@@ -244,4 +261,22 @@ fn prepare(
     let mut worker = Worker::new(ring, lanes, flights, shared, watch);
     worker.arm()?;
     Ok(worker)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn threads_share_out_queues_or_queues_threads() {
+        let memory = LaneMemory { depth: 1, bytes: 0, slots: false, locked: false };
+        let all = |queues, threads| {
+            let shape = Shape { queues, threads, is_shared: false, memory, stuck_seconds: 0 };
+            (0..threads).map(|thread| queues_of(thread, &shape)).collect::<Vec<_>>()
+        };
+        assert_eq!(all(4, 2), [[0, 2], [1, 3]]);
+        assert_eq!(all(3, 3), [[0], [1], [2]]);
+        assert_eq!(all(2, 5), [[0], [1], [0], [1], [0]]);
+        assert_eq!(all(5, 1), [[0, 1, 2, 3, 4]]);
+    }
 }

@@ -157,14 +157,23 @@ fn on_ublk() -> bool {
     let offered = ublk::DataPath::offered(control.features());
     let with = |bytes| offered.iter().map(move |path| (*path, bytes));
     // Bytes need a path that copies.
-    for (path, with_bytes) in with(false).chain(with(true).filter(|(path, _)| path.copies() > 0)) {
+    let paths: Vec<_> =
+        with(false).chain(with(true).filter(|(path, _)| path.copies() > 0)).collect();
+    let has_batches = ublk::feature_names(control.features()).contains(&("batch-io", true));
+    // In batches each queue has a thread, or threads share it.
+    let ways = [(false, 2), (true, 2), (true, 3)];
+    let ways = ways.into_iter().filter(|(batch, _)| has_batches || !batch);
+    for ((path, with_bytes), (batch, threads)) in
+        ways.flat_map(|way| paths.iter().map(move |path| (*path, way)))
+    {
         let options = ublk::Options {
             id: None,
             queues: 2,
-            threads: 2,
+            threads,
             depth: 32,
             read_only: false,
             data_path: Some(path),
+            batch: Some(batch),
             part_scan: false,
             affinity: true,
             stuck_seconds: 30,

@@ -59,6 +59,16 @@ impl Arena {
         (self.base.as_ptr() as usize + slot * self.stride + at) as u64
     }
 
+    /// Where a range of a slot begins, for what is shared with the kernel while it is lent.
+    ///
+    /// # Panics
+    /// As [`Arena::address`].
+    pub(crate) fn place(&self, slot: usize, at: usize, len: usize) -> NonNull<u8> {
+        let _ = self.address(slot, at, len);
+        // SAFETY: within the mapping: `address` has just asserted that the range is in its slot.
+        unsafe { self.base.add(slot * self.stride + at) }
+    }
+
     /// An entry that names the slot's memory was queued.
     #[inline]
     pub(crate) fn lend(&mut self, slot: usize) {

@@ -1,6 +1,7 @@
 //! Answers for an I/O thread's ring: what the engine and the exports submit, what comes back to
 //! whom.
 
+pub(crate) mod batch;
 mod helped;
 mod slots;
 
@@ -78,6 +79,10 @@ const KIND_SIMPLE: u64 = 5 << 56;
 pub(crate) const KIND_WAKE: u64 = 6 << 56;
 /// The helpers of byte backends have results.
 const KIND_BELL: u64 = 7 << 56;
+/// Tags of requests have come, or will not come any more.
+const KIND_TAGS: u64 = 8 << 56;
+/// A list of elements is the lane's again.
+const KIND_LIST: u64 = 9 << 56;
 const KIND_MASK: u64 = 0xff << 56;
 
 /// Files of the ring itself: what reads as zeros, and the bell of byte backends.
@@ -111,6 +116,8 @@ pub struct Uring {
     /// Where each lane's slots start in the table of registered buffers.
     slot_bases: Vec<Option<u16>>,
     zeroes: Arena,
+    /// For the lanes whose exports work in batches.
+    batches: Vec<Option<batch::Batch>>,
     /// Rung by other threads.
     pub(crate) bell: Option<Arc<OwnedFd>>,
     start: Instant,
@@ -163,6 +170,7 @@ impl Uring {
             outer: config.lanes.len(),
             slot_bases,
             zeroes: Arena::new(1, ZEROES_LEN, false)?,
+            batches: Vec::new(),
             bell: None,
             start: Instant::now(),
             bytes_spliced: 0,
@@ -515,7 +523,10 @@ impl Ring for Uring {
                     self.listen(FileId(index as u16));
                 }
                 _ => {
-                    self.arena(lane).give_back(tag_of(index));
+                    match kind {
+                        KIND_TAGS | KIND_LIST => self.batch_completed(kind, lane, cqe.flags),
+                        _ => self.arena(lane).give_back(tag_of(index)),
+                    }
                     let completion = Completion { index, result, flags: cqe.flags };
                     return Some(Event::Export { lane, completion });
                 }

@@ -37,6 +37,7 @@ const REGISTER_FILES2: u32 = 13;
 const REGISTER_BUFFERS_UPDATE: u32 = 16;
 const REGISTER_BUFFERS2: u32 = 15;
 const REGISTER_RING_FDS: u32 = 20;
+const REGISTER_PBUF_RING: u32 = 22;
 /// `IORING_RSRC_REGISTER_SPARSE`.
 const SPARSE: u32 = 1;
 
@@ -245,6 +246,26 @@ pub(crate) fn put_buffer(fd: &OwnedFd, place: u32, memory: (u64, u64)) -> io::Re
     let mut update = Update2 { offset: place, resv: 0, data, tags: 0, count: 1, resv2: 0 };
     let size = u32::try_from(size_of::<Update2>()).unwrap_or(0);
     register(fd.as_raw_fd(), REGISTER_BUFFERS_UPDATE, &mut update, size).map(drop)
+}
+
+/// Lets entries of `group` take buffers from a ring of `entries` (a power of two) at `address`. It
+/// must outlive the entries that do so.
+pub(crate) fn put_buffer_ring(
+    fd: &OwnedFd,
+    group: u16,
+    (address, entries): (u64, u32),
+) -> io::Result<()> {
+    /// `struct io_uring_buf_reg`.
+    #[repr(C)]
+    struct BufferRing {
+        address: u64,
+        entries: u32,
+        group: u16,
+        flags: u16,
+        resv: [u64; 3],
+    }
+    let mut ring = BufferRing { address, entries, group, flags: 0, resv: [0; 3] };
+    register(fd.as_raw_fd(), REGISTER_PBUF_RING, &mut ring, 1).map(drop)
 }
 
 /// Lets all registered files go.

@@ -55,6 +55,14 @@ pub(crate) const OP_READV_FIXED: u8 = 60;
 pub(crate) const OP_WRITEV_FIXED: u8 = 61;
 
 pub(crate) const SQE_FIXED_FILE: u8 = 1;
+/// `IOSQE_BUFFER_SELECT`.
+pub(crate) const SQE_BUFFER_SELECT: u8 = 1 << 5;
+/// `IORING_URING_CMD_MULTISHOT`.
+pub(crate) const URING_CMD_MULTISHOT: u32 = 2;
+/// In a completion's flags (`IORING_CQE_F_BUFFER`): the upper half names a buffer.
+pub const CQE_BUFFER: u32 = 1;
+/// In a completion's flags (`IORING_CQE_F_MORE`): its entry will complete again.
+pub const CQE_MORE: u32 = 2;
 pub(crate) const FSYNC_DATASYNC: u32 = 1;
 /// `RWF_DSYNC` (include/uapi/linux/fs.h).
 pub(crate) const RWF_DSYNC: u32 = 2;

@@ -132,7 +132,6 @@ type Asks = fn(&More) -> bool;
 /// What is not supported yet: whether a device asks for it, and what it is. Whoever adds one of
 /// them takes its line out and tells the device in [`Wish::options`] or [`Wish::extra`].
 const MISSING: &[(Asks, &str)] = &[
-    (|more| more.batch, "-b: UBLK_F_BATCH_IO"),
     (|more| more.rotates, "--rotate_auto_buf"),
     (|more| more.shared_memory, "--shmem_zc: UBLK_F_SHMEM_ZC"),
     (|more| more.integrity, "--metadata_size: UBLK_F_INTEGRITY"),
@@ -163,7 +162,7 @@ impl Wish {
             queues: self.queues,
             // One that is taken over has the queues that it has.
             threads: self.threads.unwrap_or(match self.more.is_recovery {
-                true => u16::MAX,
+                true => 0,
                 false => self.queues,
             }),
             depth: self.depth,
@@ -174,6 +173,7 @@ impl Wish {
                 CopyMode::Register => DataPath::Register,
                 CopyMode::AutoRegister | CopyMode::Fallback => DataPath::AutoRegister,
             }),
+            batch: Some(self.more.batch),
             part_scan: !self.no_part_scan,
             affinity: true,
             stuck_seconds: 0,

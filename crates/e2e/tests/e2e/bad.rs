@@ -243,6 +243,8 @@ fn data_paths(kind: Kind) -> Outcome {
     let both = ["add", "mem:1M", "--export", "fuse", "--data-path", "copy"];
     let text = room.refusal(both);
     assert!(text.contains("--data-path") && text.contains("--export ublk"), "{text}");
+    let text = room.refusal(["add", "mem:1M", "--export", "fuse", "--batch", "on"]);
+    assert!(text.contains("--batch") && text.contains("--export ublk"), "{text}");
     if !kind.is_ublk() {
         return Ok(());
     }

@@ -6,6 +6,7 @@
 #![allow(clippy::expect_used, clippy::unwrap_used)] // A failed expectation is a failed test.
 
 mod bad;
+mod batch;
 mod cli;
 mod contract;
 mod layers;
@@ -88,6 +89,20 @@ fn groups() -> Vec<Group> {
         }
         reach::add(&mut group, kind);
         recover::add(&mut group, kind, kind == home);
+        groups.push(group);
+    }
+    let shared = PATHS[..3].iter().copied().map(Kind::Shared);
+    for kind in PATHS.into_iter().map(Kind::Batch).chain(shared) {
+        if mode() == Mode::Native && kind.gate().is_err() {
+            continue;
+        }
+        let mut group = Group::of(kind);
+        verify::add(&mut group, kind);
+        contract::add(&mut group, kind);
+        batch::add(&mut group, kind);
+        if kind == Kind::Shared(PATHS[0]) {
+            luck::add(&mut group, kind);
+        }
         groups.push(group);
     }
     if mode() == Mode::Native && Kind::Ublk(PATHS[3]).gate().is_err() {

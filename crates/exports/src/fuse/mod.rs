@@ -221,7 +221,7 @@ fn shape(options: &Options) -> Shape {
     let memory =
         LaneMemory { depth: options.depth.max(1), bytes: MAX_WRITE, slots: false, locked: false };
     let queues = options.queues.max(1);
-    let (threads, stuck_seconds) = (options.threads, options.stuck_seconds);
+    let (threads, stuck_seconds) = (options.threads.min(queues), options.stuck_seconds);
     Shape { queues, threads, is_shared: false, memory, stuck_seconds }
 }
 

@@ -30,7 +30,7 @@ mod tests {
         }
     }
 
-    fn options(data_path: DataPath) -> Options {
+    fn options(data_path: DataPath, batch: bool) -> Options {
         Options {
             id: None,
             queues: 2,
@@ -38,6 +38,7 @@ mod tests {
             depth: 16,
             read_only: false,
             data_path: Some(data_path),
+            batch: Some(batch),
             part_scan: false,
             affinity: false,
             stuck_seconds: 30,
@@ -89,9 +90,12 @@ mod tests {
         (0..32).step_by(2).try_for_each(|slot| ring.occupy_slot(slot))
     }
 
-    fn with_slots_taken(path: DataPath) {
+    fn with_slots_taken(path: DataPath, batch: bool) {
         let Some(control) = control(path) else { return };
-        let options = options(path);
+        if batch && control.features() & F_BATCH_IO == 0 {
+            return println!("skipped: no batches here");
+        }
+        let options = options(path, batch);
         let extra = Extra { prepare: Some(take_every_other_slot), ..Extra::default() };
         let made = &mut |_| ();
         let device = Device::make(control, (&options, extra), service(), made).unwrap();
@@ -106,12 +110,14 @@ mod tests {
 
     #[test]
     fn requests_whose_slot_the_kernel_could_not_fill_are_copied_and_true() {
-        with_slots_taken(DataPath::AutoRegister);
+        with_slots_taken(DataPath::AutoRegister, false);
+        with_slots_taken(DataPath::AutoRegister, true);
     }
 
     #[test]
     fn requests_whose_slot_we_could_not_fill_are_copied_and_true() {
-        with_slots_taken(DataPath::Register);
+        with_slots_taken(DataPath::Register, false);
+        with_slots_taken(DataPath::Register, true);
     }
 
     #[test]
@@ -120,7 +126,7 @@ mod tests {
             let Some(mut control) = control(path) else { return };
             control.forget_encoding();
             let made = &mut |_| ();
-            let how = (&options(path), Extra::default());
+            let how = (&options(path, false), Extra::default());
             let device = match Device::make(control, how, service(), made) {
                 Err(error) if error.kind() == ErrorKind::Unsupported => {
                     // CONFIG_BLKDEV_UBLK_LEGACY_OPCODES is off.

@@ -1,5 +1,9 @@
 //! Answers for the ublk front end: a /dev/ublkbN whose requests this process serves.
 
+mod batch;
+#[cfg(test)]
+mod batch_tests;
+mod batch_wire;
 mod control;
 mod extra;
 #[cfg(test)]
@@ -15,10 +19,11 @@ mod uapi;
 
 use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use devsplice_core::{Error, ErrorKind, Result, Stack};
-use devsplice_engine::Counts;
+use devsplice_engine::{Counts, Export};
 use devsplice_uring::{FileKind, LaneMemory, RingFile, Uring};
 use rustix::fs::OFlags;
 use rustix::thread::CpuSet;
@@ -29,9 +34,11 @@ pub use outside::{Seen, Trial};
 pub use recovery::{Fit, Recovery, Suspended};
 
 use crate::threads::{Crew, OnMade, Service, Shape, Work};
+use batch::BatchQueue;
 use queue::{Queue, QueueConfig};
 use uapi::{
-    DevInfo, F_AUTO_BUF_REG, F_NO_AUTO_PART_SCAN, F_UPDATE_SIZE, F_USER_COPY, F_ZERO_COPY, Params,
+    DevInfo, F_AUTO_BUF_REG, F_BATCH_IO, F_NO_AUTO_PART_SCAN, F_UPDATE_SIZE, F_USER_COPY,
+    F_ZERO_COPY, Params,
 };
 
 /// How a request's data reaches its place. Best first.
@@ -113,7 +120,7 @@ pub struct Options {
     pub id: Option<u32>,
     /// Queues; the kernel takes at most one per CPU.
     pub queues: u16,
-    /// Threads that serve them.
+    /// Threads that serve them; more than queues only in batches and without [`DataPath::Copy`].
     pub threads: u16,
     /// Requests in flight per queue, 1 to 4096.
     pub depth: u16,
@@ -121,6 +128,9 @@ pub struct Options {
     pub read_only: bool,
     /// Which data path; `None` for the best there is.
     pub data_path: Option<DataPath>,
+    /// Whether queues are served in batches (7.0), as threads that share a queue need; `None` to
+    /// do so where they do.
+    pub batch: Option<bool>,
     /// Whether the kernel looks for partitions when the disk appears.
     pub part_scan: bool,
     /// Whether a queue's thread runs only where the queue's requests come from.
@@ -138,6 +148,8 @@ const MAX_IO: u32 = 1 << 20;
 const MAX_LOCKED: u32 = 12 << 20;
 /// What a request may at least have there, however many there are.
 const MIN_IO: u32 = 16 << 10;
+/// Most threads of a device.
+const MAX_THREADS: u16 = 256;
 /// How long the character device may take to appear, or to be let go.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -198,11 +210,12 @@ impl Device {
         let data_path = choose_path(options.data_path, control.features() & usable)?;
         let recovery = recovery::choose(options.recovery, control.features())?;
         let stable_writes = service.stack.limits().stable_writes;
-        let mut wish = wish(options, (data_path, recovery), control.features());
+        let batch = choose_batch((options, &extra), data_path, control.features())?;
+        let mut wish = wish(options, (data_path, recovery, batch), control.features());
         extra.wish(&mut wish, data_path)?;
         let info = control.add(wish)?;
         on_made(info.dev_id);
-        let lost = (data_path.flags() | recovery.flags() | extra.flags()) & !info.flags;
+        let lost = (data_path.flags() | recovery.flags() | extra.flags() | batch) & !info.flags;
         if lost != 0 {
             let _ = control.delete(info.dev_id);
             let reason = format!("the kernel took no {data_path} path (flags {lost:#x} refused)");
@@ -270,6 +283,12 @@ impl Device {
         Recovery::of(self.made.info.flags)
     }
 
+    /// Whether its queues are served in batches.
+    #[must_use]
+    pub fn is_batched(&self) -> bool {
+        self.made.info.flags & F_BATCH_IO != 0
+    }
+
     /// Queues and their depth, as the kernel made them.
     #[must_use]
     pub fn queues(&self) -> (u16, u16) {
@@ -324,10 +343,12 @@ impl Made {
         let info = self.info;
         let file = open_char(info.dev_id)?;
         let shape = shape((&self.options, &self.extra), &info, self.data_path);
-        let affinity = self.options.affinity && !self.extra.per_io;
+        let is_shared = shape.threads > shape.queues && !self.extra.per_io;
+        // Threads of one queue are there to run beside each other.
+        let affinity = self.options.affinity && !self.extra.per_io && !is_shared;
         let cpus = if affinity { queue_cpus(&mut self.control, &info) } else { Vec::new() };
-        let path = (self.data_path, self.control.is_encoded());
-        let make = queue_maker(file, &info, path, (self.extra.clone(), shape.threads));
+        let way = (self.data_path, self.control.is_encoded(), is_shared);
+        let make = queue_maker(file, &info, way, (self.extra.clone(), shape.threads));
         let cpus = Box::new(move |queue: u16| cpus.get(usize::from(queue)).copied().flatten());
         Crew::start(shape, Work { service, make, cpus })
     }
@@ -352,7 +373,32 @@ fn choose_path(asked: Option<DataPath>, features: u64) -> Result<DataPath> {
     }
 }
 
-fn wish(options: &Options, (path, recovery): (DataPath, Recovery), features: u64) -> DevInfo {
+/// The flag for batches, if there are to be any.
+fn choose_batch(
+    (options, extra): (&Options, &Extra),
+    path: DataPath,
+    features: u64,
+) -> Result<u64> {
+    let is_offered = features & F_BATCH_IO != 0;
+    // Where the kernel copies, it does so to memory of the thread that committed last.
+    let may_share = path != DataPath::Copy && !extra.per_io;
+    let is_shared = options.threads > options.queues && may_share;
+    match options.batch {
+        Some(true) if !is_offered => {
+            let reason = "this kernel's ublk has none (they came with 7.0)";
+            Err(Error::new(ErrorKind::Unsupported, "batches", reason).next("leave it to auto"))
+        }
+        None if is_shared => Ok(F_BATCH_IO & features),
+        Some(true) => Ok(F_BATCH_IO),
+        Some(false) | None => Ok(0),
+    }
+}
+
+fn wish(
+    options: &Options,
+    (path, recovery, batch): (DataPath, Recovery, u64),
+    features: u64,
+) -> DevInfo {
     let extras = (recovery.extras() | F_UPDATE_SIZE) & features;
     let no_scan = if options.part_scan { 0 } else { F_NO_AUTO_PART_SCAN & features };
     DevInfo {
@@ -360,7 +406,7 @@ fn wish(options: &Options, (path, recovery): (DataPath, Recovery), features: u64
         queue_depth: options.depth.clamp(1, 4096),
         max_io_buf_bytes: MAX_IO,
         dev_id: options.id.unwrap_or(u32::MAX),
-        flags: path.flags() | recovery.flags() | extras | no_scan,
+        flags: path.flags() | recovery.flags() | extras | no_scan | batch,
         ..DevInfo::default()
     }
 }
@@ -378,7 +424,12 @@ fn max_io(info: &DevInfo, path: DataPath) -> u32 {
 
 fn shape((options, extra): (&Options, &Extra), info: &DevInfo, path: DataPath) -> Shape {
     let slots = path.copies() == 0;
-    let most = if extra.per_io { info.queue_depth } else { info.nr_hw_queues };
+    let is_batched = info.flags & F_BATCH_IO != 0 && path != DataPath::Copy;
+    let most = match (extra.per_io, is_batched) {
+        (true, _) => info.queue_depth,
+        (false, true) => MAX_THREADS,
+        (false, false) => info.nr_hw_queues,
+    };
     let threads = options.threads.clamp(1, most);
     // Zero-copy paths have memory for the requests that fall back; untouched, it costs nothing.
     let memory = LaneMemory {
@@ -416,11 +467,13 @@ fn open_char(id: u32) -> Result<OwnedFd> {
 fn queue_maker(
     file: OwnedFd,
     info: &DevInfo,
-    (path, encoded): (DataPath, bool),
+    (path, encoded, is_shared): (DataPath, bool, bool),
     (extra, threads): (Extra, u16),
 ) -> Box<crate::threads::MakeQueue> {
     let (depth, each) = (info.queue_depth, extra::descriptor_bytes(info));
     let dealer = extra::Dealer::new(info.nr_hw_queues, threads);
+    let is_batched = info.flags & F_BATCH_IO != 0;
+    let begun: Vec<_> = (0..info.nr_hw_queues).map(|_| AtomicBool::new(false)).collect();
     Box::new(move |queue, ring: &mut Uring| {
         extra.prepare(ring)?;
         let fd = file.try_clone().map_err(|error| Error::os("/dev/ublkc", &error))?;
@@ -429,7 +482,13 @@ fn queue_maker(
         let file = ring.add_file(RingFile { fd, kind: FileKind::Other })?;
         let depth = part.depth(depth);
         let config = QueueConfig { queue, depth, path, encoded, part };
-        Ok(extra.around(Box::new(Queue::new(config, file, descriptors))))
+        Ok(extra.around(if is_batched {
+            let is_first = !begun[usize::from(queue)].swap(true, Ordering::Relaxed);
+            let part = batch::Part { is_first, is_shared };
+            Box::new(BatchQueue::new(config, part, file, descriptors)) as Box<dyn Export<Uring>>
+        } else {
+            Box::new(Queue::new(config, file, descriptors))
+        }))
     })
 }
 
@@ -489,5 +548,49 @@ mod tests {
         let error = choose_path(Some(DataPath::Register), F_USER_COPY).unwrap_err();
         let text = error.to_string();
         assert!(text.contains("no register path") && text.contains("user-copy, copy"), "{text}");
+    }
+
+    fn options(batch: Option<bool>, threads: u16) -> Options {
+        Options {
+            id: None,
+            queues: 2,
+            threads,
+            depth: 4,
+            read_only: false,
+            data_path: None,
+            batch,
+            part_scan: false,
+            affinity: false,
+            stuck_seconds: 0,
+            recovery: None,
+        }
+    }
+
+    #[test]
+    fn batches_are_taken_when_asked_for_or_needed() {
+        let choose = |batch, threads, path, features| {
+            choose_batch((&options(batch, threads), &Extra::default()), path, features)
+        };
+        let auto = DataPath::AutoRegister;
+        assert_eq!(choose(None, 2, auto, F_BATCH_IO).unwrap(), 0);
+        assert_eq!(choose(None, 3, auto, F_BATCH_IO).unwrap(), F_BATCH_IO);
+        assert_eq!(choose(None, 3, DataPath::Copy, F_BATCH_IO).unwrap(), 0);
+        assert_eq!(choose(None, 3, auto, 0).unwrap(), 0);
+        assert_eq!(choose(Some(false), 3, auto, F_BATCH_IO).unwrap(), 0);
+        assert_eq!(choose(Some(true), 1, DataPath::Copy, F_BATCH_IO).unwrap(), F_BATCH_IO);
+        let error = choose(Some(true), 1, auto, !F_BATCH_IO).unwrap_err().to_string();
+        assert!(error.contains("7.0") && error.contains("auto"), "{error}");
+    }
+
+    #[test]
+    fn more_threads_than_queues_are_for_batches_that_do_not_copy() {
+        let threads = |flags, path| {
+            let info = DevInfo { nr_hw_queues: 2, queue_depth: 4, flags, ..DevInfo::default() };
+            shape((&options(None, 5), &Extra::default()), &info, path).threads
+        };
+        assert_eq!(threads(F_BATCH_IO, DataPath::AutoRegister), 5);
+        assert_eq!(threads(F_BATCH_IO, DataPath::UserCopy), 5);
+        assert_eq!(threads(F_BATCH_IO, DataPath::Copy), 2);
+        assert_eq!(threads(0, DataPath::AutoRegister), 2);
     }
 }

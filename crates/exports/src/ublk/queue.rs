@@ -296,7 +296,7 @@ fn payload_of(tag: u16, result: u32) -> u64 {
 }
 
 #[inline]
-fn payload_bytes(command: &IoCmd) -> [u8; 16] {
+pub(super) fn payload_bytes(command: &IoCmd) -> [u8; 16] {
     let mut payload = [0; 16];
     payload.copy_from_slice(command.as_bytes());
     payload
@@ -304,7 +304,7 @@ fn payload_bytes(command: &IoCmd) -> [u8; 16] {
 
 /// What a descriptor asks for, if it is a read or write whose pages the kernel has put into a slot.
 #[inline]
-fn direct(descriptor: &IoDesc) -> Option<Io> {
+pub(super) fn direct(descriptor: &IoDesc) -> Option<Io> {
     let flags = descriptor.op_flags;
     // Reads are 0 and writes 1, so this leaves no other.
     const OTHERS: u32 = 0xff & !(op::READ | op::WRITE);
@@ -320,7 +320,7 @@ fn direct(descriptor: &IoDesc) -> Option<Io> {
 
 /// What a descriptor asks for; an error for an operation that we never offered.
 #[inline]
-fn request(descriptor: &IoDesc) -> Result<Io, Errno> {
+pub(super) fn request(descriptor: &IoDesc) -> Result<Io, Errno> {
     let flags = descriptor.op_flags;
     let op = match flags & 0xff {
         op::READ => Op::Read,

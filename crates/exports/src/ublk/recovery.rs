@@ -151,8 +151,8 @@ impl Device {
 }
 
 impl Suspended {
-    /// A disk whose server is gone. Of `options` the number counts, and what is about threads; all
-    /// else is as it was made.
+    /// A disk whose server is gone. Of `options`, what is about threads counts (0 of them: one for
+    /// each queue); all else is as it was made.
     ///
     /// # Errors
     /// If there is no such device, it is not to be recovered, or a server has it.
@@ -174,7 +174,12 @@ impl Suspended {
             return Err(Error::new(ErrorKind::Unsupported, thing, reason));
         }
         let data_path = DataPath::of(info.flags);
-        let options = Options { id: Some(id), recovery: Some(recovery), ..options.clone() };
+        let threads = match options.threads {
+            0 => info.nr_hw_queues,
+            threads => threads,
+        };
+        let recovery = Some(recovery);
+        let options = Options { id: Some(id), threads, recovery, ..options.clone() };
         Ok(Suspended { made: Made { control, info, data_path, options, extra } })
     }
 

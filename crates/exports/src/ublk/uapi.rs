@@ -28,6 +28,9 @@ pub(crate) mod io {
     pub(crate) const NEED_GET_DATA: u32 = 0xC010_7522;
     pub(crate) const REGISTER_IO_BUF: u32 = 0xC010_7523;
     pub(crate) const UNREGISTER_IO_BUF: u32 = 0xC010_7524;
+    pub(crate) const PREP_IO_CMDS: u32 = 0xC010_7525;
+    pub(crate) const COMMIT_IO_CMDS: u32 = 0xC010_7526;
+    pub(crate) const FETCH_IO_CMDS: u32 = 0xC010_7527;
 }
 
 /// `UBLK_F_*`: number of the bit and the word users see.
@@ -66,6 +69,7 @@ pub(crate) const F_UPDATE_SIZE: u64 = 1 << 10;
 pub(crate) const F_AUTO_BUF_REG: u64 = 1 << 11;
 pub(crate) const F_QUIESCE: u64 = 1 << 12;
 pub(crate) const F_PER_IO_DAEMON: u64 = 1 << 13;
+pub(crate) const F_BATCH_IO: u64 = 1 << 15;
 pub(crate) const F_NO_AUTO_PART_SCAN: u64 = 1 << 18;
 pub(crate) const F_IO_DESC_SIZE: u64 = 1 << 20;
 
@@ -145,6 +149,36 @@ pub(crate) struct IoCmd {
     pub(crate) addr: u64,
 }
 
+/// `struct ublk_batch_io`, the payload of a command for many tags (since 7.0).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, IntoBytes, FromBytes, Immutable)]
+pub(crate) struct BatchIo {
+    pub(crate) q_id: u16,
+    pub(crate) flags: u16,
+    pub(crate) nr_elem: u16,
+    pub(crate) elem_bytes: u8,
+    pub(crate) reserved: u8,
+    pub(crate) reserved2: u64,
+}
+
+/// Flags of a command for many tags (`UBLK_BATCH_F_*`).
+pub(crate) const BATCH_HAS_BUF_ADDR: u16 = 2;
+pub(crate) const BATCH_AUTO_BUF_REG_FALLBACK: u16 = 4;
+
+/// `struct ublk_elem_header` with the address that may follow it: one tag's part of such a command.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, IntoBytes, FromBytes, Immutable)]
+pub(crate) struct Element {
+    pub(crate) tag: u16,
+    pub(crate) buf_index: u16,
+    pub(crate) result: i32,
+    /// Only with [`BATCH_HAS_BUF_ADDR`].
+    pub(crate) addr: u64,
+}
+
+/// Bytes of an element without an address.
+pub(crate) const ELEMENT_BYTES: u8 = 8;
+
 /// `struct ublk_params` as far as devices without zones and integrity need it: header, basic,
 /// discard, devt, zoned (unused), dma alignment, segments.
 #[repr(C)]
@@ -203,6 +237,8 @@ pub(crate) const fn user_copy_at(queue: u16, tag: u16) -> u64 {
 const _: () = {
     assert!(size_of::<CtrlCmd>() == 32 && size_of::<DevInfo>() == 64);
     assert!(size_of::<IoDesc>() == 24 && size_of::<IoCmd>() == 16);
+    assert!(size_of::<BatchIo>() == 16 && size_of::<Element>() == 16);
+    assert!(std::mem::offset_of!(Element, addr) == ELEMENT_BYTES as usize);
     assert!(std::mem::offset_of!(Params, attrs) == 8);
     assert!(std::mem::offset_of!(Params, discard_alignment) == 40);
     assert!(std::mem::offset_of!(Params, devt) == 60);

@@ -67,7 +67,7 @@ pub struct Device {
 }
 
 macro_rules! add {
-    ($program:literal, $path:literal, $stack:literal) => {
+    ($program:literal, $path:literal, $stack:literal $(, $more:literal)*) => {
         &[
             $program,
             "add",
@@ -83,6 +83,7 @@ macro_rules! add {
             "{id}",
             "--name",
             "b{id}",
+            $($more,)*
             $stack,
         ]
     };
@@ -139,6 +140,8 @@ pub const DEVICES: &[Device] = &[
     device("rublk-null", Whose::Peer, 0,
         &["rublk", "add", "null", "-z", "-q", "1", "-d", "64", "-n", "{id}"], UBLK),
     device("file", Whose::Ours, 1, add!("devsplice", "auto-register", "{0}"), UBLK),
+    device("batch", Whose::Ours, 1,
+        add!("devsplice", "auto-register", "{0}", "--batch", "on"), UBLK),
     device("null", Whose::Ours, 0, add!("devsplice", "auto-register", "null(size=64M)"), UBLK),
     device("stripe", Whose::Ours, 2,
         add!("devsplice", "auto-register", "stripe(chunk=64k, {0}, {1})"), UBLK),
@@ -183,5 +186,7 @@ pub const BARS: &[Bar] = &[
     bar("null", "kublk-null", "", 1.0),
     bar("null", "rublk-null", "", 1.0),
     bar("stack", "file", "", 1.03),
+    bar("batch", "file", "4k-qd32-read", 0.97),
+    bar("batch", "loop", "4k-qd32", 1.03),
     bar("mirror", "file", "4k-qd32-write", 1.6),
 ];
