@@ -66,7 +66,8 @@ pub fn check(path: &str, text: &str) -> Vec<Finding> {
 /// Whether the whole file is a test: an integration test, or a module of tests.
 fn is_test_file(path: &str) -> bool {
     let module = ["/tests.rs", "/testing.rs"].iter().any(|name| path.ends_with(name));
-    module || path.contains("/tests/") || path.starts_with("crates/e2e/")
+    let directory = ["/tests/", "/benches/"].iter().any(|name| path.contains(name));
+    module || directory || path.starts_with("crates/e2e/")
 }
 
 struct Check<'a> {
