@@ -81,13 +81,12 @@ pub fn stop(id: u32, is_safe: bool) -> Result<()> {
     if is_safe { control.stop_if_idle(id) } else { control.stop(id) }
 }
 
-/// Has the server let the device go.
+/// Has the server let the device go: it ends.
 ///
 /// # Errors
-/// Always: devices do not outlive their servers yet (`dialect/wish`, `MISSING`).
+/// If the device does not outlive it, or what is being served does not end in time.
 pub fn quiesce(id: u32) -> Result<()> {
-    let thing = format!("ublk device {id}: quiesce");
-    Err(Error::new(ErrorKind::Unsupported, thing, "not supported by devsplice yet"))
+    Control::open()?.let_go(id, PATIENCE)
 }
 
 /// Gives the disk another size.

@@ -6,6 +6,7 @@ mod extra;
 mod fallback;
 #[cfg(feature = "imitation")]
 pub mod imitation;
+mod integrity;
 mod map;
 mod outside;
 mod params;
@@ -16,15 +17,17 @@ use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+use devsplice_core::limits::SECTOR;
 use devsplice_core::{Error, ErrorKind, Result};
-use devsplice_engine::Counts;
+use devsplice_engine::{Counts, Export};
 use devsplice_uring::{FileKind, LaneMemory, RingFile, Uring};
 use rustix::fs::OFlags;
 use rustix::thread::CpuSet;
 
 pub use control::{CONTROL, Control, available};
 pub use extra::{Extra, Segments};
-pub use outside::{Seen, Trial};
+pub use integrity::Integrity;
+pub use outside::{Seen, Shared, Trial};
 
 use crate::threads::{Crew, OnMade, Service, Shape, Work};
 use queue::{Queue, QueueConfig};
@@ -204,7 +207,7 @@ impl Device {
                 Vec::new()
             };
             let how = (data_path, control.is_encoded());
-            let make = queue_maker(file, &info, how, (extra, shape.threads));
+            let make = queue_maker(file, &info, how, (extra, shape.threads, limits.block));
             let cpus = Box::new(move |queue: u16| cpus.get(usize::from(queue)).copied().flatten());
             Crew::start(shape, Work { service, make, cpus })
         })();
@@ -337,12 +340,13 @@ fn max_io(info: &DevInfo, path: DataPath) -> u32 {
 
 fn shape((options, extra): (&Options, &Extra), info: &DevInfo, path: DataPath) -> Shape {
     let slots = path.copies() == 0;
+    let room = extra.integrity.as_ref().map_or(0, |kept| kept.room(MAX_IO, SECTOR));
     let most = if extra.per_io { info.queue_depth } else { info.nr_hw_queues };
     let threads = options.threads.clamp(1, most);
     // Zero-copy paths have memory for the requests that fall back; untouched, it costs nothing.
     let memory = LaneMemory {
         depth: info.queue_depth.div_ceil(if extra.per_io { threads } else { 1 }),
-        bytes: max_io(info, path),
+        bytes: max_io(info, path) + room,
         slots,
         locked: path == DataPath::Copy,
     };
@@ -376,19 +380,36 @@ fn queue_maker(
     file: OwnedFd,
     info: &DevInfo,
     (path, encoded): (DataPath, bool),
-    (extra, threads): (Extra, u16),
+    (extra, threads, block): (Extra, u16, u32),
 ) -> Box<crate::threads::MakeQueue> {
     let (depth, each) = (info.queue_depth, extra::descriptor_bytes(info));
     let dealer = extra::Dealer::new(info.nr_hw_queues, threads);
     Box::new(move |queue, ring: &mut Uring| {
         extra.prepare(ring)?;
         let fd = file.try_clone().map_err(|error| Error::os("/dev/ublkc", &error))?;
-        let part = if extra.per_io { dealer.deal(queue)? } else { extra::Part::WHOLE };
+        let part = match &extra {
+            extra if extra.per_io => dealer.deal(queue)?,
+            extra if extra.dies_fetching => extra::Part { first: 0, step: depth },
+            _ => extra::Part::WHOLE,
+        };
         let descriptors = map::Descriptors::map(fd.as_fd(), queue, (depth, each), part)?;
+        let again = match &extra.integrity {
+            Some(_) => Some(map::Descriptors::map(fd.as_fd(), queue, (depth, each), part)?),
+            None => None,
+        };
         let file = ring.add_file(RingFile { fd, kind: FileKind::Other })?;
         let depth = part.depth(depth);
         let config = QueueConfig { queue, depth, path, encoded, part };
-        Ok(extra.around(Box::new(Queue::new(config, file, descriptors))))
+        let made: Box<dyn Export<Uring>> = Box::new(Queue::new(config, file, descriptors));
+        let (Some(kept), Some(again)) = (&extra.integrity, again) else {
+            return Ok(extra.around(made));
+        };
+        let bytes = kept.bytes;
+        let room_at = Uring::DATA_AT + MAX_IO as usize;
+        let config = integrity::Config { queue, depth, block, bytes, room_at };
+        let at = (file, again);
+        let checked = integrity::Checked::new(made, ring, config, at, kept.file.as_deref())?;
+        Ok(extra.around(Box::new(checked)))
     })
 }
 
