@@ -8,6 +8,7 @@
 mod bad;
 mod cli;
 mod contract;
+mod dialect;
 mod layers;
 mod life;
 mod luck;
@@ -82,6 +83,7 @@ fn groups() -> Vec<Group> {
             luck::add(&mut group, kind);
             reach::add_once(&mut group, kind);
             if kind == home {
+                dialect::add(&mut group, kind);
                 replay::add(&mut group, kind);
             }
         }
