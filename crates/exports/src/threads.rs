@@ -237,7 +237,8 @@ fn prepare(
     let tags = u32::from(shape.memory.depth) * u32::try_from(queues.len()).unwrap_or(1);
     let flights = (tags * 2).clamp(64, 4096);
     let Service { bottoms: opened, on_stuck, .. } = &work.service;
-    let files = opened.len() + queues.len();
+    // A queue may have a file beside its device's.
+    let files = opened.len() + 2 * queues.len();
     let files = u16::try_from(files)
         .map_err(|_| Error::invalid("stack", format!("{files} files in one ring")))?;
     let inner = u16::from(served.stack.lives().next().is_some());

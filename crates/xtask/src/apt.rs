@@ -25,6 +25,8 @@ pub struct Package {
     pub size: u64,
     /// The file's SHA-256, in hexadecimal.
     pub sha256: String,
+    /// Names of the packages that it depends on; of alternatives the first.
+    pub depends: Vec<String>,
 }
 
 /// One suite of the Debian archive that this machine's apt knows.
@@ -130,6 +132,30 @@ fn index_entry(release: &str, file: &str) -> Option<(String, u64)> {
     None
 }
 
+/// The names in lists of dependencies, without versions and alternatives.
+fn names(lists: &[Option<String>]) -> Vec<String> {
+    let name = |one: &str| {
+        let name = one.trim().split([' ', ':', '(', '|']).next().unwrap_or_default();
+        (!name.is_empty()).then(|| name.to_owned())
+    };
+    lists.iter().flatten().flat_map(|list| list.split(',')).filter_map(name).collect()
+}
+
+/// Of `all`, the package called `name` and all that it depends on.
+pub fn closure<'a>(all: &'a [Package], name: &str) -> Vec<&'a Package> {
+    let (mut found, mut left) = (Vec::<&Package>::new(), vec![name.to_owned()]);
+    while let Some(name) = left.pop() {
+        if found.iter().any(|package| package.name == name) {
+            continue;
+        }
+        if let Some(package) = all.iter().rfind(|package| package.name == name) {
+            left.extend(package.depends.iter().cloned());
+            found.push(package);
+        }
+    }
+    found
+}
+
 /// The packages of an index whose name starts with `prefix`.
 fn parse_index(index: &str, prefix: &str) -> Vec<Package> {
     let mut found = Vec::new();
@@ -144,6 +170,7 @@ fn parse_index(index: &str, prefix: &str) -> Vec<Package> {
                 file: get("Filename")?,
                 size: get("Size")?.parse().ok()?,
                 sha256: get("SHA256")?,
+                depends: names(&[get("Depends"), get("Pre-Depends")]),
             })
         };
         found.extend(package().filter(|package| package.name.starts_with(prefix)));
@@ -172,5 +199,21 @@ mod tests {
         let found = parse_index(index, "linux-");
         assert_eq!(found.len(), 1);
         assert_eq!((found[0].name.as_str(), found[0].size), ("linux-a", 10));
+    }
+
+    #[test]
+    fn what_a_package_depends_on_comes_with_it_once() {
+        let rest = "Version: 1\nFilename: p/a.deb\nSize: 10\nSHA256: ab\n";
+        let index = format!(
+            "Package: a\n{rest}Depends: b (>= 2), c:any | d, virtual\nPre-Depends: e\n\n\
+             Package: b\n{rest}Depends: a\n\nPackage: c\n{rest}\nPackage: d\n{rest}\n\
+             Package: e\n{rest}"
+        );
+        let all = parse_index(&index, "");
+        assert_eq!(all.len(), 5);
+        let mut names: Vec<&str> =
+            closure(&all, "a").iter().map(|package| package.name.as_str()).collect();
+        names.sort_unstable();
+        assert_eq!(names, ["a", "b", "c", "e"]);
     }
 }

@@ -8,7 +8,7 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Parser};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::bench::run::bounded;
 use crate::bench::{self, peers};
@@ -16,9 +16,8 @@ use crate::proc::run_quiet;
 use crate::{Fallible, deps, proc, tidy, vm};
 use results::{Outcome, Results};
 
-/// What the tests start in the machine; without one of the second kind some skip.
+/// What the tests start in the machine.
 const PROGRAMS: &[&str] = &["fio", "sfdisk", "mkfs.ext4", "lsblk", "blockdev", "taskset"];
-const WISHES: &[(&str, &str)] = &[("bpftrace", "bpftrace"), ("udevadm", "udev")];
 /// Seconds of tests after which a machine starts no further one, so that others get a turn.
 const TURN: u64 = 400;
 /// Seconds for booting and clearing up.
@@ -75,12 +74,10 @@ pub fn run(options: &Options) -> Fallible<u8> {
         return Err("the tests make block devices and need root".into());
     }
     deps::ensure(PROGRAMS)?;
-    for (program, package) in WISHES {
-        if proc::find_program(program).is_none()
-            && let Err(reason) = deps::install(&[package])
-        {
-            eprintln!("xtask: going on without {program}: {reason}");
-        }
+    if proc::find_program("udevadm").is_none()
+        && let Err(reason) = deps::install(&["udev"])
+    {
+        eprintln!("xtask: going on without udevadm: {reason}");
     }
     let (whose, server) = match (&options.bin, options.kublk) {
         (_, true) => ("kublk", peers::find("kublk")?),
@@ -94,7 +91,12 @@ pub fn run(options: &Options) -> Fallible<u8> {
         return Err("no test of that name".into());
     }
     let commit = if options.kublk { "Linux 7.3".to_owned() } else { commit()? };
-    let done = run_all(&directory, &wanted, options.limit, &commit)?;
+    let tracer = peers::tracer().inspect_err(|reason| {
+        eprintln!("xtask: going on without bpftrace, so some tests will skip: {reason}");
+    });
+    let setting = json!({ "limit": options.limit, "turn": TURN, "server": SERVER,
+        "tracer": tracer.unwrap_or_default() });
+    let done = run_all(&directory, &wanted, setting, &commit)?;
     println!("\n{}", done.table());
     render(&home)?;
     Ok(u8::from(done.failures() > 0 || done.len() < wanted.len()))
@@ -141,13 +143,19 @@ fn commit() -> Fallible<String> {
 
 /// Runs tests in as many machines as it takes: one that a test has left in disorder is not used for
 /// the next.
-fn run_all(directory: &Path, wanted: &[String], limit: u64, commit: &str) -> Fallible<Results> {
+fn run_all(
+    directory: &Path,
+    wanted: &[String],
+    mut plan: Value,
+    commit: &str,
+) -> Fallible<Results> {
+    let limit = plan["limit"].as_u64().unwrap_or_default();
     let file = directory.join("new.json");
     let mut done = Results::default();
     while let Some(next) = wanted.iter().find(|name| done.get(name).is_none()) {
         let left: Vec<&String> = wanted.iter().filter(|name| done.get(name).is_none()).collect();
         eprintln!("xtask: {} of {} tests to go", left.len(), wanted.len());
-        let plan = json!({ "tests": left, "limit": limit, "turn": TURN, "server": SERVER });
+        plan["tests"] = json!(left);
         let path = directory.join("plan.json");
         fs::write(&path, format!("{plan:#}\n")).map_err(|e| format!("cannot write a plan: {e}"))?;
         let _ = fs::remove_file(&file);

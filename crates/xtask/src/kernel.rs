@@ -210,7 +210,7 @@ mod tests {
 
     fn package(name: &str) -> Package {
         let (version, file, sha256) = (String::new(), String::new(), String::new());
-        Package { name: name.into(), version, file, size: 0, sha256 }
+        Package { name: name.into(), version, file, size: 0, sha256, depends: Vec::new() }
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //! (tools/testing/selftests/ublk, Linux 7.3).
 
 use devsplice_core::{Error, Result};
-use devsplice_exports::ublk::Trial;
+use devsplice_exports::ublk::{Integrity, Trial};
 
 use super::wish::{CopyMode, More, Verb, Which, Wish};
 use super::words::{Known, Words, flag, value};
@@ -127,6 +127,10 @@ fn wish(words: &Words, id: Option<u32>, is_recovery: bool) -> Result<Wish> {
         return Err(Error::invalid("--per_io_tasks", "does not go with -b"));
     }
     let copy = copy_mode(words)?;
+    let integrity = integrity(words)?;
+    if integrity.is_some() && copy != CopyMode::UserCopy {
+        return Err(Error::invalid("--metadata_size", "needs -u"));
+    }
     if more.rotates && !(more.batch && copy == CopyMode::AutoRegister) {
         return Err(Error::invalid("--rotate_auto_buf", "needs --auto_zc and -b"));
     }
@@ -142,6 +146,9 @@ fn wish(words: &Words, id: Option<u32>, is_recovery: bool) -> Result<Wish> {
         descriptor_bytes: words.number("io_desc_size")?,
         no_part_scan: words.has("no_auto_part_scan"),
         is_foreground: words.has("foreground"),
+        integrity,
+        shares_memory: words.has("shmem_zc"),
+        shared_file: words.get("htlb").map(|file| (file.to_owned(), words.has("rdonly_shmem_buf"))),
         more,
         ..Wish::default()
     })
@@ -168,11 +175,6 @@ fn copy_mode(words: &Words) -> Result<CopyMode> {
 }
 
 fn more(words: &Words, is_recovery: bool) -> Result<More> {
-    let integrity = words.has("metadata_size");
-    let parts = ["integrity_capable", "integrity_reftag", "pi_offset", "csum_type", "tag_size"];
-    if !integrity && parts.iter().any(|part| words.has(part)) {
-        return Err(Error::invalid("integrity parameters", "need --metadata_size"));
-    }
     let (reissues, fails) = (words.is_on("recovery_reissue")?, words.is_on("recovery_fail_io")?);
     Ok(More {
         is_recovery,
@@ -182,10 +184,35 @@ fn more(words: &Words, is_recovery: bool) -> Result<More> {
         batch: words.has("batch"),
         rotates: words.has("rotate_auto_buf"),
         per_io: words.has("per_io_tasks"),
-        shared_memory: words.has("shmem_zc"),
-        integrity,
         unprivileged: false,
     })
+}
+
+/// The integrity data that is asked for.
+fn integrity(words: &Words) -> Result<Option<Integrity>> {
+    let Some(bytes) = words.number::<u8>("metadata_size")?.filter(|bytes| *bytes > 0) else {
+        let parts = ["integrity_capable", "integrity_reftag", "pi_offset", "csum_type", "tag_size"];
+        return match parts.iter().any(|part| words.has(part)) {
+            true => Err(Error::invalid("integrity parameters", "need --metadata_size")),
+            false => Ok(None),
+        };
+    };
+    let capable = u32::from(words.has("integrity_capable"));
+    let checksum = match words.get("csum_type") {
+        None => 0,
+        Some("ip") => 1,
+        Some("t10dif") => 2,
+        Some("nvme") => 4,
+        Some(other) => return Err(Error::invalid("--csum_type", format!("`{other}` is none"))),
+    };
+    Ok(Some(Integrity {
+        bytes,
+        flags: capable | u32::from(words.has("integrity_reftag")) << 1,
+        offset: words.number("pi_offset")?.unwrap_or(0),
+        checksum,
+        tag_bytes: words.number("tag_size")?.unwrap_or(0),
+        file: None,
+    }))
 }
 
 /// Parameters to try, with the tool's defaults: 16 zones of 64 KiB.
@@ -293,6 +320,9 @@ mod tests {
             "add -t null -b --per_io_tasks",
             "add -t null --rotate_auto_buf",
             "add -t null --pi_offset 8",
+            "add -t null --metadata_size 8",
+            "add -t null -u --metadata_size 8 --csum_type md5",
+            "add -t null -u --metadata_size 256",
             "add -t null -q many",
             "del",
             "stop",
@@ -302,6 +332,17 @@ mod tests {
         ] {
             assert!(read(line).is_err(), "{line}");
         }
+    }
+
+    #[test]
+    fn integrity_data_and_shared_memory_are_asked_for() {
+        let line = "add -t null -u --integrity_capable --integrity_reftag --metadata_size 64 \
+                    --pi_offset 56 --csum_type ip --tag_size 8";
+        let integrity = add(line).integrity.unwrap();
+        let Integrity { bytes, flags, offset, checksum, tag_bytes, .. } = integrity;
+        assert_eq!((bytes, flags, offset, checksum, tag_bytes), (64, 3, 56, 1, 8));
+        let wish = add("add -t null --shmem_zc --htlb /h --rdonly_shmem_buf");
+        assert_eq!((wish.shares_memory, wish.shared_file), (true, Some(("/h".to_owned(), true))));
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use devsplice_backends::Access;
 use devsplice_core::{Error, ErrorKind, Result};
 use devsplice_exports::threads::Service;
-use devsplice_exports::ublk::{Control, Device, Fit, Suspended};
+use devsplice_exports::ublk::{Control, Device, Fit, Shared, Suspended};
 use devsplice_spec::Plan;
 
 use super::wish::Wish;
@@ -24,9 +24,9 @@ pub fn add(wish: &Wish, tool: Tool) -> Result<ExitCode> {
     wish.check()?;
     let plan = Plan::parse(&wish.stack()?, &CATALOG)?;
     if wish.is_foreground {
-        let device = make(wish, &plan)?;
-        show(device.id(), tool)?;
-        return Ok(serve(&device));
+        let made = make(wish, &plan)?;
+        show(made.0.id(), tool)?;
+        return Ok(serve(&made));
     }
     let os = |error| Error::os("server process", &error);
     let (reader, writer) = std::io::pipe().map_err(os)?;
@@ -43,7 +43,10 @@ pub fn add(wish: &Wish, tool: Tool) -> Result<ExitCode> {
     }
 }
 
-fn make(wish: &Wish, plan: &Plan) -> Result<Device> {
+/// A device, and the memory that it shares with clients.
+type Made = (Device, Option<Shared>);
+
+fn make(wish: &Wish, plan: &Plan) -> Result<Made> {
     // A core dump could end up on the very disk that has just lost its server.
     let none = rustix::process::Rlimit { current: Some(0), maximum: Some(0) };
     let _ = rustix::process::setrlimit(rustix::process::Resource::Core, none);
@@ -61,32 +64,45 @@ fn make(wish: &Wish, plan: &Plan) -> Result<Device> {
         },
     };
     let (options, extra) = (wish.options(), wish.extra());
-    let Some(id) = wish.id.filter(|_| wish.more.is_recovery) else {
-        return Device::attach_with(&options, extra, service, &mut |_| ());
+    let device = if let Some(id) = wish.id.filter(|_| wish.more.is_recovery) {
+        let suspended = Suspended::find_with(id, &options, extra)?;
+        suspended.resume(service, Fit::Same).map_err(|(_, error)| error)?
+    } else {
+        wish.clear_integrity()?;
+        Device::attach_with(&options, extra, service, &mut |_| ())?
     };
-    let suspended = Suspended::find_with(id, &options, extra)?;
-    suspended.resume(service, Fit::Same).map_err(|(_, error)| error)
+    let shared = wish.shared_file.as_ref();
+    let shared = shared.map(|(path, only_read)| {
+        Control::open().and_then(|mut control| control.share(device.id(), path, *only_read))
+    });
+    match shared.transpose() {
+        Ok(shared) => Ok((device, shared)),
+        Err(error) => {
+            let _ = device.detach();
+            Err(error)
+        }
+    }
 }
 
 /// The server's process: reports how its start went, then serves.
 fn background(wish: &Wish, plan: &Plan, mut status: PipeWriter) -> Result<ExitCode> {
-    let made = make(wish, plan).and_then(|device| {
+    let made = make(wish, plan).and_then(|made| {
         // The current directory of a daemon must keep no file system busy. Files are open by now.
         let _ = std::env::set_current_dir("/");
         // Who started it may wait for the end of what it printed to.
-        server::silence(None).map(|()| device)
+        server::silence(None).map(|()| made)
     });
     let report = match &made {
-        Ok(device) => format!("{}\n", device.id()),
+        Ok((device, _)) => format!("{}\n", device.id()),
         Err(error) => format!("{error}\n"),
     };
     let _ = status.write_all(report.as_bytes());
     drop(status);
-    Ok(made.map_or(ExitCode::from(1), |device| serve(&device)))
+    Ok(made.map_or(ExitCode::from(1), |made| serve(&made)))
 }
 
 /// Serves until the device is stopped. The process's end is what lets it be deleted.
-fn serve(device: &Device) -> ExitCode {
+fn serve((device, _): &Made) -> ExitCode {
     if let Some(end) = device.crew().take_end() {
         // Nothing is ever sent: the wait ends with the last I/O thread.
         let _ = end.recv();

@@ -2,7 +2,7 @@
 //! of it there is not.
 
 use devsplice_core::{Error, ErrorKind, Result};
-use devsplice_exports::ublk::{DataPath, Extra, Options, Recovery, Segments, Trial};
+use devsplice_exports::ublk::{DataPath, Extra, Integrity, Options, Recovery, Segments, Trial};
 
 use super::words::number;
 
@@ -67,6 +67,12 @@ pub struct Wish {
     pub is_buffered: bool,
     /// Whether it may not be written.
     pub read_only: bool,
+    /// Integrity data of its requests; a loop's is in its second file.
+    pub integrity: Option<Integrity>,
+    /// Whether memory can be shared with clients.
+    pub shares_memory: bool,
+    /// A file of such memory, and whether it is only read by the server.
+    pub shared_file: Option<(String, bool)>,
     /// What is asked for beside that.
     pub more: More,
 }
@@ -106,10 +112,6 @@ pub struct More {
     pub rotates: bool,
     /// Every thread serves some tags of every queue.
     pub per_io: bool,
-    /// Memory is shared with clients.
-    pub shared_memory: bool,
-    /// Requests carry integrity data.
-    pub integrity: bool,
     /// It may be served without root.
     pub unprivileged: bool,
 }
@@ -133,8 +135,6 @@ type Asks = fn(&More) -> bool;
 /// them takes its line out and tells the device in [`Wish::options`] or [`Wish::extra`].
 const MISSING: &[(Asks, &str)] = &[
     (|more| more.rotates, "--rotate_auto_buf"),
-    (|more| more.shared_memory, "--shmem_zc: UBLK_F_SHMEM_ZC"),
-    (|more| more.integrity, "--metadata_size: UBLK_F_INTEGRITY"),
     (|more| more.unprivileged, "UBLK_F_UNPRIVILEGED_DEV"),
 ];
 
@@ -168,6 +168,8 @@ impl Wish {
             depth: self.depth,
             read_only: self.read_only,
             data_path: Some(match self.copy {
+                // Memory that is shared is not copied to either.
+                CopyMode::Copy if self.shares_memory => DataPath::AutoRegister,
                 CopyMode::Copy | CopyMode::GetData => DataPath::Copy,
                 CopyMode::UserCopy => DataPath::UserCopy,
                 CopyMode::Register => DataPath::Register,
@@ -190,6 +192,14 @@ impl Wish {
             segments: (self.target == "null").then_some(segments),
             need_get_data: self.copy == CopyMode::GetData,
             descriptor_bytes: self.descriptor_bytes,
+            integrity: self.integrity.clone().map(|integrity| Integrity {
+                file: self.files.get(1).map(Into::into),
+                ..integrity
+            }),
+            shared_memory: self.shares_memory,
+            dies_fetching: self
+                .option("die_during_fetch")
+                .is_ok_and(|die| die.unwrap_or(0_u64) > 0),
             per_io: self.more.per_io,
             no_slots: self.copy == CopyMode::Fallback,
             ..Extra::default()
@@ -213,11 +223,22 @@ impl Wish {
                 .and_then(|()| self.only_options(&[]))
                 .map(|()| null),
             "loop" => {
-                need(self.files.len() == 1, "one file")?;
-                self.only_options(&[]).map(|()| file(&self.files[0]))
+                let count = 1 + usize::from(self.integrity.is_some());
+                need(
+                    self.files.len() == count,
+                    "a file, and one for integrity data if it has any",
+                )?;
+                self.only_options(&[])?;
+                match self.checked_bytes()? {
+                    None => Ok(file(&self.files[0])),
+                    Some(bytes) => Ok(format!("linear({}, size={bytes})", file(&self.files[0]))),
+                }
             }
             "stripe" => {
-                need(!self.files.is_empty(), "files")?;
+                need(
+                    !self.files.is_empty() && self.integrity.is_none(),
+                    "files, no integrity data",
+                )?;
                 self.only_options(&["chunk_size"])?;
                 let chunk: u64 = self.option("chunk_size")?.unwrap_or(64 << 10);
                 let files: Vec<String> = self.files.iter().map(file).collect();
@@ -234,6 +255,40 @@ impl Wish {
             other => Err(Error::invalid(format!("-t {other}"), "no such target")
                 .next("null, loop, stripe, fault_inject")),
         }
+    }
+
+    /// How large a loop with integrity data is: as many whole blocks as both files have room for.
+    fn checked_bytes(&self) -> Result<Option<u64>> {
+        let (Some(integrity), [data, kept]) = (&self.integrity, &self.files[..]) else {
+            return Ok(None);
+        };
+        let size = |path: &String| {
+            std::fs::metadata(path).map(|file| file.len()).map_err(|error| Error::os(path, &error))
+        };
+        let blocks = (size(data)? / 512).min(size(kept)? / u64::from(integrity.bytes.max(1)));
+        Ok(Some(blocks * 512))
+    }
+
+    /// Has the checks of blocks that were never written pass: all bits set in their integrity data
+    /// say that there is nothing to check.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
+    pub fn clear_integrity(&self) -> Result<()> {
+        let (Some(bytes), Some(integrity)) = (self.checked_bytes()?, &self.integrity) else {
+            return Ok(());
+        };
+        let path = &self.files[1];
+        let os = |error| Error::os(path, &error);
+        let mut file = std::fs::OpenOptions::new().write(true).open(path).map_err(os)?;
+        let mut left = bytes / 512 * u64::from(integrity.bytes);
+        let ones = vec![0xff; 1 << 20];
+        while left > 0 {
+            let part = usize::try_from(left).unwrap_or(ones.len()).min(ones.len());
+            std::io::Write::write_all(&mut file, &ones[..part]).map_err(os)?;
+            left -= part as u64;
+        }
+        file.sync_all().map_err(os)
     }
 
     fn option<N: TryFrom<u64>>(&self, name: &str) -> Result<Option<N>> {
@@ -313,13 +368,50 @@ mod tests {
     fn what_is_not_there_is_said() {
         assert!(Wish::default().check().is_ok());
         for more in [
-            More { shared_memory: true, ..More::default() },
-            More { integrity: true, ..More::default() },
+            More { batch: true, ..More::default() },
+            More { outlives: true, ..More::default() },
             More { unprivileged: true, ..More::default() },
         ] {
             let error = Wish { more, ..Wish::default() }.check().unwrap_err();
             assert!(error.to_string().contains("not supported by devsplice yet"), "{error}");
         }
+    }
+
+    #[test]
+    fn integrity_data_has_a_file_of_its_own_and_bounds_the_size() {
+        let path = |name: &str, bytes| {
+            let file =
+                std::env::temp_dir().join(format!("devsplice-{name}-{}", std::process::id()));
+            std::fs::File::create(&file).unwrap().set_len(bytes).unwrap();
+            file.to_str().unwrap().to_owned()
+        };
+        let (data, kept) = (path("data", 1 << 20), path("kept", 8000));
+        let mut wish = wish("loop", &[&data, &kept], &[]);
+        assert!(wish.stack().is_err(), "two files without integrity data");
+        wish.integrity = Some(Integrity { bytes: 8, ..Integrity::default() });
+        assert!(wish.stack().unwrap().contains("size=512000"), "{:?}", wish.stack());
+        assert_eq!(wish.extra().integrity.unwrap().file, Some(kept.clone().into()));
+        wish.clear_integrity().unwrap();
+        assert!(std::fs::read(&kept).unwrap().iter().all(|byte| *byte == 0xff));
+        for file in [&data, &kept] {
+            std::fs::remove_file(file).unwrap();
+        }
+        wish.target = "stripe".to_owned();
+        assert!(wish.stack().is_err());
+    }
+
+    #[test]
+    fn memory_that_is_shared_is_not_copied_to() {
+        let wish = Wish { shares_memory: true, ..wish("null", &[], &[]) };
+        assert_eq!(wish.options().data_path, Some(DataPath::AutoRegister));
+        assert!(wish.extra().shared_memory);
+    }
+
+    #[test]
+    fn a_server_dies_only_if_it_is_told_to() {
+        let dies = |options| wish("fault_inject", &[], options).extra().dies_fetching;
+        assert!(dies(&[("die_during_fetch", "1")]));
+        assert!(!dies(&[("die_during_fetch", "0")]) && !dies(&[]));
     }
 
     #[test]

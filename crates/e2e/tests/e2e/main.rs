@@ -9,6 +9,7 @@ mod bad;
 mod batch;
 mod cli;
 mod contract;
+mod dialect;
 mod layers;
 mod life;
 mod luck;
@@ -84,6 +85,7 @@ fn groups() -> Vec<Group> {
             luck::add(&mut group, kind);
             reach::add_once(&mut group, kind);
             if kind == home {
+                dialect::add(&mut group, kind);
                 replay::add(&mut group, kind);
             }
         }

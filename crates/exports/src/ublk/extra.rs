@@ -4,13 +4,15 @@
 use std::sync::atomic::{AtomicU16, Ordering};
 
 use devsplice_core::{Errno, Error, ErrorKind, Io, Result};
-use devsplice_engine::{Completion, Export, Inbox};
+use devsplice_engine::{Completion, Export, Inbox, Ring};
 use devsplice_uring::Uring;
+use rustix::process::Signal;
 
 use super::DataPath;
+use super::integrity::Integrity;
 use super::uapi::{
-    DevInfo, F_IO_DESC_SIZE, F_NEED_GET_DATA, F_PER_IO_DAEMON, IoDesc, PARAM_DMA_ALIGN,
-    PARAM_SEGMENT, Params,
+    DevInfo, F_INTEGRITY, F_IO_DESC_SIZE, F_NEED_GET_DATA, F_PER_IO_DAEMON, F_SHMEM_ZC, IoDesc,
+    PARAM_DMA_ALIGN, PARAM_SEGMENT, Params,
 };
 
 /// What memory the requests of a device have, whatever lies below.
@@ -35,6 +37,13 @@ pub struct Extra {
     pub need_get_data: bool,
     /// Bytes from one request's descriptor to the next: a multiple of 8 from 24 to 256.
     pub descriptor_bytes: Option<u16>,
+    /// Integrity data of requests (`DataPath::UserCopy` alone).
+    pub integrity: Option<Integrity>,
+    /// Whether memory of clients can be told to the driver ([`super::Shared`]), which then says
+    /// which requests come from there. Their data moves as that of all others.
+    pub shared_memory: bool,
+    /// Whether the server kills itself when it has fetched the first request of a queue.
+    pub dies_fetching: bool,
     /// Whether every thread serves some tags of every queue, as many threads as are asked for.
     pub per_io: bool,
     /// Whether all slots are taken, so that every request has to fall back to a copy.
@@ -49,7 +58,13 @@ impl Extra {
     pub(super) fn flags(&self) -> u64 {
         let get_data = if self.need_get_data { F_NEED_GET_DATA } else { 0 };
         let per_io = if self.per_io { F_PER_IO_DAEMON } else { 0 };
-        get_data | per_io | if self.descriptor_bytes.is_some() { F_IO_DESC_SIZE } else { 0 }
+        let integrity = if self.integrity.is_some() { F_INTEGRITY } else { 0 };
+        let shared = if self.shared_memory { F_SHMEM_ZC } else { 0 };
+        get_data
+            | per_io
+            | integrity
+            | shared
+            | if self.descriptor_bytes.is_some() { F_IO_DESC_SIZE } else { 0 }
     }
 
     /// Asks for it.
@@ -59,6 +74,10 @@ impl Extra {
     pub(super) fn wish(&self, info: &mut DevInfo, path: DataPath) -> Result<()> {
         if self.need_get_data && path != DataPath::Copy {
             let reason = format!("asking for a write's data is the copy path's, not {path}'s");
+            return Err(Error::invalid("ublk", reason));
+        }
+        if self.integrity.is_some() && path != DataPath::UserCopy {
+            let reason = format!("integrity data goes with the user-copy path, not {path}");
             return Err(Error::invalid("ublk", reason));
         }
         if self.no_slots && path != DataPath::AutoRegister {
@@ -71,6 +90,9 @@ impl Extra {
 
     /// Tells the kernel of it.
     pub(super) fn limit(&self, params: &mut Params) {
+        if let Some(integrity) = &self.integrity {
+            integrity.limit(params);
+        }
         let Some(segments) = self.segments else { return };
         params.types |= PARAM_DMA_ALIGN | PARAM_SEGMENT;
         params.dma_alignment = segments.dma_mask;
@@ -86,7 +108,38 @@ impl Extra {
 
     /// The queue with what is asked for.
     pub(super) fn around(&self, queue: Box<dyn Export<Uring>>) -> Box<dyn Export<Uring>> {
-        if self.no_slots { Box::new(NoSlots(queue)) } else { queue }
+        let queue = if self.no_slots { Box::new(NoSlots(queue)) } else { queue };
+        if self.dies_fetching { Box::new(Dying(queue)) } else { queue }
+    }
+}
+
+/// A queue whose server dies as soon as it has fetched: for tests of what the kernel makes of a
+/// device some of whose requests only are waited for.
+struct Dying(Box<dyn Export<Uring>>);
+
+impl Export<Uring> for Dying {
+    fn depth(&self) -> u16 {
+        self.0.depth()
+    }
+
+    fn arm(&mut self, ring: &mut Uring, lane: u16) -> Result<()> {
+        self.0.arm(ring, lane)?;
+        // The kernel has to have the commands before the process is gone.
+        ring.enter(false)?;
+        let _ = rustix::process::kill_process(rustix::process::getpid(), Signal::KILL);
+        Ok(())
+    }
+
+    fn event(&mut self, ring: &mut Uring, event: Completion, inbox: &mut Inbox) -> Result<()> {
+        self.0.event(ring, event, inbox)
+    }
+
+    fn finish(&mut self, ring: &mut Uring, tag: u16, io: &Io, result: Result<(), Errno>) {
+        self.0.finish(ring, tag, io, result);
+    }
+
+    fn is_closed(&self) -> bool {
+        self.0.is_closed()
     }
 }
 

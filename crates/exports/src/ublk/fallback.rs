@@ -120,6 +120,52 @@ mod tests {
         with_slots_taken(DataPath::Register, true);
     }
 
+    /// What was counted of a device that has more than others and is true; none where none can be.
+    fn with_extra(path: DataPath, extra: Extra, threads: u16) -> Option<Counts> {
+        let control = control(path)?;
+        if extra.flags() & !control.features() != 0 {
+            println!("skipped: the kernel has not all of {extra:?}");
+            return None;
+        }
+        let options = Options { threads, ..options(path, false) };
+        let made = &mut |_| ();
+        let device = Device::make(control, (&options, extra), service(), made).unwrap();
+        assert_eq!(device.crew().thread_count(), usize::from(threads));
+        is_true(device.path());
+        let counts = device.detach().unwrap();
+        assert_eq!(counts.errors, 0);
+        Some(counts)
+    }
+
+    #[test]
+    fn without_a_slot_everything_is_copied_and_true() {
+        let extra = Extra { no_slots: true, ..Extra::default() };
+        let Some(counts) = with_extra(DataPath::AutoRegister, extra, 2) else { return };
+        assert!(counts.bytes_spliced == 0 && counts.bytes_copied > 0, "{counts:?}");
+    }
+
+    #[test]
+    fn threads_share_all_queues_and_each_does_its_part() {
+        for path in DataPath::ALL {
+            // More than queues, and a number that does not divide the tags.
+            let extra = Extra { per_io: true, ..Extra::default() };
+            let Some(counts) = with_extra(path, extra, 5) else { return };
+            let spliced =
+                if path.copies() == 0 { counts.bytes_copied } else { counts.bytes_spliced };
+            assert_eq!(spliced, 0, "{path}: {counts:?}");
+        }
+    }
+
+    #[test]
+    fn descriptors_may_lie_apart_and_a_writes_data_come_when_it_is_asked_for() {
+        for path in DataPath::ALL {
+            let extra = Extra { descriptor_bytes: Some(104), ..Extra::default() };
+            let _ = with_extra(path, extra, 2);
+        }
+        let extra = Extra { need_get_data: true, ..Extra::default() };
+        let _ = with_extra(DataPath::Copy, extra, 1);
+    }
+
     #[test]
     fn a_driver_that_knows_bare_commands_alone_is_served() {
         for path in [DataPath::UserCopy, DataPath::Copy] {

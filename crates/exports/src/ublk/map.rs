@@ -67,6 +67,43 @@ impl Descriptors {
     }
 }
 
+/// A file that others have mapped, too: memory that a client's requests may come from.
+pub(crate) struct SharedFile {
+    base: NonNull<std::ffi::c_void>,
+    bytes: usize,
+}
+
+// SAFETY: nothing is ever read or written through the mapping, so it makes no difference which
+// thread has it.
+unsafe impl Send for SharedFile {}
+
+impl SharedFile {
+    /// Maps the first `bytes` of a file.
+    pub(crate) fn map(file: BorrowedFd<'_>, bytes: usize, writable: bool) -> Result<SharedFile> {
+        let write = if writable { ProtFlags::WRITE } else { ProtFlags::empty() };
+        let (prot, flags) = (ProtFlags::READ | write, MapFlags::SHARED | MapFlags::POPULATE);
+        // SAFETY: a fresh mapping at an address of the kernel's choice; this value alone owns it.
+        let base = unsafe { mmap(std::ptr::null_mut(), bytes, prot, flags, file, 0) }
+            .map_err(|errno| Error::os("memory shared with clients", &errno.into()))?;
+        let base = NonNull::new(base)
+            .ok_or_else(|| Error::invalid("memory shared with clients", "mapped at address 0"))?;
+        Ok(SharedFile { base, bytes })
+    }
+
+    /// Its address and size, for the kernel.
+    pub(crate) fn place(&self) -> (u64, u64) {
+        (self.base.as_ptr() as u64, self.bytes as u64)
+    }
+}
+
+impl Drop for SharedFile {
+    fn drop(&mut self) {
+        // SAFETY: this value's own mapping, of exactly this size, through which nobody has a
+        // reference. What the kernel has pinned stays, mapped or not.
+        let _ = unsafe { munmap(self.base.as_ptr(), self.bytes) };
+    }
+}
+
 impl Drop for Descriptors {
     fn drop(&mut self) {
         // SAFETY: this value's own mapping, of exactly this size; `read` hands out copies only.

@@ -10,6 +10,7 @@ mod extra;
 mod fallback;
 #[cfg(feature = "imitation")]
 pub mod imitation;
+mod integrity;
 mod map;
 mod outside;
 mod params;
@@ -22,6 +23,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use devsplice_core::limits::SECTOR;
 use devsplice_core::{Error, ErrorKind, Result, Stack};
 use devsplice_engine::{Counts, Export};
 use devsplice_uring::{FileKind, LaneMemory, RingFile, Uring};
@@ -30,7 +32,8 @@ use rustix::thread::CpuSet;
 
 pub use control::{CONTROL, Control, available};
 pub use extra::{Extra, Segments};
-pub use outside::{Seen, Trial};
+pub use integrity::Integrity;
+pub use outside::{Seen, Shared, Trial};
 pub use recovery::{Fit, Recovery, Suspended};
 
 use crate::threads::{Crew, OnMade, Service, Shape, Work};
@@ -348,7 +351,8 @@ impl Made {
         let affinity = self.options.affinity && !self.extra.per_io && !is_shared;
         let cpus = if affinity { queue_cpus(&mut self.control, &info) } else { Vec::new() };
         let way = (self.data_path, self.control.is_encoded(), is_shared);
-        let make = queue_maker(file, &info, way, (self.extra.clone(), shape.threads));
+        let block = service.stack.limits().block;
+        let make = queue_maker(file, &info, way, (self.extra.clone(), shape.threads, block));
         let cpus = Box::new(move |queue: u16| cpus.get(usize::from(queue)).copied().flatten());
         Crew::start(shape, Work { service, make, cpus })
     }
@@ -430,11 +434,12 @@ fn shape((options, extra): (&Options, &Extra), info: &DevInfo, path: DataPath) -
         (false, true) => MAX_THREADS,
         (false, false) => info.nr_hw_queues,
     };
+    let room = extra.integrity.as_ref().map_or(0, |kept| kept.room(MAX_IO, SECTOR));
     let threads = options.threads.clamp(1, most);
     // Zero-copy paths have memory for the requests that fall back; untouched, it costs nothing.
     let memory = LaneMemory {
         depth: info.queue_depth.div_ceil(if extra.per_io { threads } else { 1 }),
-        bytes: max_io(info, path),
+        bytes: max_io(info, path) + room,
         slots,
         locked: path == DataPath::Copy,
     };
@@ -468,7 +473,7 @@ fn queue_maker(
     file: OwnedFd,
     info: &DevInfo,
     (path, encoded, is_shared): (DataPath, bool, bool),
-    (extra, threads): (Extra, u16),
+    (extra, threads, block): (Extra, u16, u32),
 ) -> Box<crate::threads::MakeQueue> {
     let (depth, each) = (info.queue_depth, extra::descriptor_bytes(info));
     let dealer = extra::Dealer::new(info.nr_hw_queues, threads);
@@ -477,18 +482,35 @@ fn queue_maker(
     Box::new(move |queue, ring: &mut Uring| {
         extra.prepare(ring)?;
         let fd = file.try_clone().map_err(|error| Error::os("/dev/ublkc", &error))?;
-        let part = if extra.per_io { dealer.deal(queue)? } else { extra::Part::WHOLE };
+        let part = match &extra {
+            extra if extra.per_io => dealer.deal(queue)?,
+            extra if extra.dies_fetching => extra::Part { first: 0, step: depth },
+            _ => extra::Part::WHOLE,
+        };
         let descriptors = map::Descriptors::map(fd.as_fd(), queue, (depth, each), part)?;
+        let again = match &extra.integrity {
+            Some(_) => Some(map::Descriptors::map(fd.as_fd(), queue, (depth, each), part)?),
+            None => None,
+        };
         let file = ring.add_file(RingFile { fd, kind: FileKind::Other })?;
         let depth = part.depth(depth);
         let config = QueueConfig { queue, depth, path, encoded, part };
-        Ok(extra.around(if is_batched {
+        let made: Box<dyn Export<Uring>> = if is_batched {
             let is_first = !begun[usize::from(queue)].swap(true, Ordering::Relaxed);
             let part = batch::Part { is_first, is_shared };
-            Box::new(BatchQueue::new(config, part, file, descriptors)) as Box<dyn Export<Uring>>
+            Box::new(BatchQueue::new(config, part, file, descriptors))
         } else {
             Box::new(Queue::new(config, file, descriptors))
-        }))
+        };
+        let (Some(kept), Some(again)) = (&extra.integrity, again) else {
+            return Ok(extra.around(made));
+        };
+        let bytes = kept.bytes;
+        let room_at = Uring::DATA_AT + MAX_IO as usize;
+        let config = integrity::Config { queue, depth, block, bytes, room_at };
+        let at = (file, again);
+        let checked = integrity::Checked::new(made, ring, config, at, kept.file.as_deref())?;
+        Ok(extra.around(Box::new(checked)))
     })
 }
 

@@ -1,11 +1,17 @@
 //! Answers for what others than its server see of a ublk device, and do to it.
 
+use std::os::fd::AsFd;
 use std::time::Duration;
 
 use devsplice_core::{Error, ErrorKind, Result};
+use rustix::fs::OFlags;
+use zerocopy::IntoBytes;
 
 use super::control::Control;
-use super::uapi::{CtrlCmd, DevInfo, PARAM_BASIC, PARAM_ZONED, Params, ctrl};
+use super::map::SharedFile;
+use super::uapi::{
+    BUF_READ_ONLY, BufReg, CtrlCmd, DevInfo, PARAM_BASIC, PARAM_ZONED, Params, ctrl,
+};
 
 /// A device as the driver knows it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -56,6 +62,9 @@ pub struct Trial {
     /// Most open zones, most active ones, most sectors of an append.
     pub zoned: [u32; 3],
 }
+
+/// Memory that the driver was told of; mapped for as long as this is there.
+pub struct Shared(#[expect(dead_code, reason = "it is there to stay mapped")] SharedFile);
 
 impl Trial {
     fn params(&self) -> Params {
@@ -122,6 +131,24 @@ impl Control {
     /// If the device was not made for that, there is none, or on kernels before 6.16.
     pub fn let_go(&mut self, id: u32, limit: Duration) -> Result<()> {
         self.quiesce(id, limit)
+    }
+
+    /// Tells the driver of memory that clients' requests may come from: a file that they have
+    /// mapped. It knows it for as long as the device is there.
+    ///
+    /// # Errors
+    /// If it cannot be opened, mapped or pinned, or on kernels before 7.1.
+    pub fn share(&mut self, id: u32, path: &str, read_only: bool) -> Result<Shared> {
+        let flags = if read_only { OFlags::RDONLY } else { OFlags::RDWR };
+        let file = devsplice_uring::open(path, flags)?;
+        let stat = rustix::fs::fstat(&file).map_err(|errno| Error::os(path, &errno.into()))?;
+        let bytes = usize::try_from(stat.st_size).unwrap_or(0);
+        let memory = SharedFile::map(file.as_fd(), bytes, !read_only)?;
+        let (addr, len) = memory.place();
+        let flags = if read_only { BUF_READ_ONLY } else { 0 };
+        let mut told = BufReg { addr, len, flags, reserved: 0 };
+        self.send("REG_BUF", ctrl::REG_BUF, device(id), Some(told.as_mut_bytes()))?;
+        Ok(Shared(memory))
     }
 
     /// Gives the disk another size, in bytes.

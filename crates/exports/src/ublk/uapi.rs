@@ -19,6 +19,7 @@ pub(crate) mod ctrl {
     pub(crate) const UPDATE_SIZE: u32 = 0xC020_7515;
     pub(crate) const QUIESCE_DEV: u32 = 0xC020_7516;
     pub(crate) const TRY_STOP_DEV: u32 = 0xC020_7517;
+    pub(crate) const REG_BUF: u32 = 0xC020_7518;
 }
 
 /// Commands of the character device.
@@ -70,7 +71,9 @@ pub(crate) const F_AUTO_BUF_REG: u64 = 1 << 11;
 pub(crate) const F_QUIESCE: u64 = 1 << 12;
 pub(crate) const F_PER_IO_DAEMON: u64 = 1 << 13;
 pub(crate) const F_BATCH_IO: u64 = 1 << 15;
+pub(crate) const F_INTEGRITY: u64 = 1 << 16;
 pub(crate) const F_NO_AUTO_PART_SCAN: u64 = 1 << 18;
+pub(crate) const F_SHMEM_ZC: u64 = 1 << 19;
 pub(crate) const F_IO_DESC_SIZE: u64 = 1 << 20;
 
 /// Result of a fetch: a write has come without its data (`UBLK_IO_RES_NEED_GET_DATA`).
@@ -138,6 +141,7 @@ pub(crate) mod op {
 pub(crate) const IO_F_FUA: u32 = 1 << 13;
 pub(crate) const IO_F_NOUNMAP: u32 = 1 << 15;
 pub(crate) const IO_F_NEED_REG_BUF: u32 = 1 << 17;
+pub(crate) const IO_F_INTEGRITY: u32 = 1 << 18;
 
 /// `struct ublksrv_io_cmd`, the payload of an I/O command.
 #[repr(C)]
@@ -179,8 +183,7 @@ pub(crate) struct Element {
 /// Bytes of an element without an address.
 pub(crate) const ELEMENT_BYTES: u8 = 8;
 
-/// `struct ublk_params` as far as devices without zones and integrity need it: header, basic,
-/// discard, devt, zoned (unused), dma alignment, segments.
+/// `struct ublk_params`: header, basic, discard, devt, zoned, dma alignment, segments, integrity.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, IntoBytes, FromBytes, Immutable)]
 pub(crate) struct Params {
@@ -215,7 +218,29 @@ pub(crate) struct Params {
     pub(crate) max_segment_size: u32,
     pub(crate) max_segments: u16,
     pub(crate) seg_pad: [u8; 2],
+    // integrity, at 136
+    pub(crate) integrity_flags: u32,
+    pub(crate) max_integrity_segments: u16,
+    pub(crate) interval_exp: u8,
+    pub(crate) metadata_size: u8,
+    pub(crate) pi_offset: u8,
+    pub(crate) csum_type: u8,
+    pub(crate) tag_size: u8,
+    pub(crate) integrity_pad: [u8; 5],
 }
+
+/// `struct ublk_shmem_buf_reg`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, IntoBytes, FromBytes, Immutable)]
+pub(crate) struct BufReg {
+    pub(crate) addr: u64,
+    pub(crate) len: u64,
+    pub(crate) flags: u32,
+    pub(crate) reserved: u32,
+}
+
+/// Its flag: the memory is pinned for reading alone.
+pub(crate) const BUF_READ_ONLY: u32 = 1;
 
 pub(crate) const PARAM_BASIC: u32 = 1;
 pub(crate) const PARAM_DISCARD: u32 = 2;
@@ -223,6 +248,7 @@ pub(crate) const PARAM_DEVT: u32 = 4;
 pub(crate) const PARAM_ZONED: u32 = 8;
 pub(crate) const PARAM_DMA_ALIGN: u32 = 16;
 pub(crate) const PARAM_SEGMENT: u32 = 32;
+pub(crate) const PARAM_INTEGRITY: u32 = 64;
 
 pub(crate) const ATTR_READ_ONLY: u32 = 1;
 pub(crate) const ATTR_ROTATIONAL: u32 = 2;
@@ -232,6 +258,11 @@ pub(crate) const ATTR_FUA: u32 = 8;
 /// Where a request's data is found by pread and pwrite on the character device.
 pub(crate) const fn user_copy_at(queue: u16, tag: u16) -> u64 {
     0x8000_0000 + ((queue as u64) << 41 | (tag as u64) << 25)
+}
+
+/// Where its integrity data is found so.
+pub(crate) const fn integrity_at(queue: u16, tag: u16) -> u64 {
+    1 << 62 | user_copy_at(queue, tag)
 }
 
 const _: () = {
@@ -245,4 +276,6 @@ const _: () = {
     assert!(std::mem::offset_of!(Params, zoned) == 76);
     assert!(std::mem::offset_of!(Params, dma_alignment) == 108);
     assert!(std::mem::offset_of!(Params, seg_boundary_mask) == 120);
+    assert!(std::mem::offset_of!(Params, integrity_flags) == 136);
+    assert!(size_of::<Params>() == 152 && size_of::<BufReg>() == 24);
 };

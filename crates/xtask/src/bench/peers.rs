@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::run::bounded;
-use crate::apt::Suite;
+use crate::apt::{Suite, closure};
 use crate::kernel::Scratch;
 use crate::proc::{find_program, run_quiet};
 use crate::{Fallible, deps};
@@ -98,6 +98,30 @@ pub fn ublk_tests() -> Fallible<PathBuf> {
         Ok(sources)
     })
 }
+
+/// The directory of a bpftrace that the kernel's tests can use, from a newer Debian, with the
+/// libraries of that.
+pub fn tracer() -> Fallible<PathBuf> {
+    let home = cached("bpftrace", |work| {
+        let suite = Suite::new(LIBRARY_SUITE, work)?;
+        let (all, tree) = (suite.packages("")?, work.join("tree"));
+        for package in closure(&all, "bpftrace") {
+            let file = suite.fetch(package)?;
+            run_quiet(bounded(300, "dpkg").arg("-x").arg(file).arg(&tree))?;
+        }
+        let script = tree.join("bpftrace");
+        fs::write(&script, TRACER).map_err(|e| format!("cannot write a script: {e}"))?;
+        run_quiet(bounded(20, "chmod").arg("755").arg(script))?;
+        Ok(tree)
+    })?;
+    run_quiet(bounded(60, home.join("bpftrace")).arg("--version"))?;
+    Ok(home)
+}
+
+/// Starts a program of another Debian with its own loader and libraries.
+const TRACER: &str = "#!/bin/sh\nhome=$(dirname \"$0\")\nlib=$home/usr/lib/x86_64-linux-gnu\n\
+                      exec \"$lib/ld-linux-x86-64.so.2\" --library-path \"$lib\" \
+                      \"$home/usr/bin/bpftrace\" \"$@\"\n";
 
 /// The sources of the kernel's tests of ublk, and a tree with the headers of that kernel.
 fn sources(work: &Path) -> Fallible<(PathBuf, PathBuf)> {

@@ -1,6 +1,7 @@
 //! Answers for the tests as they run in the machine: one after the other, each within its time,
 //! nothing of it left for the next.
 
+use std::ffi::OsString;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -29,19 +30,22 @@ struct Suite {
     directory: PathBuf,
     server: PathBuf,
     limit: u32,
+    /// Where programs are looked for.
+    path: OsString,
 }
 
 /// Carries out the plan in `directory`, until its time is over or a test leaves things behind.
 pub fn run(directory: &Path) -> Fallible<u8> {
-    let path = directory.join("plan.json");
+    let file = directory.join("plan.json");
     let text =
-        fs::read_to_string(&path).map_err(|e| format!("cannot read {}: {e}", path.display()))?;
+        fs::read_to_string(&file).map_err(|e| format!("cannot read {}: {e}", file.display()))?;
     let plan: Value = serde_json::from_str(&text).map_err(|e| format!("the plan: {e}"))?;
     let server = plan["server"].as_str().unwrap_or_default();
     let suite = Suite {
         directory: directory.into(),
         server: directory.join("suite").join(server),
         limit: plan["limit"].as_u64().and_then(|limit| u32::try_from(limit).ok()).unwrap_or(300),
+        path: path_with(plan["tracer"].as_str().unwrap_or_default()),
     };
     let turn = Duration::from_secs(plan["turn"].as_u64().unwrap_or(0));
     let (start, mut results) = (Instant::now(), Results::default());
@@ -71,7 +75,10 @@ impl Suite {
         let mut command = bounded(self.limit, "bash");
         // To a file: a server that a test leaves behind would hold a pipe open.
         command.args(["-c", "exec bash \"$1\" >\"$0\" 2>&1 </dev/null"]).arg(&log).arg(&script);
-        command.env("TMPDIR", FILES).current_dir(self.directory.join("suite"));
+        command
+            .env("PATH", &self.path)
+            .env("TMPDIR", FILES)
+            .current_dir(self.directory.join("suite"));
         let start = Instant::now();
         let status = command.status().map_err(|e| format!("cannot start a test: {e}"))?;
         let seconds = start.elapsed().as_secs_f64();
@@ -80,7 +87,7 @@ impl Suite {
             Some(0) => ("pass", String::new()),
             Some(SKIPPED) => {
                 let script = fs::read_to_string(&script).unwrap_or_default();
-                ("skip", missing(&script).unwrap_or_else(|| last_word(&said)))
+                ("skip", missing(&script, &self.path).unwrap_or_else(|| last_word(&said)))
             }
             Some(code) if LATE.contains(&code) => {
                 let said = last_word(&said);
@@ -125,6 +132,13 @@ impl Suite {
     }
 }
 
+/// Where programs are looked for, with one more place before all others.
+fn path_with(first: &str) -> OsString {
+    let others = std::env::var_os("PATH").unwrap_or_default();
+    let first = (!first.is_empty()).then(|| PathBuf::from(first));
+    std::env::join_paths(first.into_iter().chain(std::env::split_paths(&others))).unwrap_or(others)
+}
+
 /// Unmounts and removes what lies in a directory.
 const LEAVINGS: &str = "for place in $(cut -d ' ' -f 2 /proc/mounts | grep \"^$0/\"); do \
                         umount -l \"$place\"; done; rm -rf \"$0\"/*";
@@ -135,12 +149,13 @@ fn has_devices() -> bool {
 }
 
 /// The programs that a script asks for and that are not there.
-fn missing(script: &str) -> Option<String> {
+fn missing(script: &str, path: &OsString) -> Option<String> {
     let asked = script.split("_have_program ").skip(1).filter_map(|rest| {
         let name = rest.split(|c: char| c.is_whitespace() || c == ';').next()?;
         (!name.is_empty()).then_some(name)
     });
-    let missing: Vec<&str> = asked.filter(|name| proc::find_program(name).is_none()).collect();
+    let is_there = |name: &&str| std::env::split_paths(path).any(|dir| dir.join(name).is_file());
+    let missing: Vec<&str> = asked.filter(|name| !is_there(name)).collect();
     (!missing.is_empty()).then(|| format!("{} is not installed", missing.join(", ")))
 }
 
@@ -171,7 +186,9 @@ mod tests {
     #[test]
     fn programs_that_a_script_asks_for_are_looked_for() {
         let script = "if ! _have_program sh; then\n! _have_program no-such-program; then";
-        assert_eq!(missing(script), Some("no-such-program is not installed".to_owned()));
-        assert_eq!(missing("if ! _have_program sh; then"), None);
+        let path = path_with("/nowhere");
+        assert!(std::env::split_paths(&path).next() == Some("/nowhere".into()));
+        assert_eq!(missing(script, &path), Some("no-such-program is not installed".to_owned()));
+        assert_eq!(missing("if ! _have_program sh; then", &path), None);
     }
 }
