@@ -43,13 +43,21 @@ impl Descriptors {
     #[inline]
     pub(crate) fn read(&self, tag: u16) -> IoDesc {
         let tag = usize::from(tag);
-        assert!(tag < self.depth, "tag {tag} of {}", self.depth);
+        if tag >= self.depth {
+            no_tag(tag, self.depth);
+        }
         // SAFETY: below the depth, so inside the mapping, which is at least depth x 24 bytes.
         let at = unsafe { self.base.as_ptr().add(tag) };
         // SAFETY: aligned (24 is a multiple of 8, the base is a page), mapped, plain data; volatile
         // because the kernel writes it between commits.
         unsafe { at.read_volatile() }
     }
+}
+
+#[cold]
+#[inline(never)]
+fn no_tag(tag: usize, depth: usize) -> ! {
+    panic!("tag {tag} of {depth}")
 }
 
 impl Drop for Descriptors {
