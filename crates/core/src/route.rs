@@ -357,6 +357,8 @@ fn piece(place: Place, frame: &Frame) -> Piece {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::{Arc, Mutex};
+
     use super::*;
     use crate::error::Result as Control;
     use crate::layer::{Layer, Lower};
@@ -452,6 +454,37 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// Answers 1 KiB at a time, and keeps what it was asked.
+    struct Asked(Arc<Mutex<Vec<Extent>>>);
+
+    impl Layer for Asked {
+        fn open(&mut self, below: &mut dyn Lower) -> Control<Limits> {
+            below.only()
+        }
+        fn map(&self, io: Io) -> Result<Map, Errno> {
+            self.0.lock().unwrap().push(io.extent);
+            to(io, io.extent.len.min(1024))
+        }
+    }
+
+    #[test]
+    fn no_layer_is_asked_twice_for_the_same_bytes() {
+        let asked = Arc::default();
+        let mut builder = StackBuilder::new();
+        let (mut top, _) = builder.backend("disk", Limits::ideal(1 << 20)).unwrap();
+        for _ in 0..2 {
+            let layer = Box::new(Asked(Arc::clone(&asked)));
+            top = builder.layer("x", layer, &[top], &mut |_, _, _| Ok(())).unwrap();
+        }
+        let stack = builder.finish(top);
+        assert_eq!(straight(&stack, Io::new(Op::Read, 512, 2560)).len(), 3);
+        let of = |at, len| Extent { at, len };
+        let upper = [of(512, 2560), of(1536, 1536), of(2560, 512)];
+        let lower = [of(512, 1024), of(1536, 1024), of(2560, 512)];
+        let both: Vec<_> = upper.into_iter().zip(lower).flat_map(<[Extent; 2]>::from).collect();
+        assert_eq!(*asked.lock().unwrap(), both);
     }
 
     #[test]
