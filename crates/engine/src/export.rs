@@ -24,7 +24,9 @@ pub struct Inbox {
 }
 
 impl Inbox {
-    pub(crate) fn with_capacity(requests: usize) -> Inbox {
+    /// With room for as many requests: one for each tag of each lane.
+    #[must_use]
+    pub fn with_capacity(requests: usize) -> Inbox {
         let none = Request { tag: 0, io: Io::new(Op::Flush, 0, 0), pages: Pages(0) };
         Inbox { places: vec![(0, none); requests].into(), count: 0 }
     }
@@ -41,12 +43,13 @@ impl Inbox {
 
     /// The requests with their lanes, in the order of arrival.
     #[inline]
-    pub(crate) fn requests(&self) -> &[(u16, Request)] {
+    #[must_use]
+    pub fn requests(&self) -> &[(u16, Request)] {
         &self.places[..self.count]
     }
 
     /// Forgets them all: they were started.
-    pub(crate) fn clear(&mut self) {
+    pub fn clear(&mut self) {
         self.count = 0;
     }
 }

@@ -391,6 +391,12 @@ impl Export<Uring> for Queue {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsFd;
+
+    use devsplice_engine::Ring;
+    use devsplice_uring::{Config, FileKind, LaneMemory, RingFile};
+    use rustix::fs::{MemfdFlags, memfd_create};
+
     use super::*;
 
     fn descriptor(op_flags: u32) -> IoDesc {
@@ -425,6 +431,49 @@ mod tests {
         }
         assert_eq!(direct(&descriptor(op::READ | IO_F_NEED_REG_BUF)), None);
         assert_eq!(direct(&descriptor(op::WRITE | IO_F_NEED_REG_BUF)), None);
+    }
+
+    /// A queue of two tags without a driver: nothing is submitted. Its descriptors say these.
+    fn two_tags(ops: [u32; 2]) -> (Queue, Uring, Inbox) {
+        let (depth, bytes) = (2, 4096);
+        let memory = LaneMemory { depth, bytes, slots: true, locked: false };
+        let config = Config { flights: 64, files: 1, lanes: vec![memory], inner: 0 };
+        let mut ring = Uring::new(&config).unwrap();
+        let fd = memfd_create("descriptors", MemfdFlags::CLOEXEC).unwrap();
+        let mut page = ops.map(|flags| descriptor(flags).as_bytes().to_vec()).concat();
+        page.resize(4096, 0);
+        rustix::io::write(&fd, &page).unwrap();
+        let descriptors = Descriptors::map(fd.as_fd(), 0, depth).unwrap();
+        let file = ring.add_file(RingFile { fd, kind: FileKind::Other }).unwrap();
+        let config = QueueConfig { queue: 0, depth, path: DataPath::AutoRegister, encoded: true };
+        let mut queue = Queue::new(config, file, descriptors);
+        queue.arm(&mut ring, 0).unwrap();
+        (queue, ring, Inbox::with_capacity(2))
+    }
+
+    #[test]
+    fn a_request_without_a_slot_is_told_from_those_around_it() {
+        let (mut queue, mut ring, mut inbox) = two_tags([op::READ, op::WRITE | IO_F_NEED_REG_BUF]);
+        let io = request(&descriptor(op::READ)).unwrap();
+        let done = |kind, tag, result| Completion { index: index(kind, tag), result, flags: 0 };
+        for result in [Ok(()), Err(Errno::EIO)] {
+            inbox.clear();
+            queue.event(&mut ring, done(kind::FETCH, 0, 0), &mut inbox).unwrap();
+            queue.event(&mut ring, done(kind::FETCH, 1, 0), &mut inbox).unwrap();
+            // Its data is still to be brought: the engine has only the first.
+            assert_eq!((queue.odd, inbox.requests().len()), (0, 1));
+            queue.event(&mut ring, done(kind::PULL, 1, 4096), &mut inbox).unwrap();
+            assert_eq!((queue.odd, inbox.requests().len()), (1, 2));
+            let slots = inbox.requests().iter().map(|(_, request)| request.pages);
+            let slot = ring.slots(0).pages(0);
+            assert_eq!(slots.collect::<Vec<_>>(), [slot, ring.memory_pages(0, 1)]);
+            queue.finish(&mut ring, 0, &io, result);
+            assert!(queue.odd == 1 && queue.tags[1].is_odd);
+            queue.finish(&mut ring, 1, &io, result);
+            assert!(queue.odd == 0 && !queue.tags[1].is_odd);
+        }
+        // Two fetches; twice a pull and two commits.
+        assert_eq!(ring.counts().sqes, 2 + 2 * 3);
     }
 
     #[test]
