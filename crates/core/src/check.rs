@@ -26,10 +26,16 @@ pub fn prefix(layer: &str, asked: u64, answered: u64) {
 /// If it does not; names the layer.
 #[inline]
 pub fn destination(layer: &str, extent: Extent, below: &Limits, mask: u64) {
-    let (end, overflows) = extent.at.overflowing_add(extent.len);
-    if overflows || end > below.size || (extent.at | extent.len) & mask != 0 {
+    if !lies_in(extent, below.size, mask) {
         no_destination(layer, extent, below);
     }
+}
+
+/// Whether it lies within `size` bytes, and on blocks of which `mask` is the length minus one.
+#[inline(always)]
+pub(crate) fn lies_in(extent: Extent, size: u64, mask: u64) -> bool {
+    let (end, overflows) = extent.at.overflowing_add(extent.len);
+    !overflows && end <= size && (extent.at | extent.len) & mask == 0
 }
 
 /// Checks that a fan-out to some ports names at least one, and none that is not there.
@@ -84,7 +90,7 @@ pub(crate) fn no_port(layer: &str, port: Port) -> ! {
 
 #[cold]
 #[inline(never)]
-fn no_destination(layer: &str, extent: Extent, below: &Limits) -> ! {
+pub(crate) fn no_destination(layer: &str, extent: Extent, below: &Limits) -> ! {
     panic!(
         "layer {layer} broke its contract: sent {extent:?} to {} bytes in {}-byte blocks",
         below.size, below.block

@@ -22,9 +22,13 @@ pub enum ErrorKind {
     Os,
 }
 
-/// An error on the control path.
+/// An error on the control path. As small as a pointer, since a front end says after each event
+/// that there was none.
 #[derive(Debug)]
-pub struct Error {
+pub struct Error(Box<What>);
+
+#[derive(Debug)]
+struct What {
     kind: ErrorKind,
     thing: String,
     reason: String,
@@ -37,7 +41,8 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 impl Error {
     /// `thing` is what the user would recognise (a path, a layer, a key); `reason` what is wrong.
     pub fn new(kind: ErrorKind, thing: impl Into<String>, reason: impl Into<String>) -> Error {
-        Error { kind, thing: thing.into(), reason: reason.into(), next: None }
+        let (thing, reason) = (thing.into(), reason.into());
+        Error(Box::new(What { kind, thing, reason, next: None }))
     }
 
     /// An [`ErrorKind::Invalid`] error.
@@ -61,34 +66,34 @@ impl Error {
     /// Adds what the user can do about it.
     #[must_use]
     pub fn next(mut self, step: impl Into<String>) -> Error {
-        self.next = Some(step.into());
+        self.0.next = Some(step.into());
         self
     }
 
     /// Names the outer thing in which `self` happened.
     #[must_use]
     pub fn within(mut self, outer: &str) -> Error {
-        self.thing = format!("{outer}: {}", self.thing);
+        self.0.thing = format!("{outer}: {}", self.0.thing);
         self
     }
 
     /// The thing and the reason, without the next step.
     #[must_use]
     pub fn cause(&self) -> String {
-        format!("{}: {}", self.thing, self.reason)
+        format!("{}: {}", self.0.thing, self.0.reason)
     }
 
     /// What went wrong, for a caller that decides by it.
     #[must_use]
     pub fn kind(&self) -> ErrorKind {
-        self.kind
+        self.0.kind
     }
 }
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.thing, self.reason)?;
-        match &self.next {
+        write!(f, "{}: {}", self.0.thing, self.0.reason)?;
+        match &self.0.next {
             Some(step) => write!(f, "; {step}"),
             None => Ok(()),
         }

@@ -51,6 +51,13 @@ struct Frame {
     ports: u32,
 }
 
+/// Where a request does not go straight down, and what the layer there has answered.
+pub struct Bend<'s> {
+    pub(crate) node: &'s Node,
+    pub(crate) io: Io,
+    pub(crate) answer: Result<Map, Errno>,
+}
+
 /// Every port.
 const EVERY: u32 = u32::MAX;
 
@@ -107,36 +114,22 @@ impl Route {
         Route { op: io.op, fua: io.fua, depth: 1, frames: [first; MAX_FRAMES] }
     }
 
-    /// Starts over with another request. Its piece, if it is of one; otherwise `first` gets what
-    /// [`Route::next`] would have answered first, and `next` has the rest.
-    #[inline]
-    pub fn begin(
-        &mut self,
-        stack: &Stack,
-        io: Io,
-        first: &mut Option<Result<Piece, Stop>>,
-    ) -> Option<Piece> {
-        self.op = io.op;
-        self.fua = io.fua;
-        self.depth = 0;
+    /// Starts over with a request that has come to where it does not go straight down, from the
+    /// answer that the layer there has given. What [`Route::next`] would have answered first.
+    ///
+    /// # Panics
+    /// If a layer breaks its contract; see [`check`].
+    #[inline(never)]
+    pub fn follow(&mut self, stack: &Stack, bend: &Bend<'_>) -> Option<Result<Piece, Stop>> {
+        let Bend { node, io, answer } = *bend;
         let Extent { at, len } = io.extent;
-        let (node, port) = (stack.root(), itself(io.op));
-        let frame = Frame { at, len, part: 0, wait: Wait::NONE, node, port, ports: EVERY };
-        if port == WHOLE {
-            if let Some((id, frame)) = self.walk(&stack.nodes, frame, first) {
-                let piece = piece(Place::Backend(id), &frame);
-                if self.depth == 0 {
-                    return Some(piece);
-                }
-                *first = Some(Ok(piece));
-            }
-        } else {
-            self.push(frame);
+        (self.op, self.fua, self.depth) = (io.op, io.fua, 0);
+        let (wait, node, port, ports) = (Wait::NONE, node.id, WHOLE, EVERY);
+        let frame = Frame { at, len, part: 0, wait, node, port, ports };
+        match self.walk(&stack.nodes, frame, Some(answer)) {
+            None => self.next(stack),
+            first => first,
         }
-        if first.is_none() {
-            *first = self.next(stack);
-        }
-        None
     }
 
     /// Starts over with another request, from a place inside the stack.
@@ -171,43 +164,43 @@ impl Route {
     pub(crate) fn next_in(&mut self, nodes: &[Node]) -> Option<Result<Piece, Stop>> {
         loop {
             let frame = self.pop()?;
-            let mut answer = None;
-            if frame.port != WHOLE {
-                answer = self.spread(nodes);
-            } else if let Some((id, frame)) = self.walk(nodes, frame, &mut answer) {
-                answer = Some(Ok(piece(Place::Backend(id), &frame)));
-            }
+            let answer = match frame.port {
+                WHOLE => self.walk(nodes, frame, None),
+                _ => self.spread(nodes),
+            };
             if answer.is_some() {
                 return answer;
             }
         }
     }
 
-    /// Follows a request to a place down to a bottom; what is asked of it. Where it ends elsewhere
-    /// `other` gets the piece or error; if it gets none, a fan-out was left on top.
-    #[inline(always)]
+    /// Follows a request to a place down to where it ends: the piece, or the error. If there is
+    /// neither, a fan-out was left on top. `answer` is what the layer at that place has said, if it
+    /// was asked before.
     fn walk(
         &mut self,
         nodes: &[Node],
         mut frame: Frame,
-        other: &mut Option<Result<Piece, Stop>>,
-    ) -> Option<(BackendId, Frame)> {
+        mut answer: Option<Result<Map, Errno>>,
+    ) -> Option<Result<Piece, Stop>> {
         let mut node = &nodes[frame.node.index()];
         loop {
             let (layer, ports) = match &node.what {
-                What::Backend(id) => return Some((*id, frame)),
+                What::Backend(id) => return Some(Ok(piece(Place::Backend(*id), &frame))),
                 What::Layer { layer, ports } => (layer, ports),
             };
-            let extent = Extent { at: frame.at, len: frame.len };
-            let (len, port, at, wait_ns) =
-                match layer.map(Io { op: self.op, extent, fua: self.fua }) {
-                    Ok(Map::To { len, port, at }) => (len, port, at, 0),
-                    Ok(Map::After { len, port, at, wait_ns }) => (len, port, at, wait_ns),
-                    answer => {
-                        *other = self.end(nodes, frame, answer);
-                        return None;
-                    }
-                };
+            let answer = match answer.take() {
+                Some(answer) => answer,
+                None => {
+                    let extent = Extent { at: frame.at, len: frame.len };
+                    layer.map(Io { op: self.op, extent, fua: self.fua })
+                }
+            };
+            let (len, port, at, wait_ns) = match answer {
+                Ok(Map::To { len, port, at }) => (len, port, at, 0),
+                Ok(Map::After { len, port, at, wait_ns }) => (len, port, at, wait_ns),
+                answer => return self.end(nodes, frame, answer),
+            };
             self.keep_rest(node, &mut frame, len);
             // Only now: what was kept for later does not wait for what this answer is about.
             frame.wait = frame.wait.plus_ns(wait_ns);
@@ -364,6 +357,8 @@ fn piece(place: Place, frame: &Frame) -> Piece {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::{Arc, Mutex};
+
     use super::*;
     use crate::error::Result as Control;
     use crate::layer::{Layer, Lower};
@@ -431,6 +426,103 @@ mod tests {
             part += piece.len;
         }
         assert_eq!(part, 4096);
+    }
+
+    /// As the engine asks: straight down first, and on from where it bends.
+    fn straight(stack: &Stack, io: Io) -> Vec<Result<Piece, Stop>> {
+        let mut route = stack.route(io);
+        let mut first = match stack.straight(io) {
+            Ok(piece) => return vec![Ok(piece)],
+            Err(bend) => route.follow(stack, &bend),
+        };
+        std::iter::from_fn(|| first.take().or_else(|| route.next(stack))).collect()
+    }
+
+    #[test]
+    fn what_goes_straight_down_or_bends_is_what_a_route_gives() {
+        let late =
+            |io: Io, len| Ok(Map::After { len, port: Port(0), at: io.extent.at, wait_ns: 5 });
+        let some = |io: Io, len| Ok(Map::Some { len, at: io.extent.at, ports: 0b10 });
+        let zero = |_: Io, len| Ok(Map::Zero { len });
+        let no = |io: Io, len| if io.extent.at < 2048 { to(io, len) } else { Err(Errno::EIO) };
+        for kind in [to, all, late, some, zero, no] {
+            for chunk in [512, 1536, 4096] {
+                let stack = over(kind, chunk, 2);
+                for (at, len) in [(0, 512), (512, 1024), (512, 4096), (2048, 512)] {
+                    let io = Io::new(Op::Write, at, len);
+                    assert_eq!(straight(&stack, io), pieces(&stack, io), "{chunk} {io:?}");
+                }
+            }
+        }
+    }
+
+    /// Answers 1 KiB at a time, and keeps what it was asked.
+    struct Asked(Arc<Mutex<Vec<Extent>>>);
+
+    impl Layer for Asked {
+        fn open(&mut self, below: &mut dyn Lower) -> Control<Limits> {
+            below.only()
+        }
+        fn map(&self, io: Io) -> Result<Map, Errno> {
+            self.0.lock().unwrap().push(io.extent);
+            to(io, io.extent.len.min(1024))
+        }
+    }
+
+    #[test]
+    fn no_layer_is_asked_twice_for_the_same_bytes() {
+        let asked = Arc::default();
+        let mut builder = StackBuilder::new();
+        let (mut top, _) = builder.backend("disk", Limits::ideal(1 << 20)).unwrap();
+        for _ in 0..2 {
+            let layer = Box::new(Asked(Arc::clone(&asked)));
+            top = builder.layer("x", layer, &[top], &mut |_, _, _| Ok(())).unwrap();
+        }
+        let stack = builder.finish(top);
+        assert_eq!(straight(&stack, Io::new(Op::Read, 512, 2560)).len(), 3);
+        let of = |at, len| Extent { at, len };
+        let upper = [of(512, 2560), of(1536, 1536), of(2560, 512)];
+        let lower = [of(512, 1024), of(1536, 1024), of(2560, 512)];
+        let both: Vec<_> = upper.into_iter().zip(lower).flat_map(<[Extent; 2]>::from).collect();
+        assert_eq!(*asked.lock().unwrap(), both);
+    }
+
+    #[test]
+    #[should_panic(expected = "layer top broke its contract")]
+    fn an_answer_for_more_than_was_asked_is_a_broken_contract_on_the_straight_way_too() {
+        let stack = over(|io, len| to(io, len + 512), 512, 1);
+        straight(&stack, Io::new(Op::Read, 0, 512));
+    }
+
+    #[test]
+    #[should_panic(expected = "layer top broke its contract")]
+    fn an_answer_behind_the_lower_device_is_one_on_the_straight_way_too() {
+        let stack = over(|_, len| Ok(Map::To { len, port: Port(0), at: 1 << 20 }), 512, 1);
+        straight(&stack, Io::new(Op::Read, 0, 512));
+    }
+
+    #[test]
+    fn what_is_ordinary_may_enter_and_has_pages() {
+        for read_only in [false, true] {
+            let mut builder = StackBuilder::new();
+            let limits = Limits { read_only, ..Limits::ideal(8192) };
+            let (top, _) = builder.backend("disk", limits).unwrap();
+            let stack = builder.finish(top);
+            for op in [Op::Read, Op::Write, Op::Flush, Op::Discard] {
+                for at in [0, 256, 512, 8192, 8704, u64::MAX - 511] {
+                    for len in [0, 256, 512, 8192, 8704, u64::MAX - 511] {
+                        let io = Io::new(op, at, len);
+                        let may = op.has_pages() && stack.admit(&io).is_ok();
+                        assert_eq!(stack.is_ordinary(&io), may && !read_only, "{io:?}");
+                        let fits = len != 0 && at % 512 == 0 && len % 512 == 0;
+                        let fits = fits && at < 8192 && len <= 8192 - at;
+                        let is_read = op == Op::Read;
+                        let should = fits && (is_read || op == Op::Write && !read_only);
+                        assert_eq!(may, should, "{io:?}");
+                    }
+                }
+            }
+        }
     }
 
     #[test]

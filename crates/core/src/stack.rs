@@ -11,9 +11,9 @@ use crate::io::{Extent, Io, Op};
 use crate::layer::{Layer, Lower};
 use crate::limits::Limits;
 use crate::live::Live;
-use crate::map::Port;
-use crate::probe::{MAX_PROBES, Probe};
-use crate::route::{Piece, Place, Route};
+use crate::map::{Map, Port};
+use crate::probe::{MAX_PROBES, Probe, Wait};
+use crate::route::{Bend, Piece, Place, Route};
 
 /// Most layers above one another. Bounds what a request keeps while it is routed.
 pub const MAX_DEPTH: usize = 12;
@@ -42,19 +42,27 @@ pub(crate) enum What {
     Backend(BackendId),
 }
 
+/// As large as a power of two, and not larger than that: each layer on the way of each request is
+/// found by its number.
+#[repr(align(128))]
 pub(crate) struct Node {
     pub(crate) name: Box<str>,
     pub(crate) limits: Limits,
     /// The bits that no position and no length may have: the block minus one.
     pub(crate) mask: u64,
     pub(crate) what: What,
-    live: Option<Arc<dyn Live>>,
+    // In a box of its own, for the size.
+    #[allow(clippy::redundant_allocation)]
+    live: Option<Box<Arc<dyn Live>>>,
+    pub(crate) id: NodeId,
     /// The bit of its probe, if it has one.
     pub(crate) probe: u8,
     /// Layers from here to the deepest bottom.
-    depth: usize,
+    depth: u8,
     used: bool,
 }
+
+const _: () = assert!(size_of::<Node>() == 128);
 
 impl Node {
     /// The places below.
@@ -75,6 +83,9 @@ impl Node {
 pub struct Stack {
     pub(crate) nodes: Box<[Node]>,
     root: NodeId,
+    /// The bits that no position and no length of an ordinary read or write may have; every bit,
+    /// if the device is read-only.
+    mask: u64,
     backend_count: u16,
     probes: Box<[Arc<Probe>]>,
 }
@@ -114,6 +125,40 @@ impl Stack {
         Route::new(io, self.root)
     }
 
+    /// The piece of a request that is of one and goes straight down, as nearly all do; otherwise
+    /// what [`Route::follow`] goes on from. `io` lies within [`Stack::limits`] and is no flush.
+    ///
+    /// # Errors
+    /// Where it does not go straight on.
+    ///
+    /// # Panics
+    /// If a layer breaks its contract; see [`check`].
+    #[inline(always)]
+    pub fn straight(&self, io: Io) -> Result<Piece, Bend<'_>> {
+        let Io { op, fua, extent: Extent { mut at, len } } = io;
+        assert!(!matches!(op, Op::Flush), "a flush has no extent");
+        let mut node = self.node(self.root);
+        loop {
+            let (layer, ports) = match &node.what {
+                What::Backend(id) => {
+                    let place = Place::Backend(*id);
+                    return Ok(Piece { place, at, part: 0, len, wait: Wait::NONE });
+                }
+                What::Layer { layer, ports } => (layer, ports),
+            };
+            match layer.map(Io { op, extent: Extent { at, len }, fua }) {
+                Ok(Map::To { len: all, port, at: to }) if all == len => {
+                    at = to;
+                    node = lower(&self.nodes, node, ports, (port, Extent { at, len })).1;
+                }
+                answer => {
+                    let io = Io { op, extent: Extent { at, len }, fua };
+                    return Err(Bend { node, io, answer });
+                }
+            }
+        }
+    }
+
     /// Whether a client's request may enter: inside the device, on its blocks, allowed at all.
     ///
     /// # Errors
@@ -121,20 +166,29 @@ impl Stack {
     /// operation that the device does not offer.
     #[inline]
     pub fn admit(&self, io: &Io) -> Result<(), Errno> {
-        let Node { limits, mask, .. } = self.node(self.root);
-        let fits = io.extent.len != 0
-            && (io.extent.at | io.extent.len) & mask == 0
-            && io.extent.within(limits.size);
-        if fits && io.op.has_pages() && !limits.read_only {
-            return Ok(());
-        }
-        self.admit_other(io, fits)
+        if self.is_ordinary(io) { Ok(()) } else { self.admit_other(io) }
     }
 
-    /// As `admit`, for what is not an ordinary read or write that fits.
+    /// Whether this is a read or write like most: one that [`Stack::admit`] lets in, of a device
+    /// that can be written.
+    #[inline(always)]
+    #[must_use]
+    pub fn is_ordinary(&self, io: &Io) -> bool {
+        let Extent { at, len } = io.extent;
+        let size = self.node(self.root).limits.size;
+        // One less than no bytes is more than any size has room for.
+        let has_room = |room: u64| len.wrapping_sub(1) < room;
+        io.op.has_pages()
+            && (at | len) & self.mask == 0
+            && size.checked_sub(at).is_some_and(has_room)
+    }
+
+    /// As `admit`, for what is not ordinary.
     #[inline(never)]
-    fn admit_other(&self, io: &Io, fits: bool) -> Result<(), Errno> {
-        let limits = self.limits();
+    fn admit_other(&self, io: &Io) -> Result<(), Errno> {
+        let Node { limits, mask, .. } = self.node(self.root);
+        let Extent { at, len } = io.extent;
+        let fits = len != 0 && (at | len) & mask == 0 && io.extent.within(limits.size);
         match io.op {
             Op::Flush => Ok(()),
             _ if !fits => Err(Errno::EINVAL),
@@ -177,13 +231,13 @@ impl Stack {
     /// The live side of a layer, if it has one.
     #[must_use]
     pub fn live(&self, node: NodeId) -> Option<&Arc<dyn Live>> {
-        self.node(node).live.as_ref()
+        self.node(node).live.as_deref()
     }
 
     /// The layers with a live side, from the bottom up.
     pub fn lives(&self) -> impl Iterator<Item = (NodeId, &str, &Arc<dyn Live>)> {
         (0..).zip(&self.nodes).filter_map(|(index, node)| {
-            node.live.as_ref().map(|live| (NodeId(index), &*node.name, live))
+            node.live.as_deref().map(|live| (NodeId(index), &*node.name, live))
         })
     }
 
@@ -265,7 +319,7 @@ impl StackBuilder {
             let reason = format!("{} lower devices, the most is {MAX_PORTS}", ports.len());
             return Err(Error::invalid(name, reason));
         }
-        let mut depth = 1;
+        let mut depth = 1_u8;
         for port in ports {
             let node = &mut self.nodes[port.index()];
             if std::mem::replace(&mut node.used, true) {
@@ -274,7 +328,7 @@ impl StackBuilder {
             }
             depth = depth.max(node.depth + 1);
         }
-        if depth > MAX_DEPTH {
+        if usize::from(depth) > MAX_DEPTH {
             let reason = format!("more than {MAX_DEPTH} layers above one another");
             return Err(Error::invalid(name, reason));
         }
@@ -289,7 +343,7 @@ impl StackBuilder {
             return Err(Error::invalid(name, reason));
         }
         let node = self.push(name, limits, What::Layer { layer, ports: ports.into() }, depth)?;
-        self.nodes[node.index()].live = live;
+        self.nodes[node.index()].live = live.map(Box::new);
         if let Some(probe) = probe {
             self.nodes[node.index()].probe = 1 << self.probes.len();
             self.probes.push(probe);
@@ -316,7 +370,7 @@ impl StackBuilder {
         format(&mut self.over(ports, bottoms)).map_err(|error| error.within(name))
     }
 
-    fn push(&mut self, name: &str, limits: Limits, what: What, depth: usize) -> Result<NodeId> {
+    fn push(&mut self, name: &str, limits: Limits, what: What, depth: u8) -> Result<NodeId> {
         if self.nodes.len() == MAX_NODES {
             return Err(Error::invalid(name, format!("more than {MAX_NODES} places in a stack")));
         }
@@ -328,6 +382,7 @@ impl StackBuilder {
             mask,
             what,
             live: None,
+            id,
             probe: 0,
             depth,
             used: false,
@@ -344,8 +399,11 @@ impl StackBuilder {
     /// The stack whose top is `root`.
     #[must_use]
     pub fn finish(self, root: NodeId) -> Stack {
+        let Node { limits, mask, .. } = &self.nodes[root.index()];
+        // Nothing is ordinary on a read-only device: no length is without every bit.
+        let mask = if limits.read_only { u64::MAX } else { *mask };
         let (nodes, probes) = (self.nodes.into(), self.probes.into());
-        Stack { nodes, root, backend_count: self.backend_count, probes }
+        Stack { nodes, root, mask, backend_count: self.backend_count, probes }
     }
 }
 
@@ -409,7 +467,7 @@ impl Lower for Below<'_> {
 }
 
 /// Checks one answer and the place it names; returns the lower place.
-#[inline]
+#[inline(always)]
 pub(crate) fn lower<'n>(
     nodes: &'n [Node],
     node: &Node,
@@ -417,8 +475,24 @@ pub(crate) fn lower<'n>(
     to: (Port, Extent),
 ) -> (NodeId, &'n Node) {
     let (port, extent) = to;
-    let Some(&child) = ports.get(usize::from(port.0)) else { check::no_port(&node.name, port) };
+    let Some(&child) = ports.get(usize::from(port.0)) else { no_port(node, port) };
     let below = &nodes[child.index()];
-    check::destination(&node.name, extent, &below.limits, below.mask);
+    if !check::lies_in(extent, below.limits.size, below.mask) {
+        no_destination(node, extent, below);
+    }
     (child, below)
+}
+
+// They take the places as they are, so that nothing is read for them where nothing is wrong.
+
+#[cold]
+#[inline(never)]
+fn no_port(node: &Node, port: Port) -> ! {
+    check::no_port(&node.name, port)
+}
+
+#[cold]
+#[inline(never)]
+fn no_destination(node: &Node, extent: Extent, below: &Node) -> ! {
+    check::no_destination(&node.name, extent, &below.limits)
 }

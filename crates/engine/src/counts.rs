@@ -20,27 +20,46 @@ pub struct RingCounts {
     pub bytes_meta: u64,
 }
 
+/// What is counted of requests that are over: reads, writes, flushes, discards and write-zeroes.
+type ByOp = [AtomicU64; 4];
+
 macro_rules! counts {
-    ($($(#[$doc:meta])* $name:ident),* $(,)?) => {
+    (
+        $($(#[$op_doc:meta])* $op_name:ident: [$($index:literal),*],)*
+        --
+        $($(#[$doc:meta])* $name:ident),* $(,)?
+    ) => {
         /// What one I/O thread did since its start.
         #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-        pub struct Counts { $($(#[$doc])* pub $name: u64,)* }
+        pub struct Counts {
+            $($(#[$op_doc])* pub $op_name: u64,)*
+            $($(#[$doc])* pub $name: u64,)*
+        }
 
         /// The same, as another thread may read it while the one that owns it counts.
         #[derive(Debug, Default)]
-        pub struct Shared { $(pub(crate) $name: AtomicU64,)* }
+        pub struct Shared {
+            finished: ByOp,
+            $(pub(crate) $name: AtomicU64,)*
+        }
 
         impl Counts {
             /// Names and values, in the order in which they are shown.
             #[must_use]
             pub fn list(&self) -> Vec<(&'static str, u64)> {
-                vec![$((stringify!($name), self.$name)),*]
+                vec![
+                    $((stringify!($op_name), self.$op_name),)*
+                    $((stringify!($name), self.$name),)*
+                ]
             }
 
             /// The sum of both.
             #[must_use]
             pub fn plus(&self, other: &Counts) -> Counts {
-                Counts { $($name: self.$name + other.$name,)* }
+                Counts {
+                    $($op_name: self.$op_name + other.$op_name,)*
+                    $($name: self.$name + other.$name,)*
+                }
             }
         }
 
@@ -48,7 +67,11 @@ macro_rules! counts {
             /// The values now; each is exact, together they may be of two moments.
             #[must_use]
             pub fn read(&self) -> Counts {
-                Counts { $($name: self.$name.load(Ordering::Relaxed),)* }
+                let by_op = self.finished.each_ref().map(|count| count.load(Ordering::Relaxed));
+                Counts {
+                    $($op_name: [$(by_op[$index]),*].iter().sum(),)*
+                    $($name: self.$name.load(Ordering::Relaxed),)*
+                }
             }
         }
     };
@@ -56,15 +79,16 @@ macro_rules! counts {
 
 counts! {
     /// Requests finished.
-    requests,
+    requests: [0, 1, 2, 3],
     /// Of these, reads.
-    reads,
+    reads: [0],
     /// Writes.
-    writes,
+    writes: [1],
     /// Flushes.
-    flushes,
+    flushes: [2],
     /// Discards and write-zeroes.
-    discards,
+    discards: [3],
+    --
     /// Requests that ended with an error.
     errors,
     /// Pieces that requests were routed into.
@@ -98,22 +122,18 @@ pub(crate) fn one_more(counter: &AtomicU64) {
 
 impl Shared {
     /// Counts a request that is over.
-    #[inline]
-    pub(crate) fn finished(&self, op: Op, has_failed: bool) {
-        one_more(&self.requests);
-        // Asked one by one: the most frequent first.
-        if matches!(op, Op::Read) {
-            one_more(&self.reads);
-        } else if matches!(op, Op::Write) {
-            one_more(&self.writes);
-        } else if matches!(op, Op::Flush) {
-            one_more(&self.flushes);
+    #[inline(always)]
+    pub(crate) fn finished(&self, op: Op) {
+        if op.has_pages() {
+            one_more(&self.finished[usize::from(matches!(op, Op::Write))]);
         } else {
-            one_more(&self.discards);
+            self.finished_other(op);
         }
-        if has_failed {
-            one_more(&self.errors);
-        }
+    }
+
+    #[inline(never)]
+    fn finished_other(&self, op: Op) {
+        one_more(&self.finished[if matches!(op, Op::Flush) { 2 } else { 3 }]);
     }
 
     /// Takes over what the ring counted. Only the owning thread calls this.
@@ -134,8 +154,9 @@ mod tests {
     #[test]
     fn what_is_counted_is_read() {
         let shared = Shared::default();
-        for _ in 0..3 {
-            one_more(&shared.requests);
+        let ops = [Op::Read, Op::Read, Op::Read, Op::Write, Op::Write, Op::Flush, Op::Discard];
+        for op in ops.into_iter().chain([true, false].map(|unmap| Op::WriteZeroes { unmap })) {
+            shared.finished(op);
         }
         shared.set_ring(RingCounts {
             sqes: 7,
@@ -146,11 +167,12 @@ mod tests {
         });
         let (sqes, enters, bytes_spliced, bytes_copied, bytes_meta) = (7, 5, 6, 8, 9);
         let none = Counts::default();
-        let asked =
-            Counts { requests: 3, sqes, enters, bytes_spliced, bytes_copied, bytes_meta, ..none };
+        let (requests, reads, writes, flushes, discards) = (9, 3, 2, 1, 3);
+        let by_op = Counts { requests, reads, writes, flushes, discards, ..none };
+        let asked = Counts { sqes, enters, bytes_spliced, bytes_copied, bytes_meta, ..by_op };
         let counts = shared.read();
         assert_eq!(counts, asked);
         assert_eq!(counts.plus(&counts).sqes, 14);
-        assert!(counts.list().contains(&("requests", 3)));
+        assert!(counts.list().contains(&("requests", 9)));
     }
 }

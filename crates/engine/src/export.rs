@@ -1,6 +1,6 @@
 //! Answers for the front end as the engine sees it: a source of requests that wants them finished.
 
-use devsplice_core::{Errno, Io, Result};
+use devsplice_core::{Errno, Io, Op, Result};
 
 use crate::ring::{Completion, Pages, Ring};
 
@@ -18,30 +18,39 @@ pub struct Request {
 /// Requests that have arrived and not been started; bounded by the exports' depths.
 #[derive(Debug, Default)]
 pub struct Inbox {
-    requests: Vec<(u16, Request)>,
+    /// A place for each tag of each lane.
+    places: Box<[(u16, Request)]>,
+    count: usize,
 }
 
 impl Inbox {
-    pub(crate) fn with_capacity(requests: usize) -> Inbox {
-        Inbox { requests: Vec::with_capacity(requests) }
+    /// With room for as many requests: one for each tag of each lane.
+    #[must_use]
+    pub fn with_capacity(requests: usize) -> Inbox {
+        let none = Request { tag: 0, io: Io::new(Op::Flush, 0, 0), pages: Pages(0) };
+        Inbox { places: vec![(0, none); requests].into(), count: 0 }
     }
 
     /// Hands a request to the engine.
+    ///
+    /// # Panics
+    /// If there are more requests than tags.
     #[inline]
     pub fn push(&mut self, lane: u16, request: Request) {
-        debug_assert!(self.requests.len() < self.requests.capacity(), "more requests than tags");
-        self.requests.push((lane, request));
+        self.places[self.count] = (lane, request);
+        self.count += 1;
     }
 
     /// The requests with their lanes, in the order of arrival.
     #[inline]
-    pub(crate) fn requests(&self) -> &[(u16, Request)] {
-        &self.requests
+    #[must_use]
+    pub fn requests(&self) -> &[(u16, Request)] {
+        &self.places[..self.count]
     }
 
     /// Forgets them all: they were started.
-    pub(crate) fn clear(&mut self) {
-        self.requests.clear();
+    pub fn clear(&mut self) {
+        self.count = 0;
     }
 }
 

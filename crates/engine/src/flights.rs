@@ -25,6 +25,8 @@ pub struct Flight {
     pub(crate) sent: (u64, u64),
     attempts: u8,
     part_count: u8,
+    /// While it is free: which one is taken after it.
+    next_free: u32,
     parts: [Part; MAX_PARTS],
 }
 
@@ -53,6 +55,7 @@ impl Flight {
         sent: (0, 0),
         attempts: 0,
         part_count: 0,
+        next_free: NONE,
         parts: [Part { at: 0, len: 0 }; MAX_PARTS],
     };
 
@@ -191,34 +194,61 @@ pub(crate) fn place(piece: &Piece, files: &[FileId]) -> To {
     }
 }
 
-/// The table.
+/// The key that no flight has.
+const NONE: u32 = u32::MAX;
+
+/// The table. The free ones are linked through it, the one that was released last is first.
 pub(crate) struct Flights {
     table: Box<[Flight]>,
-    free: Vec<u32>,
+    free: u32,
 }
 
 impl Flights {
     pub(crate) fn new(capacity: u32) -> Flights {
-        Flights {
-            table: vec![Flight::EMPTY; capacity as usize].into(),
-            free: (0..capacity).rev().collect(),
+        let mut table: Box<[Flight]> = vec![Flight::EMPTY; capacity as usize].into();
+        for (next, flight) in (1..capacity).zip(&mut table) {
+            flight.next_free = next;
         }
+        Flights { free: if capacity == 0 { NONE } else { 0 }, table }
     }
 
     #[inline]
     pub(crate) fn is_full(&self) -> bool {
-        self.free.is_empty()
+        self.free == NONE
     }
 
     #[inline]
     pub(crate) fn take(&mut self) -> Option<u32> {
-        self.free.pop()
+        let key = self.free;
+        // `NONE` lies behind any table.
+        self.free = self.table.get(key as usize)?.next_free;
+        Some(key)
     }
 
     #[inline]
     pub(crate) fn release(&mut self, key: u32) {
-        debug_assert!(!self.free.contains(&key), "flight {key} released twice");
-        self.free.push(key);
+        debug_assert!(!self.is_free(key), "flight {key} released twice");
+        self.table[key as usize].next_free = self.free;
+        self.free = key;
+    }
+
+    /// Whether `done` is all of a flight that nobody watches; its lane and tag then, and it is
+    /// released.
+    #[inline(always)]
+    pub(crate) fn land(&mut self, key: u32, done: u64) -> Option<(u16, u16)> {
+        let flight = &mut self.table[key as usize];
+        if flight.len != done || !flight.wait.is_none() {
+            return None;
+        }
+        flight.next_free = self.free;
+        self.free = key;
+        Some((flight.lane, flight.tag))
+    }
+
+    /// Goes through all that are free.
+    fn is_free(&self, key: u32) -> bool {
+        let next = |key: &u32| self.table.get(*key as usize).map(|flight| flight.next_free);
+        std::iter::successors(Some(self.free), next).any(|free| free == key)
     }
 
     #[inline]
@@ -251,6 +281,19 @@ mod tests {
 
     fn parts(flight: &Flight) -> Vec<(u32, u32)> {
         flight.splice().parts.iter().map(|part| (part.at, part.len)).collect()
+    }
+
+    #[test]
+    fn each_flight_is_given_once_until_it_is_released() {
+        let mut flights = Flights::new(3);
+        let mut taken: Vec<u32> = std::iter::from_fn(|| flights.take()).collect();
+        assert_eq!(taken, [0, 1, 2]);
+        assert!(flights.is_full());
+        flights.release(1);
+        assert!(!flights.is_full() && flights.is_free(1) && !flights.is_free(0));
+        flights.release(2);
+        taken = std::iter::from_fn(|| flights.take()).collect();
+        assert_eq!((taken, flights.take()), (vec![2, 1], None));
     }
 
     #[test]

@@ -3,7 +3,6 @@
 use devsplice_core::trace::{Step, Trace};
 use devsplice_core::{Errno, Io, NodeId, Op, Piece, Route, Stack, Stop};
 
-use crate::export::Request;
 use crate::ring::Pages;
 
 /// A request that failed and is routed again, piece by piece.
@@ -25,11 +24,11 @@ pub(crate) struct Job {
     pub(crate) held: Option<Result<Piece, Stop>>,
     /// Splices that are out, or waiting to be sent.
     pub(crate) flying: u32,
-    /// The first error; nothing more is routed once there is one.
+    /// The first error; nothing more is routed once there is one. None without a request.
     pub(crate) errno: Option<Errno>,
     /// The watchdog's tick at the start.
     pub(crate) since: u32,
-    /// Where it enters the stack.
+    /// Where it enters the stack: at the top, unless it is one of an inner lane.
     pub(crate) node: NodeId,
     /// Fetched and not finished.
     pub(crate) active: bool,
@@ -54,7 +53,8 @@ fn routed(io: Io) -> Io {
 impl Job {
     pub(crate) fn idle(stack: &Stack) -> Job {
         let io = Io::new(Op::Flush, 0, 0);
-        let route = stack.route(io);
+        let mut route = stack.route(io);
+        route.abandon();
         Job {
             io,
             pages: Pages(0),
@@ -73,29 +73,16 @@ impl Job {
         }
     }
 
-    /// Takes a request that enters its stack at a place; nothing of it is routed yet.
+    /// Takes a request; nothing of it is routed yet.
     #[inline(always)]
-    pub(crate) fn take(&mut self, (io, pages): (Io, Pages), node: NodeId, tick: u32) {
-        self.io = io;
+    pub(crate) fn take(&mut self, (io, pages): (Io, Pages), tick: u32) {
+        debug_assert!(self.flying == 0 && self.errno.is_none() && self.is_over());
+        // One by one, since a copy of the whole brings the gaps between them along.
+        (self.io.op, self.io.extent, self.io.fua) = (io.op, io.extent, io.fua);
         self.pages = pages;
-        self.flying = 0;
-        self.errno = None;
         self.since = tick;
-        self.node = node;
         self.active = true;
         self.refused = false;
-    }
-
-    /// Takes a request and routes it. Its piece, if it is of one; if it is of more, or may not
-    /// enter the stack at all, that is left for the passes that follow.
-    #[inline]
-    pub(crate) fn begin(&mut self, stack: &Stack, request: &Request, tick: u32) -> Option<Piece> {
-        self.take((request.io, request.pages), stack.root(), tick);
-        if let Err(errno) = stack.admit(&request.io) {
-            self.fail(errno);
-            return None;
-        }
-        self.route.begin(stack, routed(request.io), &mut self.held)
     }
 
     /// Takes it from the top again: whatever layers answered before counts for nothing any more.

@@ -18,6 +18,6 @@ pub mod watch;
 pub use counts::{Counts, RingCounts, Shared};
 pub use export::{Export, Inbox, Request};
 pub use queue::{Lane, Worker};
-pub use ring::{Completion, Event, FileId, Pages, Part, Ring, Splice, To};
+pub use ring::{Completion, Event, FileId, Pages, Part, Ring, Splice, Takes, To};
 pub use served::{Answer, Served, Wake};
 pub use watch::Stuck;

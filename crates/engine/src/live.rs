@@ -236,7 +236,8 @@ impl<R: Ring> Worker<R> {
         refused: Option<Errno>,
     ) {
         let job = &mut self.lanes[usize::from(lane)].jobs[usize::from(tag)];
-        job.take((io, pages), node, self.watch.tick);
+        job.take((io, pages), self.watch.tick);
+        job.node = node;
         job.restart();
         self.busy += 1;
         match refused {

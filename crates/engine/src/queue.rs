@@ -13,7 +13,7 @@ use crate::flights::{self, Flights, Next};
 use crate::gather::Gather;
 use crate::jobs::Job;
 use crate::live::{LaneLive, SlowSide, is_sleep_key};
-use crate::ring::{Event, FileId, Ring};
+use crate::ring::{Event, FileId, Ring, Takes};
 use crate::served::Served;
 use crate::watch::{OnStuck, Stuck, TICK_KEY, TICK_NS, Watch};
 
@@ -123,32 +123,24 @@ impl<R: Ring> Worker<R> {
     /// # Errors
     /// If the ring or an export fails.
     pub fn turn(&mut self) -> Result<bool> {
-        while let Some(event) = self.ring.next() {
-            match event {
-                Event::Splice { key, result } => self.landed(key, result),
-                Event::Timer { key: TICK_KEY } => self.tick(),
-                Event::Timer { key } if is_sleep_key(key) => self.slept(key),
-                Event::Timer { key } => self.send(key),
-                Event::Woken => {}
-                Event::Export { lane, completion } => {
-                    let export = &mut self.lanes[usize::from(lane)].export;
-                    export.event(&mut self.ring, completion, &mut self.inbox)?;
-                }
-            }
-        }
+        R::report(self)?;
         for _ in 0..self.waiting.len() {
             self.resume();
         }
         // Out of the way for as long: what starts a request does not put another there.
         let mut inbox = std::mem::take(&mut self.inbox);
-        for (lane, request) in inbox.requests() {
-            self.start(*lane, request);
+        if self.slow.is_none() {
+            for (lane, request) in inbox.requests() {
+                self.start(*lane, request);
+            }
+        } else {
+            for (lane, request) in inbox.requests() {
+                self.start_live(*lane, request);
+            }
+            self.slow_turn();
         }
         inbox.clear();
         self.inbox = inbox;
-        if self.slow.is_some() {
-            self.slow_turn();
-        }
         if std::mem::take(&mut self.watch.ticked) && self.busy == 0 {
             self.rest();
         }
@@ -181,18 +173,23 @@ impl<R: Ring> Worker<R> {
 
     #[inline(always)]
     fn start(&mut self, lane: u16, request: &Request) {
-        if self.slow.is_some() {
-            return self.start_live(lane, request);
-        }
         let Worker { ring, lanes, flights, counts, .. } = self;
         let Lane { stack, jobs, files, .. } = &mut lanes[usize::from(lane)];
-        let tag = request.tag;
+        let Request { tag, io, pages } = *request;
         let job = &mut jobs[usize::from(tag)];
         assert!(!job.active, "export handed out tag {tag} twice");
         self.busy += 1;
+        job.take((io, pages), self.watch.tick);
+        if !stack.is_ordinary(&io) {
+            return self.start_other(lane, tag);
+        }
         // Nearly every request is of one piece and needs no gathering.
-        let Some(piece) = job.begin(stack, request, self.watch.tick) else {
-            return self.route(lane, tag);
+        let piece = match stack.straight(io) {
+            Ok(piece) => piece,
+            Err(bend) => {
+                job.held = job.route.follow(stack, &bend);
+                return self.route(lane, tag);
+            }
         };
         let Some(key) = flights.take() else {
             job.held = Some(Ok(piece));
@@ -202,12 +199,24 @@ impl<R: Ring> Worker<R> {
         one_more(&counts.splices);
         job.flying = 1;
         let flight = flights.get(key);
-        flight.start((lane, tag), job.what(), flights::place(&piece, files), &piece);
+        flight.start((lane, tag), (io.op, io.fua, pages), flights::place(&piece, files), &piece);
         if flight.is_ready() {
             ring.splice(key, &flight.splice());
         } else {
             self.dispatch(key);
         }
+    }
+
+    /// As `start`, for a request that is not like most; it may not enter the stack at all.
+    #[inline(never)]
+    fn start_other(&mut self, lane: u16, tag: u16) {
+        let Lane { stack, jobs, .. } = &mut self.lanes[usize::from(lane)];
+        let job = &mut jobs[usize::from(tag)];
+        match stack.admit(&job.io) {
+            Ok(()) => job.restart(),
+            Err(errno) => job.fail(errno),
+        }
+        self.route(lane, tag);
     }
 
     /// As `start`, where layers may want to know what is under way.
@@ -305,19 +314,25 @@ impl<R: Ring> Worker<R> {
 
     #[inline(always)]
     fn landed(&mut self, key: u32, result: Result<u64, Errno>) {
-        let flight = self.flights.get(key);
-        let (lane, tag, len) = (flight.lane, flight.tag, flight.len);
-        match result {
-            Ok(done) if done == len => {
-                if !flight.wait.is_none() {
-                    self.record(key);
-                }
-                self.flights.release(key);
-                self.settle(lane, tag, 1);
-            }
-            Ok(done) => self.fell_short(key, Ok(done)),
-            Err(errno) => self.fell_short(key, Err(errno)),
+        if let Ok(done) = result
+            && let Some((lane, tag)) = self.flights.land(key, done)
+        {
+            return self.settle(lane, tag, 1);
         }
+        self.landed_otherwise(key, result);
+    }
+
+    /// As `landed`, for a flight that somebody watches or that is not done whole.
+    #[inline(never)]
+    fn landed_otherwise(&mut self, key: u32, result: Result<u64, Errno>) {
+        let flight = self.flights.get(key);
+        let (lane, tag) = (flight.lane, flight.tag);
+        if result != Ok(flight.len) {
+            return self.fell_short(key, result);
+        }
+        self.record(key);
+        self.flights.release(key);
+        self.settle(lane, tag, 1);
     }
 
     /// Counts what a flight took, for the layers that want to know.
@@ -366,19 +381,27 @@ impl<R: Ring> Worker<R> {
     /// out any more: its end, or its next pass.
     #[inline(always)]
     pub(crate) fn settle(&mut self, lane: u16, tag: u16, landed: u32) {
-        let job = &mut self.lanes[usize::from(lane)].jobs[usize::from(tag)];
+        let Worker { ring, lanes, counts, slow, busy, .. } = self;
+        let Lane { export, jobs, .. } = &mut lanes[usize::from(lane)];
+        let job = &mut jobs[usize::from(tag)];
         job.flying -= landed;
         if job.flying > 0 {
             return;
         }
-        if self.slow.is_some() {
+        if slow.is_some() {
             return self.settle_live(lane, tag);
         }
-        if job.is_over() {
-            self.finish(lane, tag);
-        } else {
-            self.waiting.push_back((lane, tag));
+        if !job.is_over() {
+            return self.waiting.push_back((lane, tag));
         }
+        if job.errno.is_some() {
+            return self.finish(lane, tag);
+        }
+        debug_assert!(job.active, "tag {tag} finished twice");
+        job.active = false;
+        *busy -= 1;
+        counts.finished(job.io.op);
+        export.finish(ring, tag, &job.io, Ok(()));
     }
 
     /// As `settle`, where a layer may have to do something first. What layers ask themselves is not
@@ -401,24 +424,27 @@ impl<R: Ring> Worker<R> {
         }
         job.active = false;
         self.busy -= 1;
-        let result = job.errno.map_or(Ok(()), Err);
+        let result = job.errno.take().map_or(Ok(()), Err);
         export.finish(&mut self.ring, tag, &job.io, result);
     }
 
-    #[inline(always)]
+    /// Ends a request, done or failed.
+    #[inline(never)]
     fn finish(&mut self, lane: u16, tag: u16) {
-        let Worker { ring, lanes, counts, .. } = self;
-        let Lane { export, jobs, .. } = &mut lanes[usize::from(lane)];
+        let Lane { export, jobs, .. } = &mut self.lanes[usize::from(lane)];
         let job = &mut jobs[usize::from(tag)];
         debug_assert!(job.active, "tag {tag} finished twice");
         job.active = false;
         self.busy -= 1;
-        counts.finished(job.io.op, job.errno.is_some());
-        let result = match job.errno {
+        self.counts.finished(job.io.op);
+        let result = match job.errno.take() {
             None => Ok(()),
-            Some(errno) => Err(errno.for_client()),
+            Some(errno) => {
+                one_more(&self.counts.errors);
+                Err(errno.for_client())
+            }
         };
-        export.finish(ring, tag, &job.io, result);
+        export.finish(&mut self.ring, tag, &job.io, result);
     }
 
     fn arm_tick(&mut self) {
@@ -463,6 +489,34 @@ impl<R: Ring> Worker<R> {
                 }
             }
         }
+    }
+}
+
+impl<R: Ring> Takes<R> for Worker<R> {
+    #[inline(always)]
+    fn ring(&mut self) -> &mut R {
+        &mut self.ring
+    }
+
+    #[inline(always)]
+    fn take(&mut self, event: Event) -> Result<()> {
+        match event {
+            Event::Splice { key, result } => self.landed(key, result),
+            Event::Timer { key: TICK_KEY } => self.tick(),
+            Event::Timer { key } if is_sleep_key(key) => self.slept(key),
+            Event::Timer { key } => self.send(key),
+            Event::Woken => {}
+            Event::Export { lane, completion } => {
+                let export = &mut self.lanes[usize::from(lane)].export;
+                return export.event(&mut self.ring, completion, &mut self.inbox);
+            }
+        }
+        Ok(())
+    }
+
+    #[inline(never)]
+    fn take_other(&mut self, event: Event) -> Result<()> {
+        self.take(event)
     }
 }
 

@@ -90,6 +90,24 @@ pub enum Event {
     },
 }
 
+/// Who takes what a ring reports: the work of the thread, which owns the ring.
+pub trait Takes<R> {
+    /// The ring.
+    fn ring(&mut self) -> &mut R;
+
+    /// Takes an event. Made to be compiled once for each kind of event that nearly all are of.
+    ///
+    /// # Errors
+    /// If the device cannot go on.
+    fn take(&mut self, event: Event) -> Result<()>;
+
+    /// Takes one of any other kind.
+    ///
+    /// # Errors
+    /// If the device cannot go on.
+    fn take_other(&mut self, event: Event) -> Result<()>;
+}
+
 /// A place to submit to and to wait at. One thread owns it. Memory that an operation needs is the
 /// ring's until the operation's event is out.
 pub trait Ring {
@@ -107,6 +125,20 @@ pub trait Ring {
 
     /// The next event, if one is there.
     fn next(&mut self) -> Option<Event>;
+
+    /// Gives all events that are there to `to`, in their order.
+    ///
+    /// # Errors
+    /// What `to` reports; the events behind that are left.
+    fn report(to: &mut impl Takes<Self>) -> Result<()>
+    where
+        Self: Sized,
+    {
+        while let Some(event) = to.ring().next() {
+            to.take_other(event)?;
+        }
+        Ok(())
+    }
 
     /// Nanoseconds since some moment.
     fn now_ns(&self) -> u64;

@@ -166,16 +166,20 @@ fn mirror() -> Stack {
 
 /// Routes as the engine does; the sum keeps the pieces from being unused.
 fn route(stack: &Stack, io: Io) -> u64 {
-    let mut route = stack.route(io);
-    let (mut first, mut sum) = (None, 0);
+    let mut sum = 0;
     let mut add = |place: Place, at: u64| match place {
         Place::Backend(id) => sum += at ^ u64::from(id.0),
         Place::Zero => {}
     };
-    if let Some(piece) = route.begin(stack, io, &mut first) {
-        add(piece.place, piece.at);
-        return sum;
-    }
+    let bend = match stack.straight(io) {
+        Ok(piece) => {
+            add(piece.place, piece.at);
+            return sum;
+        }
+        Err(bend) => bend,
+    };
+    let mut route = stack.route(io);
+    let mut first = route.follow(stack, &bend);
     while let Some(piece) = first.take().or_else(|| route.next(stack)) {
         let piece = piece.expect("nothing is missed, and nothing fails");
         add(piece.place, piece.at);

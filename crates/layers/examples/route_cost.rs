@@ -49,11 +49,13 @@ fn route(stack: &Stack, count: u64) -> u64 {
         // An odd factor visits each 4 KiB of the 1 GiB before it repeats one.
         let at = (number.wrapping_mul(0x9e37_79b1) & 0x3_ffff) << 12;
         // As the engine does it: nothing more is asked of a request of one piece.
-        let mut first = None;
-        if let Some(piece) = route.begin(stack, Io::new(Op::Read, at, 4096), &mut first) {
-            sum = add_up(sum, &piece);
-            continue;
-        }
+        let mut first = match stack.straight(Io::new(Op::Read, at, 4096)) {
+            Ok(piece) => {
+                sum = add_up(sum, &piece);
+                continue;
+            }
+            Err(bend) => route.follow(stack, &bend),
+        };
         while let Some(piece) = first.take().or_else(|| route.next(stack)) {
             sum = piece.map_or(sum, |piece| add_up(sum, &piece));
         }

@@ -3,22 +3,25 @@
 
 pub(crate) mod batch;
 mod helped;
+mod kept;
 mod slots;
+
+pub use slots::Slots;
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
-use devsplice_core::{Errno, Error, Op, Result};
+use devsplice_core::{Errno, Error, Result};
 use devsplice_engine::desk::{INNER_BYTES, INNER_DEPTH};
-use devsplice_engine::{Completion, Event, FileId, Pages, Ring, RingCounts, Splice, Wake};
+use devsplice_engine::{Completion, Event, FileId, Pages, Ring, RingCounts, Splice, Takes, Wake};
 use rustix::fs::{Mode, OFlags};
 
 use crate::arena::Arena;
 use crate::bytes::Helpers;
-use crate::files::{DiscardWay, FileKind, RingFile, Slot, ZeroWay};
-use crate::setup;
-use crate::splice::{Around, DATA_AT, Flight, PagesKind, ZEROES_LEN, entry, simple, simple_entry};
+use crate::files::{FileKind, RingFile, Slot};
+use crate::setup::{self, Cqe};
+use crate::splice::{DATA_AT, Flight, ZEROES_LEN, simple, simple_entry};
 use crate::submit::Queues;
 use crate::uapi::{
     OP_ASYNC_CANCEL, OP_POLL_ADD, OP_READ, OP_TIMEOUT, OP_URING_CMD, OP_WRITE, SQE_FIXED_FILE, Sqe,
@@ -68,22 +71,24 @@ pub struct Command {
 /// A command for one tag after another, of which all that is the same was made once.
 pub struct Prepared(Sqe);
 
-const KIND_SPLICE: u64 = 1 << 56;
-const KIND_TIMER: u64 = 2 << 56;
-const KIND_EXPORT: u64 = 3 << 56;
+/// What an entry is, in the highest byte of its user data.
+const KIND_SHIFT: u32 = 56;
+const KIND_SPLICE: u64 = 1 << KIND_SHIFT;
+const KIND_TIMER: u64 = 2 << KIND_SHIFT;
+const KIND_EXPORT: u64 = 3 << KIND_SHIFT;
 /// As `KIND_EXPORT`, for an entry that names the memory of the tag in the index's low half.
-const KIND_EXPORT_LENT: u64 = 4 << 56;
+const KIND_EXPORT_LENT: u64 = 4 << KIND_SHIFT;
 /// A splice of which nothing is kept: its result is what it says, and no memory of ours is lent.
-const KIND_SIMPLE: u64 = 5 << 56;
+const KIND_SIMPLE: u64 = 5 << KIND_SHIFT;
 /// Somebody has rung from another thread.
-pub(crate) const KIND_WAKE: u64 = 6 << 56;
+pub(crate) const KIND_WAKE: u64 = 6 << KIND_SHIFT;
 /// The helpers of byte backends have results.
-const KIND_BELL: u64 = 7 << 56;
+const KIND_BELL: u64 = 7 << KIND_SHIFT;
 /// Tags of requests have come, or will not come any more.
-const KIND_TAGS: u64 = 8 << 56;
+const KIND_TAGS: u64 = 8 << KIND_SHIFT;
 /// A list of elements is the lane's again.
-const KIND_LIST: u64 = 9 << 56;
-const KIND_MASK: u64 = 0xff << 56;
+const KIND_LIST: u64 = 9 << KIND_SHIFT;
+const KIND_MASK: u64 = 0xff << KIND_SHIFT;
 
 /// Files of the ring itself: what reads as zeros, and the bell of byte backends.
 const OWN_FILES: u16 = 2;
@@ -303,6 +308,9 @@ impl Uring {
     /// have these bits as well.
     #[inline]
     pub fn send(&mut self, prepared: &Prepared, index: u32, (aux, payload): (u64, u64)) {
+        if self.queues.is_full() {
+            return self.send_later(prepared, index, (aux, payload));
+        }
         let Prepared(all) = prepared;
         self.queues.push_made(|| Sqe {
             addr: all.addr | aux,
@@ -310,6 +318,15 @@ impl Uring {
             addr3: all.addr3 | payload,
             ..*all
         });
+    }
+
+    /// As `send`, where there may be no room. Apart, so that nothing has to be kept over making
+    /// some where there is.
+    #[cold]
+    #[inline(never)]
+    fn send_later(&mut self, prepared: &Prepared, index: u32, bits: (u64, u64)) {
+        self.queues.make_room();
+        self.send(prepared, index, bits);
     }
 
     #[inline(never)]
@@ -328,24 +345,6 @@ impl Uring {
         self.queues.push(command_entry(KIND_EXPORT_LENT, (lane, index), file, &command));
     }
 
-    /// A splice of which something is kept until its completion.
-    #[inline(never)]
-    fn splice_kept(&mut self, key: u32, splice: &Splice<'_>) {
-        if self.helpers.is_some() && self.helped(key, splice) {
-            return;
-        }
-        let zeroes = self.zeroes.address(0, 0, ZEROES_LEN);
-        let around = Around { arenas: &self.arenas, files: &self.files, zeroes };
-        let flight = &mut self.flights[key as usize];
-        let sqe = entry(flight, splice, &around);
-        if let Some(PagesKind::Memory { lane, slot }) = flight.pages
-            && let Some(arena) = &mut self.arenas[usize::from(lane)]
-        {
-            arena.lend(usize::from(slot));
-        }
-        self.queues.push(Sqe { user_data: KIND_SPLICE | u64::from(key), ..sqe });
-    }
-
     /// What became of a splice of which nothing was kept.
     #[inline]
     fn moved(&mut self, result: i32) -> Result<u64, Errno> {
@@ -354,62 +353,41 @@ impl Uring {
         Ok(done)
     }
 
-    /// What became of another one, or `None` if it was sent again another way.
-    #[inline(never)]
-    fn spliced(&mut self, key: u32, result: i32) -> Option<Result<u64, Errno>> {
-        let flight = &mut self.flights[key as usize];
-        if let Some(PagesKind::Memory { lane, slot }) = flight.pages
-            && let Some(arena) = &mut self.arenas[usize::from(lane)]
-        {
-            arena.give_back(usize::from(slot));
-        }
-        let Ok(done) = u64::try_from(result) else {
-            return self.refused(key, Errno::from_result(result));
-        };
-        match (flight.op, flight.pages) {
-            (Op::Read | Op::Write, Some(PagesKind::Slot(_))) => self.bytes_spliced += done,
-            (Op::Read | Op::Write, Some(PagesKind::Memory { lane, .. }))
-                if usize::from(lane) >= self.outer =>
-            {
-                self.bytes_meta += done;
-            }
-            (Op::Read | Op::Write, _) => self.bytes_copied += done,
-            (Op::WriteZeroes { .. }, _) if flight.way == ZeroWay::Write => {}
-            // The others report no length: they are done whole or not at all.
-            _ => return Some(Ok(flight.len)),
-        }
-        Some(Ok(done))
+    /// What helpers of byte backends have done.
+    fn helped_event(&mut self) -> Option<Event> {
+        if self.helpers.is_some() { self.landed() } else { None }
     }
 
-    /// Tries another way where a place does not know the operation; else the error is the result.
-    fn refused(&mut self, key: u32, errno: Errno) -> Option<Result<u64, Errno>> {
-        let flight = &mut self.flights[key as usize];
-        let file = &mut self.files[usize::from(flight.file)];
-        let unknown =
-            matches!(errno, Errno::EOPNOTSUPP | Errno::EINVAL) || errno.raw() == libc::ENOTTY;
-        let other_way = match flight.op {
-            Op::WriteZeroes { unmap } => unknown && file.refused_zero(unmap, flight.way),
-            Op::Discard => {
-                unknown
-                    && std::mem::replace(&mut file.discard, DiscardWay::Punch)
-                        == DiscardWay::Command
+    /// What a completion means, if it means something to the engine.
+    #[inline(never)]
+    fn event(&mut self, data: u64, result: i32, flags: u32) -> Option<Event> {
+        let (lane, index) = lane_and_index(data);
+        let completion = Completion { index, result, flags };
+        let kind = data & KIND_MASK;
+        match kind {
+            KIND_SIMPLE => return Some(Event::Splice { key: index, result: self.moved(result) }),
+            KIND_EXPORT => {}
+            KIND_SPLICE => {
+                let result = self.spliced(index, result)?;
+                return Some(Event::Splice { key: index, result });
             }
-            _ => false,
-        };
-        if !other_way {
-            return Some(Err(errno));
+            KIND_TIMER => return Some(Event::Timer { key: index }),
+            KIND_WAKE => {
+                self.woken();
+                return Some(Event::Woken);
+            }
+            KIND_BELL => {
+                if let Some(helpers) = &self.helpers {
+                    helpers.heard();
+                }
+                #[allow(clippy::cast_possible_truncation)]
+                self.listen(FileId(index as u16));
+                return None;
+            }
+            KIND_TAGS | KIND_LIST => self.batch_completed(kind, lane, flags),
+            _ => self.arena(lane).give_back(tag_of(index)),
         }
-        let again = Splice {
-            op: flight.op,
-            fua: false,
-            to: devsplice_engine::To::File(FileId(flight.file)),
-            at: flight.at,
-            len: flight.len,
-            pages: Pages(0),
-            parts: &[],
-        };
-        self.splice_kept(key, &again);
-        None
+        Some(Event::Export { lane, completion })
     }
 }
 
@@ -427,6 +405,13 @@ fn command_entry(kind: u64, (lane, index): (u16, u32), file: FileId, command: &C
         pad: u64::from_ne_bytes(second.try_into().unwrap_or_default()),
         ..Sqe::default()
     }
+}
+
+/// Whose a completion is, and the number of what is complete.
+#[inline]
+#[allow(clippy::cast_possible_truncation)]
+fn lane_and_index(data: u64) -> (u16, u32) {
+    ((data >> 32) as u16, data as u32)
 }
 
 #[inline]
@@ -486,50 +471,39 @@ impl Ring for Uring {
         }
     }
 
-    #[inline]
     fn next(&mut self) -> Option<Event> {
         loop {
-            let Some(cqe) = self.queues.next() else {
-                return if self.helpers.is_some() { self.landed() } else { None };
+            let Some(cqe) = self.queues.next() else { return self.helped_event() };
+            if let Some(event) = self.event(cqe.user_data, cqe.result, cqe.flags) {
+                return Some(event);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn report(to: &mut impl Takes<Uring>) -> Result<()> {
+        loop {
+            let ring = to.ring();
+            let Some(cqe) = ring.queues.next() else {
+                match ring.helped_event() {
+                    None => return Ok(()),
+                    Some(event) => to.take_other(event)?,
+                }
+                continue;
             };
-            let (data, result) = (cqe.user_data, cqe.result);
-            #[allow(clippy::cast_possible_truncation)]
-            let (lane, index) = ((data >> 32) as u16, data as u32);
-            // The most frequent first.
-            let kind = data & KIND_MASK;
-            if kind == KIND_SIMPLE {
-                return Some(Event::Splice { key: index, result: self.moved(result) });
-            }
-            if kind == KIND_EXPORT {
-                let completion = Completion { index, result, flags: cqe.flags };
-                return Some(Event::Export { lane, completion });
-            }
-            match kind {
-                KIND_SPLICE => {
-                    if let Some(result) = self.spliced(index, result) {
-                        return Some(Event::Splice { key: index, result });
-                    }
-                }
-                KIND_TIMER => return Some(Event::Timer { key: index }),
-                KIND_WAKE => {
-                    self.woken();
-                    return Some(Event::Woken);
-                }
-                KIND_BELL => {
-                    if let Some(helpers) = &self.helpers {
-                        helpers.heard();
-                    }
-                    #[allow(clippy::cast_possible_truncation)]
-                    self.listen(FileId(index as u16));
-                }
-                _ => {
-                    match kind {
-                        KIND_TAGS | KIND_LIST => self.batch_completed(kind, lane, cqe.flags),
-                        _ => self.arena(lane).give_back(tag_of(index)),
-                    }
-                    let completion = Completion { index, result, flags: cqe.flags };
-                    return Some(Event::Export { lane, completion });
-                }
+            let Cqe { user_data: data, result, flags } = cqe;
+            let (lane, index) = lane_and_index(data);
+            let is = |kind: u64| data >> KIND_SHIFT == kind >> KIND_SHIFT;
+            if is(KIND_EXPORT) {
+                let completion = Completion { index, result, flags };
+                to.take(Event::Export { lane, completion })?;
+            } else if is(KIND_SIMPLE)
+                && let Ok(done) = u64::try_from(result)
+            {
+                ring.bytes_spliced += done;
+                to.take(Event::Splice { key: index, result: Ok(done) })?;
+            } else if let Some(event) = ring.event(data, result, flags) {
+                to.take_other(event)?;
             }
         }
     }

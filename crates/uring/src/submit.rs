@@ -130,7 +130,7 @@ impl Queues {
     /// making some.
     #[inline]
     pub(crate) fn push_made(&mut self, make: impl FnOnce() -> Sqe) {
-        if self.tail == self.full_at {
+        if self.is_full() {
             self.make_room();
         }
         let place = (self.place() & self.sq_mask) as usize;
@@ -144,10 +144,16 @@ impl Queues {
         self.tail += 1;
     }
 
+    /// Whether there is no room, as far as is known.
+    #[inline]
+    pub(crate) fn is_full(&self) -> bool {
+        self.tail == self.full_at
+    }
+
     /// Finds out what the kernel has taken; hands over what is there if that is nothing.
     #[cold]
     #[inline(never)]
-    fn make_room(&mut self) {
+    pub(crate) fn make_room(&mut self) {
         for _ in 0..1_000_000 {
             self.full_at = self.tail - u64::from(self.queued()) + u64::from(self.sq_mask) + 1;
             if self.tail != self.full_at {

@@ -51,7 +51,7 @@ impl Wire for Uring {
     fn write(&mut self, at: (u16, u32), file: FileId, off: u64, range: (usize, usize)) {
         self.write(at, file, off, range);
     }
-    fn slot_index(&self, lane: u16, tag: u16) -> u16 { self.slot_index(lane, tag) }
+    fn slot_index(&self, lane: u16, tag: u16) -> u16 { self.slots(lane).index(tag) }
     fn pages(&self, lane: u16, tag: u16, in_slot: bool) -> Pages { self.pages(lane, tag, in_slot) }
     fn lend_memory(&mut self, lane: u16, tag: u16) -> u64 { self.lend_memory(lane, tag) }
     fn memory_back(&mut self, lane: u16, tag: u16) { self.memory_back(lane, tag); }

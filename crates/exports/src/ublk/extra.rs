@@ -205,7 +205,7 @@ impl Export<Uring> for NoSlots {
 
     fn arm(&mut self, ring: &mut Uring, lane: u16) -> Result<()> {
         for tag in 0..self.depth() {
-            let slot = ring.slot_index(lane, tag);
+            let slot = ring.slots(lane).index(tag);
             ring.occupy_slot(slot)?;
         }
         self.0.arm(ring, lane)

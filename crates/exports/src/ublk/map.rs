@@ -57,7 +57,9 @@ impl Descriptors {
     #[inline]
     pub(crate) fn read(&self, tag: u16) -> IoDesc {
         let tag = usize::from(tag);
-        assert!(tag < self.depth, "tag {tag} of {}", self.depth);
+        if tag >= self.depth {
+            no_tag(tag, self.depth);
+        }
         // SAFETY: below the part's depth, so below the queue's, for which the mapping has room.
         let at = unsafe { self.base.as_ptr().byte_add(self.first + tag * self.each) };
         // SAFETY: aligned (`map` took multiples of 8 alone, the base is a page), mapped with all of
@@ -102,6 +104,12 @@ impl Drop for SharedFile {
         // reference. What the kernel has pinned stays, mapped or not.
         let _ = unsafe { munmap(self.base.as_ptr(), self.bytes) };
     }
+}
+
+#[cold]
+#[inline(never)]
+fn no_tag(tag: usize, depth: usize) -> ! {
+    panic!("tag {tag} of {depth}")
 }
 
 impl Drop for Descriptors {

@@ -7,7 +7,7 @@
 
 use devsplice_core::{Errno, Error, ErrorKind, Extent, Io, Op, Result};
 use devsplice_engine::{Completion, Export, FileId, Inbox, Request};
-use devsplice_uring::{Command, Prepared, Uring};
+use devsplice_uring::{Command, Prepared, Slots, Uring};
 use zerocopy::IntoBytes;
 
 use super::DataPath;
@@ -54,9 +54,10 @@ struct Tag {
     io: Io,
     /// Whether its data is in the device's own pages, rather than in memory of ours.
     in_slot: bool,
-    /// Whether the kernel has put its pages into the slot and will take them out: such a request
-    /// comes with one completion and goes with one command, and nothing else here is kept of it.
-    is_direct: bool,
+    /// Whether it is with the engine and is not direct. Of a direct request the kernel has put the
+    /// pages into the slot and will take them out: it comes with one completion and goes with one
+    /// command, and nothing is kept of it here.
+    is_odd: bool,
     /// Bytes that have been pulled or pushed.
     moved: u32,
     is_dead: bool,
@@ -69,6 +70,8 @@ pub(crate) struct Queue {
     file: FileId,
     descriptors: Descriptors,
     tags: Box<[Tag]>,
+    /// How many of them are odd.
+    odd: u16,
     dead: u16,
     direct: Option<Direct>,
 }
@@ -76,16 +79,15 @@ pub(crate) struct Queue {
 /// How requests whose pages are in their slots are committed, where the kernel puts them there.
 struct Direct {
     commit: Prepared,
-    /// The slot of the first tag; the others follow.
-    first_slot: u16,
+    slots: Slots,
 }
 
 impl Queue {
     pub(crate) fn new(config: QueueConfig, file: FileId, descriptors: Descriptors) -> Queue {
         let io = Io::new(Op::Flush, 0, 0);
-        let tag = Tag { io, in_slot: false, is_direct: false, moved: 0, is_dead: false };
+        let tag = Tag { io, in_slot: false, is_odd: false, moved: 0, is_dead: false };
         let tags = vec![tag; usize::from(config.depth)].into();
-        Queue { config, lane: 0, file, descriptors, tags, dead: 0, direct: None }
+        Queue { config, lane: 0, file, descriptors, tags, odd: 0, dead: 0, direct: None }
     }
 
     #[inline]
@@ -99,7 +101,7 @@ impl Queue {
         let payload = IoCmd { q_id: self.config.queue, tag: kernels, result, addr: 0 };
         let path = self.config.path;
         let auto = path == DataPath::AutoRegister;
-        let slot = if auto { u64::from(ring.slot_index(self.lane, tag)) } else { 0 };
+        let slot = if auto { u64::from(ring.slots(self.lane).index(tag)) } else { 0 };
         let command = Command {
             op: self.op(op),
             payload: payload_bytes(&payload),
@@ -110,7 +112,7 @@ impl Queue {
     }
 
     fn slot_command(&self, ring: &mut Uring, (op, kind): (u32, u32), tag: u16) {
-        let addr = u64::from(ring.slot_index(self.lane, tag));
+        let addr = u64::from(ring.slots(self.lane).index(tag));
         let kernels = self.config.part.tag(tag);
         let payload = IoCmd { q_id: self.config.queue, tag: kernels, result: 0, addr };
         let payload = payload_bytes(&payload);
@@ -151,7 +153,7 @@ impl Queue {
             DataPath::UserCopy | DataPath::Copy => false,
         };
         self.tags[usize::from(tag)] =
-            Tag { io, in_slot: in_slot && has_pages, is_direct: false, moved: 0, is_dead: false };
+            Tag { io, in_slot: in_slot && has_pages, is_odd: false, moved: 0, is_dead: false };
         match path {
             _ if !has_pages => self.hand_over(ring, tag, inbox),
             DataPath::Register => {
@@ -203,10 +205,13 @@ impl Queue {
         }
     }
 
-    fn hand_over(&self, ring: &Uring, tag: u16, inbox: &mut Inbox) {
-        let Tag { io, in_slot, .. } = self.tags[usize::from(tag)];
+    fn hand_over(&mut self, ring: &Uring, tag: u16, inbox: &mut Inbox) {
+        let state = &mut self.tags[usize::from(tag)];
+        state.is_odd = true;
+        self.odd += 1;
+        let Tag { io, in_slot, .. } = *state;
         let pages = if in_slot {
-            ring.slot_pages(self.lane, tag)
+            ring.slots(self.lane).pages(tag)
         } else {
             ring.memory_pages(self.lane, tag)
         };
@@ -247,7 +252,7 @@ impl Queue {
     fn other_event(
         &mut self,
         ring: &mut Uring,
-        event: Completion,
+        event: &Completion,
         inbox: &mut Inbox,
     ) -> Result<()> {
         let tag = u16::try_from(event.index & 0xffff).unwrap_or(0);
@@ -279,6 +284,9 @@ impl Queue {
     #[inline(never)]
     fn other_finish(&mut self, ring: &mut Uring, tag: u16, io: &Io, result: Result<(), Errno>) {
         let state = &mut self.tags[usize::from(tag)];
+        if std::mem::take(&mut state.is_odd) {
+            self.odd -= 1;
+        }
         state.moved = 0;
         let must_push = io.op == Op::Read && !state.in_slot && self.config.path != DataPath::Copy;
         if must_push && result.is_ok() {
@@ -311,11 +319,13 @@ pub(super) fn direct(descriptor: &IoDesc) -> Option<Io> {
     if flags & (OTHERS | IO_F_NEED_REG_BUF) != 0 {
         return None;
     }
-    let is_write = flags & op::WRITE != 0;
+    // Force unit access counts for writes only: both bits at the place of the lower one.
+    const _: () = assert!(op::WRITE == 1 && IO_F_FUA == 1 << 13);
+    let (is_write, fua) = (flags & op::WRITE != 0, flags & flags >> 13 & 1 != 0);
     let at = descriptor.start_sector.saturating_mul(512);
     let extent = Extent { at, len: u64::from(descriptor.nr_sectors) * 512 };
     let op = if is_write { Op::Write } else { Op::Read };
-    Some(Io { op, extent, fua: is_write && flags & IO_F_FUA != 0 })
+    Some(Io { op, extent, fua })
 }
 
 /// What a descriptor asks for; an error for an operation that we never offered.
@@ -355,7 +365,7 @@ impl Export<Uring> for Queue {
                 lend: None,
             };
             let commit = ring.prepare(lane, self.file, &command);
-            self.direct = Some(Direct { commit, first_slot: ring.slot_index(lane, 0) });
+            self.direct = Some(Direct { commit, slots: ring.slots(lane) });
         }
         for tag in 0..self.config.depth {
             self.fetch(ring, io::FETCH_REQ, tag, 0);
@@ -367,25 +377,22 @@ impl Export<Uring> for Queue {
         let tag = u16::try_from(event.index & 0xffff).unwrap_or(0);
         let has_come = event.index == index(kind::FETCH, tag) && event.result == 0;
         if has_come
-            && self.direct.is_some()
+            && let Some(Direct { slots, .. }) = &self.direct
             && let Some(io) = direct(&self.descriptors.read(tag))
         {
-            self.tags[usize::from(tag)].is_direct = true;
-            let pages = ring.slot_pages(self.lane, tag);
-            inbox.push(self.lane, Request { tag, io, pages });
+            inbox.push(self.lane, Request { tag, io, pages: slots.pages(tag) });
             return Ok(());
         }
-        self.other_event(ring, event, inbox)
+        self.other_event(ring, &event, inbox)
     }
 
     fn finish(&mut self, ring: &mut Uring, tag: u16, io: &Io, result: Result<(), Errno>) {
-        let state = &mut self.tags[usize::from(tag)];
-        let is_direct = std::mem::take(&mut state.is_direct) && result.is_ok();
-        let (true, Some(Direct { commit, first_slot })) = (is_direct, &self.direct) else {
+        let is_direct = result.is_ok() && (self.odd == 0 || !self.tags[usize::from(tag)].is_odd);
+        let (true, Some(Direct { commit, slots })) = (is_direct, &self.direct) else {
             return self.other_finish(ring, tag, io, result);
         };
         let result = u32::try_from(io.extent.len).unwrap_or(0);
-        let slot = u64::from(first_slot + tag);
+        let slot = u64::from(slots.index(tag));
         ring.send(commit, index(kind::FETCH, tag), (slot, payload_of(tag, result)));
     }
 
@@ -396,6 +403,12 @@ impl Export<Uring> for Queue {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsFd;
+
+    use devsplice_engine::Ring;
+    use devsplice_uring::{Config, FileKind, LaneMemory, RingFile};
+    use rustix::fs::{MemfdFlags, memfd_create};
+
     use super::*;
 
     fn descriptor(op_flags: u32) -> IoDesc {
@@ -430,6 +443,51 @@ mod tests {
         }
         assert_eq!(direct(&descriptor(op::READ | IO_F_NEED_REG_BUF)), None);
         assert_eq!(direct(&descriptor(op::WRITE | IO_F_NEED_REG_BUF)), None);
+    }
+
+    /// A queue of two tags without a driver: nothing is submitted. Its descriptors say these.
+    fn two_tags(ops: [u32; 2]) -> (Queue, Uring, Inbox) {
+        let (depth, bytes) = (2, 4096);
+        let memory = LaneMemory { depth, bytes, slots: true, locked: false };
+        let config = Config { flights: 64, files: 1, lanes: vec![memory], inner: 0 };
+        let mut ring = Uring::new(&config).unwrap();
+        let fd = memfd_create("descriptors", MemfdFlags::CLOEXEC).unwrap();
+        let mut page = ops.map(|flags| descriptor(flags).as_bytes().to_vec()).concat();
+        page.resize(4096, 0);
+        rustix::io::write(&fd, &page).unwrap();
+        let part = Part::WHOLE;
+        let descriptors = Descriptors::map(fd.as_fd(), 0, (depth, 24), part).unwrap();
+        let file = ring.add_file(RingFile { fd, kind: FileKind::Other }).unwrap();
+        let path = DataPath::AutoRegister;
+        let config = QueueConfig { queue: 0, depth, path, encoded: true, part };
+        let mut queue = Queue::new(config, file, descriptors);
+        queue.arm(&mut ring, 0).unwrap();
+        (queue, ring, Inbox::with_capacity(2))
+    }
+
+    #[test]
+    fn a_request_without_a_slot_is_told_from_those_around_it() {
+        let (mut queue, mut ring, mut inbox) = two_tags([op::READ, op::WRITE | IO_F_NEED_REG_BUF]);
+        let io = request(&descriptor(op::READ)).unwrap();
+        let done = |kind, tag, result| Completion { index: index(kind, tag), result, flags: 0 };
+        for result in [Ok(()), Err(Errno::EIO)] {
+            inbox.clear();
+            queue.event(&mut ring, done(kind::FETCH, 0, 0), &mut inbox).unwrap();
+            queue.event(&mut ring, done(kind::FETCH, 1, 0), &mut inbox).unwrap();
+            // Its data is still to be brought: the engine has only the first.
+            assert_eq!((queue.odd, inbox.requests().len()), (0, 1));
+            queue.event(&mut ring, done(kind::PULL, 1, 4096), &mut inbox).unwrap();
+            assert_eq!((queue.odd, inbox.requests().len()), (1, 2));
+            let slots = inbox.requests().iter().map(|(_, request)| request.pages);
+            let slot = ring.slots(0).pages(0);
+            assert_eq!(slots.collect::<Vec<_>>(), [slot, ring.memory_pages(0, 1)]);
+            queue.finish(&mut ring, 0, &io, result);
+            assert!(queue.odd == 1 && queue.tags[1].is_odd);
+            queue.finish(&mut ring, 1, &io, result);
+            assert!(queue.odd == 0 && !queue.tags[1].is_odd);
+        }
+        // Two fetches; twice a pull and two commits.
+        assert_eq!(ring.counts().sqes, 2 + 2 * 3);
     }
 
     #[test]

@@ -259,7 +259,7 @@ impl Uring {
     #[inline]
     #[must_use]
     pub fn pages(&self, lane: u16, tag: u16, in_slot: bool) -> Pages {
-        if in_slot { self.slot_pages(lane, tag) } else { self.memory_pages(lane, tag) }
+        if in_slot { self.slots(lane).pages(tag) } else { self.memory_pages(lane, tag) }
     }
 }
 

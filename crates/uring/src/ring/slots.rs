@@ -8,6 +8,28 @@ use super::Uring;
 use crate::setup;
 use crate::splice::{PagesKind, ZEROES_LEN};
 
+/// The slots of a lane: one for each tag, in their order.
+#[derive(Clone, Copy, Debug)]
+pub struct Slots {
+    first: u16,
+}
+
+impl Slots {
+    /// The index of a tag's slot in the ring's table of registered buffers.
+    #[inline]
+    #[must_use]
+    pub const fn index(self, tag: u16) -> u16 {
+        self.first + tag
+    }
+
+    /// The pages of a request whose data is the device's own, in the slot of its tag.
+    #[inline]
+    #[must_use]
+    pub fn pages(self, tag: u16) -> Pages {
+        PagesKind::Slot(self.index(tag)).pack()
+    }
+}
+
 impl Uring {
     /// Fills a slot of the table of registered buffers with memory of ours, so that a device finds
     /// it taken: for tests of what follows then.
@@ -23,25 +45,15 @@ impl Uring {
             .map_err(|error| Error::os("registering a buffer with io_uring", &error))
     }
 
-    /// The pages of a request whose data is the device's own, in the slot of its tag.
+    /// The slots of a lane.
     ///
     /// # Panics
     /// If the lane was made without slots.
     #[inline]
     #[must_use]
-    pub fn slot_pages(&self, lane: u16, tag: u16) -> Pages {
-        PagesKind::Slot(self.slot_index(lane, tag)).pack()
-    }
-
-    /// The index of a tag's slot in the ring's table of registered buffers.
-    ///
-    /// # Panics
-    /// If the lane was made without slots.
-    #[inline]
-    #[must_use]
-    pub fn slot_index(&self, lane: u16, tag: u16) -> u16 {
+    pub fn slots(&self, lane: u16) -> Slots {
         match self.slot_bases[usize::from(lane)] {
-            Some(base) => base + tag,
+            Some(first) => Slots { first },
             None => panic!("lane {lane} has no slots"),
         }
     }
