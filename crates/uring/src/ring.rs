@@ -80,8 +80,8 @@ pub(crate) const KIND_WAKE: u64 = 6 << 56;
 const KIND_BELL: u64 = 7 << 56;
 const KIND_MASK: u64 = 0xff << 56;
 
-/// Files of the ring itself: what reads as zeros, and the bell of byte backends.
-const OWN_FILES: u16 = 2;
+/// Files of the ring itself: what reads as zeros.
+const OWN_FILES: u16 = 1;
 
 /// `struct __kernel_timespec`.
 #[repr(C)]
@@ -511,8 +511,7 @@ impl Ring for Uring {
                     if let Some(helpers) = &self.helpers {
                         helpers.heard();
                     }
-                    #[allow(clippy::cast_possible_truncation)]
-                    self.listen(FileId(index as u16));
+                    self.listen();
                 }
                 _ => {
                     self.arena(lane).give_back(tag_of(index));
