@@ -7,7 +7,7 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -153,9 +153,9 @@ impl Helpers {
         Ok(helpers)
     }
 
-    /// What is readable when there are results.
-    pub(crate) fn bell(&self) -> Result<OwnedFd> {
-        self.shared.bell.try_clone().map_err(|error| Error::os("an eventfd's copy", &error))
+    /// What is readable when there are results; open as long as this value is there.
+    pub(crate) fn bell(&self) -> RawFd {
+        self.shared.bell.as_raw_fd()
     }
 
     /// Hands a splice over. `addresses` has that of each part, of memory that is lent until the

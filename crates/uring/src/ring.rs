@@ -90,8 +90,8 @@ const KIND_TAGS: u64 = 8 << KIND_SHIFT;
 const KIND_LIST: u64 = 9 << KIND_SHIFT;
 const KIND_MASK: u64 = 0xff << KIND_SHIFT;
 
-/// Files of the ring itself: what reads as zeros, and the bell of byte backends.
-const OWN_FILES: u16 = 2;
+/// Files of the ring itself: what reads as zeros.
+const OWN_FILES: u16 = 1;
 
 /// `struct __kernel_timespec`.
 #[repr(C)]
@@ -380,8 +380,7 @@ impl Uring {
                 if let Some(helpers) = &self.helpers {
                     helpers.heard();
                 }
-                #[allow(clippy::cast_possible_truncation)]
-                self.listen(FileId(index as u16));
+                self.listen();
                 return None;
             }
             KIND_TAGS | KIND_LIST => self.batch_completed(kind, lane, flags),

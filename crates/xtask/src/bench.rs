@@ -28,7 +28,7 @@ const NATIVE_PACKAGES: &[(&str, &str)] = &[
     ("nbdkit", "nbdkit"),
 ];
 /// Fewest samples of the native part: clocks are less steady than counts.
-const NATIVE_SAMPLES: u32 = 5;
+const NATIVE_SAMPLES: u32 = 15;
 /// Seconds for the machine's whole run.
 const VM_LIMIT: &str = "5400";
 /// Seconds for cargo.

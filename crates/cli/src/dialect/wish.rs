@@ -368,13 +368,23 @@ mod tests {
     fn what_is_not_there_is_said() {
         assert!(Wish::default().check().is_ok());
         for more in [
-            More { batch: true, ..More::default() },
-            More { outlives: true, ..More::default() },
+            More { rotates: true, ..More::default() },
             More { unprivileged: true, ..More::default() },
         ] {
             let error = Wish { more, ..Wish::default() }.check().unwrap_err();
             assert!(error.to_string().contains("not supported by devsplice yet"), "{error}");
         }
+    }
+
+    #[test]
+    fn what_becomes_of_a_device_is_what_its_switches_say_together() {
+        let of = |outlives, reissues, fails| {
+            More { outlives, reissues, fails, ..More::default() }.recovery()
+        };
+        assert_eq!(of(false, true, false), Recovery::Off);
+        assert_eq!(of(true, false, false), Recovery::Fail);
+        assert_eq!(of(true, true, false), Recovery::Reissue);
+        assert_eq!(of(true, false, true), Recovery::FailFast);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use super::{KIND_BELL, Uring};
 use crate::bytes::{Bytes, Helpers};
 use crate::files::{FileKind, RingFile};
 use crate::splice::{DATA_AT, PagesKind};
-use crate::uapi::{OP_POLL_ADD, SQE_FIXED_FILE, Sqe};
+use crate::uapi::{OP_POLL_ADD, Sqe};
 
 impl Uring {
     /// Adds a backend of bytes. It takes one place of what `Config::files` asked for.
@@ -19,11 +19,8 @@ impl Uring {
     /// As [`Uring::add_file`], or if its helper threads cannot be started.
     pub fn add_bytes(&mut self, bytes: Arc<dyn Bytes>) -> Result<FileId> {
         if self.helpers.is_none() {
-            let helpers = Helpers::new(self.flights.len())?;
-            let bell = helpers.bell()?;
-            let bell = self.add_file(RingFile { fd: bell, kind: FileKind::Other })?;
-            self.helpers = Some(helpers);
-            self.listen(bell);
+            self.helpers = Some(Helpers::new(self.flights.len())?);
+            self.listen();
         }
         // Its place in the kernel's table is held by what refuses every read and write: a splice
         // that went there by mistake fails.
@@ -34,14 +31,16 @@ impl Uring {
         Ok(id)
     }
 
-    /// Asks to be told, once, when helpers have results. All of them ring with the same bell.
-    pub(super) fn listen(&mut self, bell: FileId) {
+    /// Asks to be told, once, when helpers have results. All of them ring with the same bell. It is
+    /// not among the registered files: the wait never ends, and up to Linux 6.12 letting the table
+    /// of files go waits for every entry that uses one.
+    pub(super) fn listen(&mut self) {
+        let Some(helpers) = &self.helpers else { return };
         let sqe = Sqe {
             opcode: OP_POLL_ADD,
-            fd: i32::from(bell.0),
-            flags: SQE_FIXED_FILE,
+            fd: helpers.bell(),
             op_flags: u32::try_from(libc::POLLIN).unwrap_or(1),
-            user_data: KIND_BELL | u64::from(bell.0),
+            user_data: KIND_BELL,
             ..Sqe::default()
         };
         self.queues.push(sqe);

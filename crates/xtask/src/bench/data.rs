@@ -39,8 +39,17 @@ pub struct Figure {
     pub median: f64,
     /// Distance of the outer samples, in percent of the middle one.
     pub spread: f64,
-    /// The largest sample.
-    pub largest: f64,
+}
+
+/// How one device compares with another, round by round.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Ratio {
+    /// The middle one of the rounds' ratios.
+    pub median: f64,
+    /// The middle of those below that.
+    pub low: f64,
+    /// The middle of those above it.
+    pub high: f64,
 }
 
 impl Results {
@@ -49,6 +58,24 @@ impl Results {
         let is_wanted = |sample: &&Sample| sample.device == device && sample.cell == cell;
         let values = self.samples.iter().filter(is_wanted).map(|sample| sample.value);
         summary(values.collect())
+    }
+
+    /// The ratios of `device` to `base` in `cell`, each of two samples of one round: what else runs
+    /// on the machine changes slower than rounds do. None if some sample is missing.
+    pub fn ratio(&self, device: &str, base: &str, cell: &str) -> Option<Ratio> {
+        let values = |device: &str| -> Vec<f64> {
+            let is_wanted = |sample: &&Sample| sample.device == device && sample.cell == cell;
+            self.samples.iter().filter(is_wanted).map(|sample| sample.value).collect()
+        };
+        let (ours, theirs) = (values(device), values(base));
+        if ours.len() != theirs.len() {
+            return None;
+        }
+        let mut ratios: Vec<f64> = ours.iter().zip(theirs).map(|(a, b)| a / b).collect();
+        let median = summary(ratios.clone())?.median;
+        ratios.sort_by(f64::total_cmp);
+        let at = |share: usize| ratios[(ratios.len() - 1) * share / 4];
+        Some(Ratio { median, low: at(1), high: at(3) })
     }
 
     /// Writes everything to a file.
@@ -107,7 +134,7 @@ fn summary(mut values: Vec<f64>) -> Option<Figure> {
         0 => f64::midpoint(values[middle - 1], values[middle]),
         _ => values[middle],
     };
-    Some(Figure { median, spread: (last - first) / median * 100.0, largest: last })
+    Some(Figure { median, spread: (last - first) / median * 100.0 })
 }
 
 #[cfg(test)]
@@ -117,9 +144,26 @@ mod tests {
     #[test]
     fn a_figure_is_the_middle_sample_and_the_distance_of_the_outer_ones() {
         let odd = summary(vec![3.0, 2.0, 2.5]).unwrap();
-        assert_eq!((odd.median, odd.spread, odd.largest), (2.5, 40.0, 3.0));
+        assert_eq!((odd.median, odd.spread), (2.5, 40.0));
         assert_eq!(summary(vec![1.0, 3.0]).unwrap().median, 2.0);
         assert_eq!(summary(vec![]), None);
+    }
+
+    #[test]
+    fn ratios_are_those_of_samples_of_one_round() {
+        let sample = |device: &str, value| {
+            let (device, cell) = (device.to_owned(), "c".to_owned());
+            Sample { device, cell, value, idle: 0.0 }
+        };
+        let mut results = Results::default();
+        // The machine slows down from round to round; the ratio stays.
+        for (a, b) in [(20.0, 10.0), (10.0, 5.0), (5.0, 2.0), (3.0, 1.5), (1.0, 1.0)] {
+            results.samples.extend([sample("a", a), sample("b", b)]);
+        }
+        let ratio = results.ratio("a", "b", "c");
+        assert_eq!(ratio, Some(Ratio { median: 2.0, low: 2.0, high: 2.0 }));
+        results.samples.push(sample("a", 1.0));
+        assert_eq!(results.ratio("a", "b", "c"), None, "whose round was it?");
     }
 
     #[test]

@@ -18,7 +18,7 @@ const MEMORY: &str = "/dev/shm";
 /// MiB of each file.
 const SIZE: u64 = 256;
 /// Seconds of one sample.
-const RUNTIME: &str = "--runtime=3";
+const RUNTIME: &str = "--runtime=1";
 /// How long a server may take to show its file.
 const APPEARS: Duration = Duration::from_secs(10);
 
@@ -134,7 +134,7 @@ pub fn run(bin: &Path, samples: u32, file: &Path) -> Fallible<Results> {
                 proc::check_interrupt()?;
                 let load = fio(
                     fio_arguments(node, cell, &format!("{SIZE}M")),
-                    &["--time_based", RUNTIME, "--ramp_time=0.5"],
+                    &["--time_based", RUNTIME, "--ramp_time=0.3"],
                 );
                 match load {
                     Ok(load) => {

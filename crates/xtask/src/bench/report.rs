@@ -4,7 +4,7 @@ use std::fmt::Write;
 use std::path::Path;
 
 use super::cells::{BARS, Bar, CELLS, DEVICES, Whose};
-use super::data::Results;
+use super::data::{Ratio, Results};
 use super::native;
 use super::svg::{self, Group};
 use crate::Fallible;
@@ -157,27 +157,22 @@ fn native_ratios(results: &Results) -> (String, Vec<Group>) {
     let cells: Vec<&str> = native::CELLS.iter().map(|cell| cell.name).collect();
     let has = |base: &&&str| results.figure(base, cells[0]).is_some();
     let base = NATIVE_BASES.iter().find(has).copied().unwrap_or(NATIVE_BASES[0]);
-    let ratio = |device: &str, cell: &str| {
-        Some(results.figure(device, cell)?.median / results.figure(base, cell)?.median)
-    };
-    let best = |device: &str, cell: &str| {
-        Some(results.figure(device, cell)?.largest / results.figure(base, cell)?.largest)
-    };
+    let ratio = |device: &str, cell: &str| results.ratio(device, base, cell);
     let names: Vec<&str> = native::DEVICES.iter().map(|(name, _)| *name).collect();
     let mut rows = vec![heading(&format!("throughput, {base} = 1"), &cells)];
     for name in &names {
         let mut row = vec![(*name).to_owned()];
         row.extend(cells.iter().map(|cell| {
-            let spread = results.figure(name, cell).map_or(0.0, |figure| figure.spread);
-            let best = best(name, cell).unwrap_or(0.0);
-            let shown = |ratio| format!("{ratio:.2} (best {best:.2}, spread {spread:.0} %)");
-            ratio(name, cell).map_or("-".into(), shown)
+            ratio(name, cell).map_or("-".into(), |Ratio { median, low, high }| {
+                format!("{median:.2} ({low:.2} to {high:.2})")
+            })
         }));
         rows.push(row);
     }
     let group = |cell: &&str| {
-        let bar =
-            |name: &&str| Some(((*name).to_owned(), ratio(name, cell)?, *name == native::OWN));
+        let bar = |name: &&str| {
+            Some(((*name).to_owned(), ratio(name, cell)?.median, *name == native::OWN))
+        };
         Group { name: (*cell).to_owned(), bars: names.iter().filter_map(bar).collect() }
     };
     (aligned(&rows), cells.iter().map(group).collect())
@@ -282,10 +277,10 @@ const NATIVE_HEAD: &str = "# FUSE and loop
 
 Written by `cargo xtask bench --native`. A loop device over a file that a server shows through
 FUSE, over a file in memory (tmpfs, 256 MiB); `loop` is the kernel's loop device over such a file
-itself. fio with `--ioengine=io_uring --direct=1 --bs=4k --iodepth=32`, 3 s a sample, devices in
-turn. The machine is shared and its clock is no basis for figures: only ratios are given, of the
-medians and of the best samples, with the distance of the outer samples from each other. Where that
-is above some 20 %, something else was running and the ratios rank little.
+itself. fio with `--ioengine=io_uring --direct=1 --bs=4k --iodepth=32`, 1 s a sample, devices in
+turn. The machine is shared and its clock is no basis for figures: only ratios are given, each of
+two samples of one round; the middle one counts, and half of all lie in the range behind it. Where
+that is wide, something else was running and the ratio ranks little.
 
 ![chart](native.svg)
 
