@@ -1,6 +1,7 @@
 //! Answers for what other ublk tools do to a device that another process serves.
 
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
 use std::time::{Duration, Instant};
 
 use devsplice_core::{Error, ErrorKind, Result};
@@ -38,6 +39,7 @@ fn is_gone(done: &Result<()>) -> bool {
 fn remove(control: &mut Control, id: u32) -> Result<()> {
     let (server, _) = control.server(id)?;
     let process = pid(server).and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
+    let before = node(id);
     let stopped = control.stop(id);
     if let Some(process) = &process
         && stopped.is_ok()
@@ -47,8 +49,12 @@ fn remove(control: &mut Control, id: u32) -> Result<()> {
     control.delete(id)?;
     let end = Instant::now() + PATIENCE;
     // It goes when the last descriptor of its server is closed, which the end of one that was
-    // killed may leave to a worker of the kernel.
-    while control.server(id).is_ok() || has_node(id) {
+    // killed may leave to a worker of the kernel. Then somebody else may take its number at once.
+    let is_there = |control: &mut Control| match node(id) {
+        Some(now) => Some(now) == before,
+        None => control.server(id).is_ok(),
+    };
+    while is_there(control) {
         if Instant::now() > end {
             let thing = format!("ublk device {id}");
             return Err(Error::new(ErrorKind::Busy, thing, "is deleted and has not gone away"));
@@ -58,8 +64,10 @@ fn remove(control: &mut Control, id: u32) -> Result<()> {
     stopped
 }
 
-fn has_node(id: u32) -> bool {
-    std::path::Path::new(&format!("/dev/ublkc{id}")).exists()
+/// What tells a device's node from that of the next one with its number.
+fn node(id: u32) -> Option<(u64, i64, i64)> {
+    let node = std::fs::metadata(format!("/dev/ublkc{id}")).ok()?;
+    Some((node.ino(), node.ctime(), node.ctime_nsec()))
 }
 
 /// The process of that number, unless there is none or it is this one.

@@ -125,8 +125,8 @@ the scripts: a program is missing there, or is too old.
 
 ";
 
-/// The page about `ours`, beside `theirs`.
-pub fn page(ours: &Results, theirs: &Results) -> String {
+/// The page about the tests called `names`: how `ours` ended, beside `theirs`.
+pub fn page(names: &[String], ours: &Results, theirs: &Results) -> String {
     let mut text = String::from(HEAD);
     let mut tested: Vec<&str> = ours.0.values().map(|(_, tested)| tested.as_str()).collect();
     tested.sort_unstable();
@@ -136,7 +136,11 @@ pub fn page(ours: &Results, theirs: &Results) -> String {
         let _ = writeln!(text, "kublk: {}.\n", theirs.summary());
     }
     text += "| test | devsplice | s | kublk | s | reason |\n|---|---|---|---|---|---|\n";
-    for (name, (Outcome { verdict, seconds, reason }, _)) in &ours.0 {
+    for name in names {
+        let Some(Outcome { verdict, seconds, reason }) = ours.get(name) else {
+            let _ = writeln!(text, "| {name} | not run yet | | | | |");
+            continue;
+        };
         let (other, time) = match theirs.get(name) {
             Some(outcome) => (outcome.verdict.as_str(), format!("{:.0}", outcome.seconds)),
             None => ("", String::new()),
@@ -182,7 +186,9 @@ mod tests {
         assert_eq!(results.failures(), 2);
         let table = results.table();
         assert!(table.contains("1 passed, 1 skipped, 1 failed, 1 hung; 4 tests"), "{table}");
-        let page = page(&results, &Results::default());
+        let names = ["loop_04", "loop_05"].map(str::to_owned);
+        let page = page(&names, &results, &Results::default());
+        assert!(page.contains("| loop_05 | not run yet |"), "{page}");
         assert!(page.contains("| loop_04 | fail | 2 |  |  | x\\|y |"), "{page}");
     }
 }
