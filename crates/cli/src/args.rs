@@ -53,6 +53,8 @@ pub enum Command {
     Features(Features),
     /// Check this machine and what is served on it; say what to do about what is wrong.
     Doctor(Doctor),
+    /// Remove what dead servers left: state, links, ublk and loop devices that nobody can use.
+    Gc(Gc),
     /// Write manual pages, one per command.
     Man(Man),
     /// Print the completion script of a shell.
@@ -372,6 +374,22 @@ pub struct Features {
 
 #[derive(Args, Clone, Debug)]
 pub struct Doctor {
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct Gc {
+    /// Only say what would be removed.
+    #[arg(long, short = 'n')]
+    pub dry_run: bool,
+    /// Also disks that wait for a server: the requests that the kernel holds for them fail.
+    #[arg(long)]
+    pub waiting: bool,
+    /// Also ublk devices without a server that other tools have made.
+    #[arg(long)]
+    pub foreign: bool,
     /// Print JSON.
     #[arg(long)]
     pub json: bool,

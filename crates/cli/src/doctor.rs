@@ -8,7 +8,7 @@ use devsplice_uring::{probe, thread};
 use serde_json::json;
 
 use crate::args::Doctor;
-use crate::{guard, say, state};
+use crate::{gc, say, state};
 
 /// How bad a finding is.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -103,13 +103,8 @@ fn disks() -> Vec<Finding> {
     };
     let served = all.iter().filter(|one| one.alive).count();
     let mut findings = vec![Finding::of("disks", Ok(format!("{served} served here")), Grade::Good)];
-    for one in all.iter().filter(|one| !one.alive) {
-        let name = &one.disk.name;
-        let text = match guard::is_kept(&one.disk) {
-            true => format!("{name}: its server is gone; devsplice recover {name} serves it again"),
-            false => format!("{name}: its server is gone; devsplice del {name} clears up"),
-        };
-        findings.push(Finding { grade: Grade::Bad, what: "disks", text });
+    for left in gc::look().unwrap_or_default() {
+        findings.push(Finding { grade: Grade::Bad, what: "left over", text: left.describe() });
     }
     findings
 }

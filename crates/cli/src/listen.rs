@@ -2,7 +2,7 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::mpsc::{Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -25,9 +25,29 @@ pub enum News {
     /// A signal.
     Signal(i32),
     /// A request of a control client, and where its answer goes.
-    Request(Call, Sender<Value>),
+    Request(Call, Answer),
     /// The I/O threads of this number have ended.
     Ended(u32),
+}
+
+/// Where the answer to a control client goes.
+pub struct Answer {
+    to: Sender<Value>,
+    /// Disconnected when the answer has been written to the client.
+    written: Receiver<()>,
+}
+
+impl Answer {
+    /// Answers.
+    pub fn send(self, value: Value) {
+        let _ = self.to.send(value);
+    }
+
+    /// Answers, and waits until the client has it: for who ends the process then.
+    pub fn deliver(self, value: Value) {
+        let _ = self.to.send(value);
+        let _ = self.written.recv_timeout(2 * CLIENT_PATIENCE);
+    }
 }
 
 /// What a control client can ask for.
@@ -170,11 +190,13 @@ fn talk(client: UnixStream, news: &Sender<News>, current: &Current) -> std::io::
         let thread = std::thread::Builder::new().name("tell".to_owned()).stack_size(128 << 10);
         return thread.spawn(body).map(drop);
     }
-    let answer = match parse(&request) {
+    let (answer, writing) = match parse(&request) {
         Ok(call) => ask(call, news),
-        Err(error) => json!({ "error": error.to_string() }),
+        Err(error) => (json!({ "error": error.to_string() }), None),
     };
-    reply(&client, &request, answer)
+    let written = reply(&client, &request, answer);
+    drop(writing);
+    written
 }
 
 fn reply(mut client: &UnixStream, request: &Value, mut answer: Value) -> std::io::Result<()> {
@@ -211,11 +233,14 @@ fn parse(request: &Value) -> Result<Call> {
     })
 }
 
-fn ask(call: Call, news: &Sender<News>) -> Value {
-    let (answer, reply) = channel();
+/// The main thread's answer, and what is to be dropped when it has been written.
+fn ask(call: Call, news: &Sender<News>) -> (Value, Option<Sender<()>>) {
+    let (to, reply) = channel();
+    let (writing, written) = channel();
     let gone = || json!({ "error": "the server is stopping" });
-    match news.send(News::Request(call, answer)) {
+    let answer = match news.send(News::Request(call, Answer { to, written })) {
         Ok(()) => reply.recv().unwrap_or_else(|_| gone()),
         Err(_) => gone(),
-    }
+    };
+    (answer, Some(writing))
 }

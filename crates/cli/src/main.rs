@@ -12,6 +12,7 @@ mod explain;
 mod features;
 mod format;
 mod front;
+mod gc;
 mod guard;
 mod hold;
 mod info;
@@ -64,6 +65,7 @@ fn run(command: &Command) -> Result<ExitCode> {
         Command::Explain(explain) => explain::run(explain).map(done),
         Command::Features(features) => features::run(features).map(done),
         Command::Doctor(doctor) => doctor::run(doctor),
+        Command::Gc(gc) => gc::run(gc).map(done),
         Command::Man(man) => papers::man(man).map(done),
         Command::Completions(completions) => papers::completions(completions).map(done),
     }

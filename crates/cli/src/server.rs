@@ -197,7 +197,7 @@ impl Server {
             match self.news.recv() {
                 Ok(News::Request(Call::Stop { force }, answer)) => {
                     if !force && let Some(refusal) = self.refusal() {
-                        let _ = answer.send(refusal);
+                        answer.send(refusal);
                         continue;
                     }
                     // Without force the refusal has just been ruled out by writing all out.
@@ -206,26 +206,22 @@ impl Server {
                         Ok(()) => json!({ "result": "stopped" }),
                         Err(error) => json!({ "error": error.to_string() }),
                     };
-                    let _ = answer.send(reply);
                     // The answer is written by another thread; the process must not end before it.
-                    drop(answer);
-                    std::thread::sleep(Duration::from_millis(20));
+                    answer.deliver(reply);
                     return done;
                 }
                 Ok(News::Request(Call::HandOver, answer)) => match self.let_go() {
                     Ok(()) => {
-                        let _ = answer.send(json!({ "result": "handed over" }));
-                        drop(answer);
-                        std::thread::sleep(Duration::from_millis(20));
+                        answer.deliver(json!({ "result": "handed over" }));
                         return Ok(());
                     }
                     Err((server, error)) => {
                         self = *server;
-                        let _ = answer.send(json!({ "error": error.to_string() }));
+                        answer.send(json!({ "error": error.to_string() }));
                     }
                 },
                 Ok(News::Request(call, answer)) => {
-                    let _ = answer.send(self.answer(call));
+                    answer.send(self.answer(call));
                 }
                 Ok(News::Signal(SIGHUP)) => {}
                 Ok(News::Ended(crew)) if !self.lines.is_current(crew) => {}

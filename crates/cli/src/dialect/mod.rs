@@ -21,6 +21,7 @@ use std::process::ExitCode;
 
 use devsplice_core::{Error, Result};
 
+pub use list::all as devices;
 use wish::{Verb, Which};
 use words::Words;
 

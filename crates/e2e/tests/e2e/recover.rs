@@ -17,6 +17,9 @@ const KILLS: u32 = 25;
 const UPGRADES: u32 = 20;
 
 pub fn add(group: &mut Group, kind: Kind, is_home: bool) {
+    if is_home || !kind.is_ublk() {
+        group.alone("kept_gc_removes_what_nobody_misses_and_keeps_the_rest", move || gc(kind));
+    }
     if !kind.is_ublk() {
         group.add("kept_a_disk_over_fuse_says_that_it_cannot_be_kept", move || not_kept(kind));
         return;
@@ -447,5 +450,55 @@ fn not_kept(kind: Kind) -> Outcome {
         assert!(said.contains("FUSE") || said.contains("goes with its server"), "{said}");
     }
     disk.remove();
+    Ok(())
+}
+
+fn gc(kind: Kind) -> Outcome {
+    let room = Room::new();
+    let file = room.file("a", 4 * MIB);
+    let gc = |more: &[&str]| room.devsplice(["gc"].iter().chain(more)).ok();
+    let disk = room.add(kind, &file, &["--recovery", "off", "--no-part-scan"]);
+    assert!(!gc(&[]).contains(&disk.name), "a disk that is served is none of its business");
+    kill_both(&disk);
+    let doctor = room.devsplice(["doctor"]).run();
+    assert!(doctor.out.contains(&format!("{}: its server is gone", disk.name)), "{}", doctor.out);
+    let name = format!("would be removed: {}", disk.name);
+    assert!(gc(&["--dry-run"]).contains(&name));
+    assert!(disk.traces().len() > 1, "a dry run has removed something");
+    assert!(gc(&[]).contains(&format!("removed: {}", disk.name)));
+    disk.is_gone_within(10);
+    drop(disk);
+    // Its state is lost, too.
+    let disk = room.add(kind, &file, &["--no-part-scan"]);
+    kill_both(&disk);
+    if kind.is_ublk() {
+        wait_until(10, "the kernel holds it", || state(&room, &disk) == "waiting");
+        assert!(gc(&[]).contains(&format!("kept: {}", disk.name)));
+        assert_eq!(state(&room, &disk), "waiting");
+    }
+    std::fs::remove_file(room.run.join(format!("{}.json", disk.name))).unwrap();
+    let node = disk.node.to_string_lossy().into_owned();
+    if kind.is_ublk() {
+        assert!(gc(&[]).contains("kept: /dev/ublkc"));
+        assert!(gc(&["--foreign"]).contains("removed: /dev/ublkc"));
+    } else {
+        assert!(gc(&[]).contains(&format!("removed: {node}")));
+    }
+    wait_until(10, "the device's end", || !disk.is_attached());
+    let _ = std::fs::remove_file(disk.link());
+    for ending in ["sock", "log"] {
+        let _ = std::fs::remove_file(room.run.join(format!("{}.{ending}", disk.name)));
+    }
+    if kind.is_ublk() {
+        let disk = room.add(kind, &file, &["--no-part-scan"]);
+        kill_both(&disk);
+        wait_until(10, "the kernel holds it", || state(&room, &disk) == "waiting");
+        let said = gc(&["--waiting", "--json"]);
+        let said: serde_json::Value = serde_json::from_str(&said).unwrap();
+        let all = said.as_array().into_iter().flatten();
+        let ours = all.into_iter().find(|one| one["thing"] == *disk.name);
+        assert_eq!(ours.map(|one| one["done"].clone()), Some("removed".into()), "{said}");
+        disk.is_gone_within(10);
+    }
     Ok(())
 }

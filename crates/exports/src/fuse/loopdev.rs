@@ -186,6 +186,23 @@ pub fn over(name: &str) -> Vec<String> {
     blocks.flatten().filter(is_over).map(path).collect()
 }
 
+/// Loop devices that were made for devices of ours: path, and the device's name.
+pub fn all_ours() -> Vec<(String, String)> {
+    let Ok(blocks) = std::fs::read_dir("/sys/block") else { return Vec::new() };
+    let ours = |entry: std::fs::DirEntry| {
+        // Without a file it belongs to nobody, and opening it would make more of them.
+        let file = std::fs::read_to_string(entry.path().join("loop/backing_file")).ok()?;
+        let path = format!("/dev/{}", entry.file_name().to_string_lossy());
+        // A file of ours lies in the root of a mount that has no path.
+        let lies_in_root = file.trim_end().rsplit_once('/').is_some_and(|(dir, _)| dir.is_empty());
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+        let device = open(path.as_str(), flags, Mode::empty()).ok().filter(|_| lies_in_root)?;
+        let name = loopctl::status(device.as_fd()).ok()?.name;
+        Some((path, name.strip_prefix(PREFIX)?.to_owned()))
+    };
+    blocks.flatten().filter_map(ours).collect()
+}
+
 /// The processes that have `path` open, as "name (pid)".
 pub fn holders(path: &str) -> Vec<String> {
     let mut all = Vec::new();

@@ -217,6 +217,14 @@ pub fn clear_unknown(name: &str, number: u32) -> Result<bool> {
     Ok(false)
 }
 
+/// Loop devices that were made for devices of ours, whoever serves them now: path, and name of the
+/// device. Empty where looking at them takes too long: one waits for a server that is gone.
+#[must_use]
+pub fn loop_devices() -> Vec<(String, String)> {
+    let all = bounded("looking at loop devices", None, LOOK_LIMIT, |_| Ok(loopdev::all_ours()));
+    all.unwrap_or_default()
+}
+
 fn shape(options: &Options) -> Shape {
     let memory =
         LaneMemory { depth: options.depth.max(1), bytes: MAX_WRITE, slots: false, locked: false };

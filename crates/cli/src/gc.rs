@@ -1,0 +1,197 @@
+//! Answers for `devsplice gc`: what is left of disks without a server, and removing it. `doctor`
+//! shows the same.
+
+use std::time::Duration;
+
+use devsplice_core::{Error, ErrorKind, Result};
+use devsplice_exports::{fuse, ublk};
+use serde_json::json;
+
+use crate::args::Gc;
+use crate::dialect;
+use crate::state::{self, Claim, Disk};
+use crate::{guard, say};
+
+/// How long a device that is being made may be without a server.
+const SETTLE: Duration = Duration::from_millis(500);
+
+/// Something that is left.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Left {
+    /// State and link of a disk that is gone.
+    State(String),
+    /// A disk that the kernel keeps for the next server.
+    Waiting(String),
+    /// A ublk device without a server of which there is no state: another tool's, or one of ours
+    /// whose state was lost. Its number, and the kernel's word for its state.
+    Ublk(u32, &'static str),
+    /// A loop device of ours of which there is no state: its path, and the disk's name.
+    Loop(String, String),
+}
+
+impl Left {
+    /// What it is, and what can be done about it.
+    pub fn describe(&self) -> String {
+        match self {
+            Left::State(name) => {
+                format!("{name}: its server is gone; devsplice del {name}, or gc, clears up")
+            }
+            Left::Waiting(name) => {
+                format!("{name}: its server is gone; devsplice recover {name} serves it again")
+            }
+            Left::Ublk(id, state) => format!(
+                "/dev/ublkc{id}: {state}, no process serves it, and it is none of ours; devsplice \
+                 gc --foreign removes it"
+            ),
+            Left::Loop(path, name) => {
+                format!("{path}: left of a disk called {name}; devsplice gc removes it")
+            }
+        }
+    }
+
+    fn kind(&self) -> &'static str {
+        match self {
+            Left::State(_) => "state",
+            Left::Waiting(_) => "waiting",
+            Left::Ublk(..) => "ublk",
+            Left::Loop(..) => "loop",
+        }
+    }
+
+    fn thing(&self) -> String {
+        match self {
+            Left::State(name) | Left::Waiting(name) => name.clone(),
+            Left::Ublk(id, _) => format!("/dev/ublkc{id}"),
+            Left::Loop(path, _) => path.clone(),
+        }
+    }
+
+    /// Whether it is to go.
+    fn is_wanted(&self, gc: &Gc) -> bool {
+        match self {
+            Left::State(_) | Left::Loop(..) => true,
+            Left::Waiting(_) => gc.waiting,
+            Left::Ublk(..) => gc.foreign,
+        }
+    }
+
+    fn remove(&self) -> Result<()> {
+        match self {
+            Left::State(name) | Left::Waiting(name) => match Claim::try_take(name)? {
+                Some(claim) => {
+                    claim.remove();
+                    Ok(())
+                }
+                None => Err(Error::new(ErrorKind::Busy, name, "another process has taken it")),
+            },
+            Left::Ublk(id, _) => {
+                let mut control = ublk::Control::open()?;
+                let _ = control.stop(*id);
+                control.delete(*id)
+            }
+            Left::Loop(path, name) => fuse::clear_loop(path, name).map(drop),
+        }
+    }
+}
+
+/// All that is left of disks without a server.
+///
+/// # Errors
+/// If the state cannot be read.
+pub fn look() -> Result<Vec<Left>> {
+    let all = state::all()?;
+    let mut left = Vec::new();
+    for found in all.iter().filter(|one| !one.alive) {
+        let name = found.disk.name.clone();
+        left.push(if guard::is_kept(&found.disk) {
+            Left::Waiting(name)
+        } else {
+            Left::State(name)
+        });
+    }
+    let disks: Vec<&Disk> = all.iter().map(|found| &found.disk).collect();
+    if let Ok(mut control) = ublk::Control::open() {
+        let strangers = dialect::devices().into_iter().filter(|id| !is_known(&disks, *id));
+        let mut unserved: Vec<u32> =
+            strangers.filter(|id| is_unserved(&mut control, *id)).collect();
+        // One that is being made has no server yet, but it has one in a moment.
+        if !unserved.is_empty() {
+            std::thread::sleep(SETTLE);
+            unserved.retain(|id| is_unserved(&mut control, *id));
+        }
+        for id in unserved {
+            let state = control.server(id).map_or("unknown", |(_, state)| state);
+            left.push(Left::Ublk(id, state));
+        }
+    }
+    let loops = fuse::loop_devices();
+    let has_state = |name: &str| disks.iter().any(|disk| disk.name == name);
+    let lost = loops.into_iter().filter(|(_, name)| !has_state(name));
+    left.extend(lost.map(|(path, name)| Left::Loop(path, name)));
+    Ok(left)
+}
+
+/// Whether there is such a device, and nobody serves it.
+fn is_unserved(control: &mut ublk::Control, id: u32) -> bool {
+    control.server(id).is_ok_and(|(pid, _)| !is_alive(pid))
+}
+
+fn is_known(disks: &[&Disk], id: u32) -> bool {
+    disks.iter().any(|disk| disk.ublk_id == Some(id))
+}
+
+fn is_alive(pid: i32) -> bool {
+    rustix::process::Pid::from_raw(pid.max(0))
+        .is_some_and(|pid| rustix::process::test_kill_process(pid).is_ok())
+}
+
+/// Removes what is left.
+///
+/// # Errors
+/// If something could not be removed; the rest is.
+pub fn run(gc: &Gc) -> Result<()> {
+    let (mut failed, mut report) = (Vec::new(), Vec::new());
+    for one in look()? {
+        let done = match one.is_wanted(gc) {
+            false => "kept",
+            true if gc.dry_run => "would be removed",
+            true => match one.remove() {
+                Ok(()) => "removed",
+                Err(error) => {
+                    eprintln!("devsplice: {error}");
+                    failed.push(one.thing());
+                    "failed"
+                }
+            },
+        };
+        if gc.json {
+            report.push(json!({ "kind": one.kind(), "thing": one.thing(), "done": done }));
+        } else if done == "kept" {
+            say!("kept: {}", one.describe());
+        } else {
+            say!("{done}: {} ({})", one.thing(), one.kind());
+        }
+    }
+    if gc.json {
+        say!("{}", serde_json::to_string_pretty(&report).unwrap_or_default());
+    }
+    if failed.is_empty() {
+        return Ok(());
+    }
+    Err(Error::new(ErrorKind::Busy, failed.join(", "), "not removed"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_may_be_missed_goes_only_when_that_is_said() {
+        let gc = |waiting, foreign| Gc { dry_run: false, waiting, foreign, json: false };
+        let (state, waiting) = (Left::State("a".into()), Left::Waiting("b".into()));
+        let (ublk, of_loop) = (Left::Ublk(1, "dead"), Left::Loop("/dev/loop1".into(), "c".into()));
+        let wanted = |gc: &Gc| [&state, &waiting, &ublk, &of_loop].map(|one| one.is_wanted(gc));
+        assert_eq!(wanted(&gc(false, false)), [true, false, false, true]);
+        assert_eq!(wanted(&gc(true, true)), [true; 4]);
+    }
+}
