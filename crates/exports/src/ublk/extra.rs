@@ -219,6 +219,10 @@ impl Export<Uring> for NoSlots {
         self.0.finish(ring, tag, io, result);
     }
 
+    fn flush(&mut self, ring: &mut Uring) {
+        self.0.flush(ring);
+    }
+
     fn rest(&mut self, ring: &mut Uring) -> bool {
         self.0.rest(ring)
     }

@@ -200,6 +200,10 @@ impl Export<Uring> for Checked {
         self.step(ring, if loads { FIRST } else { SECOND }, tag);
     }
 
+    fn flush(&mut self, ring: &mut Uring) {
+        self.inner.flush(ring);
+    }
+
     fn rest(&mut self, ring: &mut Uring) -> bool {
         self.inner.rest(ring)
     }
