@@ -117,11 +117,10 @@ pub fn upgrade(upgrade: &Upgrade) -> Result<()> {
     each(wanted, |found| {
         let Started { disk, pause_ms } = launch(|| succeed(found))?;
         let pause = pause_ms.unwrap_or(0.0);
+        let (old, new) = (found.disk.pid, disk.pid);
         if upgrade.json {
-            let (old, new) = (found.disk.pid, disk.pid);
             say!("{}", json!({ "name": disk.name, "from": old, "to": new, "pause_ms": pause }));
         } else {
-            let (old, new) = (found.disk.pid, disk.pid);
             say!("{}: process {new} instead of {old}, pause {pause:.1} ms", disk.name);
         }
         Ok(())

@@ -4,7 +4,7 @@ use devsplice_core::Result;
 
 use super::wish::{CopyMode, More, Verb, Wish};
 use super::words::{Known, Words, flag, value};
-use super::{number_of, which_of};
+use super::{common, number_of};
 
 const KNOWN: &[Known] = &[
     flag('a', "all"),
@@ -50,10 +50,7 @@ pub fn parse(verb: &str, words: &[String]) -> Result<Verb> {
                 ..Wish::default()
             })))
         }
-        "del" => which_of(&words, true).map(Verb::Del),
-        "list" => which_of(&words, false).map(Verb::List),
-        "features" => Ok(Verb::Features),
-        _ => Ok(Verb::Help),
+        _ => common(verb, &words),
     }
 }
 

@@ -114,6 +114,16 @@ fn number_of(words: &Words) -> Result<u32> {
     number.ok_or_else(|| Error::invalid("-n", "needs the device's number").next("-n ID"))
 }
 
+/// The verbs that these tools have in common; help for any other.
+fn common(verb: &str, words: &Words) -> Result<Verb> {
+    match verb {
+        "del" => which_of(words, true).map(Verb::Del),
+        "list" => which_of(words, false).map(Verb::List),
+        "features" => Ok(Verb::Features),
+        _ => Ok(Verb::Help),
+    }
+}
+
 /// Which devices `words` name: all have to be meant, if `must_say`.
 fn which_of(words: &Words, must_say: bool) -> Result<Which> {
     if words.has("number") || (must_say && !words.has("all")) {

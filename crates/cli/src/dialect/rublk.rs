@@ -5,7 +5,7 @@ use devsplice_core::{Error, Result};
 
 use super::wish::{CopyMode, More, Verb, Wish};
 use super::words::{Known, Words, flag, value};
-use super::{number_of, which_of};
+use super::{common, number_of};
 
 const KNOWN: &[Known] = &[
     flag('a', "all"),
@@ -36,16 +36,13 @@ pub fn parse(verb: &str, words: &[String]) -> Result<Verb> {
     let words = Words::sort(KNOWN, words)?;
     match verb {
         "add" => add(&words).map(|wish| Verb::Add(Box::new(wish))),
-        // That tool knows from its own records what to serve; `dialect/serve` asks the kernel.
+        // That tool knows from its own records what to serve; without a target this is refused.
         "recover" => Ok(Verb::Add(Box::new(Wish {
             id: Some(number_of(&words)?),
             more: More { is_recovery: true, ..More::default() },
             ..Wish::default()
         }))),
-        "del" => which_of(&words, true).map(Verb::Del),
-        "list" => which_of(&words, false).map(Verb::List),
-        "features" => Ok(Verb::Features),
-        _ => Ok(Verb::Help),
+        _ => common(verb, &words),
     }
 }
 
