@@ -154,6 +154,8 @@ impl<R: Room> Export<R> for Front {
         let batch = lock(&self.batch);
         batch.closing && batch.asks.is_empty()
     }
+
+    fn flush(&mut self, _: &mut R) {}
 }
 
 /// How requests are put to an engine.

@@ -206,4 +206,6 @@ impl<R: Ring> Export<R> for Inner {
     fn is_closed(&self) -> bool {
         true
     }
+
+    fn flush(&mut self, _: &mut R) {}
 }

@@ -76,7 +76,7 @@ pub trait Export<R: Ring>: Send {
     fn finish(&mut self, ring: &mut R, tag: u16, io: &Io, result: Result<(), Errno>);
 
     /// The turn ends and the ring is entered: what was kept back to go together goes now.
-    fn flush(&mut self, _ring: &mut R) {}
+    fn flush(&mut self, ring: &mut R);
 
     /// No request has been there for a second or two: takes back what keeps memory for the next
     /// ones. Whether some of it comes back only later, so that memory is to be looked at again.

@@ -116,6 +116,8 @@ impl Export<Uring> for Pipe {
     fn is_closed(&self) -> bool {
         self.closed
     }
+
+    fn flush(&mut self, _: &mut Uring) {}
 }
 
 fn main() -> Result<()> {

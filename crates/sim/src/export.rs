@@ -112,6 +112,8 @@ impl Export<SimRing> for SimExport {
     fn is_closed(&self) -> bool {
         self.left == 0
     }
+
+    fn flush(&mut self, _: &mut SimRing) {}
 }
 
 /// Times that a client of a mirror looks for a request that overlaps no change in flight.

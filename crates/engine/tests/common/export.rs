@@ -230,4 +230,6 @@ impl Export<FakeRing> for FakeExport {
     fn is_closed(&self) -> bool {
         !self.stays_open && self.plan.is_empty()
     }
+
+    fn flush(&mut self, _: &mut FakeRing) {}
 }

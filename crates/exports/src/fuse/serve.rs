@@ -289,6 +289,8 @@ impl Export<Uring> for Queue {
     fn is_closed(&self) -> bool {
         self.closed && self.fresh + self.older + self.replies == 0 && !self.polling
     }
+
+    fn flush(&mut self, _: &mut Uring) {}
 }
 
 fn broken(reason: String) -> Error {

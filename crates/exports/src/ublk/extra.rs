@@ -141,6 +141,10 @@ impl Export<Uring> for Dying {
     fn is_closed(&self) -> bool {
         self.0.is_closed()
     }
+
+    fn flush(&mut self, ring: &mut Uring) {
+        self.0.flush(ring);
+    }
 }
 
 /// Which tags of a queue one thread serves: every `step`-th from `first` on.

@@ -399,6 +399,8 @@ impl Export<Uring> for Queue {
     fn is_closed(&self) -> bool {
         self.dead == self.config.depth
     }
+
+    fn flush(&mut self, _: &mut Uring) {}
 }
 
 #[cfg(test)]
