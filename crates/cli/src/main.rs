@@ -24,6 +24,7 @@ mod recover;
 mod server;
 mod state;
 mod tell;
+mod transfer;
 
 use std::process::ExitCode;
 
@@ -63,6 +64,10 @@ fn run(command: &Command) -> Result<ExitCode> {
         Command::Tell(tell) => tell::run(tell).map(done),
         Command::Format(format) => format::run(format).map(done),
         Command::Explain(explain) => explain::run(explain).map(done),
+        Command::Copy(copy) => transfer::copy::run(copy),
+        Command::Compare(compare) => Ok(transfer::compare::run(compare)),
+        Command::Map(map) => transfer::map::run(map).map(done),
+        Command::Bench(bench) => transfer::bench::run(bench).map(done),
         Command::Features(features) => features::run(features).map(done),
         Command::Doctor(doctor) => doctor::run(doctor),
         Command::Gc(gc) => gc::run(gc).map(done),

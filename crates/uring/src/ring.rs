@@ -2,6 +2,7 @@
 //! whom.
 
 pub(crate) mod batch;
+mod client;
 mod helped;
 mod kept;
 mod slots;

@@ -37,7 +37,6 @@ pub struct Sqe {
 
 const _: () = assert!(size_of::<Sqe>() == 64 && std::mem::offset_of!(Sqe, addr3) == 48);
 
-#[cfg(feature = "imitation")]
 pub(crate) const OP_NOP: u8 = 0;
 pub(crate) const OP_READV: u8 = 1;
 pub(crate) const OP_WRITEV: u8 = 2;

@@ -9,6 +9,7 @@ mod bad;
 mod batch;
 mod cli;
 mod contract;
+mod copy;
 mod dialect;
 mod layers;
 mod life;
@@ -69,7 +70,9 @@ fn groups() -> Vec<Group> {
     cli::add(&mut cli, home);
     let mut bad = Group::new("bad", need(is_root(), "needs root"));
     bad::add(&mut bad, home);
-    let mut groups = vec![cli, bad];
+    let mut copies = Group::new("copy", need(is_root(), "needs root"));
+    copy::add(&mut copies, home);
+    let mut groups = vec![cli, bad, copies];
     for kind in [Kind::Fuse].into_iter().chain(PATHS.map(Kind::Ublk)) {
         if mode() == Mode::Native && kind.is_ublk() && kind.gate().is_err() {
             continue;
