@@ -51,6 +51,10 @@ fn show(value: &Value) {
     for warning in value["warnings"].as_array().into_iter().flatten() {
         say!("note        {}", warning.as_str().unwrap_or_default());
     }
+    for (name, word) in value["protection"].as_object().into_iter().flatten() {
+        let word = word.as_str().unwrap_or_default();
+        say!("protection  {}: {word}", name.replace('_', " "));
+    }
     tell::show(value);
     let Some(counts) = value["counts"].as_object() else { return };
     let of = |key: &str| counts.get(key).and_then(Value::as_u64).unwrap_or(0);

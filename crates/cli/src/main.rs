@@ -20,6 +20,7 @@ mod launch;
 mod list;
 mod listen;
 mod papers;
+mod protect;
 mod recover;
 mod server;
 mod state;

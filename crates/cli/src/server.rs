@@ -21,7 +21,7 @@ use crate::front::{self, Front};
 use crate::guard::Guard;
 use crate::listen::{Call, Lines, News};
 use crate::state::{self, Claim, Disk};
-use crate::tell;
+use crate::{protect, tell};
 
 /// How long what is in memory for the disk may take to be written out before it is removed.
 const SYNC_PATIENCE: Duration = Duration::from_secs(120);
@@ -170,6 +170,7 @@ impl Server {
             Err(error) => return Err((claim, error)),
         };
         disk.warnings.extend(front.crew().warnings.iter().cloned());
+        disk.warnings.extend(protect::warnings());
         disk.device = front.path().to_owned();
         disk.data_path = front.data_path().to_owned();
         disk.recovery = front.recovery().to_owned();
@@ -277,6 +278,7 @@ impl Server {
 
     fn info(&self) -> Value {
         let mut info = self.disk.shown();
+        info["protection"] = protect::shown();
         info["held"] = json!(host::is_held(&self.disk.device));
         let Phase::Up(front) = &self.phase else {
             info["state"] = json!("quiesced");
