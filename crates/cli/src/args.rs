@@ -4,6 +4,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use devsplice_exports::ublk::{DataPath, Recovery};
 use serde::{Deserialize, Serialize};
 
+use crate::sandbox::Choice;
+
 const AFTER_HELP: &str = "\
 Exit codes: 0 done; 1 it failed, the message says what and what to do (doctor: no disk can be made
 here); 2 the command line makes no sense.
@@ -202,6 +204,10 @@ pub struct Add {
     /// What becomes of the disk when its server dies. It is served again at once, by itself.
     #[arg(long, value_enum, default_value = "auto")]
     pub recovery: RecoveryChoice,
+    /// Whether the server may do only what servers do, once it is set up.
+    #[arg(long, value_enum, default_value = "on")]
+    #[serde(default)]
+    pub sandbox: Choice,
     /// Serve from this process, until a signal; messages go to standard error.
     #[arg(long, short = 'f')]
     #[serde(skip)]

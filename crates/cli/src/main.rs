@@ -22,6 +22,7 @@ mod listen;
 mod papers;
 mod protect;
 mod recover;
+mod sandbox;
 mod server;
 mod state;
 mod tell;

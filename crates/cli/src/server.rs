@@ -20,6 +20,7 @@ use crate::assemble::assemble;
 use crate::front::{self, Front};
 use crate::guard::Guard;
 use crate::listen::{Call, Lines, News};
+use crate::sandbox::{self, Choice};
 use crate::state::{self, Claim, Disk};
 use crate::{protect, tell};
 
@@ -162,6 +163,7 @@ impl Server {
             disk.pid = std::process::id();
             disk.started_ms = state::now_ms();
             let service = open(plan, &mut disk)?;
+            sandbox::process(disk.made_with.as_ref().map_or(Choice::On, |add| add.sandbox));
             let front = attach(service, &mut disk, &mut claim)?;
             Ok((lines, news, front))
         })();
@@ -170,7 +172,7 @@ impl Server {
             Err(error) => return Err((claim, error)),
         };
         disk.warnings.extend(front.crew().warnings.iter().cloned());
-        disk.warnings.extend(protect::warnings());
+        disk.warnings.extend(protect::warnings().into_iter().chain(sandbox::warnings()));
         disk.device = front.path().to_owned();
         disk.data_path = front.data_path().to_owned();
         disk.recovery = front.recovery().to_owned();
@@ -279,6 +281,7 @@ impl Server {
     fn info(&self) -> Value {
         let mut info = self.disk.shown();
         info["protection"] = protect::shown();
+        info["sandbox"] = sandbox::shown();
         info["held"] = json!(host::is_held(&self.disk.device));
         let Phase::Up(front) = &self.phase else {
             info["state"] = json!("quiesced");

@@ -42,6 +42,32 @@ pub fn own_mounts() -> Result<()> {
     mount_change("/", follow).map_err(|errno| failed(errno.into()))
 }
 
+/// The numbers of system calls.
+pub mod calls {
+    pub use libc::*;
+}
+
+/// Has the kernel ask `program` (classic BPF: code, jump if true, jump if false, constant) about
+/// each system call of the calling thread and of threads that it starts, and log what that refuses.
+/// For good.
+///
+/// # Errors
+/// If the kernel has no seccomp, or the program is none.
+pub fn restrict_calls(program: &[(u16, u8, u8, u32)]) -> Result<()> {
+    let failed = |error: io::Error| Error::os("seccomp", &error);
+    rustix::thread::set_no_new_privs(true).map_err(|errno| failed(errno.into()))?;
+    let line = |&(code, jt, jf, k): &(u16, u8, u8, u32)| libc::sock_filter { code, jt, jf, k };
+    let mut lines: Vec<_> = program.iter().map(line).collect();
+    let len = u16::try_from(lines.len()).map_err(|_| Error::invalid("seccomp", "too long"))?;
+    let program = libc::sock_fprog { len, filter: lines.as_mut_ptr() };
+    let (mode, flags) = (libc::SECCOMP_SET_MODE_FILTER, libc::SECCOMP_FILTER_FLAG_LOG);
+    // SAFETY: the kernel copies `len` lines from `filter`; `lines` keeps them until after the call.
+    if unsafe { libc::syscall(libc::SYS_seccomp, mode, flags, &raw const program) } != 0 {
+        return Err(failed(io::Error::last_os_error()));
+    }
+    Ok(())
+}
+
 /// Runs `work` on a thread with a table of descriptors of its own, which holds nothing but standard
 /// input, output and error and a copy of `fd`. What it waits for can then come from this process:
 /// when the process is killed, its files (and so the device that it serves) close although this

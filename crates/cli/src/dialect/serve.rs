@@ -14,7 +14,7 @@ use super::wish::Wish;
 use super::{Tool, list};
 use crate::args::{Export, PathChoice};
 use crate::assemble::{CATALOG, assemble};
-use crate::{front, protect, server};
+use crate::{front, protect, sandbox, server};
 
 /// Makes a device as `wish` says, and prints it as `tool` does.
 ///
@@ -51,6 +51,7 @@ fn make(wish: &Wish, plan: &Plan) -> Result<Made> {
     front::choose(Export::Ublk, PathChoice::Auto)?;
     // Their tests make several devices of one file.
     let (stack, bottoms) = assemble(plan, Access::Share)?.into_parts();
+    sandbox::process(sandbox::Choice::On);
     let service = Service {
         stack,
         bottoms,

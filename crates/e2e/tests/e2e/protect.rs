@@ -15,6 +15,8 @@ pub fn add(group: &mut Group, kind: Kind) {
     group.add("a_limit_on_locked_memory_is_respected_and_said", move || limited(kind));
     group.alone("a_server_that_crashes_is_not_dumped", move || no_dump(kind));
     group.add("a_server_has_mounts_of_its_own_that_follow_the_machines", move || mounts(kind));
+    group.add("every_thread_of_a_server_is_shut_in_and_no_guard", move || sandbox(kind));
+    group.add("a_server_can_be_made_without_a_sandbox", move || no_sandbox(kind));
     group.add("a_server_shares_mounts_that_could_not_follow", move || shared_mounts(kind));
 }
 
@@ -98,13 +100,13 @@ fn no_dump(kind: Kind) -> Outcome {
     let dumped = Path::new("/run/devsplice-was-dumped");
     let touch = format!("|/usr/bin/touch {}", dumped.display());
     let _pattern = Setting::change("/proc/sys/kernel/core_pattern", &touch);
-    let crash = || call("sh", ["-c", "kill -SEGV $$"]).run();
+    let crash = || call("sh", ["-c", "kill -ABRT $$"]).run();
     assert_eq!(crash().code, None);
     wait_until(10, "a dump of what may be dumped", || dumped.exists());
     std::fs::remove_file(dumped).unwrap();
     let room = Room::new();
     let disk = room.add(kind, &room.file("a", 1 << 20), &["--recovery", "off"]);
-    disk.server().signal(Signal::SEGV);
+    disk.server().signal(Signal::ABORT);
     disk.is_gone_within(20);
     assert!(!dumped.exists(), "the server was dumped");
     Ok(())
@@ -159,5 +161,54 @@ fn shared_mounts(kind: Kind) -> Outcome {
     assert!(info.contains("is no shared mount"), "{info}");
     room.devsplice(["del", &name]).ok();
     assert!(room.state().is_empty());
+    Ok(())
+}
+
+/// A number of `status`, for each thread: name, number.
+fn numbers(process: Process, what: &str) -> Vec<(String, u64)> {
+    let statuses = of_threads(process, "status");
+    let field = |status: &str, what: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(&format!("{what}:")));
+        line.unwrap_or_else(|| panic!("no {what} in {status}")).trim().to_owned()
+    };
+    let each = statuses.iter();
+    each.map(|status| (field(status, "Name"), field(status, what).parse().unwrap())).collect()
+}
+
+fn sandbox(kind: Kind) -> Outcome {
+    let room = Room::new();
+    let disk = room.add(kind, &room.file("a", 1 << 20), &[]);
+    // Threads of the kernel that io_uring starts make no system calls.
+    let all = |what: &str| {
+        let mut all = numbers(disk.server(), what);
+        all.retain(|(name, _)| !name.starts_with("iou-"));
+        all
+    };
+    // 2: filters decide (include/uapi/linux/seccomp.h).
+    let modes = all("Seccomp");
+    assert!(modes.len() > 2 && modes.iter().all(|(_, mode)| *mode == 2), "{modes:?}");
+    for (name, count) in all("Seccomp_filters") {
+        let wanted = if name.starts_with("io/") { 3 } else { 2 };
+        assert_eq!(count, wanted, "{name}");
+    }
+    // The guard may have to become a server, which opens files and has a guard of its own.
+    assert!(numbers(disk.guard(), "Seccomp").iter().all(|(_, mode)| *mode == 0));
+    let info = disk.info();
+    assert_eq!(info["sandbox"]["process"], "on");
+    let word = info["sandbox"]["io_threads"].as_str().unwrap();
+    assert!(word.starts_with("on, system calls"), "{word}");
+    assert!(room.devsplice(["info", &disk.name]).ok().contains(word));
+    disk.remove();
+    Ok(())
+}
+
+fn no_sandbox(kind: Kind) -> Outcome {
+    let room = Room::new();
+    let disk = room.add(kind, &room.file("a", 1 << 20), &["--sandbox", "off"]);
+    let modes = numbers(disk.server(), "Seccomp");
+    assert!(modes.iter().all(|(_, mode)| *mode == 0), "{modes:?}");
+    assert_eq!(disk.info()["sandbox"]["process"], "off: --sandbox off");
+    assert!(!disk.info()["warnings"].to_string().contains("sandbox"));
+    disk.remove();
     Ok(())
 }
