@@ -163,6 +163,11 @@ fn succeed(name: &str) {
 }
 
 impl Guard {
+    /// Its process.
+    pub fn pid(&self) -> i32 {
+        self.pid
+    }
+
     /// Names the disk that is to be cleaned up after.
     pub fn name(&mut self, name: &str) {
         let _ = self.pipe.write_all(format!("{name}\n").as_bytes());
