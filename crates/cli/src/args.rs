@@ -4,6 +4,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use devsplice_exports::ublk::{DataPath, Recovery};
 use serde::{Deserialize, Serialize};
 
+use crate::sandbox::Choice;
+
 const AFTER_HELP: &str = "\
 Exit codes: 0 done; 1 it failed, the message says what and what to do (doctor: no disk can be made
 here); 2 the command line makes no sense.
@@ -51,6 +53,10 @@ pub enum Command {
     /// Show one disk: what it is, how data moves, what was counted.
     #[command(alias = "status")]
     Info(Info),
+    /// Print what all disks are and have counted, as Prometheus reads it.
+    Metrics(Metrics),
+    /// Show what all disks are doing, again and again.
+    Top(Top),
     /// Have a layer of a disk do something, as docs/stack.md says for it.
     Tell(Tell),
     /// Write fresh metadata for the layer at the top of a stack, a mirror for example.
@@ -73,6 +79,9 @@ pub enum Command {
     Doctor(Doctor),
     /// Remove what dead servers left: state, links, ublk and loop devices that nobody can use.
     Gc(Gc),
+    /// Print what udev's rules ask about a node.
+    #[command(hide = true)]
+    UdevInfo(UdevInfo),
     /// Write manual pages, one per command.
     Man(Man),
     /// Print the completion script of a shell.
@@ -220,6 +229,14 @@ pub struct Add {
     /// What becomes of the disk when its server dies. It is served again at once, by itself.
     #[arg(long, value_enum, default_value = "auto")]
     pub recovery: RecoveryChoice,
+    /// Measure latencies below each layer; info, metrics and top show them.
+    #[arg(long)]
+    #[serde(default)]
+    pub latency: bool,
+    /// Whether the server may do only what servers do, once it is set up.
+    #[arg(long, value_enum, default_value = "on")]
+    #[serde(default)]
+    pub sandbox: Choice,
     /// Serve from this process, until a signal; messages go to standard error.
     #[arg(long, short = 'f')]
     #[serde(skip)]
@@ -545,6 +562,61 @@ pub struct Gc {
     /// Print JSON.
     #[arg(long)]
     pub json: bool,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct Metrics {
+    /// Serve them over HTTP at this address, such as 127.0.0.1:9765, until the process is ended.
+    #[arg(long, value_name = "ADDR", conflicts_with = "textfile")]
+    pub listen: Option<String>,
+    /// Write them to a file, for node_exporter's textfile collector.
+    #[arg(long, value_name = "PATH")]
+    pub textfile: Option<std::path::PathBuf>,
+}
+
+/// `--sort` of `top`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum SortChoice {
+    /// From A on.
+    Name,
+    /// Most reads and writes a second first.
+    Iops,
+    /// Most bytes a second first.
+    Throughput,
+    /// Most requests in flight first.
+    Queue,
+    /// Longest time of a request first.
+    Wait,
+    /// Most errors first.
+    Errors,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct Top {
+    /// Seconds between two looks.
+    #[arg(long, short = 'd', value_name = "SECONDS", default_value_t = 1.0)]
+    pub delay: f64,
+    /// How many times to look.
+    #[arg(long, short = 'n', value_name = "N")]
+    pub count: Option<u64>,
+    /// What comes first.
+    #[arg(long, short = 's', value_enum, default_value = "iops")]
+    pub sort: SortChoice,
+    /// Look once, over one interval, and print that.
+    #[arg(long)]
+    pub once: bool,
+    /// Print a table each time rather than draw on the terminal.
+    #[arg(long, short = 'b')]
+    pub batch: bool,
+    /// Print a line of JSON each time.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct UdevInfo {
+    /// A node of a whole disk, such as /dev/ublkb0.
+    pub device: String,
 }
 
 #[derive(Args, Clone, Debug)]

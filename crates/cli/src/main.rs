@@ -19,12 +19,18 @@ mod info;
 mod launch;
 mod list;
 mod listen;
+mod metrics;
+mod notify;
 mod papers;
+mod protect;
 mod recover;
+mod sandbox;
 mod server;
 mod state;
 mod tell;
+mod top;
 mod transfer;
+mod udev;
 
 use std::process::ExitCode;
 
@@ -71,6 +77,9 @@ fn run(command: &Command) -> Result<ExitCode> {
         Command::Features(features) => features::run(features).map(done),
         Command::Doctor(doctor) => doctor::run(doctor),
         Command::Gc(gc) => gc::run(gc).map(done),
+        Command::Metrics(metrics) => metrics::run(metrics).map(done),
+        Command::Top(top) => top::run(top).map(done),
+        Command::UdevInfo(info) => udev::run(info).map(done),
         Command::Man(man) => papers::man(man).map(done),
         Command::Completions(completions) => papers::completions(completions).map(done),
     }

@@ -16,12 +16,13 @@ use serde_json::{Value, json};
 use signal_hook::consts::SIGHUP;
 
 use crate::args::{Add, Export, RecoveryChoice};
-use crate::assemble::assemble;
+use crate::assemble::assemble_with;
 use crate::front::{self, Front};
 use crate::guard::Guard;
 use crate::listen::{Call, Lines, News};
+use crate::sandbox::{self, Choice};
 use crate::state::{self, Claim, Disk};
-use crate::tell;
+use crate::{notify, protect, tell};
 
 /// How long what is in memory for the disk may take to be written out before it is removed.
 const SYNC_PATIENCE: Duration = Duration::from_secs(120);
@@ -162,6 +163,7 @@ impl Server {
             disk.pid = std::process::id();
             disk.started_ms = state::now_ms();
             let service = open(plan, &mut disk)?;
+            sandbox::process(disk.made_with.as_ref().map_or(Choice::On, |add| add.sandbox));
             let front = attach(service, &mut disk, &mut claim)?;
             Ok((lines, news, front))
         })();
@@ -170,6 +172,7 @@ impl Server {
             Err(error) => return Err((claim, error)),
         };
         disk.warnings.extend(front.crew().warnings.iter().cloned());
+        disk.warnings.extend(protect::warnings().into_iter().chain(sandbox::warnings()));
         disk.device = front.path().to_owned();
         disk.data_path = front.data_path().to_owned();
         disk.recovery = front.recovery().to_owned();
@@ -194,7 +197,7 @@ impl Server {
     /// If the disk could not be removed in the end.
     pub fn run(mut self) -> Result<()> {
         loop {
-            match self.news.recv() {
+            match notify::recv(&self.news) {
                 Ok(News::Request(Call::Stop { force }, answer)) => {
                     if !force && let Some(refusal) = self.refusal() {
                         answer.send(refusal);
@@ -277,6 +280,8 @@ impl Server {
 
     fn info(&self) -> Value {
         let mut info = self.disk.shown();
+        info["protection"] = protect::shown();
+        info["sandbox"] = sandbox::shown();
         info["held"] = json!(host::is_held(&self.disk.device));
         let Phase::Up(front) = &self.phase else {
             info["state"] = json!("quiesced");
@@ -305,6 +310,7 @@ impl Server {
 
     /// Removes the disk and all traces of it.
     fn remove(self) -> Result<()> {
+        notify::stopping();
         let Server { phase, claim, guard, .. } = self;
         let removed = match phase {
             Phase::Up(front) => front.detach().map(drop),
@@ -335,6 +341,7 @@ struct Parts {
 
 impl Parts {
     fn guarded(self, guard: Guard) -> Server {
+        notify::ready(&self.disk.device, guard.pid());
         let Parts { front, disk, plan, claim, lines, news } = self;
         Server { phase: Phase::Up(front), disk, plan, claim, guard, lines, news }
     }
@@ -367,7 +374,8 @@ pub(crate) fn passing(plan: &Plan) -> Option<&str> {
 
 /// Opens a stack to serve it, and writes down what the disk is with it.
 pub(crate) fn open(plan: &Plan, disk: &mut Disk) -> Result<Service> {
-    let assembled = assemble(plan, Access::Serve)?;
+    let latency = disk.made_with.as_ref().is_some_and(|add| add.latency);
+    let assembled = assemble_with(plan, Access::Serve, latency)?;
     disk.warnings = assembled.warnings();
     let limits = *assembled.stack.limits();
     let asked = disk.made_with.as_ref().is_some_and(|add| add.read_only);

@@ -4,7 +4,11 @@
 use std::ptr::NonNull;
 
 use devsplice_core::{Error, Result};
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mlock, mmap_anonymous, munmap};
+use rustix::mm::{MapFlags, ProtFlags, mlock, mmap_anonymous, munmap};
+
+/// How memory is given back, be it locked or not (Linux 5.18): all of the process may be locked,
+/// on fault.
+const DONTNEED: libc::c_int = libc::MADV_DONTNEED_LOCKED;
 
 /// Slots of equal size. Untouched ones cost no memory.
 pub(crate) struct Arena {
@@ -106,7 +110,7 @@ impl Arena {
             // SAFETY: the range is `free` whole slots of the mapping. No queued entry names them
             // (the count above, kept by `Uring`), `&mut self` excludes slices of them, and zeros
             // are as good as any bytes there. A failure leaves them as they are.
-            let _ = unsafe { madvise(start.cast(), free * self.stride, Advice::LinuxDontNeed) };
+            let _ = unsafe { libc::madvise(start.cast(), free * self.stride, DONTNEED) };
             slot += free + 1;
         }
     }

@@ -16,6 +16,7 @@ mod life;
 mod luck;
 mod manners;
 mod mirror;
+mod protect;
 mod reach;
 mod recover;
 mod replay;
@@ -86,6 +87,7 @@ fn groups() -> Vec<Group> {
             mirror::add(&mut group, kind);
             manners::add(&mut group, kind);
             luck::add(&mut group, kind);
+            protect::add(&mut group, kind);
             reach::add_once(&mut group, kind);
             if kind == home {
                 dialect::add(&mut group, kind);
