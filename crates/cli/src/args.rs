@@ -98,6 +98,20 @@ pub enum Export {
     Ublk,
     /// /dev/loopN over a file that this process serves; any Linux from 5.19.
     Fuse,
+    /// No device, but a server that NBD clients connect to, at --listen.
+    Nbd,
+}
+
+impl Export {
+    /// The word that users see and type.
+    pub fn name(self) -> &'static str {
+        match self {
+            Export::Auto => "auto",
+            Export::Ublk => "ublk",
+            Export::Fuse => "fuse",
+            Export::Nbd => "nbd",
+        }
+    }
 }
 
 /// `--data-path`, as typed.
@@ -192,6 +206,24 @@ pub struct Add {
     /// Which front end makes the disk.
     #[arg(long, value_enum, default_value = "auto")]
     pub export: Export,
+    /// Where NBD clients connect: unix:PATH, nbd://HOST:PORT or nbd+unix:///?socket=PATH. More
+    /// than once for more places. Says `--export nbd`.
+    #[arg(long, value_name = "URI")]
+    #[serde(default)]
+    pub listen: Vec<String>,
+    /// Who may connect by NBD: uid:1000, 192.0.2.7, 192.0.2.0/24. More than once for more.
+    #[arg(long, value_name = "WHO")]
+    #[serde(default)]
+    pub allow: Vec<String>,
+    /// Let NBD clients that come over a network change data, too.
+    #[arg(long)]
+    #[serde(default)]
+    pub writable: bool,
+    /// Most NBD connections at a time.
+    #[arg(long, value_name = "N", default_value_t = CONNECTIONS,
+        value_parser = clap::value_parser!(u16).range(1..=256))]
+    #[serde(default = "connections")]
+    pub connections: u16,
     /// How data moves between a ublk request and its place.
     #[arg(long, value_enum, default_value = "auto")]
     pub data_path: PathChoice,
@@ -245,6 +277,13 @@ pub struct Add {
     #[arg(long)]
     #[serde(skip)]
     pub json: bool,
+}
+
+/// NBD connections at a time, unless told otherwise.
+pub const CONNECTIONS: u16 = 16;
+
+fn connections() -> u16 {
+    CONNECTIONS
 }
 
 #[derive(Args, Clone, Debug)]

@@ -4,5 +4,6 @@ pub mod disk;
 pub mod fuse;
 pub mod host;
 pub mod local;
+pub mod nbd;
 pub mod threads;
 pub mod ublk;

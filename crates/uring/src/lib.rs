@@ -24,4 +24,5 @@ pub mod uapi;
 pub use bytes::Bytes;
 pub use files::{FileKind, RingFile};
 pub use ring::batch::Buffers;
+pub use ring::socket::{MAX_OUTGOING, Outgoing, Wait};
 pub use ring::{Command, Config, LaneMemory, Prepared, Slots, Uring, open};

@@ -6,6 +6,7 @@ mod client;
 mod helped;
 mod kept;
 mod slots;
+pub(crate) mod socket;
 
 pub use slots::Slots;
 
@@ -89,6 +90,8 @@ const KIND_BELL: u64 = 7 << KIND_SHIFT;
 const KIND_TAGS: u64 = 8 << KIND_SHIFT;
 /// A list of elements is the lane's again.
 const KIND_LIST: u64 = 9 << KIND_SHIFT;
+/// A lane's send is over.
+const KIND_SENT: u64 = 10 << KIND_SHIFT;
 const KIND_MASK: u64 = 0xff << KIND_SHIFT;
 
 /// Files of the ring itself: what reads as zeros.
@@ -124,6 +127,8 @@ pub struct Uring {
     zeroes: Arena,
     /// For the lanes whose exports work in batches.
     batches: Vec<Option<batch::Batch>>,
+    /// For the lanes whose exports send to sockets, since the first time that they did.
+    messages: Vec<Option<Box<socket::Message>>>,
     /// Rung by other threads.
     pub(crate) bell: Option<Arc<OwnedFd>>,
     start: Instant,
@@ -177,6 +182,7 @@ impl Uring {
             slot_bases,
             zeroes: Arena::new(1, ZEROES_LEN, false)?,
             batches: Vec::new(),
+            messages: std::iter::repeat_with(|| None).take(config.lanes.len()).collect(),
             bell: None,
             start: Instant::now(),
             bytes_spliced: 0,
@@ -384,6 +390,7 @@ impl Uring {
                 self.listen();
                 return None;
             }
+            KIND_SENT => self.sent(lane),
             KIND_TAGS | KIND_LIST => self.batch_completed(kind, lane, flags),
             _ => self.arena(lane).give_back(tag_of(index)),
         }
