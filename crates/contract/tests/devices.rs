@@ -75,6 +75,7 @@ fn serve(name: &str, slips: bool) -> Result<(Device, Temp)> {
     let bottoms = vec![Bottom::File { fd: file.into(), kind: FileKind::Regular }];
     let options = Options {
         name: format!("{name}-{}", std::process::id()),
+        data_path: None,
         queues: 1,
         threads: 1,
         depth: 64,

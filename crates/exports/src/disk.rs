@@ -61,6 +61,7 @@ impl Disk {
         }
         let options = fuse::Options {
             name: name.to_owned(),
+            data_path: None,
             queues: 1,
             threads: 1,
             depth: DEPTH,

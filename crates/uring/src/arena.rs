@@ -69,6 +69,21 @@ impl Arena {
         unsafe { self.base.add(slot * self.stride + at) }
     }
 
+    /// How many slots there are.
+    pub(crate) fn slots(&self) -> usize {
+        self.lent.len()
+    }
+
+    /// Bytes of a slot.
+    pub(crate) fn room(&self) -> usize {
+        self.stride
+    }
+
+    /// How many entries name the slot's memory.
+    pub(crate) fn lent(&self, slot: usize) -> u16 {
+        self.lent[slot]
+    }
+
     /// An entry that names the slot's memory was queued.
     #[inline]
     pub(crate) fn lend(&mut self, slot: usize) {

@@ -2,10 +2,12 @@
 //! whom.
 
 pub(crate) mod batch;
+mod fuse;
 mod helped;
 mod kept;
 mod slots;
 
+pub use fuse::{FUSE_OP_AT, FuseEntry, FusePayload};
 pub use slots::Slots;
 
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -88,6 +90,8 @@ const KIND_BELL: u64 = 7 << KIND_SHIFT;
 const KIND_TAGS: u64 = 8 << KIND_SHIFT;
 /// A list of elements is the lane's again.
 const KIND_LIST: u64 = 9 << KIND_SHIFT;
+/// An entry of FUSE has a request, or will not have one any more.
+const KIND_FUSE: u64 = 10 << KIND_SHIFT;
 const KIND_MASK: u64 = 0xff << KIND_SHIFT;
 
 /// Files of the ring itself: what reads as zeros.
@@ -123,6 +127,8 @@ pub struct Uring {
     zeroes: Arena,
     /// For the lanes whose exports work in batches.
     batches: Vec<Option<batch::Batch>>,
+    /// For the lanes that FUSE uses.
+    fuse: Vec<Option<fuse::Headers>>,
     /// Rung by other threads.
     pub(crate) bell: Option<Arc<OwnedFd>>,
     start: Instant,
@@ -137,11 +143,24 @@ impl Uring {
     /// # Errors
     /// If the kernel has no io_uring to give, or the tables do not fit its limits.
     pub fn new(config: &Config) -> Result<Uring> {
+        Uring::with(config, false)
+    }
+
+    /// As [`Uring::new`], with entries of 128 bytes, which some devices' commands need.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn wide(config: &Config) -> Result<Uring> {
+        Uring::with(config, true)
+    }
+
+    fn with(config: &Config, wide: bool) -> Result<Uring> {
         let depth: u32 = config.lanes.iter().map(|lane| u32::from(lane.depth)).sum();
         let depth = depth + u32::from(config.inner) * u32::from(INNER_DEPTH);
         // A tag has at most its own command and its splices out at a time.
         let entries = (depth + config.flights).next_power_of_two().clamp(64, 4096);
-        let queues = Queues::new(entries, entries * 4)?;
+        let queues = if wide { Queues::wide } else { Queues::new };
+        let queues = queues(entries, entries * 4)?;
         let mut arenas = Vec::new();
         let mut slot_bases = Vec::new();
         let mut slots = 0_u32;
@@ -176,6 +195,7 @@ impl Uring {
             slot_bases,
             zeroes: Arena::new(1, ZEROES_LEN, false)?,
             batches: Vec::new(),
+            fuse: Vec::new(),
             bell: None,
             start: Instant::now(),
             bytes_spliced: 0,
@@ -383,6 +403,7 @@ impl Uring {
                 self.listen();
                 return None;
             }
+            KIND_FUSE => self.fuse_completed(lane, index),
             KIND_TAGS | KIND_LIST => self.batch_completed(kind, lane, flags),
             _ => self.arena(lane).give_back(tag_of(index)),
         }
