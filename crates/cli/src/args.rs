@@ -1,6 +1,7 @@
 //! Answers for the command line: every command, option and help text, defined once.
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use devsplice_exports::fuse;
 use devsplice_exports::ublk::{DataPath, Recovery};
 use serde::{Deserialize, Serialize};
 
@@ -128,13 +129,32 @@ pub enum PathChoice {
     UserCopy,
     /// The kernel copies to and from our memory: one copy (Linux 6.0).
     Copy,
+    /// FUSE over io_uring with request pages in slots: no copy (Linux 7.3, if it is switched on).
+    FuseZeroCopy,
+    /// FUSE over io_uring: one copy (Linux 6.14, if it is switched on).
+    FuseUring,
+    /// FUSE by /dev/fuse: one copy.
+    FuseCopy,
 }
 
 impl PathChoice {
-    /// The path that is forced, if one is.
+    /// The path of FUSE that is forced, if one is.
+    pub fn fuse(self) -> Option<fuse::DataPath> {
+        match self {
+            PathChoice::FuseZeroCopy => Some(fuse::DataPath::ZeroCopy),
+            PathChoice::FuseUring => Some(fuse::DataPath::Entries),
+            PathChoice::FuseCopy => Some(fuse::DataPath::Copy),
+            _ => None,
+        }
+    }
+
+    /// The path of ublk that is forced, if one is.
     pub fn forced(self) -> Option<DataPath> {
         match self {
-            PathChoice::Auto => None,
+            PathChoice::Auto
+            | PathChoice::FuseZeroCopy
+            | PathChoice::FuseUring
+            | PathChoice::FuseCopy => None,
             PathChoice::AutoRegister => Some(DataPath::AutoRegister),
             PathChoice::Register => Some(DataPath::Register),
             PathChoice::UserCopy => Some(DataPath::UserCopy),

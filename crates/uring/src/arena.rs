@@ -4,7 +4,7 @@
 use std::ptr::NonNull;
 
 use devsplice_core::{Error, Result};
-use rustix::mm::{MapFlags, ProtFlags, mlock, mmap_anonymous, munmap};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mlock, mmap_anonymous, munmap};
 
 /// How memory is given back, be it locked or not (Linux 5.18): all of the process may be locked,
 /// on fault.
@@ -82,6 +82,21 @@ impl Arena {
         unsafe { self.base.add(slot * self.stride + at) }
     }
 
+    /// How many slots there are.
+    pub(crate) fn slots(&self) -> usize {
+        self.lent.len()
+    }
+
+    /// Bytes of a slot.
+    pub(crate) fn room(&self) -> usize {
+        self.stride
+    }
+
+    /// How many entries name the slot's memory.
+    pub(crate) fn lent(&self, slot: usize) -> u16 {
+        self.lent[slot]
+    }
+
     /// An entry that names the slot's memory was queued.
     #[inline]
     pub(crate) fn lend(&mut self, slot: usize) {
@@ -139,6 +154,14 @@ impl Arena {
             let _ = unsafe { libc::madvise(start.cast(), free * self.stride, DONTNEED) };
             slot += free + 1;
         }
+    }
+
+    /// Makes all memory of a slot resident, so that the kernel touches it without waiting. Best
+    /// effort: where there is none to be had, it waits later.
+    pub(crate) fn populate(&self, slot: usize) {
+        let start = self.place(slot, 0, self.stride);
+        // SAFETY: a whole slot of the mapping, as `place` has asserted; no contents change.
+        let _ = unsafe { madvise(start.as_ptr().cast(), self.stride, Advice::LinuxPopulateWrite) };
     }
 
     /// Whether the kernel may still touch any of it.

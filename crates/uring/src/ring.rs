@@ -3,14 +3,16 @@
 
 pub(crate) mod batch;
 mod client;
+mod fuse;
 mod helped;
 mod kept;
 mod slots;
 pub(crate) mod socket;
 
+pub use fuse::{FUSE_OP_AT, FuseEntry, FusePayload};
 pub use slots::Slots;
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -92,6 +94,8 @@ const KIND_TAGS: u64 = 8 << KIND_SHIFT;
 const KIND_LIST: u64 = 9 << KIND_SHIFT;
 /// A lane's send is over.
 const KIND_SENT: u64 = 10 << KIND_SHIFT;
+/// An entry of FUSE has a request, or will not have one any more.
+const KIND_FUSE: u64 = 11 << KIND_SHIFT;
 const KIND_MASK: u64 = 0xff << KIND_SHIFT;
 
 /// Files of the ring itself: what reads as zeros.
@@ -129,6 +133,8 @@ pub struct Uring {
     batches: Vec<Option<batch::Batch>>,
     /// For the lanes whose exports send to sockets, since the first time that they did.
     messages: Vec<Option<Box<socket::Message>>>,
+    /// For the lanes that FUSE uses.
+    fuse: Vec<Option<fuse::Headers>>,
     /// Rung by other threads.
     pub(crate) bell: Option<Arc<OwnedFd>>,
     start: Instant,
@@ -143,11 +149,24 @@ impl Uring {
     /// # Errors
     /// If the kernel has no io_uring to give, or the tables do not fit its limits.
     pub fn new(config: &Config) -> Result<Uring> {
+        Uring::with(config, false)
+    }
+
+    /// As [`Uring::new`], with entries of 128 bytes, which some devices' commands need.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn wide(config: &Config) -> Result<Uring> {
+        Uring::with(config, true)
+    }
+
+    fn with(config: &Config, wide: bool) -> Result<Uring> {
         let depth: u32 = config.lanes.iter().map(|lane| u32::from(lane.depth)).sum();
         let depth = depth + u32::from(config.inner) * u32::from(INNER_DEPTH);
         // A tag has at most its own command and its splices out at a time.
         let entries = (depth + config.flights).next_power_of_two().clamp(64, 4096);
-        let queues = Queues::new(entries, entries * 4)?;
+        let queues = if wide { Queues::wide } else { Queues::new };
+        let queues = queues(entries, entries * 4)?;
         let mut arenas = Vec::new();
         let mut slot_bases = Vec::new();
         let mut slots = 0_u32;
@@ -183,6 +202,7 @@ impl Uring {
             zeroes: Arena::new(1, ZEROES_LEN, false)?,
             batches: Vec::new(),
             messages: std::iter::repeat_with(|| None).take(config.lanes.len()).collect(),
+            fuse: Vec::new(),
             bell: None,
             start: Instant::now(),
             bytes_spliced: 0,
@@ -277,6 +297,29 @@ impl Uring {
             fd: i32::from(file.0),
             flags: SQE_FIXED_FILE,
             op_flags: u32::try_from(libc::POLLIN).unwrap_or(1),
+            user_data: KIND_EXPORT | u64::from(lane) << 32 | u64::from(index),
+            ..Sqe::default()
+        });
+    }
+
+    /// As [`Uring::poll`], of a file that is not among the ring's: such a wait may be left alone when
+    /// the ring goes. The file must be open as long as the ring.
+    pub fn poll_other(&mut self, (lane, index): (u16, u32), file: BorrowedFd<'_>) {
+        self.queues.push(Sqe {
+            opcode: OP_POLL_ADD,
+            fd: file.as_raw_fd(),
+            op_flags: u32::try_from(libc::POLLIN).unwrap_or(1),
+            user_data: KIND_EXPORT | u64::from(lane) << 32 | u64::from(index),
+            ..Sqe::default()
+        });
+    }
+
+    /// As [`Uring::cancel`], for a [`Uring::poll`].
+    pub fn cancel_poll(&mut self, (lane, index): (u16, u32), which: u32) {
+        self.queues.push(Sqe {
+            opcode: OP_ASYNC_CANCEL,
+            fd: -1,
+            addr: KIND_EXPORT | u64::from(lane) << 32 | u64::from(which),
             user_data: KIND_EXPORT | u64::from(lane) << 32 | u64::from(index),
             ..Sqe::default()
         });
@@ -391,6 +434,7 @@ impl Uring {
                 return None;
             }
             KIND_SENT => self.sent(lane),
+            KIND_FUSE => self.fuse_completed(lane, index),
             KIND_TAGS | KIND_LIST => self.batch_completed(kind, lane, flags),
             _ => self.arena(lane).give_back(tag_of(index)),
         }

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use devsplice_core::{Error, ErrorKind, Result};
 
-use crate::setup::{self, Cqe, FLAG_SETS, Made, Mapping};
+use crate::setup::{self, Cqe, FLAG_SETS, Made, Mapping, WIDE_FLAGS};
 use crate::uapi::{ENTER_GETEVENTS, ENTER_REGISTERED_RING, Sqe};
 
 /// The pair of queues with its counters.
@@ -19,6 +19,8 @@ pub(crate) struct Queues {
     sq_tail: NonNull<AtomicU32>,
     sq_mask: u32,
     sqes: NonNull<Sqe>,
+    /// 1 where each entry has a second half of 64 bytes, which only some commands use; else 0.
+    wide: u8,
     /// Entries since the start, so where the next one goes; published by `enter`.
     tail: u64,
     /// Where there is no room any more, as far as is known.
@@ -63,6 +65,12 @@ impl Queues {
         Err(unavailable(&error))
     }
 
+    /// As `new`, with entries of 128 bytes.
+    pub(crate) fn wide(entries: u32, completions: u32) -> Result<Queues> {
+        let made = setup::make(entries, completions, WIDE_FLAGS);
+        made.map(Queues::with).map_err(|error| unavailable(&error))
+    }
+
     fn with(made: Made) -> Queues {
         let Made { rings, entries, params, fd } = made;
         let (sq, cq) = (&params.sq, &params.cq);
@@ -83,7 +91,8 @@ impl Queues {
             sq_head: rings.at(sq.head, 1),
             sq_tail: rings.at(sq.tail, 1),
             sq_mask: sq_entries - 1,
-            sqes: entries.at(0, sq_entries),
+            sqes: entries.at(0, sq_entries << u8::from(params.is_wide())),
+            wide: u8::from(params.is_wide()),
             tail: 0,
             full_at: u64::from(sq_entries),
             cq_head: rings.at(cq.head, 1),
@@ -133,7 +142,7 @@ impl Queues {
         if self.is_full() {
             self.make_room();
         }
-        let place = (self.place() & self.sq_mask) as usize;
+        let place = ((self.place() & self.sq_mask) as usize) << self.wide;
         // SAFETY: below the number of entries, so inside the mapping that `at` has asserted.
         let place = unsafe { self.sqes.add(place) };
         // SAFETY: the kernel has taken what was here (`full_at` is a whole queue behind its head)
@@ -142,6 +151,24 @@ impl Queues {
         // completion; `Uring` alone calls this.
         unsafe { place.write(make()) };
         self.tail += 1;
+    }
+
+    /// As `push`, of an entry with a second half.
+    ///
+    /// # Panics
+    /// If the ring's entries have none.
+    pub(crate) fn push_wide(&mut self, sqe: Sqe, rest: [u64; 8]) {
+        assert!(self.wide == 1, "the ring's entries have no second half");
+        if self.is_full() {
+            self.make_room();
+        }
+        let place = ((self.place() & self.sq_mask) as usize) << 1 | 1;
+        // SAFETY: below twice the number of entries, so inside the mapping that `at` has asserted.
+        let place = unsafe { self.sqes.add(place) };
+        // SAFETY: as in `push_made`, which fills the half before it: the entry is not the kernel's
+        // yet. The second half of an entry is as large as the first, and as aligned.
+        unsafe { place.cast::<[u64; 8]>().write(rest) };
+        self.push_made(|| sqe);
     }
 
     /// Whether there is no room, as far as is known.
@@ -239,6 +266,7 @@ impl Queues {
     fn imitate(&mut self, queued: u32) {
         for back in (1..=queued).rev() {
             let place = (self.place().wrapping_sub(back) & self.sq_mask) as usize;
+            let place = place << self.wide;
             // SAFETY: as in `push`.
             let mut place = unsafe { self.sqes.add(place) };
             // SAFETY: written by `push`, and not published to the kernel yet.

@@ -447,6 +447,7 @@ fn shape((options, extra): (&Options, &Extra), info: &DevInfo, path: DataPath) -
         queues: info.nr_hw_queues,
         threads,
         is_shared: extra.per_io,
+        is_wide: false,
         memory,
         stuck_seconds: options.stuck_seconds,
     }
