@@ -44,6 +44,8 @@ pub struct Shape {
     pub memory: LaneMemory,
     /// Seconds after which a request is reported as stuck; 0 for never.
     pub stuck_seconds: u32,
+    /// Whether rings are for requests that come one at a time.
+    pub low_depth: bool,
 }
 
 /// Makes the export of one queue: its number, the ring it lives on.
@@ -242,7 +244,8 @@ fn prepare(
     let files = u16::try_from(files)
         .map_err(|_| Error::invalid("stack", format!("{files} files in one ring")))?;
     let inner = u16::from(served.stack.lives().next().is_some());
-    let mut ring = Uring::new(&Config { flights, files, lanes, inner })?;
+    let make = if shape.low_depth { Uring::for_low_depth } else { Uring::new };
+    let mut ring = make(&Config { flights, files, lanes, inner })?;
     let mut bottoms = Vec::new();
     for bottom in opened {
         bottoms.push(match bottom {
@@ -272,7 +275,14 @@ mod tests {
     fn threads_share_out_queues_or_queues_threads() {
         let memory = LaneMemory { depth: 1, bytes: 0, slots: false, locked: false };
         let all = |queues, threads| {
-            let shape = Shape { queues, threads, is_shared: false, memory, stuck_seconds: 0 };
+            let shape = Shape {
+                queues,
+                threads,
+                is_shared: false,
+                memory,
+                stuck_seconds: 0,
+                low_depth: false,
+            };
             (0..threads).map(|thread| queues_of(thread, &shape)).collect::<Vec<_>>()
         };
         assert_eq!(all(4, 2), [[0, 2], [1, 3]]);

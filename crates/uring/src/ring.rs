@@ -1,6 +1,7 @@
 //! Answers for an I/O thread's ring: what the engine and the exports submit, what comes back to
 //! whom.
 
+mod ahead;
 pub(crate) mod batch;
 mod helped;
 mod kept;
@@ -88,6 +89,8 @@ const KIND_BELL: u64 = 7 << KIND_SHIFT;
 const KIND_TAGS: u64 = 8 << KIND_SHIFT;
 /// A list of elements is the lane's again.
 const KIND_LIST: u64 = 9 << KIND_SHIFT;
+/// Nobody wants to know.
+const KIND_NOTHING: u64 = 10 << KIND_SHIFT;
 const KIND_MASK: u64 = 0xff << KIND_SHIFT;
 
 /// Files of the ring itself: what reads as zeros.
@@ -137,11 +140,15 @@ impl Uring {
     /// # Errors
     /// If the kernel has no io_uring to give, or the tables do not fit its limits.
     pub fn new(config: &Config) -> Result<Uring> {
+        Uring::with(config, Queues::new)
+    }
+
+    fn with(config: &Config, queues: fn(u32, u32) -> Result<Queues>) -> Result<Uring> {
         let depth: u32 = config.lanes.iter().map(|lane| u32::from(lane.depth)).sum();
         let depth = depth + u32::from(config.inner) * u32::from(INNER_DEPTH);
         // A tag has at most its own command and its splices out at a time.
         let entries = (depth + config.flights).next_power_of_two().clamp(64, 4096);
-        let queues = Queues::new(entries, entries * 4)?;
+        let queues = queues(entries, entries * 4)?;
         let mut arenas = Vec::new();
         let mut slot_bases = Vec::new();
         let mut slots = 0_u32;
@@ -353,6 +360,28 @@ impl Uring {
         Ok(done)
     }
 
+    /// Submits everything, and waits for as many completions if none is known of.
+    #[inline]
+    fn enter_for(&mut self, most: u32) -> Result<()> {
+        let want = if self.queues.has_completions() { 0 } else { most };
+        if want == 0 && !self.queues.has_queued() && self.queues.has_completions() {
+            return Ok(());
+        }
+        match self.queues.enter(want) {
+            Ok(()) => Ok(()),
+            // Signals are not ours to handle; a full completion queue empties at the next turn.
+            Err(error)
+                if matches!(
+                    error.raw_os_error(),
+                    Some(libc::EINTR | libc::EAGAIN | libc::EBUSY)
+                ) =>
+            {
+                Ok(())
+            }
+            Err(error) => Err(Error::os("io_uring_enter", &error)),
+        }
+    }
+
     /// What helpers of byte backends have done.
     fn helped_event(&mut self) -> Option<Event> {
         if self.helpers.is_some() { self.landed() } else { None }
@@ -383,6 +412,7 @@ impl Uring {
                 self.listen();
                 return None;
             }
+            KIND_NOTHING => return None,
             KIND_TAGS | KIND_LIST => self.batch_completed(kind, lane, flags),
             _ => self.arena(lane).give_back(tag_of(index)),
         }
@@ -431,6 +461,10 @@ impl Ring for Uring {
         }
     }
 
+    fn splice_first(&mut self, key: u32, splice: &Splice<'_>) -> bool {
+        self.link(key, splice)
+    }
+
     fn after(&mut self, key: u32, ns: u64) {
         let beyond = (u32::MAX - key) as usize;
         let flights = self.times.len() - KEYS_BEYOND;
@@ -451,23 +485,11 @@ impl Ring for Uring {
     }
 
     fn enter(&mut self, wait: bool) -> Result<()> {
-        let want = u32::from(wait && !self.queues.has_completions());
-        if want == 0 && !self.queues.has_queued() && self.queues.has_completions() {
-            return Ok(());
-        }
-        match self.queues.enter(want) {
-            Ok(()) => Ok(()),
-            // Signals are not ours to handle; a full completion queue empties at the next turn.
-            Err(error)
-                if matches!(
-                    error.raw_os_error(),
-                    Some(libc::EINTR | libc::EAGAIN | libc::EBUSY)
-                ) =>
-            {
-                Ok(())
-            }
-            Err(error) => Err(Error::os("io_uring_enter", &error)),
-        }
+        self.enter_for(u32::from(wait))
+    }
+
+    fn enter_for_two(&mut self) -> Result<()> {
+        self.enter_for(2)
     }
 
     fn next(&mut self) -> Option<Event> {

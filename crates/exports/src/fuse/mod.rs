@@ -230,7 +230,7 @@ fn shape(options: &Options) -> Shape {
         LaneMemory { depth: options.depth.max(1), bytes: MAX_WRITE, slots: false, locked: false };
     let queues = options.queues.max(1);
     let (threads, stuck_seconds) = (options.threads.min(queues), options.stuck_seconds);
-    Shape { queues, threads, is_shared: false, memory, stuck_seconds }
+    Shape { queues, threads, is_shared: false, memory, stuck_seconds, low_depth: false }
 }
 
 fn make_queue(node: Arc<Node>, queues: Vec<OwnedFd>, depth: u16) -> Box<crate::threads::MakeQueue> {
