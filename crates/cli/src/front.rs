@@ -7,7 +7,7 @@ use devsplice_engine::Counts;
 use devsplice_exports::threads::{Crew, OnMade, Service};
 use devsplice_exports::{fuse, nbd, ublk};
 
-use crate::args::{Add, Export, PathChoice};
+use crate::args::{Add, Export, PathChoice, Switch};
 
 /// A disk of either kind.
 pub enum Front {
@@ -169,7 +169,7 @@ impl Front {
             return Ok(Front::Fuse(Box::new(device)));
         }
         let options = options(add, queues, threads);
-        let device = ublk::Device::attach(&options, service, on_made)?;
+        let device = ublk::Device::attach_with(&options, extra(add), service, on_made)?;
         Ok(Front::Ublk(Box::new(device)))
     }
 
@@ -253,6 +253,11 @@ impl Front {
             Front::Nbd(device) => device.detach(),
         }
     }
+}
+
+/// What else is asked of the driver.
+pub fn extra(add: &Add) -> ublk::Extra {
+    ublk::Extra { low_depth: add.low_depth == Switch::On, ..ublk::Extra::default() }
 }
 
 /// What a ublk device is to be; of one that is there already, only what is about threads counts.

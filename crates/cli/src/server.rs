@@ -122,10 +122,10 @@ impl Server {
             let add = left.made_with.as_ref();
             let add = add.ok_or_else(|| Error::invalid(&left.name, "its options are lost"))?;
             // Queues and their depth are as they were; the kernel knows them.
-            let options = front::options(add, 0, add.threads.unwrap_or(0));
-            Ok((plan, id, options))
+            let how = (front::options(add, 0, add.threads.unwrap_or(0)), front::extra(add));
+            Ok((plan, id, how))
         })();
-        let (plan, id, options) = match made {
+        let (plan, id, (options, extra)) = match made {
             Ok(made) => made,
             Err(error) => {
                 guard.dismiss();
@@ -135,7 +135,7 @@ impl Server {
         let mut disk = left.clone();
         disk.quiesced = false;
         let made = Server::make(&plan, disk, claim, |service, disk, claim| {
-            let suspended = Suspended::find(id, &options)?;
+            let suspended = Suspended::find_with(id, &options, extra)?;
             // Whoever comes after this process has to know it.
             claim.write(disk)?;
             let resumed = suspended.resume(service, Fit::Same);
