@@ -22,6 +22,8 @@ pub struct Options {
 pub enum Command {
     /// Make a disk of a stack and serve it in the background.
     Add(Add),
+    /// Start a process that serves many disks, with a fixed number of threads.
+    Serve(Serve),
     /// Serve a disk again whose server is gone, as it was before.
     Recover(Recover),
     /// Have this very program take over from the one that serves a disk, while it is used.
@@ -45,6 +47,12 @@ pub enum Command {
     Info(Info),
     /// Have a layer of a disk do something, as docs/stack.md says for it.
     Tell(Tell),
+    /// Follow what happens to disks: made, removed, restarted, resized, a leg dropped, I/O stuck.
+    Events(Events),
+    /// Write all disks down as a configuration that load takes.
+    Save(Save),
+    /// Make the disks of a configuration.
+    Load(Load),
     /// Write fresh metadata for the layer at the top of a stack, a mirror for example.
     Format(Format),
     /// Show where each byte of a request goes, and how often it is copied. Makes nothing.
@@ -202,6 +210,10 @@ pub struct Add {
     /// What becomes of the disk when its server dies. It is served again at once, by itself.
     #[arg(long, value_enum, default_value = "auto")]
     pub recovery: RecoveryChoice,
+    /// Have this server of many disks serve it (devsplice serve), rather than a process of its own.
+    #[arg(long, value_name = "NAME", conflicts_with = "foreground")]
+    #[serde(skip)]
+    pub server: Option<String>,
     /// Serve from this process, until a signal; messages go to standard error.
     #[arg(long, short = 'f')]
     #[serde(skip)]
@@ -209,6 +221,96 @@ pub struct Add {
     /// Print what was made as JSON.
     #[arg(long)]
     #[serde(skip)]
+    pub json: bool,
+}
+
+impl Add {
+    /// The options of a disk of this stack of which nothing else is said.
+    pub fn of(stack: &str) -> Add {
+        #[derive(Parser)]
+        struct Line {
+            #[command(flatten)]
+            add: Add,
+        }
+        Line::parse_from(["add", "--", stack]).add
+    }
+
+    /// The options with these fields, as they are written down; the others are as if not said.
+    ///
+    /// # Errors
+    /// Which field is no option, or has no such value.
+    pub fn with(fields: serde_json::Value) -> Result<Add, serde_json::Error> {
+        use serde::de::Error;
+        let stack = fields["stack"].as_str().unwrap_or_default().to_owned();
+        let mut all = serde_json::to_value(Add::of(&stack))?;
+        let serde_json::Value::Object(fields) = fields else {
+            return Err(serde_json::Error::custom("options are a table"));
+        };
+        for (name, value) in fields {
+            match all.get_mut(&name) {
+                Some(place) => *place = value,
+                None => return Err(serde_json::Error::custom(format!("no option `{name}`"))),
+            }
+        }
+        serde_json::from_value(all)
+    }
+
+    /// The fields that are not as if nothing was said.
+    pub fn changed(&self) -> serde_json::Value {
+        let all = serde_json::to_value(self).unwrap_or_default();
+        let plain = serde_json::to_value(Add::of(&self.stack)).unwrap_or_default();
+        let fields = all.as_object().into_iter().flatten();
+        let other = fields.filter(|(name, value)| plain.get(name) != Some(value));
+        other.map(|(name, value)| (name.clone(), value.clone())).collect()
+    }
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct Serve {
+    /// What to call it (letters, digits, . _ -).
+    #[arg(default_value = "main")]
+    pub name: String,
+    /// I/O threads, for all disks together [default: one per CPU].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Option<u16>,
+    /// Make the disks of this configuration (devsplice save).
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<std::path::PathBuf>,
+    /// Serve from this process, until a signal; messages go to standard error.
+    #[arg(long, short = 'f')]
+    pub foreground: bool,
+    /// Print what was started as JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct Events {
+    /// Only of this disk; until it is gone.
+    pub name: Option<String>,
+    /// Print a line of JSON for each.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct Save {
+    /// The file to write; standard output if not given.
+    pub file: Option<std::path::PathBuf>,
+    /// Only the disks of this server of many.
+    #[arg(long, value_name = "NAME")]
+    pub server: Option<String>,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct Load {
+    /// The configuration, as save writes it; - for standard input.
+    pub file: std::path::PathBuf,
+    /// Have this server of many disks serve them, whatever the configuration says.
+    #[arg(long, value_name = "NAME")]
+    pub server: Option<String>,
+    /// Print what was done as JSON.
+    #[arg(long)]
     pub json: bool,
 }
 
@@ -276,7 +378,7 @@ pub struct Resize {
 #[derive(Args, Clone, Debug)]
 pub struct Del {
     /// Its name, or its device node.
-    #[arg(required_unless_present = "all")]
+    #[arg(required_unless_present_any = ["all", "server"])]
     pub name: Option<String>,
     /// Remove it even while it is mounted or held; whoever uses it gets errors.
     #[arg(long)]
@@ -284,6 +386,9 @@ pub struct Del {
     /// Remove every disk that is served here.
     #[arg(long, short = 'a', conflicts_with = "name")]
     pub all: bool,
+    /// Remove every disk of this server of many, and end it.
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["name", "all"])]
+    pub server: Option<String>,
 }
 
 #[derive(Args, Clone, Debug)]

@@ -3,5 +3,6 @@
 pub mod disk;
 pub mod fuse;
 pub mod host;
+pub mod pool;
 pub mod threads;
 pub mod ublk;

@@ -24,4 +24,4 @@ pub mod uapi;
 pub use bytes::Bytes;
 pub use files::{FileKind, RingFile};
 pub use ring::batch::Buffers;
-pub use ring::{Command, Config, LaneMemory, Prepared, Slots, Uring, open};
+pub use ring::{Brief, Command, Config, LaneMemory, Prepared, Slots, Uring, open};

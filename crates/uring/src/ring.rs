@@ -2,10 +2,12 @@
 //! whom.
 
 pub(crate) mod batch;
+mod brief;
 mod helped;
 mod kept;
 mod slots;
 
+pub use brief::Brief;
 pub use slots::Slots;
 
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -125,6 +127,8 @@ pub struct Uring {
     batches: Vec<Option<batch::Batch>>,
     /// Rung by other threads.
     pub(crate) bell: Option<Arc<OwnedFd>>,
+    /// If it shares its thread with other rings.
+    brief: Option<Brief>,
     start: Instant,
     bytes_spliced: u64,
     bytes_copied: u64,
@@ -177,6 +181,7 @@ impl Uring {
             zeroes: Arena::new(1, ZEROES_LEN, false)?,
             batches: Vec::new(),
             bell: None,
+            brief: None,
             start: Instant::now(),
             bytes_spliced: 0,
             bytes_copied: 0,
@@ -353,6 +358,27 @@ impl Uring {
         Ok(done)
     }
 
+    /// Hands over what is queued, and waits for `want` completions.
+    #[inline]
+    fn enter_once(&mut self, want: u32) -> Result<()> {
+        if want == 0 && !self.queues.has_queued() && self.queues.has_completions() {
+            return Ok(());
+        }
+        match self.queues.enter(want) {
+            Ok(()) => Ok(()),
+            // Signals are not ours to handle; a full completion queue empties at the next turn.
+            Err(error)
+                if matches!(
+                    error.raw_os_error(),
+                    Some(libc::EINTR | libc::EAGAIN | libc::EBUSY)
+                ) =>
+            {
+                Ok(())
+            }
+            Err(error) => Err(Error::os("io_uring_enter", &error)),
+        }
+    }
+
     /// What helpers of byte backends have done.
     fn helped_event(&mut self) -> Option<Event> {
         if self.helpers.is_some() { self.landed() } else { None }
@@ -451,23 +477,11 @@ impl Ring for Uring {
     }
 
     fn enter(&mut self, wait: bool) -> Result<()> {
+        if self.brief.is_some() {
+            return self.enter_briefly(wait);
+        }
         let want = u32::from(wait && !self.queues.has_completions());
-        if want == 0 && !self.queues.has_queued() && self.queues.has_completions() {
-            return Ok(());
-        }
-        match self.queues.enter(want) {
-            Ok(()) => Ok(()),
-            // Signals are not ours to handle; a full completion queue empties at the next turn.
-            Err(error)
-                if matches!(
-                    error.raw_os_error(),
-                    Some(libc::EINTR | libc::EAGAIN | libc::EBUSY)
-                ) =>
-            {
-                Ok(())
-            }
-            Err(error) => Err(Error::os("io_uring_enter", &error)),
-        }
+        self.enter_once(want)
     }
 
     fn next(&mut self) -> Option<Event> {

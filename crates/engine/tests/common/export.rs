@@ -232,4 +232,8 @@ impl Export<FakeRing> for FakeExport {
     }
 
     fn flush(&mut self, _: &mut FakeRing) {}
+
+    fn rest(&mut self, _: &mut FakeRing) -> bool {
+        false
+    }
 }
