@@ -3,17 +3,22 @@
 
 use std::io::Write;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use devsplice_core::size::show_size;
 use devsplice_core::{Error, Result};
 use devsplice_spec::Plan;
+use serde_json::json;
 
 use crate::args::{Add, Export};
 use crate::assemble::CATALOG;
-use crate::launch::launch;
+use crate::launch::{self, launch};
 use crate::server::Server;
 use crate::state::Disk;
-use crate::{front, guard, protect, say, state};
+use crate::{client, front, guard, protect, say, servers, state};
+
+/// How long a server may take to make a disk.
+const LIMIT: Duration = Duration::from_secs(90);
 
 /// Makes a disk.
 ///
@@ -25,15 +30,45 @@ pub fn run(add: &Add) -> Result<ExitCode> {
     }
     let here = std::env::current_dir().map_err(|error| Error::os("current directory", &error))?;
     let plan = Plan::load(&add.stack, &CATALOG)?.anchored(&here)?;
+    if let Some(server) = &add.server {
+        let disk = join(add, &plan, server)?;
+        show(add, &disk);
+        return Ok(ExitCode::SUCCESS);
+    }
     if add.foreground {
         protect::server();
         let server = start(add, &plan)?;
-        show(add, server.disk());
+        show(add, &server.disk()?);
         return server.run().map(|()| ExitCode::SUCCESS);
     }
-    let started = launch(|| Ok((start(add, &plan)?, None)))?;
-    show(add, &started.disk);
+    show(add, &alone(add, &plan)?);
     Ok(ExitCode::SUCCESS)
+}
+
+/// Makes a disk with a process of its own.
+///
+/// # Errors
+/// As [`run`].
+pub fn alone(add: &Add, plan: &Plan) -> Result<Disk> {
+    let report = launch(|| {
+        let server = start(add, plan)?;
+        let disk = server.disk()?;
+        Ok((server, json!({ "disk": disk })))
+    })?;
+    launch::disk(&report)
+}
+
+/// Has a server of many make a disk.
+///
+/// # Errors
+/// As [`run`]; and if there is no such server.
+pub fn join(add: &Add, plan: &Plan, server: &str) -> Result<Disk> {
+    servers::find(server)?;
+    let mut params = add.changed();
+    params["stack"] = json!(plan.to_expression());
+    params["labels"] = json!(plan.labels());
+    let disk = client::call_server(server, "add", &params, LIMIT)?;
+    launch::disk(&json!({ "disk": disk }))
 }
 
 fn start(add: &Add, plan: &Plan) -> Result<Server> {

@@ -5,6 +5,14 @@ use devsplice_exports::fuse;
 use devsplice_exports::ublk::{DataPath, Recovery};
 use serde::{Deserialize, Serialize};
 
+mod many;
+mod transfer;
+mod watch;
+
+pub use many::{Events, Load, Save, Serve};
+pub use transfer::{Bench, Compare, Copy, Map, Progress, Requests, RwChoice};
+pub use watch::{Metrics, SortChoice, Top, UdevInfo};
+
 use crate::sandbox::Choice;
 
 const AFTER_HELP: &str = "\
@@ -33,6 +41,8 @@ pub struct Options {
 pub enum Command {
     /// Make a disk of a stack and serve it in the background.
     Add(Add),
+    /// Start a process that serves many disks, with a fixed number of threads.
+    Serve(Serve),
     /// Serve a disk again whose server is gone, as it was before.
     Recover(Recover),
     /// Have this very program take over from the one that serves a disk, while it is used.
@@ -60,6 +70,12 @@ pub enum Command {
     Top(Top),
     /// Have a layer of a disk do something, as docs/stack.md says for it.
     Tell(Tell),
+    /// Follow what happens to disks: made, removed, restarted, resized, a leg dropped, I/O stuck.
+    Events(Events),
+    /// Write all disks down as a configuration that load takes.
+    Save(Save),
+    /// Make the disks of a configuration.
+    Load(Load),
     /// Write fresh metadata for the layer at the top of a stack, a mirror for example.
     Format(Format),
     /// Copy one stack, device or file to another.
@@ -305,6 +321,10 @@ pub struct Add {
     #[arg(long, value_enum, default_value = "on")]
     #[serde(default)]
     pub sandbox: Choice,
+    /// Have this server of many disks serve it (devsplice serve), rather than a process of its own.
+    #[arg(long, value_name = "NAME", conflicts_with = "foreground")]
+    #[serde(skip)]
+    pub server: Option<String>,
     /// Serve from this process, until a signal; messages go to standard error.
     #[arg(long, short = 'f')]
     #[serde(skip)]
@@ -320,6 +340,47 @@ pub const CONNECTIONS: u16 = 16;
 
 fn connections() -> u16 {
     CONNECTIONS
+}
+
+impl Add {
+    /// The options of a disk of this stack of which nothing else is said.
+    pub fn of(stack: &str) -> Add {
+        #[derive(Parser)]
+        struct Line {
+            #[command(flatten)]
+            add: Add,
+        }
+        Line::parse_from(["add", "--", stack]).add
+    }
+
+    /// The options with these fields, as they are written down; the others are as if not said.
+    ///
+    /// # Errors
+    /// Which field is no option, or has no such value.
+    pub fn with(fields: serde_json::Value) -> Result<Add, serde_json::Error> {
+        use serde::de::Error;
+        let stack = fields["stack"].as_str().unwrap_or_default().to_owned();
+        let mut all = serde_json::to_value(Add::of(&stack))?;
+        let serde_json::Value::Object(fields) = fields else {
+            return Err(serde_json::Error::custom("options are a table"));
+        };
+        for (name, value) in fields {
+            match all.get_mut(&name) {
+                Some(place) => *place = value,
+                None => return Err(serde_json::Error::custom(format!("no option `{name}`"))),
+            }
+        }
+        serde_json::from_value(all)
+    }
+
+    /// The fields that are not as if nothing was said.
+    pub fn changed(&self) -> serde_json::Value {
+        let all = serde_json::to_value(self).unwrap_or_default();
+        let plain = serde_json::to_value(Add::of(&self.stack)).unwrap_or_default();
+        let fields = all.as_object().into_iter().flatten();
+        let other = fields.filter(|(name, value)| plain.get(name) != Some(value));
+        other.map(|(name, value)| (name.clone(), value.clone())).collect()
+    }
 }
 
 #[derive(Args, Clone, Debug)]
@@ -386,7 +447,7 @@ pub struct Resize {
 #[derive(Args, Clone, Debug)]
 pub struct Del {
     /// Its name, or its device node.
-    #[arg(required_unless_present = "all")]
+    #[arg(required_unless_present_any = ["all", "server"])]
     pub name: Option<String>,
     /// Remove it even while it is mounted or held; whoever uses it gets errors.
     #[arg(long)]
@@ -394,6 +455,9 @@ pub struct Del {
     /// Remove every disk that is served here.
     #[arg(long, short = 'a', conflicts_with = "name")]
     pub all: bool,
+    /// Remove every disk of this server of many, and end it.
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["name", "all"])]
+    pub server: Option<String>,
 }
 
 #[derive(Args, Clone, Debug)]
@@ -475,140 +539,6 @@ pub struct Explain {
     pub json: bool,
 }
 
-/// How many requests a command makes at a time.
-#[derive(Args, Clone, Copy, Debug)]
-pub struct Load {
-    /// I/O threads [default: one per CPU, at most 4].
-    #[arg(long, short = 'T', value_name = "N",
-        value_parser = clap::value_parser!(u16).range(1..=64))]
-    pub threads: Option<u16>,
-    /// Requests in flight per thread.
-    #[arg(long, short = 'R', value_name = "N", default_value_t = 8,
-        value_parser = clap::value_parser!(u16).range(1..=1024))]
-    pub requests: u16,
-    /// Bytes of a request: 4k to 32M.
-    #[arg(long, value_name = "SIZE", default_value = "256k",
-        value_parser = devsplice_core::size::parse_size)]
-    pub request_size: u64,
-}
-
-/// How a command tells how far it is.
-#[derive(Args, Clone, Copy, Debug)]
-pub struct Progress {
-    /// Show a progress bar; with =FD, write N/100 lines to this file descriptor instead.
-    #[arg(long, short = 'p', value_name = "FD", num_args = 0..=1, require_equals = true)]
-    #[allow(clippy::option_option)] // Not given, given, given with a number.
-    pub progress: Option<Option<u32>>,
-}
-
-#[derive(Args, Clone, Debug)]
-pub struct Copy {
-    /// What is copied: a stack, a device, a file, or the name of a disk that is served. It is only
-    /// read; nobody else may write it meanwhile.
-    pub from: String,
-    /// Where to: likewise, at least as large. A plain file that is not there is made.
-    pub to: String,
-    #[command(flatten)]
-    pub load: Load,
-    #[command(flatten)]
-    pub progress: Progress,
-    /// Ranges of so many bytes that hold zeros become holes where the target can have them; 0 for
-    /// only those that are holes in the source.
-    #[arg(long, short = 'S', value_name = "SIZE", default_value = "4k",
-        value_parser = devsplice_core::size::parse_size)]
-    pub sparse: u64,
-    /// Write zeros as data, so that the target has room for all of it.
-    #[arg(long)]
-    pub allocated: bool,
-    /// The target is zeros already: do not write any.
-    #[arg(long, visible_alias = "target-is-zero")]
-    pub destination_is_zero: bool,
-    /// Keep in this file how far the target is safe; where it is there, go on from there. It is
-    /// removed at the end.
-    #[arg(long, value_name = "FILE")]
-    pub resume: Option<std::path::PathBuf>,
-    /// Read both again afterwards and compare.
-    #[arg(long)]
-    pub verify: bool,
-    /// Print what was done as JSON.
-    #[arg(long)]
-    pub json: bool,
-}
-
-#[derive(Args, Clone, Debug)]
-pub struct Compare {
-    /// A stack, a device, a file, or the name of a disk that is served.
-    pub one: String,
-    /// Likewise.
-    pub other: String,
-    #[command(flatten)]
-    pub load: Load,
-    #[command(flatten)]
-    pub progress: Progress,
-    /// Other sizes are a difference, even if what one has more is zeros.
-    #[arg(long, short = 's')]
-    pub strict: bool,
-    /// Print the outcome as JSON.
-    #[arg(long)]
-    pub json: bool,
-}
-
-#[derive(Args, Clone, Debug)]
-pub struct Map {
-    /// A stack, a device, a file, or the name of a disk that is served.
-    pub stack: String,
-    /// Only the sums.
-    #[arg(long)]
-    pub totals: bool,
-    /// Print JSON.
-    #[arg(long)]
-    pub json: bool,
-}
-
-/// `--rw` of `bench`, as fio says it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum RwChoice {
-    /// In order.
-    Read,
-    /// In order.
-    Write,
-    /// Anywhere.
-    Randread,
-    /// Anywhere.
-    Randwrite,
-}
-
-#[derive(Args, Clone, Debug)]
-pub struct Bench {
-    /// A stack, a device, a file, or the name of a disk that is served.
-    pub stack: String,
-    /// What is done.
-    #[arg(long, value_enum, default_value = "randread")]
-    pub rw: RwChoice,
-    /// Bytes of a request.
-    #[arg(long, value_name = "SIZE", default_value = "4k",
-        value_parser = devsplice_core::size::parse_size)]
-    pub bs: u64,
-    /// Requests in flight per thread.
-    #[arg(long, value_name = "N", default_value_t = 32,
-        value_parser = clap::value_parser!(u16).range(1..=1024))]
-    pub iodepth: u16,
-    /// I/O threads.
-    #[arg(long, value_name = "N", default_value_t = 1,
-        value_parser = clap::value_parser!(u16).range(1..=64))]
-    pub threads: u16,
-    /// How long.
-    #[arg(long, value_name = "SECONDS", default_value_t = 5,
-        value_parser = clap::value_parser!(u64).range(1..=86400))]
-    pub runtime: u64,
-    /// Writes overwrite what is there; say so.
-    #[arg(long)]
-    pub destroy: bool,
-    /// Print JSON.
-    #[arg(long)]
-    pub json: bool,
-}
-
 #[derive(Args, Clone, Debug)]
 pub struct Features {
     /// Print JSON.
@@ -637,61 +567,6 @@ pub struct Gc {
     /// Print JSON.
     #[arg(long)]
     pub json: bool,
-}
-
-#[derive(Args, Clone, Debug)]
-pub struct Metrics {
-    /// Serve them over HTTP at this address, such as 127.0.0.1:9765, until the process is ended.
-    #[arg(long, value_name = "ADDR", conflicts_with = "textfile")]
-    pub listen: Option<String>,
-    /// Write them to a file, for node_exporter's textfile collector.
-    #[arg(long, value_name = "PATH")]
-    pub textfile: Option<std::path::PathBuf>,
-}
-
-/// `--sort` of `top`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum SortChoice {
-    /// From A on.
-    Name,
-    /// Most reads and writes a second first.
-    Iops,
-    /// Most bytes a second first.
-    Throughput,
-    /// Most requests in flight first.
-    Queue,
-    /// Longest time of a request first.
-    Wait,
-    /// Most errors first.
-    Errors,
-}
-
-#[derive(Args, Clone, Debug)]
-pub struct Top {
-    /// Seconds between two looks.
-    #[arg(long, short = 'd', value_name = "SECONDS", default_value_t = 1.0)]
-    pub delay: f64,
-    /// How many times to look.
-    #[arg(long, short = 'n', value_name = "N")]
-    pub count: Option<u64>,
-    /// What comes first.
-    #[arg(long, short = 's', value_enum, default_value = "iops")]
-    pub sort: SortChoice,
-    /// Look once, over one interval, and print that.
-    #[arg(long)]
-    pub once: bool,
-    /// Print a table each time rather than draw on the terminal.
-    #[arg(long, short = 'b')]
-    pub batch: bool,
-    /// Print a line of JSON each time.
-    #[arg(long)]
-    pub json: bool,
-}
-
-#[derive(Args, Clone, Debug)]
-pub struct UdevInfo {
-    /// A node of a whole disk, such as /dev/ublkb0.
-    pub device: String,
 }
 
 #[derive(Args, Clone, Debug)]

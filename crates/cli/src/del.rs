@@ -11,7 +11,7 @@ use serde_json::json;
 
 use crate::args::Del;
 use crate::state::{Claim, Disk, Found};
-use crate::{client, guard, state};
+use crate::{client, guard, servers, state};
 
 /// Longer than the server's own patience with the device.
 const LIMIT: Duration = Duration::from_secs(240);
@@ -25,6 +25,9 @@ const END_LIMIT: Duration = Duration::from_secs(20);
 /// # Errors
 /// If there is no such disk, or it is held and force was not given.
 pub fn run(del: &Del) -> Result<()> {
+    if let Some(server) = &del.server {
+        return end(server, del.force);
+    }
     if !del.all {
         let word = del.name.as_deref().unwrap_or_default();
         return remove(&state::find(word)?, del.force);
@@ -42,15 +45,29 @@ pub fn run(del: &Del) -> Result<()> {
     Err(Error::new(ErrorKind::Busy, failed.join(", "), "not removed"))
 }
 
+/// Removes a server of many with all of its disks.
+fn end(name: &str, force: bool) -> Result<()> {
+    let about = servers::find(name)?;
+    let process = pidfd(about.pid);
+    client::call_server(name, "shutdown", &json!({ "force": force }), LIMIT)?;
+    if let Some(process) = &process {
+        wait_for_end(process);
+    }
+    Ok(())
+}
+
+fn pidfd(pid: u32) -> Option<OwnedFd> {
+    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw)?;
+    pidfd_open(pid, PidfdFlags::empty()).ok()
+}
+
 fn remove(found: &Found, force: bool) -> Result<()> {
     if !found.alive {
         return clear(found, force);
     }
     let disk = &found.disk;
-    let process = i32::try_from(disk.pid)
-        .ok()
-        .and_then(Pid::from_raw)
-        .and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
+    // One that has other disks as well goes on.
+    let process = pidfd(disk.pid).filter(|_| disk.server.is_none());
     let limit = if force { FORCED_LIMIT } else { LIMIT };
     match client::call(&disk.name, "stop", &json!({ "force": force }), limit) {
         // Its files are free for the next server when it has ended.

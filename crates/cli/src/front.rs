@@ -140,7 +140,9 @@ impl Front {
         }
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
         // FUSE has one list of requests per connection: more readers only wake each other in vain.
-        let most = if export == Export::Fuse { 1 } else { QUEUES };
+        // Where many devices share threads, more queues of one are served by the same ones.
+        let is_one = export == Export::Fuse || service.pool.is_some();
+        let most = if is_one { 1 } else { QUEUES };
         let queues = add.queues.unwrap_or_else(|| u16::try_from(cpus.min(most)).unwrap_or(1));
         let threads = add.threads.unwrap_or(queues);
         if export == Export::Fuse {
@@ -199,6 +201,20 @@ impl Front {
         }
     }
 
+    /// Whether [`Front::suspend`] can be.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn can_be_suspended(&self) -> Result<()> {
+        match self {
+            Front::Ublk(device) => device.can_be_suspended(),
+            Front::Fuse(_) | Front::Nbd(_) => {
+                let reason = "only a disk over ublk can be suspended";
+                Err(Error::new(ErrorKind::Unsupported, self.path(), reason))
+            }
+        }
+    }
+
     /// Finishes what is in flight, has the kernel hold what comes, lets go of all that is below.
     ///
     /// # Errors
@@ -209,11 +225,10 @@ impl Front {
             Front::Ublk(device) => {
                 device.suspend().map_err(|(back, error)| (back.map(Front::Ublk), error))
             }
-            Front::Fuse(_) | Front::Nbd(_) => {
-                let reason = "only a disk over ublk can be suspended";
-                let error = Error::new(ErrorKind::Unsupported, self.path(), reason);
-                Err((Some(self), error))
-            }
+            Front::Fuse(_) | Front::Nbd(_) => match self.can_be_suspended() {
+                Ok(()) => Err((Some(self), Error::invalid("front end", "cannot be suspended"))),
+                Err(error) => Err((Some(self), error)),
+            },
         }
     }
 

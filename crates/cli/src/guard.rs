@@ -9,7 +9,8 @@ use devsplice_core::{Error, ErrorKind, Result};
 use devsplice_exports::{fuse, ublk};
 
 use crate::protect;
-use crate::server;
+use crate::server::{self, Server};
+use crate::servers::{self, Seat};
 use crate::state::{self, Claim, Disk};
 
 /// The server's end: its end tells the guard.
@@ -46,30 +47,47 @@ pub fn start() -> Result<Guard> {
         fork::Fork::Child => {
             drop(writer);
             protect::guard();
-            if let Some(name) = watch(reader) {
-                succeed(&name);
+            match watch(reader) {
+                Some(Heir::Disk(name)) => succeed(&name),
+                Some(Heir::Server(name)) => succeed_server(&name),
+                None => {}
             }
             std::process::exit(0);
         }
     }
 }
 
-/// Waits for the server's end. Without a farewell, the disk that is to be served by this process
-/// from now on, if the kernel has kept it; otherwise what was left is cleaned up.
-fn watch(mut reader: PipeReader) -> Option<String> {
+/// What this process is to be from now on.
+enum Heir {
+    /// The server of this disk.
+    Disk(String),
+    /// This server of many.
+    Server(String),
+}
+
+/// Waits for the server's end. Without a farewell, what is to be served by this process from now
+/// on, if the kernel has kept it; otherwise what was left is cleaned up.
+fn watch(mut reader: PipeReader) -> Option<Heir> {
     // The server's signals (a terminal's ^C reaches the whole group) are not for the guard.
     let _ = rustix::process::setsid();
     let _ = server::silence(None);
     let server = rustix::process::getppid().map_or(0, |pid| pid.as_raw_nonzero().get());
+    let server = u32::try_from(server).unwrap_or(0);
     let mut said = String::new();
     let _ = reader.read_to_string(&mut said);
     let mut lines = said.lines();
     let name = lines.next()?;
-    match lines.next() {
-        None => {}
-        Some(HANDOVER) => return abandoned(name, u32::try_from(server).unwrap_or(0)),
-        Some(_) => return None,
+    match (name.strip_prefix('@'), lines.next()) {
+        (None, None) => orphaned(name).map(Heir::Disk),
+        (None, Some(HANDOVER)) => abandoned(name, server).map(Heir::Disk),
+        (Some(name), None) => orphaned_server(name).map(Heir::Server),
+        (Some(name), Some(HANDOVER)) => abandoned_server(name, server).map(Heir::Server),
+        (_, Some(_)) => None,
     }
+}
+
+/// A disk whose server has died.
+fn orphaned(name: &str) -> Option<String> {
     // The lock goes with the last descriptor, a moment after the pipe.
     let end = Instant::now() + PATIENCE;
     while Instant::now() < end {
@@ -88,6 +106,62 @@ fn watch(mut reader: PipeReader) -> Option<String> {
             Ok(None) => std::thread::sleep(Duration::from_millis(5)),
             Err(_) => return None,
         }
+    }
+    None
+}
+
+/// A server of many that has died: its disks that the kernel has not kept are cleaned up.
+fn orphaned_server(name: &str) -> Option<String> {
+    let end = Instant::now() + PATIENCE;
+    let mut seat = loop {
+        match Seat::take(name).ok()? {
+            Some(seat) => break seat,
+            None if Instant::now() > end => return None,
+            None => std::thread::sleep(Duration::from_millis(5)),
+        }
+    };
+    for found in servers::disks(name).ok()? {
+        if !is_kept(&found.disk)
+            && let Ok(Some(claim)) = Claim::try_take(&found.disk.name)
+        {
+            claim.remove();
+        }
+    }
+    let _ = server::silence(Some(&state::server_file(name, "log")));
+    let about = &mut seat.about;
+    let soon = state::now_ms().saturating_sub(about.started_ms) < state::SETTLED_MS;
+    about.restarts = if soon { about.restarts + 1 } else { 1 };
+    let is_hopeless = about.restarts > MOST_RESTARTS;
+    eprintln!(
+        "devsplice: server {name} (process {}) has died; {}",
+        about.pid,
+        if is_hopeless { "too often soon after its start: it stays so" } else { "another starts" }
+    );
+    if is_hopeless {
+        about.restarts = 0;
+    }
+    let _ = seat.write();
+    (!is_hopeless).then(|| name.to_owned())
+}
+
+/// A server of many whose disks process `server` handed to another program which has not taken
+/// them.
+fn abandoned_server(name: &str, server: u32) -> Option<String> {
+    let (end, mut free_since) = (Instant::now() + SUCCESSION, None);
+    while Instant::now() < end {
+        match Seat::take(name).ok()? {
+            // Somebody has been there since: that one had a guard of its own.
+            Some(seat) if seat.about.pid != server => return None,
+            Some(seat) => {
+                let since = *free_since.get_or_insert_with(Instant::now);
+                if since.elapsed() > HESITATION {
+                    drop(seat);
+                    return Some(name.to_owned());
+                }
+            }
+            None => free_since = None,
+        }
+        std::thread::sleep(Duration::from_millis(20));
     }
     None
 }
@@ -128,7 +202,7 @@ fn worth(mut claim: Claim, mut disk: Disk) -> Option<String> {
     }
     let soon = state::now_ms().saturating_sub(disk.started_ms) < state::SETTLED_MS;
     disk.restarts = if soon { disk.restarts + 1 } else { 1 };
-    let _ = server::silence(Some(&disk.name));
+    let _ = server::silence(Some(&state::path(&disk.name, "log")));
     if disk.restarts > MOST_RESTARTS {
         disk.restarts = 0;
         let name = &disk.name;
@@ -150,10 +224,19 @@ fn worth(mut claim: Claim, mut disk: Disk) -> Option<String> {
 /// Becomes the server. The claim on the name is taken anew: the next guard, a copy of this process,
 /// must not have it.
 fn succeed(name: &str) {
-    let _ = server::silence(Some(name));
+    let _ = server::silence(Some(&state::path(name, "log")));
+    become_server(name, || crate::recover::again(name, false));
+}
+
+/// The same for a server of many.
+fn succeed_server(name: &str) {
+    let _ = server::silence(Some(&state::server_file(name, "log")));
+    become_server(name, || crate::recover::again_many(name, None, "restarted"));
+}
+
+fn become_server(name: &str, start: impl FnOnce() -> Result<Server>) {
     let _ = std::env::set_current_dir("/");
-    let started = crate::recover::again(name, false);
-    match started.and_then(server::Server::run) {
+    match start().and_then(Server::run) {
         Ok(()) => std::process::exit(0),
         Err(error) => {
             eprintln!("devsplice: {error}; devsplice recover {name} tries again");
@@ -183,6 +266,29 @@ impl Guard {
         let _ = self.pipe.write_all(format!("{FAREWELL}\n{FAREWELL}\n").as_bytes());
         drop(self.pipe);
         let _ = fork::waitpid(self.pid);
+    }
+}
+
+/// The right to a disk that the kernel keeps, and what its last server wrote of it.
+///
+/// # Errors
+/// If the kernel does not have it any more, or another process serves it.
+pub fn claim_kept(name: &str) -> Result<(Claim, Disk)> {
+    let busy = |reason: &str| Error::new(ErrorKind::Busy, name, reason);
+    match Claim::hold(name)? {
+        Some((claim, Some(left))) if is_kept(&left) => Ok((claim, left)),
+        Some((_, Some(left))) => {
+            let reason = match left.outlives_server() {
+                true => "the kernel does not have it any more",
+                false => "was made to go with its server (--recovery off)",
+            };
+            Err(busy(reason).next(format!("devsplice del {name}, then add it again")))
+        }
+        Some((claim, None)) => {
+            claim.remove();
+            Err(Error::new(ErrorKind::NotFound, name, "is gone"))
+        }
+        None => Err(busy("another process serves it")),
     }
 }
 

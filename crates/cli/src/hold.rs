@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use crate::args::{Resize, Swap};
 use crate::assemble::{CATALOG, assemble};
 use crate::front::Front;
-use crate::server::{self, Phase, Server};
+use crate::hosted::{self, Hosted, Phase};
 use crate::{client, say, state};
 
 /// How long a server may take to finish what is in flight, and to start again.
@@ -60,17 +60,25 @@ fn ask(word: &str, method: &str, params: &Value) -> Result<()> {
     Ok(())
 }
 
-impl Server {
-    fn thing(&self) -> String {
-        format!("{} ({})", self.disk.name, self.disk.device)
-    }
-
-    /// Finishes what is in flight, lets go of the stack. The kernel holds what comes.
-    fn hold(&mut self) -> Result<()> {
-        if let Some(place) = server::passing(&self.plan) {
+impl Hosted {
+    /// Whether nothing of it would go with its server.
+    ///
+    /// # Errors
+    /// What would.
+    pub(crate) fn can_be_left(&self) -> Result<()> {
+        if let Some(place) = hosted::passing(&self.plan) {
             let reason = "what is in it would go with that";
             return Err(Error::new(ErrorKind::Unsupported, place, reason));
         }
+        match &self.phase {
+            Phase::Up(front) => front.can_be_suspended(),
+            _ => Err(Error::invalid(self.thing(), "is quiesced already")),
+        }
+    }
+
+    /// Finishes what is in flight, lets go of the stack. The kernel holds what comes.
+    pub(crate) fn hold(&mut self) -> Result<()> {
+        self.can_be_left()?;
         let front = match std::mem::replace(&mut self.phase, Phase::Between) {
             Phase::Up(front) => front,
             other => {
@@ -78,20 +86,20 @@ impl Server {
                 return Err(Error::invalid(self.thing(), "is quiesced already"));
             }
         };
-        self.lines.pause();
+        self.line.pause();
         match front.suspend() {
             Ok(suspended) => {
                 self.phase = Phase::Held(Box::new(suspended));
                 Ok(())
             }
             Err((Some(front), error)) => {
-                self.lines.serve(front.crew());
+                self.line.serve(front.crew());
                 self.phase = Phase::Up(front);
                 Err(error)
             }
             Err((None, error)) => {
                 // Neither served nor held: the guard, or the next recover, makes it whole.
-                server::die(error);
+                hosted::die(error);
                 std::process::exit(1)
             }
         }
@@ -107,7 +115,7 @@ impl Server {
             }
         };
         let mut disk = self.disk.clone();
-        let service = match server::open(plan, &mut disk) {
+        let service = match hosted::open(plan, &mut disk, self.line.pool()) {
             Ok(service) => service,
             Err(error) => {
                 self.phase = Phase::Held(suspended);
@@ -119,7 +127,7 @@ impl Server {
                 let front = Front::Ublk(Box::new(device));
                 disk.warnings.extend(front.crew().warnings.iter().cloned());
                 disk.quiesced = false;
-                self.lines.serve(front.crew());
+                self.line.serve(front.crew());
                 self.phase = Phase::Up(front);
                 self.disk = disk;
                 self.plan = plan.clone();
@@ -137,29 +145,54 @@ impl Server {
         self.hold()?;
         self.disk.quiesced = true;
         self.claim.write(&self.disk)?;
-        Ok(format!("{} is quiesced", self.thing()))
+        let said = format!("{} is quiesced", self.thing());
+        self.line.tell("quiesced", &said);
+        Ok(said)
     }
 
     /// Goes on.
     pub(crate) fn resume(&mut self) -> Result<String> {
+        self.go_on_as_before()?;
+        let said = format!("{} is served again", self.thing());
+        self.line.tell("resumed", &said);
+        Ok(said)
+    }
+
+    /// Goes on with the stack that it had.
+    pub(crate) fn go_on_as_before(&mut self) -> Result<()> {
         let plan = self.plan.clone();
-        self.go_on(&plan, Fit::Same)?;
-        Ok(format!("{} is served again", self.thing()))
+        self.go_on(&plan, Fit::Same)
+    }
+
+    /// In what state it is, in a word.
+    pub(crate) fn state(&self) -> &'static str {
+        match self.phase {
+            Phase::Up(_) => "live",
+            Phase::Held(_) => "quiesced",
+            Phase::Between => "broken",
+        }
     }
 
     /// Goes on with another stack; with the old one where the new one cannot be had.
     pub(crate) fn swap(&mut self, text: &str, labels: &[String], shrink: bool) -> Result<String> {
         let plan = Plan::parse(text, &CATALOG)?.labelled(labels);
-        if let Some(place) = server::passing(&plan) {
+        if let Some(place) = hosted::passing(&plan) {
             let reason = "a disk that outlives its server cannot stand on it";
             return Err(Error::new(ErrorKind::Unsupported, place, reason));
         }
         let size = self.fits(&plan, shrink)?;
+        self.exchange(&plan)?;
+        let said = format!("{} is {} of {}", self.thing(), show_size(size), self.disk.stack);
+        self.line.tell("swapped", &said);
+        Ok(said)
+    }
+
+    fn exchange(&mut self, plan: &Plan) -> Result<()> {
         let old = self.plan.clone();
         if matches!(self.phase, Phase::Up(_)) {
             self.hold()?;
         }
-        if let Err(error) = self.go_on(&plan, Fit::Resized) {
+        if let Err(error) = self.go_on(plan, Fit::Resized) {
             return Err(match self.go_on(&old, Fit::Same) {
                 Ok(()) => error.next("nothing was changed"),
                 Err(second) => error.next(format!(
@@ -167,7 +200,7 @@ impl Server {
                 )),
             });
         }
-        Ok(format!("{} is {} of {}", self.thing(), show_size(size), self.disk.stack))
+        Ok(())
     }
 
     /// Goes on with what the same stack is by now.
@@ -178,8 +211,10 @@ impl Server {
             return Ok(format!("{} has its size of {} already", self.thing(), show_size(size)));
         }
         let old = self.disk.size;
-        self.swap(&plan.to_expression(), &plan.labels(), shrink)?;
-        Ok(format!("{}: {} instead of {}", self.thing(), show_size(size), show_size(old)))
+        self.exchange(&plan)?;
+        let said = format!("{}: {} instead of {}", self.thing(), show_size(size), show_size(old));
+        self.line.tell("resized", &said);
+        Ok(said)
     }
 
     /// Looks at a stack before anything is done: the size that the disk would have with it.
@@ -197,16 +232,5 @@ impl Server {
                 .next("shrink what is on the disk first, then --shrink"));
         }
         Ok(limits.size)
-    }
-
-    /// Leaves the disk to another program: on return nothing of it is held here.
-    pub(crate) fn let_go(mut self) -> Result<(), (Box<Server>, Error)> {
-        match self.hold() {
-            Ok(()) => {
-                self.guard.hand_over();
-                Ok(())
-            }
-            Err(error) => Err((Box::new(self), error)),
-        }
     }
 }

@@ -10,12 +10,16 @@ use crate::protect;
 use crate::server::{self, Server};
 use crate::state::Disk;
 
-/// What a server said of its start.
-pub struct Started {
-    /// What it serves.
-    pub disk: Disk,
-    /// How long the disk's users had to wait, where it took it over, in milliseconds.
-    pub pause_ms: Option<f64>,
+/// What a server says of its start: its disk for example, and whatever else there is to know.
+pub type Report = Value;
+
+/// The disk of which a server has reported.
+///
+/// # Errors
+/// If it has reported none.
+pub fn disk(report: &Report) -> Result<Disk> {
+    serde_json::from_value(report["disk"].clone())
+        .map_err(|_| Error::new(ErrorKind::Os, "server process", "has not said what it serves"))
 }
 
 /// Runs `start` in a process of its own, which then serves until it is told to stop: that process
@@ -23,7 +27,7 @@ pub struct Started {
 ///
 /// # Errors
 /// What `start` says.
-pub fn launch(start: impl FnOnce() -> Result<(Server, Option<f64>)>) -> Result<Started> {
+pub fn launch(start: impl FnOnce() -> Result<(Server, Report)>) -> Result<Report> {
     let os = |error| Error::os("server process", &error);
     let (reader, writer) = std::io::pipe().map_err(os)?;
     match fork::fork().map_err(os)? {
@@ -46,12 +50,9 @@ pub fn launch(start: impl FnOnce() -> Result<(Server, Option<f64>)>) -> Result<S
 }
 
 /// The server's process: reports how its start went, then serves.
-fn serve(
-    start: impl FnOnce() -> Result<(Server, Option<f64>)>,
-    mut status: PipeWriter,
-) -> Result<i32> {
+fn serve(start: impl FnOnce() -> Result<(Server, Report)>, mut status: PipeWriter) -> Result<i32> {
     protect::server();
-    let (server, pause) = match start() {
+    let (server, report) = match start() {
         Ok(started) => started,
         Err(error) => {
             send(&mut status, &json!({ "error": error.to_string() }));
@@ -60,8 +61,8 @@ fn serve(
     };
     // The current directory of a daemon must keep no file system busy. Files are open by now.
     let _ = std::env::set_current_dir("/");
-    server::silence(Some(&server.disk().name))?;
-    send(&mut status, &json!({ "disk": server.disk(), "pause_ms": pause }));
+    server::silence(Some(server.log()))?;
+    send(&mut status, &report);
     drop(status);
     server.run().map(|()| 0)
 }
@@ -72,7 +73,7 @@ fn send(status: &mut PipeWriter, report: &Value) {
 }
 
 /// The caller's process: waits for the report.
-fn told(mut status: impl BufRead) -> Result<Started> {
+fn told(mut status: impl BufRead) -> Result<Report> {
     let mut line = String::new();
     let read = status.read_line(&mut line);
     let report: Value = serde_json::from_str(&line).unwrap_or_default();
@@ -80,15 +81,13 @@ fn told(mut status: impl BufRead) -> Result<Started> {
         let (thing, reason) = error.split_once(": ").unwrap_or(("server", error));
         return Err(Error::new(ErrorKind::Os, thing, reason));
     }
-    match serde_json::from_value::<Disk>(report["disk"].clone()) {
-        Ok(disk) => Ok(Started { disk, pause_ms: report["pause_ms"].as_f64() }),
-        Err(_) => {
-            let reason = match read {
-                Err(error) => error.to_string(),
-                Ok(_) => "ended without a word".to_owned(),
-            };
-            Err(Error::new(ErrorKind::Os, "server process", reason)
-                .next("run it with --foreground to see why"))
-        }
+    if report.is_object() {
+        return Ok(report);
     }
+    let reason = match read {
+        Err(error) => error.to_string(),
+        Ok(_) => "ended without a word".to_owned(),
+    };
+    Err(Error::new(ErrorKind::Os, "server process", reason)
+        .next("run it with --foreground to see why"))
 }

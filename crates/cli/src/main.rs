@@ -5,27 +5,36 @@ mod add;
 mod args;
 mod assemble;
 mod client;
+mod config;
 mod del;
 mod dialect;
 mod doctor;
+mod events;
 mod explain;
 mod features;
+mod follow;
 mod format;
 mod front;
 mod gc;
 mod guard;
+mod hall;
 mod hold;
+mod hosted;
 mod info;
 mod launch;
 mod list;
 mod listen;
+mod methods;
 mod metrics;
 mod notify;
 mod papers;
 mod protect;
 mod recover;
+mod rpc;
 mod sandbox;
+mod serve;
 mod server;
+mod servers;
 mod state;
 mod tell;
 mod top;
@@ -58,6 +67,10 @@ fn run(command: &Command) -> Result<ExitCode> {
     let done = |()| ExitCode::SUCCESS;
     match command {
         Command::Add(add) => add::run(add),
+        Command::Serve(serve) => serve::run(serve).map(done),
+        Command::Events(events) => follow::run(events).map(done),
+        Command::Save(save) => config::run_save(save).map(done),
+        Command::Load(load) => config::run_load(load).map(done),
         Command::Recover(recover) => recover::recover(recover).map(done),
         Command::Upgrade(upgrade) => recover::upgrade(upgrade).map(done),
         Command::Quiesce(quiesce) => hold::plain(&quiesce.name, "quiesce").map(done),

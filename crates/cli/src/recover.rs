@@ -6,19 +6,22 @@ use std::time::{Duration, Instant};
 
 use devsplice_backends::Access;
 use devsplice_core::{Error, ErrorKind, Result};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::args::{Recover, Upgrade};
 use crate::assemble::assemble;
-use crate::launch::{Started, launch};
+use crate::launch::{self, launch};
 use crate::server::Server;
-use crate::state::{Claim, Found};
+use crate::servers::{self, Seat};
+use crate::state::{Claim, Disk, Found};
 use crate::{client, guard, say, state};
 
 /// How long a server may take to finish what is in flight.
 const HAND_OVER: Duration = Duration::from_secs(150);
 /// How long it may take to let go of the name after that.
 const CLAIM: Duration = Duration::from_secs(10);
+/// How long a server may take to take a disk back.
+const TAKE: Duration = Duration::from_secs(60);
 
 /// Serves disks again whose servers are gone.
 ///
@@ -33,14 +36,30 @@ pub fn recover(recover: &Recover) -> Result<()> {
         }
     };
     each(wanted, |found| {
-        let started = launch(|| Ok((again(&found.disk.name, true)?, None)))?;
+        let disk = back(&found.disk)?;
         if recover.json {
-            say!("{}", started.disk.shown());
+            say!("{}", disk.shown());
         } else {
-            say!("{}", started.disk.device);
+            say!("{}", disk.device);
         }
         Ok(())
     })
+}
+
+/// Has a disk served again: by the server of many that it was one of, if that runs, else by a
+/// process of its own.
+fn back(left: &Disk) -> Result<Disk> {
+    let server = left.server.as_deref().filter(|server| servers::find(server).is_ok());
+    if let Some(server) = server {
+        let disk = client::call_server(server, "recover", &json!({ "disk": left.name }), TAKE)?;
+        return launch::disk(&json!({ "disk": disk }));
+    }
+    let report = launch(|| {
+        let server = again(&left.name, true)?;
+        let disk = server.disk()?;
+        Ok((server, json!({ "disk": disk })))
+    })?;
+    launch::disk(&report)
 }
 
 /// Does it for all, and fails at the end if it failed for one.
@@ -67,36 +86,61 @@ fn each(wanted: Vec<Found>, mut each: impl FnMut(&Found) -> Result<()>) -> Resul
 /// # Errors
 /// If the kernel does not have the disk any more, another process serves it, or it cannot be.
 pub fn again(name: &str, is_wanted: bool) -> Result<Server> {
-    let busy = |reason: String| Error::new(ErrorKind::Busy, name, reason);
     let guard = guard::start()?;
-    let held = match Claim::hold(name) {
-        Ok(Some((claim, Some(left)))) if guard::is_kept(&left) => Ok((claim, left)),
-        Ok(Some((_, Some(left)))) => {
-            let reason = match left.outlives_server() {
-                true => "the kernel does not have it any more".to_owned(),
-                false => "was made to go with its server (--recovery off)".to_owned(),
-            };
-            Err(busy(reason).next(format!("devsplice del {name}, then add it again")))
-        }
-        Ok(Some((claim, None))) => {
-            claim.remove();
-            Err(Error::new(ErrorKind::NotFound, name, "is gone"))
-        }
-        Ok(None) => Err(busy("another process serves it".to_owned())),
-        Err(error) => Err(error),
-    };
-    match held {
+    match guard::claim_kept(name) {
         Ok((claim, mut left)) => {
             if is_wanted {
                 left.restarts = 0;
             }
-            Server::take_over(claim, &left, guard)
+            Server::take_over(claim, &left, guard, "restarted")
         }
         Err(error) => {
             guard.dismiss();
             Err(error)
         }
     }
+}
+
+/// The same for a server of many: with all of its disks that the kernel keeps, and with as many
+/// threads as asked for, or as it had. `why` is the event.
+///
+/// # Errors
+/// If there is such a server already, or it cannot be had. Disks that cannot be are left as they
+/// are.
+pub fn again_many(name: &str, threads: Option<usize>, why: &str) -> Result<Server> {
+    let guard = guard::start()?;
+    let seat = match Seat::take(name) {
+        Ok(Some(seat)) => seat,
+        other => {
+            guard.dismiss();
+            other?;
+            let thing = format!("server `{name}`");
+            return Err(Error::new(ErrorKind::Busy, thing, "runs already")
+                .next(format!("devsplice add --server {name} gives it disks")));
+        }
+    };
+    many(name, seat, threads, guard, why)
+}
+
+fn many(
+    name: &str,
+    mut seat: Seat,
+    threads: Option<usize>,
+    guard: guard::Guard,
+    why: &str,
+) -> Result<Server> {
+    let had = Some(seat.about.threads).filter(|threads| *threads > 0);
+    let cpus = || std::thread::available_parallelism().map_or(1, usize::from);
+    name.clone_into(&mut seat.about.name);
+    let server = Server::of_many(seat, threads.or(had).unwrap_or_else(cpus), guard)?;
+    for found in servers::disks(name)? {
+        if guard::is_kept(&found.disk)
+            && let Err(error) = server.hall().recover(&found.disk.name, why)
+        {
+            eprintln!("devsplice: {error}");
+        }
+    }
+    Ok(server)
 }
 
 /// Takes disks over from the programs that serve them.
@@ -114,17 +158,33 @@ pub fn upgrade(upgrade: &Upgrade) -> Result<()> {
             all.filter(|one| one.alive && one.disk.outlives_server()).collect()
         }
     };
+    let mut done = std::collections::BTreeSet::new();
     each(wanted, |found| {
-        let Started { disk, pause_ms } = launch(|| succeed(found))?;
-        let pause = pause_ms.unwrap_or(0.0);
-        let (old, new) = (found.disk.pid, disk.pid);
-        if upgrade.json {
-            say!("{}", json!({ "name": disk.name, "from": old, "to": new, "pause_ms": pause }));
-        } else {
-            say!("{}: process {new} instead of {old}, pause {pause:.1} ms", disk.name);
+        let report = match &found.disk.server {
+            // It takes all of its disks along.
+            Some(server) if !done.insert(server.clone()) => return Ok(()),
+            Some(server) => launch(|| succeed_many(server))?,
+            None => launch(|| succeed(found))?,
+        };
+        for moved in report["moved"].as_array().into_iter().flatten() {
+            show(moved, upgrade.json);
         }
         Ok(())
     })
+}
+
+fn show(moved: &Value, json: bool) {
+    if json {
+        return say!("{moved}");
+    }
+    let (name, pause) = (moved["name"].as_str(), moved["pause_ms"].as_f64().unwrap_or(0.0));
+    let (from, to) = (&moved["from"], &moved["to"]);
+    say!("{}: process {to} instead of {from}, pause {pause:.1} ms", name.unwrap_or_default());
+}
+
+fn moved(name: &str, (from, to): (u32, u32), start: Instant) -> Value {
+    let pause_ms = start.elapsed().as_secs_f64() * 1000.0;
+    json!({ "name": name, "from": from, "to": to, "pause_ms": pause_ms })
 }
 
 /// Becomes the other program, with the same wish.
@@ -152,9 +212,8 @@ fn replace(upgrade: &Upgrade, binary: &std::path::Path) -> Error {
     Error::os(path, &error).next(old_goes_on)
 }
 
-/// The server's process: has the old one let go, and takes over. The pause of the disk's users,
-/// too, in milliseconds.
-fn succeed(found: &Found) -> Result<(Server, Option<f64>)> {
+/// What can be found out of a take-over beforehand: the old server is still there if that fails.
+fn look(found: &Found) -> Result<()> {
     let Found { disk, alive } = found;
     let name = &disk.name;
     if !alive {
@@ -169,37 +228,75 @@ fn succeed(found: &Found) -> Result<(Server, Option<f64>)> {
         let reason = "goes with its server, so another cannot take it over";
         return Err(Error::new(ErrorKind::Unsupported, name, reason));
     }
-    // What can be found out beforehand is: the old server is still there if this fails.
-    drop(assemble(&disk.plan()?, Access::Look)?);
+    assemble(&disk.plan()?, Access::Look).map(drop)
+}
+
+/// Waits until a server has let go of something.
+fn let_go<T>(name: &str, mut take: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+    let end = Instant::now() + CLAIM;
+    loop {
+        match take()? {
+            Some(taken) => return Ok(taken),
+            None if Instant::now() > end => {
+                return Err(Error::new(ErrorKind::Busy, name, "another process has taken it"));
+            }
+            None => {}
+        }
+    }
+}
+
+/// The server's process: has the old one let go, and takes over.
+fn succeed(found: &Found) -> Result<(Server, launch::Report)> {
+    look(found)?;
+    let name = &found.disk.name;
     let guard = guard::start()?;
     let start = Instant::now();
-    if let Err(error) = client::call(name, "hand-over", &json!({}), HAND_OVER) {
-        guard.dismiss();
-        return Err(error);
-    }
-    let end = Instant::now() + CLAIM;
-    let held = loop {
-        match Claim::hold(name) {
-            Ok(Some((claim, Some(left)))) => break Ok((claim, left)),
-            Ok(Some((claim, None))) => {
-                claim.remove();
-                break Err(Error::new(ErrorKind::NotFound, name, "is gone"));
+    let taken =
+        client::call(name, "hand-over", &json!({}), HAND_OVER).and_then(|_| {
+            match let_go(name, || Claim::hold(name))? {
+                (claim, Some(left)) => Ok((claim, left)),
+                (claim, None) => {
+                    claim.remove();
+                    Err(Error::new(ErrorKind::NotFound, name, "is gone"))
+                }
             }
-            Ok(None) if Instant::now() > end => {
-                break Err(Error::new(ErrorKind::Busy, name, "another process has taken it"));
-            }
-            Ok(None) => {}
-            Err(error) => break Err(error),
-        }
-    };
-    match held {
+        });
+    match taken {
         Ok((claim, left)) => {
-            let server = Server::take_over(claim, &left, guard)?;
-            Ok((server, Some(start.elapsed().as_secs_f64() * 1000.0)))
+            let server = Server::take_over(claim, &left, guard, "upgraded")?;
+            let moved = moved(name, (left.pid, std::process::id()), start);
+            Ok((server, json!({ "moved": [moved] })))
         }
         Err(error) => {
             guard.dismiss();
             Err(error)
         }
     }
+}
+
+/// The same for a server of many, with all of its disks.
+fn succeed_many(name: &str) -> Result<(Server, launch::Report)> {
+    let old = servers::find(name)?;
+    let disks = servers::disks(name)?;
+    disks.iter().try_for_each(look)?;
+    let guard = guard::start()?;
+    let start = Instant::now();
+    let taken = client::call_server(name, "hand-over", &json!({}), HAND_OVER)
+        .and_then(|_| let_go(name, || Seat::take(name)));
+    let seat = match taken {
+        Ok(seat) => seat,
+        Err(error) => {
+            guard.dismiss();
+            return Err(error);
+        }
+    };
+    let server = many(name, seat, None, guard, "upgraded")?;
+    let names = server.hall().names();
+    let pids = (old.pid, std::process::id());
+    let moved: Vec<_> = names.iter().map(|name| moved(name, pids, start)).collect();
+    let lost = disks.iter().map(|found| &found.disk.name).filter(|name| !names.contains(name));
+    for name in lost {
+        eprintln!("devsplice: {name}: not taken over; devsplice recover {name} tries again");
+    }
+    Ok((server, json!({ "moved": moved })))
 }

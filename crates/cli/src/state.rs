@@ -2,7 +2,8 @@
 //!
 //! NAME.json says what a disk is; its server holds a lock on it for as long as it lives, so that a
 //! process number that was used again misleads nobody. NAME.sock is where the server listens,
-//! NAME.log what it had to say.
+//! NAME.log what it had to say. Where one server has many disks, the last two are links to what it
+//! has: @SERVER.sock and @SERVER.log; @SERVER.server says who it is.
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{Read, Seek, Write};
@@ -26,6 +27,9 @@ pub struct Disk {
     pub name: String,
     /// Its node; empty until it is there.
     pub device: String,
+    /// The server of many disks that it is one of; none for one of its own.
+    #[serde(default)]
+    pub server: Option<String>,
     /// `ublk` or `fuse`.
     pub export: String,
     /// Why this front end.
@@ -113,6 +117,11 @@ pub fn path(name: &str, ending: &str) -> PathBuf {
     dir().join(format!("{name}.{ending}"))
 }
 
+/// The file of a server of many disks with this ending. No disk's name begins like it.
+pub fn server_file(server: &str, ending: &str) -> PathBuf {
+    dir().join(format!("@{server}.{ending}"))
+}
+
 /// Where a disk's node can be found by its name.
 pub fn link(name: &str) -> PathBuf {
     PathBuf::from("/dev/devsplice").join(name)
@@ -194,7 +203,13 @@ impl Claim {
             };
         }
         for number in 0..65_536 {
-            match Claim::hold(&format!("d{number}"))? {
+            let name = format!("d{number}");
+            // Where there may be hundreds, nobody waits to see whether one of them is just being
+            // looked at.
+            if look(&path(&name, "json")).is_some_and(|found| found.alive) {
+                continue;
+            }
+            match Claim::hold(&name)? {
                 Some((_, Some(left))) if guard::is_kept(&left) => {}
                 Some(held) => return Ok(cleaned(held)),
                 None => {}
@@ -225,15 +240,7 @@ impl Claim {
             if !lock(&file) {
                 return Ok(None);
             }
-            // Between open and lock its owner may have removed it: then the lock is on a ghost.
-            let is_ghost = match (file.metadata(), std::fs::metadata(&path)) {
-                (Ok(ours), Ok(named)) => {
-                    use std::os::unix::fs::MetadataExt;
-                    ours.ino() != named.ino()
-                }
-                _ => true,
-            };
-            if !is_ghost {
+            if !is_ghost(&file, &path) {
                 let mut claim = Claim { file, name: name.to_owned() };
                 let left = claim.read();
                 return Ok(Some((claim, left)));
@@ -272,6 +279,16 @@ impl Claim {
     }
 }
 
+/// Whether a file is not the one of that path any more: between open and lock its owner may have
+/// removed it, and then the lock is on a ghost.
+pub(crate) fn is_ghost(file: &File, path: &std::path::Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    match (file.metadata(), std::fs::metadata(path)) {
+        (Ok(ours), Ok(named)) => ours.ino() != named.ino(),
+        _ => true,
+    }
+}
+
 /// A claim, after cleaning up what the last server left.
 fn cleaned((claim, left): (Claim, Option<Disk>)) -> Claim {
     if let Some(left) = left {
@@ -282,7 +299,7 @@ fn cleaned((claim, left): (Claim, Option<Disk>)) -> Claim {
 
 /// Locks a state file, unless a server has. Who only looks (`list`) has it for a moment, which is
 /// not to be taken for a server.
-fn lock(file: &File) -> bool {
+pub(crate) fn lock(file: &File) -> bool {
     for _ in 0..20 {
         if flock(file, FlockOperation::NonBlockingLockExclusive).is_ok() {
             return true;
@@ -342,6 +359,11 @@ fn look(path: &std::path::Path) -> Option<Found> {
 /// # Errors
 /// If there is none; lists those that are there.
 pub fn find(word: &str) -> Result<Found> {
+    if check_name(word).is_ok()
+        && let Some(found) = look(&path(word, "json"))
+    {
+        return Ok(found);
+    }
     let all = all()?;
     let by_node = std::fs::canonicalize(word).ok();
     let node = by_node.as_deref().and_then(|path| path.to_str()).unwrap_or(word);

@@ -28,25 +28,27 @@ pub fn run(tell: &Tell) -> Result<()> {
 
 /// The server's side: has a layer carry out a command, and waits for its answer. Only for a thread
 /// that may wait as long as that takes.
-pub fn answer(served: &Served, params: &Value) -> Value {
-    let wanted = params["layer"].as_str().unwrap_or_default();
-    let words = params["words"].as_array().into_iter().flatten();
-    let words = words.filter_map(|word| word.as_str().map(str::to_owned)).collect();
+///
+/// # Errors
+/// If there is no such layer, or it cannot do it.
+pub fn answer(served: &Served, wanted: &str, words: Vec<String>) -> Result<String> {
     let Some((node, ..)) = served.stack.lives().find(|(_, name, _)| *name == wanted) else {
-        return json!({ "error": no_layer(&served.stack, wanted) });
+        return Err(no_layer(&served.stack, wanted));
     };
+    let busy = |reason: String| Error::new(ErrorKind::Busy, wanted, reason);
     match served.command(node, words).recv() {
-        Ok(Ok(answer)) => json!({ "result": answer }),
-        Ok(Err(reason)) => json!({ "error": format!("{wanted}: {reason}") }),
-        Err(_) => json!({ "error": "the server is stopping" }),
+        Ok(answer) => answer.map_err(busy),
+        Err(_) => Err(busy("the server is stopping".to_owned())),
     }
 }
 
-fn no_layer(stack: &Stack, wanted: &str) -> String {
+fn no_layer(stack: &Stack, wanted: &str) -> Error {
     let names: Vec<_> = stack.lives().map(|(_, name, _)| name).collect();
+    let wanted = format!("`{wanted}`");
     match names.is_empty() {
-        true => format!("`{wanted}`: no layer of this disk takes commands"),
-        false => format!("`{wanted}`: no such layer; these take commands: {}", names.join(", ")),
+        true => Error::new(ErrorKind::NotFound, wanted, "no layer of this disk takes commands"),
+        false => Error::new(ErrorKind::NotFound, wanted, "no such layer")
+            .next(format!("these take commands: {}", names.join(", "))),
     }
 }
 

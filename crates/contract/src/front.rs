@@ -156,6 +156,10 @@ impl<R: Room> Export<R> for Front {
     }
 
     fn flush(&mut self, _: &mut R) {}
+
+    fn rest(&mut self, _: &mut R) -> bool {
+        false
+    }
 }
 
 /// How requests are put to an engine.

@@ -208,4 +208,8 @@ impl<R: Ring> Export<R> for Inner {
     }
 
     fn flush(&mut self, _: &mut R) {}
+
+    fn rest(&mut self, _: &mut R) -> bool {
+        false
+    }
 }

@@ -103,9 +103,7 @@ pub trait Export<R: Ring>: Send {
 
     /// No request has been there for a second or two: takes back what keeps memory for the next
     /// ones. Whether some of it comes back only later, so that memory is to be looked at again.
-    fn rest(&mut self, _ring: &mut R) -> bool {
-        false
-    }
+    fn rest(&mut self, ring: &mut R) -> bool;
 
     /// Whether no further request can come.
     fn is_closed(&self) -> bool;

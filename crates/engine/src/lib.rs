@@ -20,5 +20,5 @@ pub use counts::{Counts, RingCounts, Shared};
 pub use export::{Export, Inbox, Request};
 pub use queue::{Lane, Worker};
 pub use ring::{Completion, Event, FileId, Pages, Part, Ring, Splice, Takes, To};
-pub use served::{Answer, Served, Wake};
+pub use served::{Answer, Noted, OnNoted, Served, Wake};
 pub use watch::Stuck;

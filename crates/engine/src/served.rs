@@ -8,6 +8,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use devsplice_core::wait::{Bell, Turn};
 use devsplice_core::{NodeId, Stack};
 
+use crate::watch::Stuck;
+
 /// Events kept for whoever asks later.
 const EVENTS_KEPT: usize = 256;
 
@@ -16,6 +18,18 @@ pub type Wake = Arc<dyn Fn() + Send + Sync>;
 
 /// Told about what live layers report. Called on an I/O thread, so it must not block on the device.
 pub type OnEvent = Box<dyn Fn(&str) + Send + Sync>;
+
+/// Something that whoever looks after a device may want to know at once.
+#[derive(Debug)]
+pub enum Noted<'a> {
+    /// What a live layer reports.
+    Layer(&'a str),
+    /// A request has been below for long.
+    Stuck(&'a Stuck),
+}
+
+/// Told about such things. Called on an I/O thread, so it must not block.
+pub type OnNoted = Box<dyn Fn(&Noted<'_>) + Send + Sync>;
 
 /// What came of a command: an answer, or why there is none.
 pub type Answer = Result<String, String>;
@@ -52,6 +66,7 @@ pub struct Served {
     mail: Mutex<VecDeque<Letter>>,
     events: Mutex<VecDeque<String>>,
     on_event: OnEvent,
+    on_noted: Mutex<Option<OnNoted>>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -75,6 +90,7 @@ impl Served {
             mail: Mutex::default(),
             events: Mutex::default(),
             on_event,
+            on_noted: Mutex::default(),
         })
     }
 
@@ -132,11 +148,32 @@ impl Served {
     /// Keeps an event and tells who wanted to hear.
     pub fn event(&self, text: String) {
         (self.on_event)(&text);
+        let on_noted = lock(&self.on_noted);
+        if let Some(note) = &*on_noted {
+            note(&Noted::Layer(&text));
+        }
         let mut events = lock(&self.events);
         if events.len() == EVENTS_KEPT {
             events.pop_front();
         }
         events.push_back(text);
+    }
+
+    /// A request is stuck below.
+    pub fn stuck(&self, stuck: &Stuck) {
+        if let Some(note) = &*lock(&self.on_noted) {
+            note(&Noted::Stuck(stuck));
+        }
+    }
+
+    /// Has `note` told what happens from now on, after the events so far.
+    pub fn note(&self, note: OnNoted) {
+        // Whoever has an event keeps it behind this lock, so that none is told twice or not at all.
+        let mut on_noted = lock(&self.on_noted);
+        for text in &*lock(&self.events) {
+            note(&Noted::Layer(text));
+        }
+        *on_noted = Some(note);
     }
 
     /// The last events, oldest first.

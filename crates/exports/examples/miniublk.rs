@@ -106,7 +106,7 @@ fn main() -> Result<()> {
         eprintln!("miniublk: {error}");
         std::process::exit(1);
     };
-    let service = Service { stack, bottoms, on_stuck, on_event: |_| {}, on_death };
+    let service = Service { stack, bottoms, pool: None, on_stuck, on_event: |_| {}, on_death };
     let device = Device::attach(&options, service, &mut |_| {})?;
     println!("{}", device.path());
     let _ = std::io::stdin().read_to_end(&mut Vec::new());

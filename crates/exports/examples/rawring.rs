@@ -118,6 +118,10 @@ impl Export<Uring> for Pipe {
     }
 
     fn flush(&mut self, _: &mut Uring) {}
+
+    fn rest(&mut self, _: &mut Uring) -> bool {
+        false
+    }
 }
 
 fn main() -> Result<()> {

@@ -41,7 +41,14 @@ impl Disk {
     /// # Errors
     /// As [`Disk::of_bytes`].
     pub fn of_stack(name: &str, stack: Arc<Stack>, bottoms: Vec<Bottom>) -> Result<Disk> {
-        let service = Service { stack, bottoms, on_stuck: stuck, on_event: tell, on_death: death };
+        let service = Service {
+            stack,
+            bottoms,
+            pool: None,
+            on_stuck: stuck,
+            on_event: tell,
+            on_death: death,
+        };
         if ublk::available().is_ok() {
             let options = ublk::Options {
                 id: None,

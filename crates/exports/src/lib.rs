@@ -5,5 +5,6 @@ pub mod fuse;
 pub mod host;
 pub mod local;
 pub mod nbd;
+pub mod pool;
 pub mod threads;
 pub mod ublk;

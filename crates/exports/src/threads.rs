@@ -1,13 +1,16 @@
 //! Answers for I/O threads: N queues on M threads, each thread with one ring, started together.
 
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, OnceLock, mpsc};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
 use std::thread::JoinHandle;
 
 use devsplice_core::{Error, ErrorKind, Result, Stack};
 use devsplice_engine::{Counts, Export, Lane, Served, Shared, Stuck, Worker};
-use devsplice_uring::{Bytes, Config, FileKind, LaneMemory, RingFile, Uring};
+use devsplice_uring::{Brief, Bytes, Config, FileKind, LaneMemory, RingFile, Uring};
 use rustix::thread::{CpuSet, sched_setaffinity};
+
+pub use crate::pool::Pool;
+use crate::pool::{Make, Member};
 
 /// A bottom of the stack, open.
 pub enum Bottom {
@@ -62,6 +65,8 @@ pub struct Service {
     pub stack: Arc<Stack>,
     /// The stack's bottoms, in their order.
     pub bottoms: Vec<Bottom>,
+    /// Threads that it shares with other devices; `None` for threads of its own.
+    pub pool: Option<Arc<Pool>>,
     /// Told about requests that are stuck below.
     pub on_stuck: fn(&Stuck),
     /// Told what live layers report.
@@ -93,14 +98,55 @@ pub struct Work {
     pub cpus: Box<CpusOf>,
 }
 
-/// Running I/O threads.
+/// How many of a device's workers have not ended, and what follows when none has.
+#[derive(Default)]
+struct End(Mutex<(usize, Option<Then>)>);
+
+type Then = Box<dyn FnOnce() + Send>;
+
+impl End {
+    fn lock(&self) -> MutexGuard<'_, (usize, Option<Then>)> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn one_more(&self) {
+        self.lock().0 += 1;
+    }
+
+    fn one_less(&self) {
+        let mut inner = self.lock();
+        inner.0 -= 1;
+        let then = if inner.0 == 0 { inner.1.take() } else { None };
+        drop(inner);
+        if let Some(then) = then {
+            then();
+        }
+    }
+
+    fn is_over(&self) -> bool {
+        self.lock().0 == 0
+    }
+
+    /// Has `then` done at the end, at once if that has been.
+    fn then(&self, then: Then) {
+        let mut inner = self.lock();
+        if inner.0 > 0 {
+            inner.1 = Some(then);
+            return;
+        }
+        drop(inner);
+        then();
+    }
+}
+
+/// Running I/O threads, or a device's share in them.
 pub struct Crew {
     /// The stack, as its threads share it.
     pub served: Arc<Served>,
+    /// Threads of its own; none in a pool.
     handles: Vec<JoinHandle<()>>,
     shared: Vec<Arc<Shared>>,
-    /// Disconnected when the last thread has ended.
-    end: Mutex<Option<mpsc::Receiver<()>>>,
+    end: Arc<End>,
     /// What is not as it should be, though the threads run.
     pub warnings: Vec<String>,
 }
@@ -109,39 +155,45 @@ impl Crew {
     /// Starts the threads and returns when every queue has asked for its first requests.
     ///
     /// # Errors
-    /// The first thing that any thread could not do. The others are left to end with the process.
-    pub fn start(shape: Shape, work: Work) -> Result<Crew> {
+    /// The first thing that any thread could not do. The others are left to end with the process,
+    /// or, in a pool, with their queues.
+    pub fn start(mut shape: Shape, work: Work) -> Result<Crew> {
+        if let Some(pool) = work.service.pool.as_ref().filter(|_| !shape.is_shared) {
+            // More would be turned by the same threads.
+            shape.threads = shape.threads.min(u16::try_from(pool.thread_count()).unwrap_or(1));
+        }
         let threads = shape.threads.max(1);
         let served = Served::new(work.service.stack.clone(), Box::new(work.service.on_event));
         let work = Arc::new(work);
         let (ready, news) = mpsc::channel();
-        let (alive, end) = mpsc::channel::<()>();
         let mut crew = Crew {
             served: Arc::clone(&served),
             handles: Vec::new(),
             shared: Vec::new(),
-            end: Mutex::new(Some(end)),
-            warnings: Vec::new(),
+            end: Arc::default(),
+            warnings: work.service.pool.iter().filter_map(|pool| pool.warning()).collect(),
         };
         // A queue's first thread is ready before others come to share it.
         for thread in 0..threads {
             if thread == shape.queues && !shape.is_shared {
                 crew.wait(&news, thread)?;
             }
-            let queues = queues_of(thread, &shape);
             let shared = Arc::new(Shared::default());
             crew.shared.push(Arc::clone(&shared));
-            let (work, ready, alive) = (Arc::clone(&work), ready.clone(), alive.clone());
-            let served = Arc::clone(&served);
-            let handle = std::thread::Builder::new()
-                .name(format!("io/{thread}"))
-                .stack_size(256 << 10)
-                .spawn(move || {
-                    serve(&shape, (&work, &served), &queues, shared, &ready);
-                    drop(alive);
-                })
-                .map_err(|error| Error::os("I/O thread", &error))?;
-            crew.handles.push(handle);
+            let part = Part {
+                shape,
+                work: Arc::clone(&work),
+                served: Arc::clone(&served),
+                queues: queues_of(thread, &shape),
+                shared,
+                ready: ready.clone(),
+            };
+            crew.end.one_more();
+            let end = Arc::clone(&crew.end);
+            match &work.service.pool {
+                Some(pool) => pool.take(part.in_pool(end)),
+                None => crew.handles.push(part.on_thread(thread, end)?),
+            }
         }
         drop(ready);
         let was_waited = threads > shape.queues && !shape.is_shared;
@@ -170,26 +222,38 @@ impl Crew {
         self.shared.iter().fold(Counts::default(), |sum, shared| sum.plus(&shared.read()))
     }
 
-    /// How many threads there are.
+    /// How many threads serve it.
     #[must_use]
     pub fn thread_count(&self) -> usize {
-        self.handles.len()
+        self.shared.len()
+    }
+
+    /// Does something in another thread when the last I/O thread has ended, or no thread of a pool
+    /// serves it any more; at once if that is so. Only what was given last is done.
+    pub fn at_end(&self, then: Box<dyn FnOnce() + Send>) {
+        self.end.then(then);
     }
 
     /// Something to wait on in another thread: it fails to receive when the last I/O thread has
-    /// ended. There is one; the second call gets none.
+    /// ended.
+    #[must_use]
     pub fn take_end(&self) -> Option<mpsc::Receiver<()>> {
-        self.end.lock().ok()?.take()
+        let (alive, end) = mpsc::channel();
+        self.at_end(Box::new(move || drop(alive)));
+        Some(end)
     }
 
     /// Whether every thread has ended.
     #[must_use]
     pub fn is_over(&self) -> bool {
-        self.handles.iter().all(JoinHandle::is_finished)
+        self.end.is_over() && self.handles.iter().all(JoinHandle::is_finished)
     }
 
     /// Waits until every queue is closed and every request finished.
     pub fn join(self) -> Counts {
+        if let Some(end) = self.take_end() {
+            let _ = end.recv();
+        }
         for handle in self.handles {
             // A thread that panicked has taken the process with it; see `on_death`.
             let _ = handle.join();
@@ -209,80 +273,121 @@ fn queues_of(thread: u16, shape: &Shape) -> Vec<u16> {
     }
 }
 
-type Ready = mpsc::Sender<Result<Option<String>>>;
-
-/// An I/O thread from start to end.
-fn serve(
-    shape: &Shape,
-    (work, served): (&Work, &Arc<Served>),
-    queues: &[u16],
+/// What one worker of a device needs.
+struct Part {
+    shape: Shape,
+    work: Arc<Work>,
+    served: Arc<Served>,
+    queues: Vec<u16>,
     shared: Arc<Shared>,
-    ready: &Ready,
-) {
-    let mut warning = None;
-    if let Err(error) = devsplice_uring::thread::set_io_flusher() {
-        warning = Some(error.to_string());
-    }
-    if let Some(cpus) = queues.first().and_then(|queue| (work.cpus)(*queue)) {
-        // Where the CPUs are not ours to use, running anywhere is the next best.
-        let _ = sched_setaffinity(None, &cpus);
-    }
-    let mut worker = match prepare(shape, (work, served), queues, shared) {
-        Ok(worker) => worker,
-        Err(error) => {
-            let _ = ready.send(Err(error));
-            return;
-        }
-    };
-    if let Some(settled) = SETTLED.get() {
-        settled();
-    }
-    let _ = ready.send(Ok(warning));
-    if let Err(error) = worker.run() {
-        (work.service.on_death)(error);
-    }
+    ready: mpsc::Sender<Result<Option<String>>>,
 }
 
-fn prepare(
-    shape: &Shape,
-    (work, served): (&Work, &Arc<Served>),
-    queues: &[u16],
-    shared: Arc<Shared>,
-) -> Result<Worker<Uring>> {
-    let lanes = vec![shape.memory; queues.len()];
-    let tags = u32::from(shape.memory.depth) * u32::try_from(queues.len()).unwrap_or(1);
-    let flights = (tags * 2).clamp(64, 4096);
-    let Service { bottoms: opened, on_stuck, .. } = &work.service;
-    // A queue may have a file beside its device's.
-    let files = opened.len() + 2 * queues.len();
-    let files = u16::try_from(files)
-        .map_err(|_| Error::invalid("stack", format!("{files} files in one ring")))?;
-    let inner = u16::from(served.stack.lives().next().is_some());
-    let make = match (shape.is_wide, shape.low_depth) {
-        (true, _) => Uring::wide,
-        (false, true) => Uring::for_low_depth,
-        (false, false) => Uring::new,
-    };
-    let mut ring = make(&Config { flights, files, lanes, inner })?;
-    let mut bottoms = Vec::new();
-    for bottom in opened {
-        bottoms.push(match bottom {
-            Bottom::File { fd, kind } => {
-                let fd = fd.try_clone().map_err(|error| Error::os("a file's copy", &error))?;
-                ring.add_file(RingFile { fd, kind: *kind })?
-            }
-            Bottom::Bytes(bytes) => ring.add_bytes(Arc::clone(bytes))?,
+impl Part {
+    /// Starts a thread for it alone.
+    fn on_thread(self, number: u16, end: Arc<End>) -> Result<JoinHandle<()>> {
+        let name = format!("io/{number}");
+        let thread = std::thread::Builder::new().name(name).stack_size(256 << 10);
+        let started = thread.spawn(move || {
+            self.serve();
+            end.one_less();
         });
+        started.map_err(|error| Error::os("I/O thread", &error))
     }
-    let mut lanes = Vec::new();
-    for queue in queues {
-        let export = (work.make)(*queue, &mut ring)?;
-        lanes.push(Lane::new(export, Arc::clone(served), bottoms.clone().into()));
+
+    /// An I/O thread from start to end.
+    fn serve(self) {
+        let mut warning = None;
+        if let Err(error) = devsplice_uring::thread::set_io_flusher() {
+            warning = Some(error.to_string());
+        }
+        if let Some(cpus) = self.queues.first().and_then(|queue| (self.work.cpus)(*queue)) {
+            // Where the CPUs are not ours to use, running anywhere is the next best.
+            let _ = sched_setaffinity(None, &cpus);
+        }
+        let (mut worker, _) = match self.prepare() {
+            Ok(worker) => worker,
+            Err(error) => {
+                let _ = self.ready.send(Err(error));
+                return;
+            }
+        };
+        if let Some(settled) = SETTLED.get() {
+            settled();
+        }
+        let on_death = self.work.service.on_death;
+        let _ = self.ready.send(Ok(warning));
+        drop(self);
+        if let Err(error) = worker.run() {
+            on_death(error);
+        }
     }
-    let watch = (shape.stuck_seconds, Box::new(*on_stuck) as Box<dyn Fn(&Stuck) + Send>);
-    let mut worker = Worker::new(ring, lanes, flights, shared, watch);
-    worker.arm()?;
-    Ok(worker)
+
+    /// Makes a worker for a thread that has others.
+    fn in_pool(self, end: Arc<End>) -> Make {
+        Box::new(move || {
+            let over = Box::new(move || end.one_less());
+            let on_death = self.work.service.on_death;
+            let ends = |error| {
+                over();
+                let _ = self.ready.send(Err(error));
+                None
+            };
+            match self.prepare() {
+                Ok((worker, Some(brief))) => {
+                    let _ = self.ready.send(Ok(None));
+                    Some(Member { worker, brief, over, on_death })
+                }
+                Ok((_, None)) => ends(Error::invalid("I/O thread", "is in no pool")),
+                Err(error) => ends(error),
+            }
+        })
+    }
+
+    /// The worker; in a pool also what is known of its ring.
+    fn prepare(&self) -> Result<(Worker<Uring>, Option<Brief>)> {
+        let Part { shape, work, served, queues, shared, .. } = self;
+        let lanes = vec![shape.memory; queues.len()];
+        let tags = u32::from(shape.memory.depth) * u32::try_from(queues.len()).unwrap_or(1);
+        let flights = (tags * 2).clamp(64, 4096);
+        let Service { bottoms: opened, on_stuck, pool, .. } = &work.service;
+        // A queue may have a file beside its device's.
+        let files = opened.len() + 2 * queues.len();
+        let files = u16::try_from(files)
+            .map_err(|_| Error::invalid("stack", format!("{files} files in one ring")))?;
+        let inner = u16::from(served.stack.lives().next().is_some());
+        let make = match (shape.is_wide, shape.low_depth) {
+            (true, _) => Uring::wide,
+            (false, true) => Uring::for_low_depth,
+            (false, false) => Uring::new,
+        };
+        let mut ring = make(&Config { flights, files, lanes, inner })?;
+        let brief = pool.as_ref().map(|_| ring.be_brief()).transpose()?;
+        let mut bottoms = Vec::new();
+        for bottom in opened {
+            bottoms.push(match bottom {
+                Bottom::File { fd, kind } => {
+                    let fd = fd.try_clone().map_err(|error| Error::os("a file's copy", &error))?;
+                    ring.add_file(RingFile { fd, kind: *kind })?
+                }
+                Bottom::Bytes(bytes) => ring.add_bytes(Arc::clone(bytes))?,
+            });
+        }
+        let mut lanes = Vec::new();
+        for queue in queues {
+            let export = (work.make)(*queue, &mut ring)?;
+            lanes.push(Lane::new(export, Arc::clone(served), bottoms.clone().into()));
+        }
+        let (on_stuck, noted) = (*on_stuck, Arc::clone(served));
+        let on_stuck = move |stuck: &Stuck| {
+            on_stuck(stuck);
+            noted.stuck(stuck);
+        };
+        let watch = (shape.stuck_seconds, Box::new(on_stuck) as Box<dyn Fn(&Stuck) + Send>);
+        let mut worker = Worker::new(ring, lanes, flights, Arc::clone(shared), watch);
+        worker.arm()?;
+        Ok((worker, brief))
+    }
 }
 
 #[cfg(test)]
@@ -298,9 +403,9 @@ mod tests {
                 threads,
                 is_shared: false,
                 is_wide: false,
+                low_depth: false,
                 memory,
                 stuck_seconds: 0,
-                low_depth: false,
             };
             (0..threads).map(|thread| queues_of(thread, &shape)).collect::<Vec<_>>()
         };

@@ -133,7 +133,8 @@ fn disk_of(options: &Options, limits: Limits, above: Option<(&str, &str)>) -> Di
     let file = dir.at("disk");
     File::create(&file).unwrap().set_len(limits.size).unwrap();
     let stack = stack(limits, above);
-    let service = Service { stack, bottoms: vec![bottom(&file)], on_stuck, on_event, on_death };
+    let service =
+        Service { stack, bottoms: vec![bottom(&file)], pool: None, on_stuck, on_event, on_death };
     let device = Device::attach(options, service, &mut |_| {}).unwrap();
     Disk { device, file, _dir: dir }
 }
@@ -261,7 +262,7 @@ fn no_write_ends_before_all_of_it_is_below() {
         let both = over("concat", "", &[legs[0], later]);
         let stack = Arc::new(builder.finish(both));
         let bottoms = files.iter().map(|file| bottom(file)).collect();
-        let service = Service { stack, bottoms, on_stuck, on_event, on_death };
+        let service = Service { stack, bottoms, pool: None, on_stuck, on_event, on_death };
         let device = Device::attach(&options_of("late", path), service, &mut |_| {}).unwrap();
         let disk = Disk { device, file: files[1].clone(), _dir: dir };
         let file = disk.open();
@@ -739,7 +740,7 @@ fn names_that_a_loop_device_cannot_have_are_refused() {
     for name in ["", ".", "..", "a/b", "a b", "\u{e9}", "x".repeat(60).as_str()] {
         let options = Options { name: name.to_owned(), ..options("x") };
         let stack = stack(limits(MIB), None);
-        let service = Service { stack, bottoms: vec![], on_stuck, on_event, on_death };
+        let service = Service { stack, bottoms: vec![], pool: None, on_stuck, on_event, on_death };
         let made = Device::attach(&options, service, &mut |_| {});
         assert_eq!(made.map(|_| ()).unwrap_err().kind(), ErrorKind::Invalid, "{name:?}");
     }

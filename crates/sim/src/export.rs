@@ -114,6 +114,10 @@ impl Export<SimRing> for SimExport {
     }
 
     fn flush(&mut self, _: &mut SimRing) {}
+
+    fn rest(&mut self, _: &mut SimRing) -> bool {
+        false
+    }
 }
 
 /// Times that a client of a mirror looks for a request that overlaps no change in flight.

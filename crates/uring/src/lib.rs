@@ -26,5 +26,6 @@ pub use files::{FileKind, RingFile};
 pub use ring::batch::Buffers;
 pub use ring::socket::{MAX_OUTGOING, Outgoing, Wait};
 pub use ring::{
-    Command, Config, FUSE_OP_AT, FuseEntry, FusePayload, LaneMemory, Prepared, Slots, Uring, open,
+    Brief, Command, Config, FUSE_OP_AT, FuseEntry, FusePayload, LaneMemory, Prepared, Slots, Uring,
+    open,
 };

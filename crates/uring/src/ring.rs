@@ -3,17 +3,20 @@
 
 mod ahead;
 pub(crate) mod batch;
+mod brief;
 mod client;
 mod fuse;
 mod helped;
 mod kept;
 mod slots;
 pub(crate) mod socket;
+mod waits;
 
+pub use brief::Brief;
 pub use fuse::{FUSE_OP_AT, FuseEntry, FusePayload};
 pub use slots::Slots;
 
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -28,9 +31,7 @@ use crate::files::{FileKind, RingFile, Slot};
 use crate::setup::{self, Cqe};
 use crate::splice::{DATA_AT, Flight, ZEROES_LEN, simple, simple_entry};
 use crate::submit::Queues;
-use crate::uapi::{
-    OP_ASYNC_CANCEL, OP_POLL_ADD, OP_READ, OP_TIMEOUT, OP_URING_CMD, OP_WRITE, SQE_FIXED_FILE, Sqe,
-};
+use crate::uapi::{OP_READ, OP_TIMEOUT, OP_URING_CMD, OP_WRITE, SQE_FIXED_FILE, Sqe};
 
 /// What memory a lane's requests have.
 #[derive(Clone, Copy, Debug)]
@@ -140,6 +141,8 @@ pub struct Uring {
     fuse: Vec<Option<fuse::Headers>>,
     /// Rung by other threads.
     pub(crate) bell: Option<Arc<OwnedFd>>,
+    /// If it shares its thread with other rings.
+    brief: Option<Brief>,
     start: Instant,
     bytes_spliced: u64,
     bytes_copied: u64,
@@ -206,6 +209,7 @@ impl Uring {
             messages: std::iter::repeat_with(|| None).take(config.lanes.len()).collect(),
             fuse: Vec::new(),
             bell: None,
+            brief: None,
             start: Instant::now(),
             bytes_spliced: 0,
             bytes_copied: 0,
@@ -292,53 +296,6 @@ impl Uring {
         self.queues.push(Sqe { opcode, fd, flags, off, addr, len, user_data, ..Sqe::default() });
     }
 
-    /// Waits until `file` is readable, once.
-    pub fn poll(&mut self, (lane, index): (u16, u32), file: FileId) {
-        self.queues.push(Sqe {
-            opcode: OP_POLL_ADD,
-            fd: i32::from(file.0),
-            flags: SQE_FIXED_FILE,
-            op_flags: u32::try_from(libc::POLLIN).unwrap_or(1),
-            user_data: KIND_EXPORT | u64::from(lane) << 32 | u64::from(index),
-            ..Sqe::default()
-        });
-    }
-
-    /// As [`Uring::poll`], of a file that is not among the ring's: such a wait may be left alone when
-    /// the ring goes. The file must be open as long as the ring.
-    pub fn poll_other(&mut self, (lane, index): (u16, u32), file: BorrowedFd<'_>) {
-        self.queues.push(Sqe {
-            opcode: OP_POLL_ADD,
-            fd: file.as_raw_fd(),
-            op_flags: u32::try_from(libc::POLLIN).unwrap_or(1),
-            user_data: KIND_EXPORT | u64::from(lane) << 32 | u64::from(index),
-            ..Sqe::default()
-        });
-    }
-
-    /// As [`Uring::cancel`], for a [`Uring::poll`].
-    pub fn cancel_poll(&mut self, (lane, index): (u16, u32), which: u32) {
-        self.queues.push(Sqe {
-            opcode: OP_ASYNC_CANCEL,
-            fd: -1,
-            addr: KIND_EXPORT | u64::from(lane) << 32 | u64::from(which),
-            user_data: KIND_EXPORT | u64::from(lane) << 32 | u64::from(index),
-            ..Sqe::default()
-        });
-    }
-
-    /// Asks for an early end of the lane's [`Uring::read`] or [`Uring::write`] with the index
-    /// `which`. It completes once in any case: with `ECANCELED` if this was in time.
-    pub fn cancel(&mut self, (lane, index): (u16, u32), which: u32) {
-        self.queues.push(Sqe {
-            opcode: OP_ASYNC_CANCEL,
-            fd: -1,
-            addr: KIND_EXPORT_LENT | u64::from(lane) << 32 | u64::from(which),
-            user_data: KIND_EXPORT | u64::from(lane) << 32 | u64::from(index),
-            ..Sqe::default()
-        });
-    }
-
     /// Sends a command to a character device. With [`Command::lend`], the low half of `index` must
     /// be that tag.
     #[inline]
@@ -405,10 +362,19 @@ impl Uring {
         Ok(done)
     }
 
-    /// Submits everything, and waits for as many completions if none is known of.
+    /// Hands over what is queued, and waits for as many completions if none is known of.
     #[inline]
     fn enter_for(&mut self, most: u32) -> Result<()> {
+        if self.brief.is_some() {
+            return self.enter_briefly(most > 0);
+        }
         let want = if self.queues.has_completions() { 0 } else { most };
+        self.enter_once(want)
+    }
+
+    /// Hands over what is queued, and waits for `want` completions.
+    #[inline]
+    fn enter_once(&mut self, want: u32) -> Result<()> {
         if want == 0 && !self.queues.has_queued() && self.queues.has_completions() {
             return Ok(());
         }

@@ -41,12 +41,14 @@ const OFFSET_RINGS: u64 = 0;
 const OFFSET_ENTRIES: u64 = 0x1000_0000;
 
 const UNREGISTER_FILES: u32 = 3;
+const REGISTER_EVENTFD: u32 = 4;
 const REGISTER_FILES_UPDATE: u32 = 6;
 const REGISTER_FILES2: u32 = 13;
 /// `IORING_REGISTER_BUFFERS_UPDATE` (since 5.13).
 const REGISTER_BUFFERS_UPDATE: u32 = 16;
 const REGISTER_BUFFERS2: u32 = 15;
 const REGISTER_RING_FDS: u32 = 20;
+const UNREGISTER_RING_FDS: u32 = 21;
 const REGISTER_PBUF_RING: u32 = 22;
 /// `IORING_RSRC_REGISTER_SPARSE`.
 const SPARSE: u32 = 1;
@@ -297,4 +299,17 @@ pub(crate) fn register_with_task(fd: &OwnedFd) -> Option<i32> {
     let mut update = Update { offset: u32::MAX, resv: 0, data };
     let done = register(fd.as_raw_fd(), REGISTER_RING_FDS, &mut update, 1).ok()?;
     (done == 1).then(|| i32::try_from(update.offset).ok())?
+}
+
+/// Takes that back.
+pub(crate) fn leave_task(fd: &OwnedFd, index: i32) {
+    let mut update = Update { offset: u32::try_from(index).unwrap_or(0), resv: 0, data: 0 };
+    // What could fail is that it is not there, which is as good.
+    let _ = register(fd.as_raw_fd(), UNREGISTER_RING_FDS, &mut update, 1);
+}
+
+/// Has completions ring an eventfd.
+pub(crate) fn put_bell(fd: &OwnedFd, bell: &OwnedFd) -> io::Result<()> {
+    let mut bell = bell.as_raw_fd();
+    register(fd.as_raw_fd(), REGISTER_EVENTFD, &mut bell, 1).map(drop)
 }

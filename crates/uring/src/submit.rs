@@ -13,6 +13,9 @@ use devsplice_core::{Error, ErrorKind, Result};
 use crate::setup::{self, Cqe, FLAG_SETS, LOW_DEPTH_FLAGS, Made, Mapping, WIDE_FLAGS};
 use crate::uapi::{ENTER_GETEVENTS, ENTER_REGISTERED_RING, Sqe};
 
+/// `IORING_CQ_EVENTFD_DISABLED` (since 5.8).
+const CQ_EVENTFD_DISABLED: u32 = 1;
+
 /// The pair of queues with its counters.
 pub(crate) struct Queues {
     sq_head: NonNull<AtomicU32>,
@@ -29,6 +32,7 @@ pub(crate) struct Queues {
     cq_tail: NonNull<AtomicU32>,
     cq_mask: u32,
     cqes: NonNull<Cqe>,
+    cq_flags: NonNull<AtomicU32>,
     /// The next completion to take; published when all that are known of are taken.
     head: u32,
     /// Behind the last completion that is known of.
@@ -112,6 +116,7 @@ impl Queues {
             cq_tail: rings.at(cq.tail, 1),
             cq_mask: cq_entries - 1,
             cqes: rings.at(cq.cqes, cq_entries),
+            cq_flags: rings.at(cq.flags, 1),
             head: 0,
             known: 0,
             enter_fd: index.unwrap_or_else(|| fd.as_raw_fd()),
@@ -125,6 +130,23 @@ impl Queues {
             _entries: entries,
             fd,
         }
+    }
+
+    /// Gives up the ring's place among the task's registered ones.
+    pub(crate) fn leave_task(&mut self) {
+        if self.enter_flags & ENTER_REGISTERED_RING != 0 {
+            setup::leave_task(&self.fd, self.enter_fd);
+            self.enter_flags &= !ENTER_REGISTERED_RING;
+            self.enter_fd = self.fd.as_raw_fd();
+        }
+    }
+
+    /// Whether the kernel rings the registered eventfd. What is read of the ring after this call is
+    /// as it was after it.
+    pub(crate) fn set_bell(&self, on: bool) {
+        let flags = if on { 0 } else { CQ_EVENTFD_DISABLED };
+        // SAFETY: as in `queued`. Only this side writes it.
+        unsafe { self.cq_flags.as_ref() }.store(flags, Ordering::SeqCst);
     }
 
     /// Where the ring's own count of entries, which wraps, stands at `tail`.

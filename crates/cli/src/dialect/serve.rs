@@ -55,6 +55,7 @@ fn make(wish: &Wish, plan: &Plan) -> Result<Made> {
     let service = Service {
         stack,
         bottoms,
+        pool: None,
         on_stuck: |_| {},
         on_event: |text| eprintln!("ublk: {text}"),
         on_death: |error| {

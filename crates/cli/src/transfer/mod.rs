@@ -19,7 +19,7 @@ use devsplice_exports::threads::Bottom;
 use devsplice_spec::{Kind, Plan};
 use rustix::fs::FileType;
 
-use crate::args::Load;
+use crate::args::Requests;
 use crate::assemble::{CATALOG, assemble};
 use crate::state;
 
@@ -147,7 +147,7 @@ pub fn missing_file(plan: &Plan) -> Option<&str> {
 ///
 /// # Errors
 /// If a request would be too small, too large or off the blocks.
-pub fn sizes(load: &Load, align: u64) -> Result<(u16, Size)> {
+pub fn sizes(load: &Requests, align: u64) -> Result<(u16, Size)> {
     let bytes = load.request_size;
     if !REQUEST_SIZES.contains(&bytes) || !bytes.is_multiple_of(align) {
         let reason = format!("{bytes} is not 4k to 32M in blocks of {align}");

@@ -263,6 +263,10 @@ impl Export<FakeRing> for FakeExport {
     }
 
     fn flush(&mut self, _: &mut FakeRing) {}
+
+    fn rest(&mut self, _: &mut FakeRing) -> bool {
+        false
+    }
 }
 
 impl FakeExport {

@@ -196,6 +196,10 @@ impl Export<Uring> for Queue {
         }
     }
 
+    fn rest(&mut self, _: &mut Uring) -> bool {
+        false
+    }
+
     fn is_closed(&self) -> bool {
         self.dead == self.entries.len() && !self.adding
     }

@@ -241,6 +241,10 @@ impl Export<Uring> for Queue {
         }
     }
 
+    fn rest(&mut self, _: &mut Uring) -> bool {
+        false
+    }
+
     fn is_closed(&self) -> bool {
         self.desk().ended == self.depth
     }

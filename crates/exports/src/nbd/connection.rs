@@ -576,6 +576,10 @@ impl Export<Uring> for Connection {
         }
     }
 
+    fn rest(&mut self, _: &mut Uring) -> bool {
+        false
+    }
+
     fn is_closed(&self) -> bool {
         self.phase == Phase::Free && self.post.is_stopping() && !self.listening
     }

@@ -448,6 +448,10 @@ impl<R: Ring + Wire> Export<R> for BatchQueue {
         }
     }
 
+    fn rest(&mut self, _: &mut R) -> bool {
+        false
+    }
+
     fn is_closed(&self) -> bool {
         self.is_over && self.owned == 0 && self.out == 0
     }

@@ -148,6 +148,10 @@ impl Export<Uring> for Dying {
     fn flush(&mut self, ring: &mut Uring) {
         self.0.flush(ring);
     }
+
+    fn rest(&mut self, ring: &mut Uring) -> bool {
+        self.0.rest(ring)
+    }
 }
 
 /// Which tags of a queue one thread serves: every `step`-th from `first` on.

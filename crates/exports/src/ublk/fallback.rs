@@ -24,6 +24,7 @@ mod tests {
         Service {
             stack: Arc::new(builder.finish(bottom)),
             bottoms: vec![Bottom::File { fd, kind: FileKind::Regular }],
+            pool: None,
             on_stuck: |_| {},
             on_event: |_| {},
             on_death: |error| panic!("{error}"),

@@ -477,6 +477,10 @@ impl Export<Uring> for Queue {
     }
 
     fn flush(&mut self, _: &mut Uring) {}
+
+    fn rest(&mut self, _: &mut Uring) -> bool {
+        false
+    }
 }
 
 #[cfg(test)]

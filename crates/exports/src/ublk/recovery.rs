@@ -110,6 +110,19 @@ pub enum Fit {
 }
 
 impl Device {
+    /// Whether [`Device::suspend`] can be.
+    ///
+    /// # Errors
+    /// If the disk was made without recovery, or before Linux 6.16.
+    pub fn can_be_suspended(&self) -> Result<()> {
+        if self.made.info.flags & F_QUIESCE != 0 {
+            return Ok(());
+        }
+        let reason = "it was made without --recovery, or this kernel cannot hold its requests";
+        Err(Error::new(ErrorKind::Unsupported, self.path.clone(), reason)
+            .next("Linux 6.16 or later, and a --recovery other than off"))
+    }
+
     /// Finishes what is in flight and has the kernel hold what comes. The threads have ended, and
     /// the stack and its bottoms are let go of, on return.
     ///
@@ -118,10 +131,7 @@ impl Device {
     /// what is in flight does not come back. Then it is neither served nor suspended: the process
     /// should end, so that another takes over.
     pub fn suspend(self) -> Result<Suspended, (Option<Box<Device>>, Error)> {
-        if self.made.info.flags & F_QUIESCE == 0 {
-            let reason = "it was made without --recovery, or this kernel cannot hold its requests";
-            let error = Error::new(ErrorKind::Unsupported, self.path.clone(), reason)
-                .next("Linux 6.16 or later, and a --recovery other than off");
+        if let Err(error) = self.can_be_suspended() {
             return Err((Some(Box::new(self)), error));
         }
         let Device { mut made, path, crew } = self;

@@ -71,6 +71,7 @@ impl Host {
         let limits = Limits { volatile_cache: true, ..Limits::ideal(SIZE) };
         let (root, _) = builder.backend("image", limits).unwrap();
         let service = Service {
+            pool: None,
             stack: Arc::new(builder.finish(root)),
             bottoms: vec![Bottom::File {
                 fd: OwnedFd::from(file.try_clone().unwrap()),

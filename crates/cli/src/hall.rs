@@ -1,0 +1,333 @@
+//! Answers for the disks that one process serves: who is there, and that what is done to one of
+//! them is done by one at a time, while the others go on.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use devsplice_core::{Error, ErrorKind, Result};
+use devsplice_engine::Noted;
+use devsplice_exports::threads::{Crew, Pool};
+use devsplice_spec::Plan;
+use serde_json::{Value, json};
+
+use crate::args::Add;
+use crate::events::Bus;
+use crate::hosted::{Hosted, Wish, stuck_text};
+use crate::listen::News;
+use crate::state::{self, Claim, Disk};
+use crate::{front, guard};
+
+/// What all disks of a process share.
+pub struct Common {
+    /// What the server is called, if it is one for many disks.
+    pub server: Option<String>,
+    /// The threads that serve them, if they share some.
+    pub pool: Option<Arc<Pool>>,
+    /// What happens.
+    pub bus: Bus,
+    news: Sender<News>,
+    crews: AtomicU32,
+}
+
+/// What ties a disk to its server.
+pub struct Line {
+    common: Arc<Common>,
+    name: String,
+    /// Which threads serve the disk; nothing that any others do is news.
+    crew: u32,
+}
+
+impl Line {
+    /// The server's name, if it has one.
+    pub fn server(&self) -> Option<&str> {
+        self.common.server.as_deref()
+    }
+
+    /// The threads that the disks of this server share.
+    pub fn pool(&self) -> Option<Arc<Pool>> {
+        self.common.pool.clone()
+    }
+
+    /// Has whoever looks for the disk's socket and log find the server's.
+    pub fn connect(&mut self, name: &str) -> Result<()> {
+        name.clone_into(&mut self.name);
+        let Some(server) = &self.common.server else { return Ok(()) };
+        for ending in ["sock", "log"] {
+            let link = state::path(name, ending);
+            let _ = std::fs::remove_file(&link);
+            std::os::unix::fs::symlink(state::server_file(server, ending), &link)
+                .map_err(|error| Error::os(link.display().to_string(), &error))?;
+        }
+        Ok(())
+    }
+
+    /// These threads serve the disk from now on.
+    pub fn serve(&mut self, crew: &Crew) {
+        self.crew = self.common.crews.fetch_add(1, Ordering::Relaxed) + 1;
+        let (common, name, number) = (Arc::clone(&self.common), self.name.clone(), self.crew);
+        let (news, ended) = (self.common.news.clone(), self.name.clone());
+        crew.served.note(Box::new(move |noted| match noted {
+            Noted::Layer(text) => common.bus.tell(&name, "layer", text),
+            Noted::Stuck(stuck) => common.bus.tell(&name, "stuck", &stuck_text(stuck)),
+        }));
+        crew.at_end(Box::new(move || {
+            let _ = news.send(News::Ended(ended, number));
+        }));
+    }
+
+    /// Nobody serves the disk for now; that its threads end is no news.
+    pub fn pause(&mut self) {
+        self.crew = 0;
+    }
+
+    /// Something has happened to the disk.
+    pub fn tell(&self, kind: &str, text: &str) {
+        self.common.bus.tell(&self.name, kind, text);
+    }
+}
+
+/// A disk's place. Empty when it is gone.
+type Slot = Arc<Mutex<Option<Hosted>>>;
+
+/// The disks of a process.
+pub struct Hall {
+    /// What they share.
+    pub common: Arc<Common>,
+    slots: Mutex<BTreeMap<String, Slot>>,
+    /// Whether no disk is to come any more.
+    closed: Mutex<bool>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Hall {
+    /// Without disks. `server` is what it is called and who works there, if it is for many.
+    pub fn new(server: Option<(String, Arc<Pool>)>, news: Sender<News>) -> Hall {
+        let (server, pool) = server.unzip();
+        let crews = AtomicU32::new(0);
+        let common = Arc::new(Common { server, pool, bus: Bus::default(), news, crews });
+        Hall { common, slots: Mutex::default(), closed: Mutex::default() }
+    }
+
+    /// For a disk that is to come.
+    pub fn line(&self) -> Line {
+        Line { common: Arc::clone(&self.common), name: String::new(), crew: 0 }
+    }
+
+    /// A disk has come.
+    pub fn insert(&self, hosted: Hosted) {
+        let name = hosted.disk().name.clone();
+        lock(&self.slots).insert(name, Arc::new(Mutex::new(Some(hosted))));
+    }
+
+    /// Makes a disk.
+    ///
+    /// # Errors
+    /// Whatever stands in the way; nothing is left behind then.
+    pub fn add(&self, add: &Add, plan: &Plan) -> Result<Disk> {
+        let Some(server) = &self.common.server else {
+            let reason = "is for one disk, which it has";
+            return Err(Error::new(ErrorKind::Unsupported, "this server", reason)
+                .next("devsplice serve starts one for many"));
+        };
+        if *lock(&self.closed) {
+            return Err(Error::new(ErrorKind::Busy, server, "is ending"));
+        }
+        let choice = front::choose(add.export, add.data_path)?;
+        let claim = Claim::take(add.name.as_deref())?;
+        let hosted = Hosted::begin(Wish { add, plan, choice }, claim, self.line())?;
+        let disk = hosted.disk().clone();
+        hosted.line.tell("added", &format!("{} is {}", disk.device, disk.stack));
+        self.insert(hosted);
+        Ok(disk)
+    }
+
+    /// Serves a disk again that this server, or one of its name, has served.
+    ///
+    /// # Errors
+    /// If the kernel does not keep it, or another process has it.
+    pub fn recover(&self, name: &str, why: &str) -> Result<Disk> {
+        let (claim, left) = guard::claim_kept(name)?;
+        let hosted = Hosted::take_over(claim, &left, self.line())?;
+        let disk = hosted.disk().clone();
+        hosted.line.tell(why, &format!("process {} instead of {}", disk.pid, left.pid));
+        self.insert(hosted);
+        Ok(disk)
+    }
+
+    /// The names of all disks.
+    pub fn names(&self) -> Vec<String> {
+        lock(&self.slots).keys().cloned().collect()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        lock(&self.slots).is_empty()
+    }
+
+    /// The name of the disk that is meant: where there is but one, it need not be said.
+    fn meant(&self, name: Option<&str>) -> Result<(String, Slot)> {
+        let slots = lock(&self.slots);
+        let only = || slots.first_key_value().filter(|_| slots.len() == 1);
+        let found = match name {
+            Some(name) => slots.get_key_value(name),
+            None => only(),
+        };
+        if let Some((name, slot)) = found {
+            return Ok((name.clone(), Arc::clone(slot)));
+        }
+        Err(match name {
+            Some(name) => Error::new(ErrorKind::NotFound, name, "is not served here"),
+            None => Error::invalid("disk", format!("say which of {}", slots.len())),
+        })
+    }
+
+    /// Does something with a disk while nobody else does.
+    ///
+    /// # Errors
+    /// If there is no such disk; and what `work` says.
+    pub fn with<T>(
+        &self,
+        name: Option<&str>,
+        work: impl FnOnce(&mut Hosted) -> Result<T>,
+    ) -> Result<T> {
+        let (name, slot) = self.meant(name)?;
+        match &mut *lock(&slot) {
+            Some(hosted) => work(hosted),
+            None => Err(Error::new(ErrorKind::NotFound, name, "is gone")),
+        }
+    }
+
+    /// Removes a disk; unless `force`, only if nobody would miss it.
+    ///
+    /// # Errors
+    /// Why it must not go, or does not.
+    pub fn remove(&self, name: Option<&str>, force: bool) -> Result<()> {
+        let (name, slot) = self.meant(name)?;
+        let mut place = lock(&slot);
+        let Some(hosted) = place.as_ref() else {
+            return Err(Error::new(ErrorKind::NotFound, name, "is gone"));
+        };
+        if !force {
+            hosted.release()?;
+        }
+        self.take_away(&name, &mut place, force)
+    }
+
+    /// Empties a disk's place. Where it does not go it stays in the place, to be tried again.
+    fn take_away(&self, name: &str, place: &mut Option<Hosted>, flush: bool) -> Result<()> {
+        let Some(hosted) = place.take() else { return Ok(()) };
+        let thing = hosted.thing();
+        match if flush { hosted.close() } else { hosted.remove() } {
+            Ok(()) => {
+                lock(&self.slots).remove(name);
+                self.common.bus.tell(name, "removed", &thing);
+                Ok(())
+            }
+            Err((hosted, error)) => {
+                *place = Some(*hosted);
+                Err(error)
+            }
+        }
+    }
+
+    /// The threads of this number have ended. If that was by themselves, the disk is removed that
+    /// they served, and this says so.
+    ///
+    /// # Errors
+    /// If it does not go.
+    pub fn ended(&self, name: &str, crew: u32) -> Result<bool> {
+        let Ok((_, slot)) = self.meant(Some(name)) else { return Ok(false) };
+        let mut place = lock(&slot);
+        if place.as_ref().is_none_or(|hosted| hosted.line.crew != crew) {
+            return Ok(false);
+        }
+        self.take_away(name, &mut place, true).map(|()| true)
+    }
+
+    /// Removes every disk in any case. The first error; all are tried.
+    ///
+    /// # Errors
+    /// If one does not go.
+    pub fn close(&self) -> Result<()> {
+        *lock(&self.closed) = true;
+        let mut done = Ok(());
+        for name in self.names() {
+            let Ok((_, slot)) = self.meant(Some(&name)) else { continue };
+            let closed = self.take_away(&name, &mut lock(&slot), true);
+            done = done.and(closed);
+        }
+        done
+    }
+
+    /// Removes every disk that nobody would miss; what became of each that stays.
+    pub fn clear(&self, force: bool) -> Vec<String> {
+        let each = |name: String| self.remove(Some(&name), force).err().map(|e| e.to_string());
+        self.names().into_iter().filter_map(each).collect()
+    }
+
+    /// Leaves every disk to another program: on return nothing of them is held here.
+    ///
+    /// # Errors
+    /// If one cannot be left: all are served as before then.
+    pub fn hand_over(&self) -> Result<()> {
+        *lock(&self.closed) = true;
+        let slots: Vec<Slot> = lock(&self.slots).values().cloned().collect();
+        let mut places: Vec<_> = slots.iter().map(|slot| lock(slot)).collect();
+        let mut disks: Vec<&mut Hosted> =
+            places.iter_mut().filter_map(|place| place.as_mut()).collect();
+        let mut done = disks.iter().try_for_each(|hosted| hosted.can_be_left());
+        let mut held = 0;
+        while done.is_ok() && held < disks.len() {
+            done = disks[held].hold();
+            held += usize::from(done.is_ok());
+        }
+        if done.is_ok() {
+            places.iter_mut().for_each(|place| **place = None);
+            lock(&self.slots).clear();
+            return Ok(());
+        }
+        for hosted in &mut disks[..held] {
+            if let Err(error) = hosted.go_on_as_before() {
+                eprintln!("devsplice: {error}");
+            }
+        }
+        *lock(&self.closed) = false;
+        done
+    }
+
+    /// A disk that was to go and did not.
+    pub fn broken(&self) -> Option<String> {
+        let slots: Vec<Slot> = lock(&self.slots).values().cloned().collect();
+        slots.iter().find_map(|slot| {
+            let place = slot.try_lock().ok()?;
+            let hosted = place.as_ref().filter(|hosted| hosted.state() == "broken")?;
+            Some(hosted.thing())
+        })
+    }
+
+    /// All disks as far as they are known without waiting for any.
+    pub fn list(&self) -> Value {
+        let all: Vec<(String, Slot)> =
+            lock(&self.slots).iter().map(|(name, slot)| (name.clone(), slot.clone())).collect();
+        let shown = all.iter().filter_map(|(name, slot)| match slot.try_lock() {
+            Ok(place) => place.as_ref().map(|hosted| {
+                let mut shown = hosted.disk().shown();
+                shown["state"] = json!(hosted.state());
+                shown
+            }),
+            Err(_) => Some(json!({ "name": name, "state": "busy" })),
+        });
+        Value::Array(shown.collect())
+    }
+
+    /// What was written down of every disk, for `save`.
+    pub fn disks(&self) -> Vec<Disk> {
+        let slots: Vec<Slot> = lock(&self.slots).values().cloned().collect();
+        slots.iter().filter_map(|slot| Some(lock(slot).as_ref()?.disk().clone())).collect()
+    }
+}

@@ -1,0 +1,363 @@
+//! Answers for one disk of a server: how it comes to be, what it is, how it goes.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use devsplice_backends::Access;
+use devsplice_core::{Error, ErrorKind, Result};
+use devsplice_engine::{Served, Stuck};
+use devsplice_exports::host;
+use devsplice_exports::threads::{Pool, Service};
+use devsplice_exports::ublk::{self, Fit, Suspended};
+use devsplice_spec::{Kind, Plan};
+use serde_json::{Value, json};
+
+use crate::args::{Add, Export, RecoveryChoice};
+use crate::assemble::assemble_with;
+use crate::front::{self, Front};
+use crate::hall::Line;
+use crate::sandbox::{self, Choice};
+use crate::state::{self, Claim, Disk};
+use crate::{protect, tell};
+
+/// How long what is in memory for the disk may take to be written out before it is removed.
+const SYNC_PATIENCE: Duration = Duration::from_secs(120);
+/// The same when it is removed in any case.
+const FORCED_SYNC_PATIENCE: Duration = Duration::from_secs(15);
+
+/// Whether a disk is served.
+pub(crate) enum Phase {
+    /// It is.
+    Up(Front),
+    /// The kernel holds its requests.
+    Held(Box<Suspended>),
+    /// On the way from one to the other.
+    Between,
+}
+
+/// A disk with what belongs to it.
+pub struct Hosted {
+    pub(crate) phase: Phase,
+    pub(crate) disk: Disk,
+    pub(crate) plan: Plan,
+    pub(crate) claim: Claim,
+    pub(crate) line: Line,
+}
+
+/// What a new disk is to be, and why its front end.
+pub struct Wish<'a> {
+    /// The options.
+    pub add: &'a Add,
+    /// The stack.
+    pub plan: &'a Plan,
+    /// The front end, and why that one.
+    pub choice: (Export, String),
+}
+
+impl Hosted {
+    /// Makes the disk. On an error everything of it is cleaned up.
+    ///
+    /// # Errors
+    /// Whatever stands in the way.
+    pub fn begin(wish: Wish<'_>, claim: Claim, line: Line) -> Result<Hosted> {
+        let Wish { add, plan, choice: (export, why) } = wish;
+        let add = match lasting(add, plan) {
+            Ok(add) => add,
+            Err(error) => {
+                claim.remove();
+                return Err(error);
+            }
+        };
+        let name = claim.name.clone();
+        let disk = Disk {
+            name: name.clone(),
+            server: line.server().map(str::to_owned),
+            export: export.name().to_owned(),
+            why,
+            read_only: add.read_only,
+            serial: add.serial.clone(),
+            made_with: Some(add.clone()),
+            ..Disk::default()
+        };
+        let made = Hosted::make(plan, disk, claim, line, |service, disk, claim| {
+            // From now on somebody would have to clear up if this process died: so that is written
+            // before the disk is there, which may take as long as a look for partitions does.
+            let mut on_made = |number| {
+                match export {
+                    Export::Fuse => disk.fuse_connection = Some(number),
+                    Export::Nbd => {}
+                    _ => disk.ublk_id = Some(number),
+                }
+                let _ = claim.write(disk);
+            };
+            Front::attach(&add, &name, export, service, &mut on_made)
+        });
+        made.map_err(|(claim, error)| {
+            claim.remove();
+            error
+        })
+    }
+
+    /// Serves a disk again whose server is gone. `left` is what that one wrote of it, `claim` the
+    /// right to it.
+    ///
+    /// # Errors
+    /// If it cannot be taken over; the disk is then as it was, and so is what is known of it.
+    pub fn take_over(claim: Claim, left: &Disk, line: Line) -> Result<Hosted> {
+        let plan = left.plan()?;
+        let id = left.ublk_id.ok_or_else(|| Error::invalid(&left.name, "is no ublk disk"))?;
+        let add = left.made_with.as_ref();
+        let add = add.ok_or_else(|| Error::invalid(&left.name, "its options are lost"))?;
+        // Queues and their depth are as they were; the kernel knows them.
+        let (options, extra) =
+            (front::options(add, 0, add.threads.unwrap_or(0)), front::extra(add));
+        let mut disk = left.clone();
+        disk.quiesced = false;
+        disk.server = line.server().map(str::to_owned);
+        let made = Hosted::make(&plan, disk, claim, line, |service, disk, claim| {
+            let suspended = Suspended::find_with(id, &options, extra)?;
+            // Whoever comes after this process has to know it.
+            claim.write(disk)?;
+            let resumed = suspended.resume(service, Fit::Same);
+            resumed.map(|device| Front::Ublk(Box::new(device))).map_err(|(_, error)| error)
+        });
+        made.map_err(|(mut claim, error)| {
+            let _ = claim.write(left);
+            error
+        })
+    }
+
+    /// Opens the stack and has `attach` make a front end of it.
+    fn make(
+        plan: &Plan,
+        mut disk: Disk,
+        mut claim: Claim,
+        mut line: Line,
+        attach: impl FnOnce(Service, &mut Disk, &mut Claim) -> Result<Front>,
+    ) -> Result<Hosted, (Claim, Error)> {
+        disk.pid = std::process::id();
+        disk.started_ms = state::now_ms();
+        let made = line
+            .connect(&disk.name)
+            .and_then(|()| open(plan, &mut disk, line.pool()))
+            .and_then(|service| {
+                sandbox::process(disk.made_with.as_ref().map_or(Choice::On, |add| add.sandbox));
+                attach(service, &mut disk, &mut claim)
+            });
+        let front = match made {
+            Ok(front) => front,
+            Err(error) => return Err((claim, error)),
+        };
+        disk.warnings.extend(front.crew().warnings.iter().cloned());
+        disk.warnings.extend(protect::warnings().into_iter().chain(sandbox::warnings()));
+        disk.device = front.path().to_owned();
+        disk.data_path = front.data_path().to_owned();
+        disk.recovery = front.recovery().to_owned();
+        disk.batch = front.is_batched();
+        if front.clients().is_none() {
+            make_link(&disk);
+        }
+        if let Err(error) = claim.write(&disk) {
+            let _ = front.detach();
+            return Err((claim, error));
+        }
+        line.serve(front.crew());
+        Ok(Hosted { phase: Phase::Up(front), disk, plan: plan.clone(), claim, line })
+    }
+
+    /// What it is.
+    pub fn disk(&self) -> &Disk {
+        &self.disk
+    }
+
+    /// What its threads share, while it is served.
+    pub fn served(&self) -> Option<Arc<Served>> {
+        match &self.phase {
+            Phase::Up(front) => Some(Arc::clone(&front.crew().served)),
+            _ => None,
+        }
+    }
+
+    /// What messages call it.
+    pub(crate) fn thing(&self) -> String {
+        format!("{} ({})", self.disk.name, self.disk.device)
+    }
+
+    /// Makes sure that it may be removed now: nobody holds it, and everything written to it is
+    /// below.
+    ///
+    /// # Errors
+    /// Why it must not.
+    pub fn release(&self) -> Result<()> {
+        let Disk { name, device, .. } = &self.disk;
+        let busy = |reason: String| Error::new(ErrorKind::Busy, self.thing(), reason);
+        let Phase::Up(front) = &self.phase else {
+            return Err(busy("is quiesced, requests may be waiting".to_owned())
+                .next("resume it first, or --force to lose them"));
+        };
+        match front.clients() {
+            None => {}
+            Some(0) => return Ok(()),
+            Some(count) => {
+                return Err(busy(format!("is held by {count} NBD connections"))
+                    .next("end them first, or --force to cut them off"));
+            }
+        }
+        if !host::is_held(device) {
+            if host::sync(device, SYNC_PATIENCE) {
+                return Ok(());
+            }
+            let log = state::path(name, "log");
+            return Err(busy("data in memory could not be written to it".to_owned())
+                .next(format!("see {}, or --force to lose it", log.display())));
+        }
+        let mounts = host::mounts_of(device);
+        let holder = match mounts.is_empty() {
+            true => "held by another user (swap, LVM, another server)".to_owned(),
+            false => format!("mounted on {}", mounts.join(", ")),
+        };
+        Err(busy(format!("is {holder}"))
+            .next("unmount it first, or --force to remove it all the same"))
+    }
+
+    /// What it is and has done.
+    pub fn info(&self) -> Value {
+        let mut info = self.disk.shown();
+        info["protection"] = protect::shown();
+        info["sandbox"] = sandbox::shown();
+        info["held"] = json!(host::is_held(&self.disk.device));
+        let Phase::Up(front) = &self.phase else {
+            info["state"] = json!("quiesced");
+            return info;
+        };
+        let crew = front.crew();
+        let counts: serde_json::Map<String, Value> =
+            crew.counts().list().into_iter().map(|(k, v)| (k.to_owned(), v.into())).collect();
+        info["state"] = json!("live");
+        if let Some(clients) = front.clients() {
+            info["clients"] = json!(clients);
+            info["held"] = json!(clients > 0);
+        }
+        info["threads"] = json!(crew.thread_count());
+        info["counts"] = Value::Object(counts);
+        info["layers"] = tell::layers(&crew.served.stack);
+        info["events"] = json!(crew.served.events());
+        info
+    }
+
+    /// Writes out what is in memory, then removes the disk in any case.
+    ///
+    /// # Errors
+    /// As [`Hosted::remove`].
+    pub fn close(self) -> Result<(), (Box<Hosted>, Error)> {
+        let device = &self.disk.device;
+        let is_up = matches!(self.phase, Phase::Up(_));
+        if is_up && !host::sync(device, FORCED_SYNC_PATIENCE) {
+            eprintln!("devsplice: {device}: data in memory could not be written to it");
+        }
+        self.remove()
+    }
+
+    /// Removes the disk and all traces of it.
+    ///
+    /// # Errors
+    /// If it does not go; somebody has to try again when this process has let go of everything.
+    pub fn remove(mut self) -> Result<(), (Box<Hosted>, Error)> {
+        self.line.pause();
+        let removed = match std::mem::replace(&mut self.phase, Phase::Between) {
+            Phase::Up(front) => front.detach().map(drop),
+            Phase::Held(suspended) => suspended.remove(),
+            // It has been tried before.
+            Phase::Between => match self.disk.ublk_id {
+                Some(id) => ublk::Control::open().and_then(|mut control| control.delete(id)),
+                None => Ok(()),
+            },
+        };
+        match removed {
+            Err(error) if error.kind() != ErrorKind::NotFound => Err((Box::new(self), error)),
+            _ => {
+                self.claim.remove();
+                Ok(())
+            }
+        }
+    }
+}
+
+/// The options, with a recovery that this stack can have.
+fn lasting(add: &Add, plan: &Plan) -> Result<Add> {
+    let mut add = add.clone();
+    if add.recovery.forced() == Some(ublk::Recovery::Off) {
+        return Ok(add);
+    }
+    if let Some(place) = passing(plan) {
+        if add.recovery != RecoveryChoice::Auto {
+            let reason = "what is in it goes with its server, so the disk has to go, too";
+            return Err(Error::invalid(place, reason).next("--recovery off"));
+        }
+        add.recovery = RecoveryChoice::Off;
+    }
+    Ok(add)
+}
+
+/// A bottom whose content goes with its process.
+pub(crate) fn passing(plan: &Plan) -> Option<&str> {
+    let is_passing = |kind: Kind| match kind {
+        Kind::Source(source) => !devsplice_backends::outlives_process(source.name),
+        Kind::Layer(_) => false,
+    };
+    plan.places.iter().find(|place| is_passing(place.kind)).map(|place| place.label.as_str())
+}
+
+/// Opens a stack to serve it, and writes down what the disk is with it.
+pub(crate) fn open(plan: &Plan, disk: &mut Disk, pool: Option<Arc<Pool>>) -> Result<Service> {
+    let latency = disk.made_with.as_ref().is_some_and(|add| add.latency);
+    let assembled = assemble_with(plan, Access::Serve, latency)?;
+    disk.warnings = assembled.warnings();
+    let limits = *assembled.stack.limits();
+    let asked = disk.made_with.as_ref().is_some_and(|add| add.read_only);
+    disk.size = limits.size;
+    disk.block = limits.block;
+    disk.read_only = asked || limits.read_only;
+    disk.stack = plan.to_expression();
+    disk.labels = plan.labels();
+    let (stack, bottoms) = assembled.into_parts();
+    Ok(Service { stack, bottoms, pool, on_stuck: report_stuck, on_event: report, on_death: die })
+}
+
+fn report_stuck(stuck: &Stuck) {
+    eprintln!("devsplice: {}", stuck_text(stuck));
+}
+
+/// A stuck request in words.
+pub(crate) fn stuck_text(stuck: &Stuck) -> String {
+    let Stuck { lane, tag, io, flying, seconds } = stuck;
+    format!(
+        "a request has been below for {seconds} s: {} of {} bytes at {} (queue {lane}, tag {tag}, \
+         {flying} splices out)",
+        io.op.name(),
+        io.extent.len,
+        io.extent.at
+    )
+}
+
+/// What a layer reports, in the log.
+fn report(text: &str) {
+    eprintln!("devsplice: {text}");
+}
+
+/// An I/O thread cannot go on: what it serves is lost. The guard sees to it.
+#[allow(clippy::needless_pass_by_value)]
+pub(crate) fn die(error: Error) {
+    eprintln!("devsplice: {error}; this process ends");
+    std::process::exit(1);
+}
+
+fn make_link(disk: &Disk) {
+    let link = state::link(&disk.name);
+    if let Some(dir) = link.parent() {
+        let _ = std::fs::create_dir_all(dir);
+    }
+    let _ = std::fs::remove_file(&link);
+    // A convenience: where /dev cannot be written to, the node itself is still there.
+    let _ = std::os::unix::fs::symlink(&disk.device, &link);
+}

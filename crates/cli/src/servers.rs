@@ -1,0 +1,111 @@
+//! Answers for servers of many disks as they are known between commands: who they are, which disks
+//! are theirs, and that there is one of a name.
+
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Seek, Write};
+use std::os::unix::fs::OpenOptionsExt;
+
+use devsplice_core::{Error, ErrorKind, Result};
+use serde::{Deserialize, Serialize};
+
+use crate::state::{self, Found};
+
+/// What is known of a server.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct About {
+    /// What it is called.
+    pub name: String,
+    /// Its process.
+    pub pid: u32,
+    /// I/O threads.
+    pub threads: usize,
+    /// How often in a row it died soon after its start.
+    #[serde(default)]
+    pub restarts: u32,
+    /// When it started, in milliseconds since 1970.
+    #[serde(default)]
+    pub started_ms: u64,
+}
+
+/// The right to be the server of a name.
+pub struct Seat {
+    file: File,
+    /// Who is there.
+    pub about: About,
+}
+
+impl Seat {
+    /// Takes the place of server `name`, unless there is one; it knows what its last holder wrote.
+    ///
+    /// # Errors
+    /// If the file cannot be opened.
+    pub fn take(name: &str) -> Result<Option<Seat>> {
+        state::make_dirs()?;
+        let path = state::server_file(name, "server");
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(false).mode(0o600);
+        for _ in 0..100 {
+            let mut file = options
+                .open(&path)
+                .map_err(|error| Error::os(path.display().to_string(), &error))?;
+            if !state::lock(&file) {
+                return Ok(None);
+            }
+            if !state::is_ghost(&file, &path) {
+                let mut text = String::new();
+                let _ = file.read_to_string(&mut text);
+                let about = serde_json::from_str(&text).unwrap_or_default();
+                return Ok(Some(Seat { file, about }));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Writes who is there.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
+    pub fn write(&mut self) -> Result<()> {
+        let text = serde_json::to_string_pretty(&self.about).unwrap_or_default();
+        let done = self
+            .file
+            .rewind()
+            .and_then(|()| self.file.set_len(0))
+            .and_then(|()| self.file.write_all(text.as_bytes()));
+        let path = state::server_file(&self.about.name, "server");
+        done.map_err(|error| Error::os(path.display().to_string(), &error))
+    }
+
+    /// Removes all traces of the server.
+    pub fn remove(self) {
+        for ending in ["sock", "log", "server"] {
+            let _ = std::fs::remove_file(state::server_file(&self.about.name, ending));
+        }
+    }
+}
+
+/// The server that a user means, if one of that name runs.
+///
+/// # Errors
+/// If none does.
+pub fn find(name: &str) -> Result<About> {
+    state::check_name(name)?;
+    let path = state::server_file(name, "server");
+    let text = std::fs::read_to_string(&path).unwrap_or_default();
+    let is_free = File::open(&path).is_ok_and(|file| state::lock(&file));
+    match serde_json::from_str::<About>(&text) {
+        Ok(about) if !is_free => Ok(about),
+        _ => Err(Error::new(ErrorKind::NotFound, format!("server `{name}`"), "does not run")
+            .next(format!("devsplice serve {name} starts it"))),
+    }
+}
+
+/// The disks of a server, whether it lives or not.
+///
+/// # Errors
+/// If the state cannot be read.
+pub fn disks(name: &str) -> Result<Vec<Found>> {
+    let mut all = state::all()?;
+    all.retain(|found| found.disk.server.as_deref() == Some(name));
+    Ok(all)
+}

@@ -1,0 +1,221 @@
+//! Answers for I/O threads that serve many devices: each has several workers, every one with a ring
+//! of its own, and turns those that have something to do, one after another.
+
+use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+
+use devsplice_core::{Error, Result};
+use devsplice_engine::Worker;
+use devsplice_uring::{Brief, Uring};
+use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
+use rustix::event::{EventfdFlags, eventfd};
+
+/// Events taken from the kernel at a time.
+const EVENTS: usize = 256;
+/// What the bell for new workers is called among the events; the others are places of workers.
+const NEW: u64 = u64::MAX;
+
+/// A worker that is served here.
+pub struct Member {
+    /// Its requests and its ring.
+    pub worker: Worker<Uring>,
+    /// What is known of that ring.
+    pub brief: Brief,
+    /// Called when it has come to its end, and has let go of everything.
+    pub over: Box<dyn FnOnce()>,
+    /// Told that it cannot go on.
+    pub on_death: fn(Error),
+}
+
+/// Makes a worker on the thread that is to serve it; none if that failed.
+pub type Make = Box<dyn FnOnce() -> Option<Member> + Send>;
+
+/// A thread as others see it.
+struct Seat {
+    makes: Mutex<mpsc::Sender<Make>>,
+    bell: Arc<OwnedFd>,
+}
+
+/// The threads. They live as long as the process.
+pub struct Pool {
+    seats: Vec<Seat>,
+    next: AtomicUsize,
+    warning: Option<String>,
+}
+
+impl Pool {
+    /// Starts as many threads.
+    ///
+    /// # Errors
+    /// If they cannot be had.
+    pub fn start(threads: usize) -> Result<Arc<Pool>> {
+        let (ready, news) = mpsc::channel();
+        let mut seats = Vec::new();
+        for number in 0..threads.max(1) {
+            let (makes, inbox) = mpsc::channel();
+            let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+                .map_err(|errno| Error::os("an I/O thread's bell", &errno.into()))?;
+            let bell = Arc::new(bell);
+            seats.push(Seat { makes: Mutex::new(makes), bell: Arc::clone(&bell) });
+            let ready = ready.clone();
+            std::thread::Builder::new()
+                .name(format!("io/{number}"))
+                .stack_size(256 << 10)
+                .spawn(move || {
+                    let flusher = devsplice_uring::thread::set_io_flusher();
+                    match Table::new(inbox, bell) {
+                        Ok(mut table) => {
+                            let _ = ready.send(Ok(flusher.err().map(|error| error.to_string())));
+                            drop(ready);
+                            table.serve();
+                        }
+                        Err(error) => {
+                            let _ = ready.send(Err(error));
+                        }
+                    }
+                })
+                .map_err(|error| Error::os("I/O thread", &error))?;
+        }
+        drop(ready);
+        let mut warning = None;
+        for said in news {
+            warning = said?;
+        }
+        Ok(Arc::new(Pool { seats, next: AtomicUsize::new(0), warning }))
+    }
+
+    /// How many threads there are.
+    #[must_use]
+    pub fn thread_count(&self) -> usize {
+        self.seats.len()
+    }
+
+    /// What is not as it should be, though the threads run.
+    #[must_use]
+    pub fn warning(&self) -> Option<String> {
+        self.warning.clone()
+    }
+
+    /// Has the next thread make and serve a worker.
+    pub fn take(&self, make: Make) {
+        let seat = &self.seats[self.next.fetch_add(1, Ordering::Relaxed) % self.seats.len()];
+        let makes = seat.makes.lock().unwrap_or_else(PoisonError::into_inner);
+        // The thread lives as long as the process.
+        let _ = makes.send(make);
+        let _ = rustix::io::write(&seat.bell, &1_u64.to_ne_bytes());
+    }
+}
+
+/// A thread from inside.
+struct Table {
+    inbox: mpsc::Receiver<Make>,
+    bell: Arc<OwnedFd>,
+    epoll: OwnedFd,
+    /// By number. Places of those that have ended are used again.
+    members: Vec<Option<Member>>,
+    free: Vec<usize>,
+    /// Members with something to do, each once, in the order in which they get their turns.
+    ready: VecDeque<usize>,
+    is_ready: Vec<bool>,
+}
+
+impl Table {
+    fn new(inbox: mpsc::Receiver<Make>, bell: Arc<OwnedFd>) -> Result<Table> {
+        let os = |errno: rustix::io::Errno| Error::os("an I/O thread's epoll", &errno.into());
+        let epoll = epoll::create(CreateFlags::CLOEXEC).map_err(os)?;
+        epoll::add(&epoll, &bell, EventData::new_u64(NEW), EventFlags::IN).map_err(os)?;
+        Ok(Table {
+            inbox,
+            bell,
+            epoll,
+            members: Vec::new(),
+            free: Vec::new(),
+            ready: VecDeque::new(),
+            is_ready: Vec::new(),
+        })
+    }
+
+    fn serve(&mut self) {
+        loop {
+            self.round();
+            self.wait();
+        }
+    }
+
+    /// One turn for each that has something to do: nobody waits for more than the turn of each of
+    /// the others, and what a turn does is bounded by the depth of its queues.
+    fn round(&mut self) {
+        for _ in 0..self.ready.len() {
+            let Some(place) = self.ready.pop_front() else { return };
+            self.is_ready[place] = false;
+            let Some(member) = &mut self.members[place] else { continue };
+            match member.worker.turn() {
+                Ok(true) if member.brief.has_more() => self.wake(place),
+                Ok(true) => {}
+                Ok(false) => self.end(place),
+                Err(error) => (member.on_death)(error),
+            }
+        }
+    }
+
+    fn wake(&mut self, place: usize) {
+        if !std::mem::replace(&mut self.is_ready[place], true) {
+            self.ready.push_back(place);
+        }
+    }
+
+    fn end(&mut self, place: usize) {
+        let Some(Member { worker, brief, over, .. }) = self.members[place].take() else { return };
+        let _ = epoll::delete(&self.epoll, &brief.bell);
+        drop(worker);
+        self.free.push(place);
+        over();
+    }
+
+    /// Sleeps until somebody has something to do; not at all if somebody has.
+    fn wait(&mut self) {
+        let mut events = Vec::with_capacity(EVENTS);
+        let at_once = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+        let limit = if self.ready.is_empty() { None } else { Some(&at_once) };
+        let room = rustix::buffer::spare_capacity(&mut events);
+        if epoll::wait(&self.epoll, room, limit).is_err() {
+            // Interrupted: there may be nothing, and then the next wait is a wait.
+            return;
+        }
+        for event in events {
+            match event.data.u64() {
+                NEW => self.hire(),
+                place => {
+                    let place = usize::try_from(place).unwrap_or(usize::MAX);
+                    // It may have ended since.
+                    if self.members.get(place).is_some_and(Option::is_some) {
+                        self.wake(place);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Makes the workers that were asked for.
+    fn hire(&mut self) {
+        let mut count = [0; 8];
+        let _ = rustix::io::read(&self.bell, &mut count);
+        while let Ok(make) = self.inbox.try_recv() {
+            let Some(member) = make() else { continue };
+            let place = self.free.pop().unwrap_or(self.members.len());
+            if place == self.members.len() {
+                self.members.push(None);
+                self.is_ready.push(false);
+            }
+            let data = EventData::new_u64(place as u64);
+            let flags = EventFlags::IN | EventFlags::ET;
+            if let Err(errno) = epoll::add(&self.epoll, &member.brief.bell, data, flags) {
+                (member.on_death)(Error::os("a ring's bell", &errno.into()));
+            }
+            self.members[place] = Some(member);
+            self.wake(place);
+        }
+    }
+}
