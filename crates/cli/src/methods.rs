@@ -240,10 +240,9 @@ fn add_params() -> Vec<Param> {
     ];
     let command = Options::command();
     let Some(add) = command.find_subcommand("add") else { return params };
-    let Ok(Value::Object(defaults)) = serde_json::to_value(Add::of("null")) else { return params };
     for option in add.get_arguments().filter(|option| option.get_id() != "stack") {
         let name = option.get_id().as_str();
-        let Some(default) = defaults.get(name) else { continue };
+        let Some(default) = Add::plain().get(name) else { continue };
         let is = match (default, name) {
             (Value::Bool(_), _) => Type::Flag,
             (Value::Number(_), _) | (Value::Null, "id" | "queues" | "threads") => Type::Number,
@@ -423,5 +422,6 @@ fn shutdown(hall: &Hall, params: &Value) -> Done {
     if left.is_empty() {
         return Ok((json!("stopped"), After::End));
     }
-    Err(Refusal::from(Error::new(devsplice_core::ErrorKind::Busy, "not removed", left.join("; "))))
+    let why: Vec<_> = left.iter().map(ToString::to_string).collect();
+    Err(Refusal::from(Error::new(devsplice_core::ErrorKind::Busy, "not removed", why.join("; "))))
 }

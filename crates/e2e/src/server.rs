@@ -57,9 +57,15 @@ impl<'r> Server<'r> {
     #[must_use]
     pub fn process(&self) -> Process {
         let path = self.room.run.join(format!("@{}.server", self.name));
-        let text = std::fs::read_to_string(path).expect("a server's file");
-        let about: Value = serde_json::from_str(&text).expect("JSON");
-        Process(u32::try_from(about["pid"].as_u64().expect("a number")).expect("a number"))
+        let mut pid = None;
+        // It may just be written.
+        wait_until(5, "a server's file", || {
+            let text = std::fs::read_to_string(&path).unwrap_or_default();
+            let about: Value = serde_json::from_str(&text).unwrap_or_default();
+            pid = about["pid"].as_u64().and_then(|pid| u32::try_from(pid).ok());
+            pid.is_some()
+        });
+        Process(pid.expect("a number"))
     }
 
     /// A conversation with it.

@@ -32,7 +32,7 @@ pub fn add(group: &mut Group, kind: Kind) {
 
 /// What `add` is told for disk `number`: every other one of a file.
 fn wish(room: &Room, kind: Kind, prefix: &str, number: usize) -> Value {
-    let is_file = number % 2 == 0;
+    let is_file = number.is_multiple_of(2);
     let stack = match is_file {
         true => room.file(&format!("{prefix}{number}"), 64 * MIB),
         false => "null(size=64M)".to_owned(),
