@@ -425,3 +425,40 @@ fn shutdown(hall: &Hall, params: &Value) -> Done {
     let why: Vec<_> = left.iter().map(ToString::to_string).collect();
     Err(Refusal::from(Error::new(devsplice_core::ErrorKind::Busy, "not removed", why.join("; "))))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_page_names_every_method_parameter_and_kind_of_event() {
+        let page = include_str!("../../../docs/rpc.md");
+        for method in ALL.iter() {
+            let name = format!("`{}`", method.name);
+            let row = page.lines().find(|line| line.starts_with('|') && line.contains(&name));
+            let row = row.unwrap_or_else(|| panic!("no row for {name}"));
+            // Those of `add` are on the page of its options.
+            let own = method.params.iter().take(if method.name == "add" { 2 } else { 9 });
+            for param in own {
+                assert!(row.contains(&format!("`{}`", param.name)), "{}: {row}", param.name);
+            }
+        }
+        for (kind, _) in events::KINDS {
+            assert!(page.contains(&format!("`{kind}`")), "{kind}");
+        }
+    }
+
+    #[test]
+    fn the_options_of_add_are_its_parameters() {
+        let add = find("add").unwrap();
+        for name in Add::plain().as_object().unwrap().keys() {
+            assert!(add.params.iter().any(|param| param.name == *name), "{name}");
+        }
+        let refused = add.check(json!({ "stack": "null(size=1M)", "depth": "deep" }));
+        assert!(refused.is_err());
+        let fields = add.check(json!({ "stack": "null(size=1M)", "depth": 9, "queues": 2 }));
+        let made = Add::with(fields.unwrap_or_default()).unwrap();
+        assert_eq!((made.depth, made.queues, made.threads), (9, Some(2), None));
+        assert_eq!(made.changed()["queues"], 2);
+    }
+}
