@@ -1,5 +1,7 @@
 //! Answers for the command line: every command, option and help text, defined once.
 
+use std::sync::LazyLock;
+
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use devsplice_exports::fuse;
 use devsplice_exports::ublk::{DataPath, Recovery};
@@ -343,14 +345,19 @@ fn connections() -> u16 {
 }
 
 impl Add {
-    /// The options of a disk of this stack of which nothing else is said.
-    pub fn of(stack: &str) -> Add {
+    /// The options, as they are written down, of a disk of which nothing but its stack is said.
+    pub fn plain() -> &'static serde_json::Value {
         #[derive(Parser)]
         struct Line {
             #[command(flatten)]
             add: Add,
         }
-        Line::parse_from(["add", "--", stack]).add
+        // Made once: a server makes thousands of disks.
+        static PLAIN: LazyLock<serde_json::Value> = LazyLock::new(|| {
+            let add = Line::parse_from(["add", "--", ""]).add;
+            serde_json::to_value(add).unwrap_or_default()
+        });
+        &PLAIN
     }
 
     /// The options with these fields, as they are written down; the others are as if not said.
@@ -359,8 +366,7 @@ impl Add {
     /// Which field is no option, or has no such value.
     pub fn with(fields: serde_json::Value) -> Result<Add, serde_json::Error> {
         use serde::de::Error;
-        let stack = fields["stack"].as_str().unwrap_or_default().to_owned();
-        let mut all = serde_json::to_value(Add::of(&stack))?;
+        let mut all = Add::plain().clone();
         let serde_json::Value::Object(fields) = fields else {
             return Err(serde_json::Error::custom("options are a table"));
         };
@@ -376,9 +382,8 @@ impl Add {
     /// The fields that are not as if nothing was said.
     pub fn changed(&self) -> serde_json::Value {
         let all = serde_json::to_value(self).unwrap_or_default();
-        let plain = serde_json::to_value(Add::of(&self.stack)).unwrap_or_default();
         let fields = all.as_object().into_iter().flatten();
-        let other = fields.filter(|(name, value)| plain.get(name) != Some(value));
+        let other = fields.filter(|(name, value)| Add::plain().get(name) != Some(value));
         other.map(|(name, value)| (name.clone(), value.clone())).collect()
     }
 }

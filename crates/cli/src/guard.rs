@@ -115,6 +115,11 @@ fn orphaned_server(name: &str) -> Option<String> {
     let end = Instant::now() + PATIENCE;
     let mut seat = loop {
         match Seat::take(name).ok()? {
+            // It has not got so far as to say who it is.
+            Some(seat) if seat.is_new() => {
+                seat.remove();
+                return None;
+            }
             Some(seat) => break seat,
             None if Instant::now() > end => return None,
             None => std::thread::sleep(Duration::from_millis(5)),
@@ -150,6 +155,11 @@ fn abandoned_server(name: &str, server: u32) -> Option<String> {
     let (end, mut free_since) = (Instant::now() + SUCCESSION, None);
     while Instant::now() < end {
         match Seat::take(name).ok()? {
+            // It has been taken over, and ended in good order.
+            Some(seat) if seat.is_new() => {
+                seat.remove();
+                return None;
+            }
             // Somebody has been there since: that one had a guard of its own.
             Some(seat) if seat.about.pid != server => return None,
             Some(seat) => {

@@ -19,6 +19,9 @@ use crate::listen::News;
 use crate::state::{self, Claim, Disk};
 use crate::{front, guard};
 
+/// Disks that are removed at a time where all are.
+const AT_A_TIME: usize = 8;
+
 /// What all disks of a process share.
 pub struct Common {
     /// What the server is called, if it is one for many disks.
@@ -255,19 +258,37 @@ impl Hall {
     /// If one does not go.
     pub fn close(&self) -> Result<()> {
         *lock(&self.closed) = true;
-        let mut done = Ok(());
-        for name in self.names() {
-            let Ok((_, slot)) = self.meant(Some(&name)) else { continue };
-            let closed = self.take_away(&name, &mut lock(&slot), true);
-            done = done.and(closed);
-        }
-        done
+        let failed = self.each(|name| {
+            let (_, slot) = self.meant(Some(name))?;
+            self.take_away(name, &mut lock(&slot), true)
+        });
+        failed.into_iter().next().map_or(Ok(()), Err)
     }
 
-    /// Removes every disk that nobody would miss; what became of each that stays.
-    pub fn clear(&self, force: bool) -> Vec<String> {
-        let each = |name: String| self.remove(Some(&name), force).err().map(|e| e.to_string());
-        self.names().into_iter().filter_map(each).collect()
+    /// Removes every disk that nobody would miss; why others stay.
+    pub fn clear(&self, force: bool) -> Vec<Error> {
+        self.each(|name| self.remove(Some(name), force))
+    }
+
+    /// Does something with every disk, several at a time: the kernel makes whoever takes a device
+    /// away wait for others.
+    fn each(&self, work: impl Fn(&str) -> Result<()> + Sync) -> Vec<Error> {
+        let names = Mutex::new(self.names().into_iter());
+        let failed = Mutex::new(Vec::new());
+        std::thread::scope(|scope| {
+            for _ in 0..AT_A_TIME {
+                scope.spawn(|| {
+                    loop {
+                        let name = lock(&names).next();
+                        let Some(name) = name else { return };
+                        if let Err(error) = work(&name) {
+                            lock(&failed).push(error);
+                        }
+                    }
+                });
+            }
+        });
+        std::mem::take(&mut *lock(&failed))
     }
 
     /// Leaves every disk to another program: on return nothing of them is held here.

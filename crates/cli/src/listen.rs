@@ -153,7 +153,7 @@ fn converse(client: &UnixStream, hall: &Hall, news: &Sender<News>) -> std::io::R
             // Done is done, whether the client has heard of it or not.
             other => {
                 let _ = news.send(News::Asked(other));
-                return sent;
+                sent?;
             }
         }
     }

@@ -240,10 +240,9 @@ fn add_params() -> Vec<Param> {
     ];
     let command = Options::command();
     let Some(add) = command.find_subcommand("add") else { return params };
-    let Ok(Value::Object(defaults)) = serde_json::to_value(Add::of("null")) else { return params };
     for option in add.get_arguments().filter(|option| option.get_id() != "stack") {
         let name = option.get_id().as_str();
-        let Some(default) = defaults.get(name) else { continue };
+        let Some(default) = Add::plain().get(name) else { continue };
         let is = match (default, name) {
             (Value::Bool(_), _) => Type::Flag,
             (Value::Number(_), _) | (Value::Null, "id" | "queues" | "threads") => Type::Number,
@@ -423,5 +422,43 @@ fn shutdown(hall: &Hall, params: &Value) -> Done {
     if left.is_empty() {
         return Ok((json!("stopped"), After::End));
     }
-    Err(Refusal::from(Error::new(devsplice_core::ErrorKind::Busy, "not removed", left.join("; "))))
+    let why: Vec<_> = left.iter().map(ToString::to_string).collect();
+    Err(Refusal::from(Error::new(devsplice_core::ErrorKind::Busy, "not removed", why.join("; "))))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_page_names_every_method_parameter_and_kind_of_event() {
+        let page = include_str!("../../../docs/rpc.md");
+        for method in ALL.iter() {
+            let name = format!("`{}`", method.name);
+            let row = page.lines().find(|line| line.starts_with('|') && line.contains(&name));
+            let row = row.unwrap_or_else(|| panic!("no row for {name}"));
+            // Those of `add` are on the page of its options.
+            let own = method.params.iter().take(if method.name == "add" { 2 } else { 9 });
+            for param in own {
+                assert!(row.contains(&format!("`{}`", param.name)), "{}: {row}", param.name);
+            }
+        }
+        for (kind, _) in events::KINDS {
+            assert!(page.contains(&format!("`{kind}`")), "{kind}");
+        }
+    }
+
+    #[test]
+    fn the_options_of_add_are_its_parameters() {
+        let add = find("add").unwrap();
+        for name in Add::plain().as_object().unwrap().keys() {
+            assert!(add.params.iter().any(|param| param.name == *name), "{name}");
+        }
+        let refused = add.check(json!({ "stack": "null(size=1M)", "depth": "deep" }));
+        assert!(refused.is_err());
+        let fields = add.check(json!({ "stack": "null(size=1M)", "depth": 9, "queues": 2 }));
+        let made = Add::with(fields.unwrap_or_default()).unwrap();
+        assert_eq!((made.depth, made.queues, made.threads), (9, Some(2), None));
+        assert_eq!(made.changed()["queues"], 2);
+    }
 }

@@ -124,14 +124,13 @@ pub fn again_many(name: &str, threads: Option<usize>, why: &str) -> Result<Serve
 
 fn many(
     name: &str,
-    mut seat: Seat,
+    seat: Seat,
     threads: Option<usize>,
     guard: guard::Guard,
     why: &str,
 ) -> Result<Server> {
     let had = Some(seat.about.threads).filter(|threads| *threads > 0);
     let cpus = || std::thread::available_parallelism().map_or(1, usize::from);
-    name.clone_into(&mut seat.about.name);
     let server = Server::of_many(seat, threads.or(had).unwrap_or_else(cpus), guard)?;
     for found in servers::disks(name)? {
         if guard::is_kept(&found.disk)

@@ -4,11 +4,15 @@
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, Write};
 use std::os::unix::fs::OpenOptionsExt;
+use std::time::Duration;
 
 use devsplice_core::{Error, ErrorKind, Result};
 use serde::{Deserialize, Serialize};
 
 use crate::state::{self, Found};
+
+/// How often a server's file is looked at that makes no sense.
+const LOOKS: u32 = 20;
 
 /// What is known of a server.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -54,7 +58,8 @@ impl Seat {
             if !state::is_ghost(&file, &path) {
                 let mut text = String::new();
                 let _ = file.read_to_string(&mut text);
-                let about = serde_json::from_str(&text).unwrap_or_default();
+                let mut about: About = serde_json::from_str(&text).unwrap_or_default();
+                name.clone_into(&mut about.name);
                 return Ok(Some(Seat { file, about }));
             }
         }
@@ -76,6 +81,11 @@ impl Seat {
         done.map_err(|error| Error::os(path.display().to_string(), &error))
     }
 
+    /// Whether no server has ever been there, as far as is known: the file was made by looking.
+    pub fn is_new(&self) -> bool {
+        self.about.pid == 0
+    }
+
     /// Removes all traces of the server.
     pub fn remove(self) {
         for ending in ["sock", "log", "server"] {
@@ -91,13 +101,20 @@ impl Seat {
 pub fn find(name: &str) -> Result<About> {
     state::check_name(name)?;
     let path = state::server_file(name, "server");
-    let text = std::fs::read_to_string(&path).unwrap_or_default();
-    let is_free = File::open(&path).is_ok_and(|file| state::lock(&file));
-    match serde_json::from_str::<About>(&text) {
-        Ok(about) if !is_free => Ok(about),
-        _ => Err(Error::new(ErrorKind::NotFound, format!("server `{name}`"), "does not run")
-            .next(format!("devsplice serve {name} starts it"))),
+    for _ in 0..LOOKS {
+        let is_free = File::open(&path).map_or(true, |file| state::lock(&file));
+        if is_free {
+            break;
+        }
+        // It may just be writing.
+        let text = std::fs::read_to_string(&path).unwrap_or_default();
+        if let Ok(about) = serde_json::from_str(&text) {
+            return Ok(about);
+        }
+        std::thread::sleep(Duration::from_millis(5));
     }
+    Err(Error::new(ErrorKind::NotFound, format!("server `{name}`"), "does not run")
+        .next(format!("devsplice serve {name} starts it")))
 }
 
 /// The disks of a server, whether it lives or not.

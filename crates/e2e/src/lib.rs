@@ -12,6 +12,7 @@ mod host;
 mod left;
 mod replay;
 mod room;
+mod server;
 mod suite;
 
 pub use command::{Call, Ran, Running, call, wait_until};
@@ -24,6 +25,7 @@ pub use host::{
 pub use left::leftovers;
 pub use replay::{Entry, Log};
 pub use room::Room;
+pub use server::{Server, Talk};
 pub use suite::{Group, Outcome, Skip, skip, trials};
 
 /// Bytes.

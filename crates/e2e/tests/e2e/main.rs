@@ -15,11 +15,13 @@ mod layers;
 mod life;
 mod luck;
 mod manners;
+mod many;
 mod mirror;
 mod protect;
 mod reach;
 mod recover;
 mod replay;
+mod rpc;
 mod verify;
 
 use std::process::ExitCode;
@@ -96,6 +98,8 @@ fn groups() -> Vec<Group> {
             reach::add_once(&mut group, kind);
             if kind == home {
                 dialect::add(&mut group, kind);
+                many::add(&mut group, kind);
+                rpc::add(&mut group, kind);
                 replay::add(&mut group, kind);
             }
         }

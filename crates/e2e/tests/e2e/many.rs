@@ -1,0 +1,216 @@
+//! Answers for servers of many disks: no thread for each, what a disk costs, that all of them
+//! outlive the server together.
+
+use std::time::{Duration, Instant};
+
+use devsplice_e2e::{
+    Group, Kind, MIB, Mode, Outcome, Process, Room, Server, Talk, engines, mode, need, verify,
+    wait_until,
+};
+use rustix::process::Signal;
+use serde_json::{Value, json};
+
+/// I/O threads of the server.
+const THREADS: usize = 2;
+/// What other threads there may be: the main one, signals, control socket, and some clients.
+const OTHERS: usize = 6;
+/// Milliseconds that making a disk may take.
+const ATTACH_MS: f64 = 10.0;
+
+pub fn add(group: &mut Group, kind: Kind) {
+    let thousand = kind.is_ublk() && std::env::var_os("DEVSPLICE_E2E_FULL").is_some();
+    let counts = [if kind.is_ublk() { 64 } else { 20 }, 1000];
+    for count in &counts[..1 + usize::from(thousand)] {
+        let (name, count) = (format!("many_{count}_disks_of_one_server"), *count);
+        group.alone(&name, move || many(kind, count));
+    }
+    group.add("many_configurations_are_saved_and_loaded_whole", move || configuration(kind));
+    if kind.is_ublk() {
+        group.add("many_disks_survive_their_server_and_its_upgrade", move || survive(kind));
+    }
+}
+
+/// What `add` is told for disk `number`: every other one of a file.
+fn wish(room: &Room, kind: Kind, prefix: &str, number: usize) -> Value {
+    let is_file = number.is_multiple_of(2);
+    let stack = match is_file {
+        true => room.file(&format!("{prefix}{number}"), 64 * MIB),
+        false => "null(size=64M)".to_owned(),
+    };
+    let mut wish = json!({
+        "stack": stack, "name": format!("{prefix}{number}"), "no_part_scan": true, "depth": 32,
+    });
+    let words = kind.arguments();
+    for pair in words.chunks(2) {
+        wish[pair[0].trim_start_matches("--").replace('-', "_")] = json!(pair[1]);
+    }
+    wish
+}
+
+fn io_threads(process: Process) -> (usize, usize) {
+    let all = process.threads();
+    (all.iter().filter(|(name, _)| name.starts_with("io/")).count(), all.len())
+}
+
+/// The middle one.
+fn median(mut all: Vec<f64>) -> f64 {
+    all.sort_by(f64::total_cmp);
+    all[all.len() / 2]
+}
+
+/// Makes disks; also how long it took for the one in the middle, in milliseconds.
+fn make(
+    room: &Room,
+    kind: Kind,
+    (talk, prefix): (&mut Talk, &str),
+    count: usize,
+) -> (Vec<Value>, f64) {
+    let (mut took, mut disks) = (Vec::new(), Vec::new());
+    for number in 0..count {
+        let wish = wish(room, kind, prefix, number);
+        let start = Instant::now();
+        disks.push(talk.result("add", &wish));
+        took.push(start.elapsed().as_secs_f64() * 1000.0);
+    }
+    let most = took.iter().copied().fold(0.0, f64::max);
+    let median = median(took);
+    println!("{}: {count} disks: attach {median:.1} ms (median), {most:.1} ms (most)", kind.name());
+    (disks, median)
+}
+
+fn many(kind: Kind, count: usize) -> Outcome {
+    engines()?;
+    let room = Room::new();
+    let server = Server::start(&room, &["--threads", &THREADS.to_string()]);
+    let process = server.process();
+    let empty = process.status_kib("VmRSS");
+    let prefix = room.name();
+    let (disks, median) = make(&room, kind, (&mut server.talk(), &prefix), count);
+    // Emulation is ten times as slow, and a machine with other users somewhat.
+    let slow = if mode() == Mode::Vm { 10.0 } else { 5.0 };
+    assert!(median <= ATTACH_MS * slow, "a disk takes {median:.1} ms");
+
+    // What is put together before a first request is not put together again for the next.
+    std::thread::sleep(Duration::from_secs(4));
+    let (before, full) = (process.ticks(), process.status_kib("VmRSS"));
+    std::thread::sleep(Duration::from_secs(3));
+    let idle = process.ticks() - before;
+    let (io, all) = io_threads(process);
+    println!(
+        "{}: {count} disks: {io} I/O threads of {all}, {idle} ticks in 3 s idle, {full} KiB \
+         resident, {} KiB for each disk",
+        kind.name(),
+        (full.saturating_sub(empty)) / count as u64,
+    );
+    assert_eq!(io, THREADS, "{:?}", process.threads());
+    assert!(all <= THREADS + OTHERS, "{:?}", process.threads());
+    assert!(idle <= 1, "{idle} ticks of an idle server");
+
+    let files: Vec<_> = disks.iter().step_by(2).step_by((count / 8).max(1)).collect();
+    std::thread::scope(|scope| {
+        for disk in files.iter().take(4) {
+            let node = disk["device"].as_str().unwrap_or_default();
+            scope.spawn(|| verify(&Room::new(), node.as_ref(), 8 * MIB, "512-64k"));
+        }
+    });
+    let list = room.devsplice(["list", "--json"]).ok();
+    let list: Vec<Value> = serde_json::from_str(&list).unwrap();
+    assert_eq!(list.len(), count);
+    assert!(list.iter().all(|disk| disk["state"] == "live"), "{list:?}");
+
+    let start = Instant::now();
+    room.devsplice(["del", &format!("{prefix}0")]).ok();
+    assert!(process.lives(), "the others' server has gone with one disk");
+    server.end();
+    println!("{}: {count} disks: gone in {:.1} s", kind.name(), start.elapsed().as_secs_f64());
+    for disk in &disks {
+        let node = disk["device"].as_str().unwrap_or_default();
+        let name = disk["name"].as_str().unwrap_or_default();
+        assert!(!std::path::Path::new("/dev/devsplice").join(name).is_symlink(), "{name}");
+        if kind.is_ublk() {
+            assert!(!std::path::Path::new(node).exists(), "{node}");
+        }
+    }
+    Ok(())
+}
+
+fn configuration(kind: Kind) -> Outcome {
+    let room = Room::new();
+    let server = Server::start(&room, &[]);
+    let mut talk = server.talk();
+    let (prefix, names) = (room.name(), room.path("names.toml"));
+    let _ = make(&room, kind, (&mut talk, &prefix), 4);
+    // One whose places have names of their own, and options.
+    let file = room.file("named", 64 * MIB);
+    let text = format!(
+        "stack = \"top\"\n[device.top]\ndriver = \"linear\"\noffset = \"1M\"\nbelow = [\"low\"]\n\
+         [device.low]\ndriver = \"file\"\npath = \"{file}\"\n"
+    );
+    std::fs::write(&names, text).unwrap();
+    let named = format!("{prefix}named");
+    let export = kind.arguments();
+    let mut words = vec!["add", &names, "--server", &server.name, "-n", &named, "-r"];
+    words.extend(["--serial", "x 1", "--depth", "7"].iter().chain(&export));
+    let _ = room.devsplice(words).ok();
+    let saved = room.devsplice(["save"]).ok();
+    assert!(saved.contains("depth = 7") && saved.contains("read-only = true"), "{saved}");
+    assert!(saved.contains("device.low"), "{saved}");
+    let config = room.path("all.toml");
+    std::fs::write(&config, &saved).unwrap();
+    assert_eq!(talk.result("save", &json!({})).as_str().unwrap().trim_end(), saved.trim_end());
+    let name = server.name.clone();
+    drop(talk);
+    server.end();
+
+    let server = Server::named(&room, name, &["--threads", "1", "--config", &config]);
+    assert_eq!(room.devsplice(["save", "--server", &server.name]).ok(), saved);
+    server.end();
+    Ok(())
+}
+
+fn survive(kind: Kind) -> Outcome {
+    engines()?;
+    let room = Room::new();
+    let server = Server::start(&room, &["--threads", &THREADS.to_string()]);
+    let prefix = room.name();
+    let (disks, _) = make(&room, kind, (&mut server.talk(), &prefix), 9);
+    let is_kept = disks[0]["recovery"] == "reissue" || disks[0]["recovery"] == "fail";
+    need(is_kept, "this kernel keeps no disk of a dead server")?;
+    let node = disks[0]["device"].as_str().unwrap_or_default().to_owned();
+    let all_live = |count: usize, pid: Process| {
+        let list = room.devsplice(["list", "--json"]).ok();
+        let list: Vec<Value> = serde_json::from_str(&list).unwrap();
+        let is_ours = |disk: &&Value| disk["state"] == "live" && disk["pid"] == json!(pid.0);
+        list.iter().filter(is_ours).count() == count
+    };
+    std::thread::scope(|scope| {
+        let fio = scope.spawn(|| {
+            for _ in 0..3 {
+                verify(&Room::new(), node.as_ref(), 16 * MIB, "512-128k");
+            }
+        });
+        let old = server.process();
+        old.signal(Signal::KILL);
+        old.ends_within(20);
+        let mut now = old;
+        wait_until(60, "another server with all disks that the kernel has kept", || {
+            now = server.process();
+            now != old && all_live(9, now)
+        });
+        let said = room.devsplice(["upgrade", "--json", &format!("{prefix}1")]).limit(120).ok();
+        let next = server.process();
+        assert!(next != now && all_live(9, next), "{said}");
+        assert_eq!(said.lines().count(), 9, "{said}");
+        println!("{}: 9 disks upgraded: {}", kind.name(), said.lines().last().unwrap_or_default());
+        let (io, all) = io_threads(next);
+        assert!(io == THREADS && all <= THREADS + OTHERS, "{:?}", next.threads());
+        fio.join().expect("fio notices nothing");
+    });
+    let quiet = format!("{prefix}2");
+    for word in ["quiesce", "resume"] {
+        let _ = room.devsplice([word, &quiet]).ok();
+    }
+    verify(&room, disks[2]["device"].as_str().unwrap_or_default().as_ref(), 8 * MIB, "4k-64k");
+    server.end();
+    Ok(())
+}
