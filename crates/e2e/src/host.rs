@@ -91,6 +91,8 @@ pub enum Kind {
     Batch(&'static str),
     /// The same, with one queue that several threads share.
     Shared(&'static str),
+    /// ublk without copies, for requests that come one at a time.
+    LowDepth,
 }
 
 impl Kind {
@@ -102,6 +104,7 @@ impl Kind {
             Kind::Ublk(path) => format!("ublk::{}", path.replace('-', "_")),
             Kind::Batch(path) => format!("ublk::batch_{}", path.replace('-', "_")),
             Kind::Shared(path) => format!("ublk::shared_{}", path.replace('-', "_")),
+            Kind::LowDepth => "ublk::low_depth".to_owned(),
         }
     }
 
@@ -112,6 +115,9 @@ impl Kind {
             Kind::Fuse => vec!["--export", "fuse"],
             Kind::Ublk(path) => vec!["--export", "ublk", "--data-path", path],
             Kind::Batch(path) => [&Kind::Ublk(path).arguments()[..], &["--batch", "on"]].concat(),
+            Kind::LowDepth => {
+                [&Kind::Ublk(PATHS[0]).arguments()[..], &["--low-depth", "on"]].concat()
+            }
             Kind::Shared(path) => {
                 let threads = ["--queues", "1", "--threads", "3"];
                 [&Kind::Batch(path).arguments()[..], &threads].concat()
@@ -124,6 +130,7 @@ impl Kind {
     pub fn copies(self) -> bool {
         match self {
             Kind::Fuse => true,
+            Kind::LowDepth => false,
             Kind::Ublk(path) | Kind::Batch(path) | Kind::Shared(path) => {
                 !matches!(path, "auto-register" | "register")
             }
@@ -156,6 +163,7 @@ impl Kind {
                 let has_batches = features()["ublk"]["features"]["batch-io"] == true;
                 need(has_batches, "this kernel's ublk has no batches")
             }
+            Kind::LowDepth => Kind::Ublk(PATHS[0]).gate(),
             Kind::Ublk(path) => {
                 need(Path::new("/dev/ublk-control").exists(), "no /dev/ublk-control: no ublk_drv")?;
                 let offered = offered_paths();
