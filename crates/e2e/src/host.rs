@@ -96,6 +96,8 @@ pub enum Kind {
     Batch(&'static str),
     /// The same, with one queue that several threads share.
     Shared(&'static str),
+    /// ublk without copies, for requests that come one at a time.
+    LowDepth,
 }
 
 impl Kind {
@@ -108,6 +110,7 @@ impl Kind {
             Kind::Ublk(path) => format!("ublk::{}", path.replace('-', "_")),
             Kind::Batch(path) => format!("ublk::batch_{}", path.replace('-', "_")),
             Kind::Shared(path) => format!("ublk::shared_{}", path.replace('-', "_")),
+            Kind::LowDepth => "ublk::low_depth".to_owned(),
         }
     }
 
@@ -119,6 +122,9 @@ impl Kind {
             Kind::FuseUring(path) => vec!["--export", "fuse", "--data-path", path],
             Kind::Ublk(path) => vec!["--export", "ublk", "--data-path", path],
             Kind::Batch(path) => [&Kind::Ublk(path).arguments()[..], &["--batch", "on"]].concat(),
+            Kind::LowDepth => {
+                [&Kind::Ublk(PATHS[0]).arguments()[..], &["--low-depth", "on"]].concat()
+            }
             Kind::Shared(path) => {
                 let threads = ["--queues", "1", "--threads", "3"];
                 [&Kind::Batch(path).arguments()[..], &threads].concat()
@@ -132,6 +138,7 @@ impl Kind {
         match self {
             Kind::Fuse => true,
             Kind::FuseUring(path) => path == "fuse-uring",
+            Kind::LowDepth => false,
             Kind::Ublk(path) | Kind::Batch(path) | Kind::Shared(path) => {
                 !matches!(path, "auto-register" | "register")
             }
@@ -171,6 +178,7 @@ impl Kind {
                 let has_batches = features()["ublk"]["features"]["batch-io"] == true;
                 need(has_batches, "this kernel's ublk has no batches")
             }
+            Kind::LowDepth => Kind::Ublk(PATHS[0]).gate(),
             Kind::Ublk(path) => {
                 need(Path::new("/dev/ublk-control").exists(), "no /dev/ublk-control: no ublk_drv")?;
                 let offered = offered_paths("ublk");

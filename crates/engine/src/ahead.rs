@@ -141,3 +141,59 @@ impl<R: Ring> Worker<R> {
         self.ahead.is_second_armed = false;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use devsplice_core::{Io, Op};
+
+    use super::*;
+    use crate::export::Request;
+    use crate::ring::Pages;
+
+    fn inbox(count: u16) -> Inbox {
+        let mut inbox = Inbox::with_capacity(4);
+        for tag in 0..count {
+            inbox.push(0, Request { tag, io: Io::new(Op::Read, 0, 512), pages: Pages(0) });
+        }
+        inbox
+    }
+
+    #[test]
+    fn only_one_request_with_no_other_under_way_is_alone() {
+        let mut ahead = Ahead { on: true, ..Ahead::OFF };
+        for (count, is_busy, is_alone) in
+            [(1, false, true), (2, false, false), (1, true, false), (0, false, false)]
+        {
+            ahead.look(&inbox(count), is_busy);
+            assert_eq!(ahead.is_alone, is_alone, "{count} came, busy: {is_busy}");
+        }
+        let mut off = Ahead::OFF;
+        off.look(&inbox(1), false);
+        assert!(!off.is_alone);
+    }
+
+    #[test]
+    fn pauses_double_while_requests_meet_and_are_short_again_when_they_do_not() {
+        let mut ahead = Ahead { on: true, ..Ahead::OFF };
+        let sent = |ahead: &mut Ahead, met: bool| {
+            let mut waited = 0;
+            while !ahead.is_alone {
+                ahead.look(&inbox(1), false);
+                waited += u32::from(!ahead.is_alone);
+            }
+            (ahead.is_alone, ahead.is_out) = (false, true);
+            ahead.landed(&inbox(u16::from(met)));
+            waited
+        };
+        let waits: Vec<_> = (0..4).map(|_| sent(&mut ahead, true)).collect();
+        assert_eq!(waits, [0, 64, 128, 256]);
+        assert_eq!(sent(&mut ahead, false), 512);
+        for _ in 1..1024 {
+            assert_eq!(sent(&mut ahead, false), 0);
+        }
+        sent(&mut ahead, true);
+        assert_eq!(sent(&mut ahead, true), 64);
+        let longest = (0..20).map(|_| sent(&mut ahead, true)).max();
+        assert_eq!(longest, Some(LAST_PAUSE));
+    }
+}

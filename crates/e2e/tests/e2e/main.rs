@@ -13,6 +13,7 @@ mod copy;
 mod dialect;
 mod layers;
 mod life;
+mod low_depth;
 mod luck;
 mod manners;
 mod many;
@@ -119,6 +120,15 @@ fn groups() -> Vec<Group> {
         if kind == Kind::Shared(PATHS[0]) {
             luck::add(&mut group, kind);
         }
+        groups.push(group);
+    }
+    if mode() == Mode::Vm || Kind::LowDepth.gate().is_ok() {
+        let mut group = Group::of(Kind::LowDepth);
+        low_depth::add(&mut group);
+        verify::add(&mut group, Kind::LowDepth);
+        contract::add(&mut group, Kind::LowDepth);
+        luck::add(&mut group, Kind::LowDepth);
+        recover::add(&mut group, Kind::LowDepth, false);
         groups.push(group);
     }
     if mode() == Mode::Native && Kind::Ublk(PATHS[3]).gate().is_err() {

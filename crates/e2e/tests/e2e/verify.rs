@@ -183,6 +183,10 @@ fn keeps_every_byte(kind: Kind, bottom: Bottom, make: Make) -> Outcome {
 /// Where the kernel can do without, no byte was copied; elsewhere each was, and nowhere did
 /// anything fail.
 pub fn counts_fit(disk: &Disk<'_>, moved: Moved) {
+    if disk.kind == Kind::LowDepth {
+        // The last request of a burst is counted when the watchdog ticks.
+        std::thread::sleep(std::time::Duration::from_millis(2500));
+    }
     let info = disk.info();
     let count = |name: &str| info["counts"][name].as_u64().expect("a counter");
     let (spliced, copied) = (count("bytes_spliced"), count("bytes_copied"));
