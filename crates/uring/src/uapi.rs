@@ -51,6 +51,8 @@ pub(crate) const OP_FALLOCATE: u8 = 17;
 pub(crate) const OP_READ: u8 = 22;
 pub(crate) const OP_WRITE: u8 = 23;
 pub(crate) const OP_URING_CMD: u8 = 46;
+/// Since 6.9.
+pub(crate) const OP_FTRUNCATE: u8 = 55;
 pub(crate) const OP_READV_FIXED: u8 = 60;
 pub(crate) const OP_WRITEV_FIXED: u8 = 61;
 

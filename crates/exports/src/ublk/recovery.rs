@@ -241,6 +241,9 @@ impl Suspended {
                 Ok(()) => break,
             }
         }
+        if let Some(zones) = service.stack.zones() {
+            zones.taken_over();
+        }
         let crew = self.made.crew(service)?;
         self.made.control.end_recovery(id)?;
         Ok(crew)
