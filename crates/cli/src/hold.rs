@@ -10,6 +10,7 @@ use devsplice_exports::ublk::Fit;
 use devsplice_spec::Plan;
 use serde_json::{Value, json};
 
+use crate::adopt;
 use crate::args::{Resize, Swap};
 use crate::assemble::{CATALOG, assemble};
 use crate::front::Front;
@@ -143,7 +144,7 @@ impl Server {
     /// Goes on.
     pub(crate) fn resume(&mut self) -> Result<String> {
         let plan = self.plan.clone();
-        self.go_on(&plan, Fit::Same)?;
+        self.go_on(&plan, adopt::fit(&self.disk))?;
         Ok(format!("{} is served again", self.thing()))
     }
 
@@ -160,7 +161,7 @@ impl Server {
             self.hold()?;
         }
         if let Err(error) = self.go_on(&plan, Fit::Resized) {
-            return Err(match self.go_on(&old, Fit::Same) {
+            return Err(match self.go_on(&old, adopt::fit(&self.disk)) {
                 Ok(()) => error.next("nothing was changed"),
                 Err(second) => error.next(format!(
                     "the disk is quiesced now, for the old stack cannot be had again: {second}"

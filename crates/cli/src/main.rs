@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod add;
+mod adopt;
 mod args;
 mod assemble;
 mod client;
@@ -52,6 +53,7 @@ fn run(command: &Command) -> Result<ExitCode> {
     match command {
         Command::Add(add) => add::run(add),
         Command::Recover(recover) => recover::recover(recover).map(done),
+        Command::Adopt(adopt) => adopt::run(adopt).map(done),
         Command::Upgrade(upgrade) => recover::upgrade(upgrade).map(done),
         Command::Quiesce(quiesce) => hold::plain(&quiesce.name, "quiesce").map(done),
         Command::Resume(resume) => hold::plain(&resume.name, "resume").map(done),

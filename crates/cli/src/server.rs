@@ -9,12 +9,13 @@ use devsplice_core::{Error, ErrorKind, Result};
 use devsplice_engine::Stuck;
 use devsplice_exports::host;
 use devsplice_exports::threads::Service;
-use devsplice_exports::ublk::{self, Fit, Suspended};
+use devsplice_exports::ublk::{self, Suspended};
 use devsplice_spec::{Kind, Plan};
 use rustix::fs::{Mode, OFlags};
 use serde_json::{Value, json};
 use signal_hook::consts::SIGHUP;
 
+use crate::adopt;
 use crate::args::{Add, Export, RecoveryChoice};
 use crate::assemble::assemble;
 use crate::front::{self, Front};
@@ -112,7 +113,27 @@ impl Server {
     ///
     /// # Errors
     /// If it cannot be taken over; the disk is then as it was, and so is what is known of it.
-    pub fn take_over(claim: Claim, left: &Disk, mut guard: Guard) -> Result<Server> {
+    pub fn take_over(claim: Claim, left: &Disk, guard: Guard) -> Result<Server> {
+        let kept = |mut claim: Claim| drop(claim.write(left));
+        Server::follow(claim, left, guard, kept)
+    }
+
+    /// Serves a disk that another tool has made, as if a server of ours had: `disk` is what that
+    /// one would have written.
+    ///
+    /// # Errors
+    /// If it cannot be taken over; it is as it was then.
+    pub fn adopt(claim: Claim, disk: &Disk, guard: Guard) -> Result<Server> {
+        Server::follow(claim, disk, guard, Claim::remove)
+    }
+
+    /// Takes over; `back_out` is what becomes of the claim if that fails.
+    fn follow(
+        claim: Claim,
+        left: &Disk,
+        mut guard: Guard,
+        back_out: impl FnOnce(Claim),
+    ) -> Result<Server> {
         guard.name(&claim.name);
         let made = (|| {
             let plan = left.plan()?;
@@ -136,13 +157,13 @@ impl Server {
             let suspended = Suspended::find(id, &options)?;
             // Whoever comes after this process has to know it.
             claim.write(disk)?;
-            let resumed = suspended.resume(service, Fit::Same);
+            let resumed = suspended.resume(service, adopt::fit(disk));
             resumed.map(|device| Front::Ublk(Box::new(device))).map_err(|(_, error)| error)
         });
         match made {
             Ok(parts) => Ok(parts.guarded(guard)),
-            Err((mut claim, error)) => {
-                let _ = claim.write(left);
+            Err((claim, error)) => {
+                back_out(claim);
                 guard.dismiss();
                 Err(error)
             }

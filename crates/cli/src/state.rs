@@ -70,6 +70,9 @@ pub struct Disk {
     /// The options that it was made with.
     #[serde(default)]
     pub made_with: Option<Add>,
+    /// Whether another tool has made it, so that it was told other things than we would have.
+    #[serde(default)]
+    pub adopted: bool,
     /// What is not as one would wish.
     pub warnings: Vec<String>,
 }

@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::expect_used, clippy::unwrap_used)] // A failed expectation is a failed test.
 
+mod adopt;
 mod bad;
 mod batch;
 mod cli;
@@ -19,6 +20,7 @@ mod reach;
 mod recover;
 mod replay;
 mod verify;
+mod zoned;
 
 use std::process::ExitCode;
 
@@ -86,11 +88,13 @@ fn groups() -> Vec<Group> {
             reach::add_once(&mut group, kind);
             if kind == home {
                 dialect::add(&mut group, kind);
+                adopt::add(&mut group, kind);
                 replay::add(&mut group, kind);
             }
         }
         reach::add(&mut group, kind);
         recover::add(&mut group, kind, kind == home);
+        zoned::add(&mut group, kind, kind == home);
         groups.push(group);
     }
     let shared = PATHS[..3].iter().copied().map(Kind::Shared);

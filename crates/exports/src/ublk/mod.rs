@@ -1,5 +1,6 @@
 //! Answers for the ublk front end: a /dev/ublkbN whose requests this process serves.
 
+mod adopt;
 mod batch;
 #[cfg(test)]
 mod batch_tests;
