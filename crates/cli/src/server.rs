@@ -195,6 +195,7 @@ impl Server {
         disk.data_path = front.data_path().to_owned();
         disk.recovery = front.recovery().to_owned();
         disk.batch = front.is_batched();
+        disk.features = front.features().into_iter().map(str::to_owned).collect();
         make_link(&disk);
         lines.serve(front.crew());
         if let Err(error) = claim.write(&disk) {

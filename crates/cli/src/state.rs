@@ -35,6 +35,9 @@ pub struct Disk {
     /// Whether requests come and go in batches.
     #[serde(default)]
     pub batch: bool,
+    /// What of the driver's features it was made with, as `devsplice features` names them.
+    #[serde(default)]
+    pub features: Vec<String>,
     /// Number of the ublk device.
     pub ublk_id: Option<u32>,
     /// Number of the FUSE connection.

@@ -74,6 +74,8 @@ fn adopted() -> Outcome {
         (&told["recovery"], &told["data_path"]),
         (&"reissue".into(), &"auto-register".into())
     );
+    let features = told["features"].as_array().unwrap();
+    assert!(features.contains(&"user-recovery-reissue".into()), "{told}");
     verify(&room, &node, SPAN, "4k-128k");
     // From now on it is a disk like others: it outlives its server and can be suspended.
     let info = || -> serde_json::Value {

@@ -101,6 +101,8 @@ fn verified(kind: Kind) -> Outcome {
         ("host-managed".into(), "8192".into())
     );
     assert_eq!(disk.queue("max_open_zones"), "6");
+    let features = disk.info()["features"].clone();
+    assert!(features.as_array().unwrap().contains(&"zoned".into()), "{features}");
     let jobs = ["--name=z", "--rw=write", "--bs=16k", "--numjobs=3", "--size=8m", "--offset=8m"];
     fio(
         &room,

@@ -298,6 +298,13 @@ impl Device {
         self.made.info.flags & F_BATCH_IO != 0
     }
 
+    /// What of the driver's features it was made with, by the names of [`feature_names`].
+    #[must_use]
+    pub fn features(&self) -> Vec<&'static str> {
+        let all = feature_names(self.made.info.flags).into_iter();
+        all.filter(|(_, is_there)| *is_there).map(|(name, _)| name).collect()
+    }
+
     /// Queues and their depth, as the kernel made them.
     #[must_use]
     pub fn queues(&self) -> (u16, u16) {
