@@ -132,8 +132,8 @@ mod tests {
     fn what_the_disk_relies_on_and_the_stack_does_not_have_is_named() {
         let cases: [(Params, &str); 9] = [
             (Params { dev_sectors: 1 << 15, ..disk() }, "it has 32M, the stack 16M"),
-            (Params { logical_bs_shift: 13, ..disk() }, "its blocks are 4K"),
-            (Params { max_sectors: 64, ..disk() }, "requests have up to 1M, here 32K"),
+            (Params { logical_bs_shift: 13, ..disk() }, "its blocks are 4k"),
+            (Params { max_sectors: 64, ..disk() }, "requests have up to 1M, here 32k"),
             (Params { attrs: ATTR_READ_ONLY | disk().attrs, ..disk() }, "it can be written"),
             (Params { attrs: ATTR_VOLATILE_CACHE, ..disk() }, "must be durable"),
             (Params { discard_granularity: 8192, ..disk() }, "it discards"),
