@@ -104,6 +104,43 @@ fn keep_access_time(fd: &OwnedFd) {
 }
 
 fn open_regular(wish: &Wish<'_>) -> Result<Opened> {
+    let (fd, need, warnings) = open_unread(wish)?;
+    let direct = need.is_some();
+    let need = need.unwrap_or(DirectNeed { offset: SECTOR, memory: 1 });
+    let size = size_of_file(&fd, wish)?;
+    let limits = regular_limits(&fd, wish, need, size)?;
+    Ok(Opened { fd, kind: FileKind::Regular, limits, direct, warnings })
+}
+
+/// Opens a file that may grow up to `room` bytes as it is written, and how long it is by now. Its
+/// block is its file system's, as for the kernel's zloop.
+pub(crate) fn open_growing(
+    path: &str,
+    access: Access,
+    direct: Option<bool>,
+    room: u64,
+) -> Result<(Opened, u64)> {
+    let mut wish = Wish { path, access, read_only: false, direct, block: None };
+    let (fd, need, warnings) = open_unread(&wish)?;
+    let direct = need.is_some();
+    let need = need.unwrap_or(DirectNeed { offset: SECTOR, memory: 1 });
+    let stat = rustix::fs::fstat(&fd).map_err(|errno| Error::os(path, &errno.into()))?;
+    let unit = u32::try_from(stat.st_blksize).unwrap_or(MAX_BLOCK);
+    if unit.is_power_of_two() && unit <= MAX_BLOCK {
+        wish.block = Some(unit.max(need.offset).max(SECTOR));
+    }
+    let limits = regular_limits(&fd, &wish, need, room)?;
+    let filled = u64::try_from(stat.st_size).unwrap_or(0);
+    Ok((Opened { fd, kind: FileKind::Regular, limits, direct, warnings }, filled))
+}
+
+fn size_of_file(fd: &OwnedFd, wish: &Wish<'_>) -> Result<u64> {
+    let stat = rustix::fs::fstat(fd).map_err(|errno| Error::os(wish.path, &errno.into()))?;
+    Ok(u64::try_from(stat.st_size).unwrap_or(0))
+}
+
+/// Opens a file for direct I/O, where it can be, and locks it; what direct I/O asks for then.
+fn open_unread(wish: &Wish<'_>) -> Result<(OwnedFd, Option<DirectNeed>, Vec<String>)> {
     let plain = open_with(wish, OFlags::empty())?;
     let mut warnings = Vec::new();
     let need = direct_need(&plain, wish);
@@ -130,10 +167,7 @@ fn open_regular(wish: &Wish<'_>) -> Result<Opened> {
             not_under_loop(&fd, wish)?;
         }
     }
-    let need = use_direct.unwrap_or(DirectNeed { offset: SECTOR, memory: 1 });
-    let limits = regular_limits(&fd, wish, need)?;
-    let direct = use_direct.is_some();
-    Ok(Opened { fd, kind: FileKind::Regular, limits, direct, warnings })
+    Ok((fd, use_direct, warnings))
 }
 
 /// Keeps other servers away for as long as the file is open: from a writer all, from a reader
@@ -179,14 +213,13 @@ fn not_under_loop(fd: &OwnedFd, wish: &Wish<'_>) -> Result<()> {
     Ok(())
 }
 
-fn regular_limits(fd: &OwnedFd, wish: &Wish<'_>, need: DirectNeed) -> Result<Limits> {
+fn regular_limits(fd: &OwnedFd, wish: &Wish<'_>, need: DirectNeed, size: u64) -> Result<Limits> {
     let os = |errno: rustix::io::Errno| Error::os(wish.path, &errno.into());
     let stat = rustix::fs::fstat(fd).map_err(os)?;
     let is_tmpfs = rustix::fs::fstatfs(fd).is_ok_and(|fs| fs.f_type.cast_unsigned() == TMPFS);
     let block = chosen_block(wish, need.offset)?;
     let unit = u32::try_from(stat.st_blksize).unwrap_or(MAX_BLOCK);
     let unit = if unit.is_power_of_two() { unit.clamp(block, MAX_BLOCK) } else { block };
-    let size = u64::try_from(stat.st_size).unwrap_or(0);
     whole_blocks(wish.path, size, block)?;
     let device = Device::find(stat.st_dev);
     let limits = Limits {

@@ -4,6 +4,7 @@
 pub mod file;
 pub mod mem;
 mod sysfs;
+pub mod zones;
 
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -40,7 +41,7 @@ pub enum Access {
 }
 
 /// Every kind of bottom.
-pub const SOURCES: &[Source] = &[file::SOURCE, mem::SOURCE];
+pub const SOURCES: &[Source] = &[file::SOURCE, mem::SOURCE, zones::SOURCE];
 
 /// Whether what is in a bottom of the kind `name` is still there when its process is not.
 #[must_use]
@@ -56,7 +57,19 @@ pub fn open(name: &str, args: &Args, access: Access) -> Result<Opened> {
     match name {
         "file" => file::open(args, access),
         "mem" => mem::open(args),
-        _ => Err(Error::invalid(name, "no such kind of bottom")),
+        _ => Err(Error::invalid(name, "no such kind of bottom, or one of several files")),
+    }
+}
+
+/// Opens all bottoms that one of the kind `name` stands for, nearly always one; for one that grows
+/// as it is written, how many bytes it has by now.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_all(name: &str, args: &Args, access: Access) -> Result<Vec<(Opened, Option<u64>)>> {
+    match name {
+        "zones" => zones::open(args, access),
+        _ => Ok(vec![(open(name, args, access)?, None)]),
     }
 }
 

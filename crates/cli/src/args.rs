@@ -47,6 +47,8 @@ pub enum Command {
     Serve(Serve),
     /// Serve a disk again whose server is gone, as it was before.
     Recover(Recover),
+    /// Serve a ublk device that another tool has made and that has lost its server.
+    Adopt(Adopt),
     /// Have this very program take over from the one that serves a disk, while it is used.
     Upgrade(Upgrade),
     /// Finish what a disk has in flight, have the kernel hold what comes, let go of what is below.
@@ -397,6 +399,23 @@ pub struct Recover {
     #[arg(long, short = 'a', conflicts_with = "name")]
     pub all: bool,
     /// Print what is served again as JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct Adopt {
+    /// Its number, or its device node.
+    pub device: String,
+    /// The stack that it was made of, as for add.
+    pub stack: String,
+    /// What to call it; the first free of d0, d1, ... if not given.
+    #[arg(long, short = 'n')]
+    pub name: Option<String>,
+    /// Report requests that have been below for this many seconds; 0 for never.
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    pub stuck_after: u32,
+    /// Print what is served as JSON.
     #[arg(long)]
     pub json: bool,
 }

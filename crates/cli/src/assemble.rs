@@ -51,8 +51,7 @@ pub fn assemble(plan: &Plan, access: Access) -> Result<Assembled> {
 pub fn assemble_with(plan: &Plan, access: Access, latency: bool) -> Result<Assembled> {
     let measured = if latency { measured(plan) } else { Vec::new() };
     let Parts { builder, bottoms, nodes } = build(plan, access, plan.places.len(), &measured)?;
-    let root = nodes.get(plan.root).copied();
-    let root = root.ok_or_else(|| Error::invalid("stack", "is empty"))?;
+    let root = single(&nodes, plan.root)?;
     Ok(Assembled { stack: Arc::new(builder.finish(root)), bottoms })
 }
 
@@ -71,7 +70,7 @@ pub fn format(plan: &Plan, force: bool) -> Result<String> {
     };
     // Places come before those above them.
     let Parts { builder, bottoms, nodes } = build(plan, Access::Serve, plan.root, &[])?;
-    let ports: Vec<_> = place.below.iter().map(|index| nodes[*index]).collect();
+    let ports: Vec<_> = place.below.iter().flat_map(|index| nodes[*index].clone()).collect();
     let mut bottoms = Open(bottoms);
     builder.format(&place.label, &ports, &mut bottoms, |below| format(&place.args, below, force))
 }
@@ -95,7 +94,8 @@ impl Bottoms for Open {
 struct Parts {
     builder: StackBuilder,
     bottoms: Vec<(String, Opened)>,
-    nodes: Vec<NodeId>,
+    /// Of each place: one, or several where a source stands for several files.
+    nodes: Vec<Vec<NodeId>>,
 }
 
 /// The places of a plan that are measured with `--latency`: all; or, where a stack has no room for
@@ -122,31 +122,52 @@ fn measured(plan: &Plan) -> Vec<usize> {
 fn build(plan: &Plan, access: Access, count: usize, measured: &[usize]) -> Result<Parts> {
     let mut builder = StackBuilder::new();
     let mut bottoms: Vec<(String, Opened)> = Vec::new();
-    let mut nodes: Vec<NodeId> = Vec::new();
+    let mut nodes: Vec<Vec<NodeId>> = Vec::new();
     for (index, place) in plan.places[..count].iter().enumerate() {
         let node = match place.kind {
             Kind::Source(source) => {
-                let opened = devsplice_backends::open(source.name, &place.args, access)?;
-                let (node, _) = builder.backend(&place.label, opened.limits)?;
-                bottoms.push((place.label.clone(), opened));
-                node
+                let mut all = Vec::new();
+                for one in devsplice_backends::open_all(source.name, &place.args, access)? {
+                    let (opened, filled) = one;
+                    let (node, _) = match filled {
+                        None => builder.backend(&place.label, opened.limits)?,
+                        Some(filled) => builder.growing(&place.label, opened.limits, filled)?,
+                    };
+                    bottoms.push((place.label.clone(), opened));
+                    all.push(node);
+                }
+                all
             }
             Kind::Layer(driver) => {
                 let layer = (driver.make)(&place.args)?;
-                let ports: Vec<_> = place.below.iter().map(|index| nodes[*index]).collect();
+                let ports: Vec<_> =
+                    place.below.iter().flat_map(|index| nodes[*index].clone()).collect();
                 let mut read = |id: BackendId, at: u64, into: &mut [u8]| {
                     let (_, bottom) = bottoms.get(usize::from(id.0)).ok_or(Errno::EINVAL)?;
                     bottom.read_at(at, into)
                 };
-                builder.layer(&place.label, layer, &ports, &mut read)?
+                vec![builder.layer(&place.label, layer, &ports, &mut read)?]
             }
         };
-        nodes.push(match measured.contains(&index) {
-            true => measure(&mut builder, &place.label, node)?,
-            false => node,
+        nodes.push(match node.as_slice() {
+            // Several files are no device: what is over them is measured.
+            [one] if measured.contains(&index) => {
+                vec![measure(&mut builder, &place.label, *one)?]
+            }
+            _ => node,
         });
     }
     Ok(Parts { builder, bottoms, nodes })
+}
+
+/// The top of a stack.
+fn single(nodes: &[Vec<NodeId>], root: usize) -> Result<NodeId> {
+    match nodes.get(root).map(Vec::as_slice) {
+        Some([root]) => Ok(*root),
+        Some([_, ..]) => Err(Error::invalid("stack", "is several files, no device")
+            .next("put a layer over them: zoned(zones:DIR)")),
+        _ => Err(Error::invalid("stack", "is empty")),
+    }
 }
 
 /// Puts a `stats` over a node, called after it.

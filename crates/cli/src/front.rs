@@ -241,6 +241,14 @@ impl Front {
         }
     }
 
+    /// What of the front end's features it has, in words.
+    pub fn features(&self) -> Vec<&'static str> {
+        match self {
+            Front::Ublk(device) => device.features(),
+            Front::Fuse(_) | Front::Nbd(_) => Vec::new(),
+        }
+    }
+
     /// Whether requests come and go in batches.
     pub fn is_batched(&self) -> bool {
         match self {

@@ -10,6 +10,7 @@ use devsplice_exports::ublk::Fit;
 use devsplice_spec::Plan;
 use serde_json::{Value, json};
 
+use crate::adopt;
 use crate::args::{Resize, Swap};
 use crate::assemble::{CATALOG, assemble};
 use crate::front::Front;
@@ -161,7 +162,7 @@ impl Hosted {
     /// Goes on with the stack that it had.
     pub(crate) fn go_on_as_before(&mut self) -> Result<()> {
         let plan = self.plan.clone();
-        self.go_on(&plan, Fit::Same)
+        self.go_on(&plan, adopt::fit(&self.disk))
     }
 
     /// In what state it is, in a word.
@@ -193,7 +194,7 @@ impl Hosted {
             self.hold()?;
         }
         if let Err(error) = self.go_on(plan, Fit::Resized) {
-            return Err(match self.go_on(&old, Fit::Same) {
+            return Err(match self.go_on(&old, adopt::fit(&self.disk)) {
                 Ok(()) => error.next("nothing was changed"),
                 Err(second) => error.next(format!(
                     "the disk is quiesced now, for the old stack cannot be had again: {second}"

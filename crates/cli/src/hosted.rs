@@ -8,10 +8,11 @@ use devsplice_core::{Error, ErrorKind, Result};
 use devsplice_engine::{Served, Stuck};
 use devsplice_exports::host;
 use devsplice_exports::threads::{Pool, Service};
-use devsplice_exports::ublk::{self, Fit, Suspended};
+use devsplice_exports::ublk::{self, Suspended};
 use devsplice_spec::{Kind, Plan};
 use serde_json::{Value, json};
 
+use crate::adopt;
 use crate::args::{Add, Export, RecoveryChoice};
 use crate::assemble::assemble_with;
 use crate::front::{self, Front};
@@ -104,6 +105,24 @@ impl Hosted {
     /// # Errors
     /// If it cannot be taken over; the disk is then as it was, and so is what is known of it.
     pub fn take_over(claim: Claim, left: &Disk, line: Line) -> Result<Hosted> {
+        Hosted::follow(claim, left, line, |mut claim| drop(claim.write(left)))
+    }
+
+    /// Serves a disk that another tool has made: `disk` is what one of ours would have written.
+    ///
+    /// # Errors
+    /// If it cannot be taken over; it is as it was then.
+    pub fn adopt(claim: Claim, disk: &Disk, line: Line) -> Result<Hosted> {
+        Hosted::follow(claim, disk, line, Claim::remove)
+    }
+
+    /// Takes over; `back_out` is what becomes of the claim if that fails.
+    fn follow(
+        claim: Claim,
+        left: &Disk,
+        line: Line,
+        back_out: impl FnOnce(Claim),
+    ) -> Result<Hosted> {
         let plan = left.plan()?;
         let id = left.ublk_id.ok_or_else(|| Error::invalid(&left.name, "is no ublk disk"))?;
         let add = left.made_with.as_ref();
@@ -118,11 +137,11 @@ impl Hosted {
             let suspended = Suspended::find_with(id, &options, extra)?;
             // Whoever comes after this process has to know it.
             claim.write(disk)?;
-            let resumed = suspended.resume(service, Fit::Same);
+            let resumed = suspended.resume(service, adopt::fit(disk));
             resumed.map(|device| Front::Ublk(Box::new(device))).map_err(|(_, error)| error)
         });
-        made.map_err(|(mut claim, error)| {
-            let _ = claim.write(left);
+        made.map_err(|(claim, error)| {
+            back_out(claim);
             error
         })
     }
@@ -154,6 +173,7 @@ impl Hosted {
         disk.data_path = front.data_path().to_owned();
         disk.recovery = front.recovery().to_owned();
         disk.batch = front.is_batched();
+        disk.features = front.features().into_iter().map(str::to_owned).collect();
         if front.clients().is_none() {
             make_link(&disk);
         }

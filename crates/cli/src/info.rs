@@ -45,6 +45,11 @@ fn show(value: &Value) {
     say!("export      {} ({})", text("export"), text("why"));
     let batches = if value["batch"] == true { ", in batches" } else { "" };
     say!("data path   {}{batches}", text("data_path"));
+    let features = value["features"].as_array().into_iter().flatten();
+    let features: Vec<&str> = features.filter_map(Value::as_str).collect();
+    if !features.is_empty() {
+        say!("features    {}", features.join(", "));
+    }
     say!("recovery    {}", text("recovery"));
     say!("serial      {}", text("serial"));
     say!("stack       {}", text("stack"));

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod add;
+mod adopt;
 mod args;
 mod assemble;
 mod client;
@@ -72,6 +73,7 @@ fn run(command: &Command) -> Result<ExitCode> {
         Command::Save(save) => config::run_save(save).map(done),
         Command::Load(load) => config::run_load(load).map(done),
         Command::Recover(recover) => recover::recover(recover).map(done),
+        Command::Adopt(adopt) => adopt::run(adopt).map(done),
         Command::Upgrade(upgrade) => recover::upgrade(upgrade).map(done),
         Command::Quiesce(quiesce) => hold::plain(&quiesce.name, "quiesce").map(done),
         Command::Resume(resume) => hold::plain(&resume.name, "resume").map(done),

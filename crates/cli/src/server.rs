@@ -70,6 +70,21 @@ impl Server {
         })
     }
 
+    /// Serves a disk that another tool has made, as if a server of ours had: `disk` is what that
+    /// one would have written.
+    ///
+    /// # Errors
+    /// If it cannot be taken over; it is as it was then.
+    pub fn adopt(claim: Claim, disk: &Disk, guard: Guard) -> Result<Server> {
+        Server::alone(claim, guard, "adopted", |claim, hall, ready| match ready {
+            Ok(()) => Hosted::adopt(claim, disk, hall.line()),
+            Err(error) => {
+                claim.remove();
+                Err(error)
+            }
+        })
+    }
+
     /// A server of the one disk that `make` makes.
     fn alone(
         claim: Claim,

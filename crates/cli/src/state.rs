@@ -39,6 +39,9 @@ pub struct Disk {
     /// Whether requests come and go in batches.
     #[serde(default)]
     pub batch: bool,
+    /// What of the driver's features it was made with, as `devsplice features` names them.
+    #[serde(default)]
+    pub features: Vec<String>,
     /// Number of the ublk device.
     pub ublk_id: Option<u32>,
     /// Number of the FUSE connection.
@@ -74,6 +77,9 @@ pub struct Disk {
     /// The options that it was made with.
     #[serde(default)]
     pub made_with: Option<Add>,
+    /// Whether another tool has made it, so that it was told other things than we would have.
+    #[serde(default)]
+    pub adopted: bool,
     /// What is not as one would wish.
     pub warnings: Vec<String>,
 }

@@ -202,6 +202,8 @@ impl Bench {
             Op::Write => true,
             Op::Discard => self.limits.discard != 0,
             Op::WriteZeroes { .. } => self.limits.write_zeroes,
+            // Zones have cases of their own.
+            Op::Reset | Op::Finish => false,
         }
     }
 

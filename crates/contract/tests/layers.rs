@@ -13,7 +13,7 @@ use devsplice_contract::{Outcome, Verdict};
 use devsplice_core::prelude::*;
 use devsplice_layers::{
     concat, delay, error, flaky, linear, log, mirror, null, partition, stats, stripe, throttle,
-    verify, zero,
+    verify, zero, zoned,
 };
 
 const KIB: u64 = 1 << 10;
@@ -76,6 +76,8 @@ fn subjects() -> Vec<(&'static str, Subject)> {
     let three = [disk(160 * KIB), disk(97 * KIB + 512), disk(64 * KIB)];
     let on = |driver, keys: &str| Subject::driver(driver, keys, &[disk(300 * KIB)]);
     vec![
+        // Conventional zones are a device like any other.
+        ("zoned", Subject::driver(&zoned::DRIVER, "", &[disk_4k(64 * KIB); 5])),
         ("linear", on(&linear::DRIVER, "offset=7k size=201k")),
         ("linear_4k", Subject::driver(&linear::DRIVER, "offset=8k", &[disk_4k(256 * KIB)])),
         ("concat", Subject::driver(&concat::DRIVER, "", &three)),
@@ -138,7 +140,7 @@ impl Layer for Bent {
     fn map(&self, io: Io) -> Result<Map, Errno> {
         let Extent { at, len } = io.extent;
         let is_second = at >= self.half;
-        let (mut port, mut place) = (u8::from(is_second), at % self.half);
+        let (mut port, mut place) = (u16::from(is_second), at % self.half);
         let mut len = len.min(self.half - place);
         match self.bug {
             Bug::OffByOne if is_second && place + len < self.half => place += 512,

@@ -17,6 +17,11 @@ pub enum Op {
         /// Whether the room below may be given back.
         unmap: bool,
     },
+    /// The bottom ends where the request begins: a zone is empty. Only for devices with zones.
+    Reset,
+    /// The bottom ends where the request ends, and no bytes before that change: a zone is full.
+    /// Only for devices with zones.
+    Finish,
 }
 
 impl Op {
@@ -41,6 +46,8 @@ impl Op {
             Op::Flush => "flush",
             Op::Discard => "discard",
             Op::WriteZeroes { .. } => "write-zeroes",
+            Op::Reset => "zone-reset",
+            Op::Finish => "zone-finish",
         }
     }
 }

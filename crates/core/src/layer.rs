@@ -10,6 +10,7 @@ use crate::limits::Limits;
 use crate::live::Live;
 use crate::map::{Map, Port};
 use crate::probe::Probe;
+use crate::zones::Zones;
 
 /// Decides where data goes. Never sees it, so a stack of these copies nothing by construction.
 pub trait Layer: Send + Sync {
@@ -35,6 +36,19 @@ pub trait Layer: Send + Sync {
         Ok(Map::All { len: 0, at: 0 })
     }
 
+    /// Whether a flush that goes to every lower device has to go to this one: something was done to
+    /// it since the last.
+    fn needs_flush(&self, port: Port) -> bool {
+        let _ = port;
+        true
+    }
+
+    /// The zones of the device that this layer offers, if it has any. Asked once, after `open`. No
+    /// layer lies over one that has, since none knows what to do with them.
+    fn zones(&self) -> Option<Arc<dyn Zones>> {
+        None
+    }
+
     /// What counts the latencies below this layer. Asked once, after `open`; only a layer that has
     /// one may answer [`Map::Watched`].
     fn probe(&self) -> Option<Arc<Probe>> {
@@ -52,6 +66,13 @@ pub trait Layer: Send + Sync {
 pub trait Lower {
     /// What each lower device is and can do, in the order of the ports.
     fn limits(&self) -> &[Limits];
+
+    /// How many bytes a device has by now that grows as it is written, up to the size in its
+    /// limits; `None` for one of a size.
+    fn filled(&self, port: Port) -> Option<u64> {
+        let _ = port;
+        None
+    }
 
     /// What the one device below is, for a layer that lies over exactly one.
     ///

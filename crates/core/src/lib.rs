@@ -20,6 +20,7 @@ pub mod stack;
 pub mod trace;
 pub mod twist;
 pub mod wait;
+pub mod zones;
 
 pub use args::{Args, Key, Kind};
 pub use errno::Errno;
@@ -32,6 +33,7 @@ pub use map::{Map, Port};
 pub use probe::{Probe, Wait};
 pub use route::{Piece, Place, Route, Stop};
 pub use stack::{BackendId, Bottoms, NodeId, Stack, StackBuilder};
+pub use zones::Zones;
 
 /// What a layer's file imports.
 pub mod prelude {

@@ -2,7 +2,7 @@
 
 /// Which of a layer's lower devices, counted from 0 in the order of the stack expression.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Port(pub u8);
+pub struct Port(pub u16);
 
 /// Where the first `len` bytes of an [`Io`](crate::Io) go. The router asks again for the rest.
 ///

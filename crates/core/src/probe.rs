@@ -113,11 +113,12 @@ fn kind(op: Op, len: u64) -> usize {
         Op::Flush => 2 * SIZES.len(),
         Op::Discard => 2 * SIZES.len() + 1,
         Op::WriteZeroes { .. } => 2 * SIZES.len() + 2,
+        Op::Reset | Op::Finish => 2 * SIZES.len() + 3,
     }
 }
 
 fn name(kind: usize) -> (&'static str, &'static str) {
-    let others = ["flush", "discard", "write-zeroes"];
+    let others = ["flush", "discard", "write-zeroes", "zones"];
     match kind.checked_sub(2 * SIZES.len()) {
         Some(other) => (others[other], "any"),
         None => (["read", "write"][kind / SIZES.len()], SIZES[kind % SIZES.len()].1),

@@ -6,7 +6,7 @@
 use crate::check;
 use crate::errno::Errno;
 use crate::io::{Extent, Io, Op};
-use crate::map::Map;
+use crate::map::{Map, Port};
 use crate::probe::Wait;
 use crate::stack::{BackendId, MAX_DEPTH, Node, NodeId, Stack, What, lower};
 
@@ -309,8 +309,12 @@ impl Route {
     /// Puts the next leg of a fan-out on top of the legs behind it.
     fn fan(&mut self, nodes: &[Node], frame: &Frame) {
         let node = &nodes[frame.node.index()];
-        let What::Layer { ports, .. } = &node.what else { return };
-        let is_meant = |port: &u16| *port >= 32 || frame.ports >> port & 1 == 1;
+        let What::Layer { layer, ports } = &node.what else { return };
+        let is_flush = self.op == Op::Flush;
+        let is_meant = |port: &u16| {
+            (*port >= 32 || frame.ports >> port & 1 == 1)
+                && (!is_flush || layer.needs_flush(Port(*port)))
+        };
         let mut meant = (frame.port..).take(ports.len() - usize::from(frame.port)).filter(is_meant);
         let Some(port) = meant.next() else { return };
         if let Some(next) = meant.next() {

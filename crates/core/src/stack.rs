@@ -14,11 +14,12 @@ use crate::live::Live;
 use crate::map::{Map, Port};
 use crate::probe::{MAX_PROBES, Probe, Wait};
 use crate::route::{Bend, Piece, Place, Route};
+use crate::zones::Zones;
 
 /// Most layers above one another. Bounds what a request keeps while it is routed.
 pub const MAX_DEPTH: usize = 12;
 /// Most lower devices of one layer.
-pub const MAX_PORTS: usize = 255;
+pub const MAX_PORTS: usize = 4000;
 /// Most places in a stack.
 pub const MAX_NODES: usize = 4096;
 
@@ -88,6 +89,7 @@ pub struct Stack {
     mask: u64,
     backend_count: u16,
     probes: Box<[Arc<Probe>]>,
+    zones: Option<Arc<dyn Zones>>,
 }
 
 impl Stack {
@@ -104,6 +106,12 @@ impl Stack {
     #[must_use]
     pub fn limits(&self) -> &Limits {
         &self.node(self.root).limits
+    }
+
+    /// The zones of the device, if it has any. Whoever serves it has to know them.
+    #[must_use]
+    pub fn zones(&self) -> Option<&Arc<dyn Zones>> {
+        self.zones.as_ref()
     }
 
     /// How many bottoms there are.
@@ -195,6 +203,7 @@ impl Stack {
             _ if limits.read_only && io.op.changes() => Err(Errno::EROFS),
             Op::Discard if limits.discard == 0 => Err(Errno::EOPNOTSUPP),
             Op::WriteZeroes { .. } if !limits.write_zeroes => Err(Errno::EOPNOTSUPP),
+            Op::Reset | Op::Finish if self.zones.is_none() => Err(Errno::EOPNOTSUPP),
             _ => Ok(()),
         }
     }
@@ -252,6 +261,10 @@ pub struct StackBuilder {
     nodes: Vec<Node>,
     backend_count: u16,
     probes: Vec<Arc<Probe>>,
+    /// Of bottoms that grow: how far they have.
+    filled: Vec<(NodeId, u64)>,
+    /// The places that have zones.
+    zoned: Vec<(NodeId, Arc<dyn Zones>)>,
 }
 
 /// Reads metadata from a bottom while a stack is built: backend, position, where to.
@@ -304,6 +317,22 @@ impl StackBuilder {
         Ok((node, id))
     }
 
+    /// Adds a bottom that grows as it is written, up to the size in its limits: it has `filled`
+    /// bytes by now.
+    ///
+    /// # Errors
+    /// As for another.
+    pub fn growing(
+        &mut self,
+        name: &str,
+        limits: Limits,
+        filled: u64,
+    ) -> Result<(NodeId, BackendId)> {
+        let (node, id) = self.backend(name, limits)?;
+        self.filled.push((node, filled));
+        Ok((node, id))
+    }
+
     /// Adds a layer over places that were added before and lie under nothing yet.
     ///
     /// # Errors
@@ -321,6 +350,10 @@ impl StackBuilder {
         }
         let mut depth = 1_u8;
         for port in ports {
+            if self.zoned.iter().any(|(zoned, _)| zoned == port) {
+                let reason = "lies over a device with zones, which it knows nothing of";
+                return Err(Error::new(ErrorKind::Unsupported, name, reason));
+            }
             let node = &mut self.nodes[port.index()];
             if std::mem::replace(&mut node.used, true) {
                 let reason = format!("{} already lies under another layer", node.name);
@@ -337,13 +370,16 @@ impl StackBuilder {
             let mut below = self.over(ports, &mut bottoms);
             layer.open(&mut below).and_then(Limits::checked).map_err(|error| error.within(name))?
         };
-        let (live, probe) = (layer.live(), layer.probe());
+        let (live, probe, zones) = (layer.live(), layer.probe(), layer.zones());
         if probe.is_some() && self.probes.len() == MAX_PROBES {
             let reason = format!("more than {MAX_PROBES} layers that count latencies");
             return Err(Error::invalid(name, reason));
         }
         let node = self.push(name, limits, What::Layer { layer, ports: ports.into() }, depth)?;
         self.nodes[node.index()].live = live.map(Box::new);
+        if let Some(zones) = zones {
+            self.zoned.push((node, zones));
+        }
         if let Some(probe) = probe {
             self.nodes[node.index()].probe = 1 << self.probes.len();
             self.probes.push(probe);
@@ -353,7 +389,7 @@ impl StackBuilder {
 
     fn over<'a>(&'a self, ports: &'a [NodeId], bottoms: &'a mut dyn Bottoms) -> Below<'a> {
         let limits = ports.iter().map(|port| self.nodes[port.index()].limits).collect();
-        Below { nodes: &self.nodes, ports, limits, bottoms }
+        Below { nodes: &self.nodes, ports, limits, filled: &self.filled, bottoms }
     }
 
     /// Writes fresh metadata for a layer over these places.
@@ -403,7 +439,9 @@ impl StackBuilder {
         // Nothing is ordinary on a read-only device: no length is without every bit.
         let mask = if limits.read_only { u64::MAX } else { *mask };
         let (nodes, probes) = (self.nodes.into(), self.probes.into());
-        Stack { nodes, root, mask, backend_count: self.backend_count, probes }
+        let mut zoned = self.zoned.into_iter();
+        let zones = zoned.find(|(node, _)| *node == root).map(|(_, zones)| zones);
+        Stack { nodes, root, mask, backend_count: self.backend_count, probes, zones }
     }
 }
 
@@ -411,6 +449,7 @@ struct Below<'a> {
     nodes: &'a [Node],
     ports: &'a [NodeId],
     limits: Vec<Limits>,
+    filled: &'a [(NodeId, u64)],
     bottoms: &'a mut dyn Bottoms,
 }
 
@@ -438,6 +477,11 @@ fn bytes_of(piece: &Piece) -> Result<std::ops::Range<usize>, Errno> {
 impl Lower for Below<'_> {
     fn limits(&self) -> &[Limits] {
         &self.limits
+    }
+
+    fn filled(&self, port: Port) -> Option<u64> {
+        let node = self.ports.get(usize::from(port.0))?;
+        self.filled.iter().find(|(other, _)| other == node).map(|(_, filled)| *filled)
     }
 
     fn read(&mut self, port: Port, at: u64, into: &mut [u8]) -> Result<(), Errno> {

@@ -117,8 +117,8 @@ impl Trace {
             todo.extent.len = len;
         }
         let count = node.ports().len();
-        let every = (0..count).map(|port| u8::try_from(port).unwrap_or(u8::MAX));
-        let ways: Vec<(u8, u64)> = match answer {
+        let every = (0..count).map(|port| u16::try_from(port).unwrap_or(u16::MAX));
+        let ways: Vec<(u16, u64)> = match answer {
             Map::Watched { port, at, .. } => {
                 check::may_watch(&node.name, node.probe);
                 todo.wait = todo.wait.watched(node.probe);

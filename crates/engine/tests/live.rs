@@ -49,7 +49,7 @@ impl Layer for Learner {
         }
         let ports = 0b11 & !self.0.failed.load(Ordering::SeqCst);
         if io.op == Op::Read {
-            let port = Port(u8::try_from(ports.trailing_zeros()).unwrap());
+            let port = Port(u16::try_from(ports.trailing_zeros()).unwrap());
             return Ok(Map::To { len, port, at });
         }
         Ok(Map::Some { len, at, ports })
@@ -92,7 +92,7 @@ impl Live for State {
             if failed & 0b11 == 0b11 {
                 return Err(errno);
             }
-            meta.write(JOURNAL, 1 << 19, vec![port.0; 512], true).await?;
+            meta.write(JOURNAL, 1 << 19, vec![port.0 as u8; 512], true).await?;
             self.failed.store(failed, Ordering::SeqCst);
             meta.event(format!("leg {} dropped", port.0));
             Ok(())

@@ -43,8 +43,8 @@ impl Layer for Concat {
         // `starts[0]` is 0, so there is at least one that lies not behind `at`.
         let leg = self.starts.partition_point(|start| *start <= at) - 1;
         let len = len.min(self.starts[leg + 1] - at);
-        // A stack has at most 255 lower devices below a layer.
-        Ok(Map::To { len, port: Port(leg as u8), at: at - self.starts[leg] })
+        // A layer has fewer lower devices than that.
+        Ok(Map::To { len, port: Port(leg as u16), at: at - self.starts[leg] })
     }
 }
 

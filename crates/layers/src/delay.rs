@@ -38,7 +38,7 @@ impl Layer for Delay {
             Op::Read => self.read_ns,
             Op::Write => self.write_ns,
             Op::Flush => self.flush_ns,
-            Op::Discard | Op::WriteZeroes { .. } => self.discard_ns,
+            Op::Discard | Op::WriteZeroes { .. } | Op::Reset | Op::Finish => self.discard_ns,
         };
         Ok(Map::After { len: io.extent.len, port: Port(0), at: io.extent.at, wait_ns })
     }

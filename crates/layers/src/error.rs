@@ -60,7 +60,7 @@ impl Bad {
             Op::Write => 1,
             Op::Flush => 2,
             Op::Discard => 3,
-            Op::WriteZeroes { .. } => 4,
+            Op::WriteZeroes { .. } | Op::Reset | Op::Finish => 4,
         }]
     }
 

@@ -25,6 +25,7 @@ mod testing;
 pub mod throttle;
 pub mod verify;
 pub mod zero;
+pub mod zoned;
 
 /// All of them, in the order in which help texts list them.
 pub const DRIVERS: &[Driver] = &[
@@ -42,6 +43,7 @@ pub const DRIVERS: &[Driver] = &[
     log::DRIVER,
     null::DRIVER,
     zero::DRIVER,
+    zoned::DRIVER,
 ];
 
 /// The driver of that name.

@@ -64,8 +64,8 @@ impl Layer for Stripe {
         }
         let inside = at & (self.chunk - 1);
         let (row, leg) = ((at >> self.shift) / self.legs, (at >> self.shift) % self.legs);
-        // A stack has at most 255 lower devices below a layer.
-        let port = Port(leg as u8);
+        // A layer has fewer lower devices than that.
+        let port = Port(leg as u16);
         Ok(Map::To { len: len.min(self.chunk - inside), port, at: (row << self.shift) | inside })
     }
 }

@@ -80,6 +80,6 @@ pub fn answers(layer: &dyn Layer, io: Io) -> Vec<Result<Map, Errno>> {
 }
 
 /// The answer `To`.
-pub fn to(port: u8, at: u64, len: u64) -> Result<Map, Errno> {
+pub fn to(port: u16, at: u64, len: u64) -> Result<Map, Errno> {
     Ok(Map::To { len, port: Port(port), at })
 }

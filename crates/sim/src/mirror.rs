@@ -28,7 +28,7 @@ impl Layer for Mirror {
             return Ok(Map::All { len, at });
         }
         // A stack has at most 255 lower devices below a layer.
-        let port = Port((at / TURN % self.legs) as u8);
+        let port = Port((at / TURN % self.legs) as u16);
         Ok(Map::To { len: len.min(TURN - at % TURN), port, at })
     }
 }

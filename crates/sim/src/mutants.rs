@@ -152,7 +152,7 @@ impl Bent {
             Mutant::StripeSwapped if port.0 < 2 && self.below.len() > 1 => {
                 let chunk = u64::from(self.below.iter().map(|one| one.block).max().unwrap_or(512));
                 let odd = at / chunk % 2 == 1;
-                Map::To { len: len.min(chunk), port: Port(port.0 ^ u8::from(odd)), at }
+                Map::To { len: len.min(chunk), port: Port(port.0 ^ u16::from(odd)), at }
             }
             Mutant::LinearOff if at + len + u64::from(limits.block) <= limits.size => {
                 Map::To { len, port, at: at + u64::from(limits.block) }

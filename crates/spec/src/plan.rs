@@ -171,7 +171,7 @@ fn arity(kind: Kind, count: usize) -> Result<()> {
         Arity::None if count > 0 => "lies over nothing",
         Arity::One if count != 1 => "lies over exactly one device",
         Arity::Many if count == 0 => "lies over one device or more",
-        Arity::Many if count > MAX_PORTS => "lies over at most 255 devices",
+        Arity::Many if count > MAX_PORTS => "lies over at most 4000 devices",
         _ => return Ok(()),
     };
     let reason = format!("{reason}, {count} given");

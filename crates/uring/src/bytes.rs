@@ -269,6 +269,8 @@ fn carry_out(job: &Job) -> io::Result<()> {
         Op::Flush => bytes.flush(),
         Op::Discard => bytes.discard(job.at, job.len),
         Op::WriteZeroes { .. } => bytes.write_zeroes(job.at, job.len),
+        // Bytes have a size; nothing offers zones on them.
+        Op::Reset | Op::Finish => Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP)),
     }
 }
 

@@ -6,6 +6,9 @@ use io_uring::{IoUring, Probe, squeue};
 use crate::submit::unavailable;
 use crate::uapi;
 
+/// The name of the operation that resetting a zone needs.
+pub const CUTTING: &str = "cutting files, for zones";
+
 /// What is there.
 #[derive(Clone, Debug)]
 pub struct Features {
@@ -30,6 +33,7 @@ pub fn features() -> Result<Features> {
         ("device commands", uapi::OP_URING_CMD),
         ("fallocate", uapi::OP_FALLOCATE),
         ("timeout", uapi::OP_TIMEOUT),
+        (CUTTING, uapi::OP_FTRUNCATE),
     ];
     let operations = names.into_iter().map(|(name, op)| (name, probe.is_supported(op))).collect();
     let mut builder = IoUring::<squeue::Entry>::builder();

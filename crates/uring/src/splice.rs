@@ -24,8 +24,9 @@ use crate::arena::Arena;
 use crate::files::{DiscardWay, Slot, ZeroWay};
 use crate::uapi::{
     BLOCK_CMD_DISCARD, FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE, FSYNC_DATASYNC,
-    OP_FALLOCATE, OP_FSYNC, OP_READ, OP_READ_FIXED, OP_READV, OP_READV_FIXED, OP_URING_CMD,
-    OP_WRITE, OP_WRITE_FIXED, OP_WRITEV, OP_WRITEV_FIXED, RWF_DSYNC, SQE_FIXED_FILE, Sqe,
+    OP_FALLOCATE, OP_FSYNC, OP_FTRUNCATE, OP_READ, OP_READ_FIXED, OP_READV, OP_READV_FIXED,
+    OP_URING_CMD, OP_WRITE, OP_WRITE_FIXED, OP_WRITEV, OP_WRITEV_FIXED, RWF_DSYNC, SQE_FIXED_FILE,
+    Sqe,
 };
 
 /// The registered file that reads as zeros.
@@ -138,7 +139,14 @@ pub(crate) fn entry(flight: &mut Flight, splice: &Splice<'_>, around: &Around<'_
             flight.way = around.files[usize::from(file)].zero_way(unmap);
             zero(flight, around)
         }
+        Op::Reset => cut(file, flight.at),
+        Op::Finish => cut(file, flight.at + flight.len),
     }
+}
+
+/// The entry that has a file end at a place.
+fn cut(file: u16, end: u64) -> Sqe {
+    Sqe { opcode: OP_FTRUNCATE, off: end, ..on(file) }
 }
 
 #[inline]

@@ -53,6 +53,8 @@ pub(crate) const OP_WRITE: u8 = 23;
 pub(crate) const OP_SEND: u8 = 26;
 pub(crate) const OP_RECV: u8 = 27;
 pub(crate) const OP_URING_CMD: u8 = 46;
+/// Since 6.9.
+pub(crate) const OP_FTRUNCATE: u8 = 55;
 pub(crate) const OP_READV_FIXED: u8 = 60;
 pub(crate) const OP_WRITEV_FIXED: u8 = 61;
 

@@ -180,6 +180,7 @@ mod tests {
             descriptor_bytes: 64,
             block: 512,
             sectors: 2048,
+            is_read_only: false,
             cpus: vec![vec![0, 2], vec![1]],
         }
     }

@@ -125,6 +125,7 @@ fn carry_out(file: &File, ask: &Ask, how: How) -> Result<Done, String> {
                 other => other.map_err(errno),
             })
         }
+        Op::Reset | Op::Finish => none(Err(Errno::EOPNOTSUPP)),
     }
 }
 

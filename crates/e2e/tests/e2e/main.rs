@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::expect_used, clippy::unwrap_used)] // A failed expectation is a failed test.
 
+mod adopt;
 mod bad;
 mod batch;
 mod cli;
@@ -24,6 +25,7 @@ mod recover;
 mod replay;
 mod rpc;
 mod verify;
+mod zoned;
 
 use std::process::ExitCode;
 
@@ -101,11 +103,13 @@ fn groups() -> Vec<Group> {
                 dialect::add(&mut group, kind);
                 many::add(&mut group, kind);
                 rpc::add(&mut group, kind);
+                adopt::add(&mut group, kind);
                 replay::add(&mut group, kind);
             }
         }
         reach::add(&mut group, kind);
         recover::add(&mut group, kind, kind == home);
+        zoned::add(&mut group, kind, kind == home);
         groups.push(group);
     }
     let shared = PATHS[..3].iter().copied().map(Kind::Shared);

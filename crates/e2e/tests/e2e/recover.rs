@@ -57,12 +57,13 @@ fn state(room: &Room, disk: &Disk<'_>) -> String {
 }
 
 /// Kills who serves the disk now, and waits for the next.
-fn kill(room: &Room, disk: &Disk<'_>) {
+pub(crate) fn kill(room: &Room, disk: &Disk<'_>) {
     let old = server(disk);
     old.signal(Signal::KILL);
     old.ends_within(20);
     wait_until(30, "another server", || {
-        assert!(!disk.log().contains("tries again"), "{}", disk.log());
+        let log = disk.log();
+        assert!(!log.contains("tries again") && !log.contains("times soon after"), "{log}");
         let info = room.devsplice(["info", "--json", &disk.name]).run();
         let info: serde_json::Value = serde_json::from_str(&info.out).unwrap_or_default();
         info["state"] == "live" && info["pid"].as_u64() != Some(u64::from(old.0))

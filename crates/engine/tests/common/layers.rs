@@ -47,7 +47,7 @@ impl Layer for Fake {
 
     fn map(&self, io: Io) -> Result<Map, Errno> {
         let Extent { at, len } = io.extent;
-        let to = |len, port: u64, at| Map::To { len, port: Port(port as u8), at };
+        let to = |len, port: u64, at| Map::To { len, port: Port(port as u16), at };
         let split = |chunk| len.min(chunk - at % chunk);
         let until = |from: u64, to: u64| match at {
             at if at < from => (false, len.min(from - at)),

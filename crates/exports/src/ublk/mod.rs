@@ -1,5 +1,6 @@
 //! Answers for the ublk front end: a /dev/ublkbN whose requests this process serves.
 
+mod adopt;
 mod batch;
 #[cfg(test)]
 mod batch_tests;
@@ -17,14 +18,16 @@ mod params;
 mod queue;
 mod recovery;
 mod uapi;
+mod zoned;
 
 use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use devsplice_core::limits::SECTOR;
-use devsplice_core::{Error, ErrorKind, Result, Stack};
+use devsplice_core::{Error, ErrorKind, Result, Stack, Zones};
 use devsplice_engine::{Counts, Export};
 use devsplice_uring::{FileKind, LaneMemory, RingFile, Uring};
 use rustix::fs::OFlags;
@@ -214,11 +217,14 @@ impl Device {
         let recovery = recovery::choose(options.recovery, control.features())?;
         let stable_writes = service.stack.limits().stable_writes;
         let batch = choose_batch((options, &extra), data_path, control.features())?;
+        let zoned = zoned::flags(&service.stack, (options, &extra), data_path, control.features())?;
         let mut wish = wish(options, (data_path, recovery, batch), control.features());
         extra.wish(&mut wish, data_path)?;
+        wish.flags |= zoned;
         let info = control.add(wish)?;
         on_made(info.dev_id);
-        let lost = (data_path.flags() | recovery.flags() | extra.flags() | batch) & !info.flags;
+        let lost =
+            (data_path.flags() | recovery.flags() | extra.flags() | batch | zoned) & !info.flags;
         if lost != 0 {
             let _ = control.delete(info.dev_id);
             let reason = format!("the kernel took no {data_path} path (flags {lost:#x} refused)");
@@ -298,6 +304,13 @@ impl Device {
         is_low_depth(&self.made.extra, &self.made.info, self.made.data_path)
     }
 
+    /// What of the driver's features it was made with, by the names of [`feature_names`].
+    #[must_use]
+    pub fn features(&self) -> Vec<&'static str> {
+        let all = feature_names(self.made.info.flags).into_iter();
+        all.filter(|(_, is_there)| *is_there).map(|(name, _)| name).collect()
+    }
+
     /// Queues and their depth, as the kernel made them.
     #[must_use]
     pub fn queues(&self) -> (u16, u16) {
@@ -344,6 +357,9 @@ impl Made {
         let max_io = max_io(&self.info, self.data_path);
         let mut params = params::params(limits, read_only, max_io, self.data_path.copies() == 0);
         self.extra.limit(&mut params);
+        if let Some(zones) = stack.zones() {
+            params::zoned(&mut params, &zones.shape());
+        }
         params
     }
 
@@ -358,7 +374,9 @@ impl Made {
         let cpus = if affinity { queue_cpus(&mut self.control, &info) } else { Vec::new() };
         let way = (self.data_path, self.control.is_encoded(), is_shared);
         let block = service.stack.limits().block;
-        let make = queue_maker(file, &info, way, (self.extra.clone(), shape.threads, block));
+        let zones = service.stack.zones().cloned();
+        let extra = (self.extra.clone(), zones);
+        let make = queue_maker(file, &info, way, (extra, shape.threads, block));
         let cpus = Box::new(move |queue: u16| cpus.get(usize::from(queue)).copied().flatten());
         Crew::start(shape, Work { service, make, cpus })
     }
@@ -482,11 +500,14 @@ fn open_char(id: u32) -> Result<OwnedFd> {
     }
 }
 
+/// What is asked for beside the usual, and the zones of the device.
+type Asked = (Extra, Option<Arc<dyn Zones>>);
+
 fn queue_maker(
     file: OwnedFd,
     info: &DevInfo,
     (path, encoded, is_shared): (DataPath, bool, bool),
-    (extra, threads, block): (Extra, u16, u32),
+    ((extra, zones), threads, block): (Asked, u16, u32),
 ) -> Box<crate::threads::MakeQueue> {
     let (depth, each) = (info.queue_depth, extra::descriptor_bytes(info));
     let dealer = extra::Dealer::new(info.nr_hw_queues, threads);
@@ -513,7 +534,7 @@ fn queue_maker(
             let part = batch::Part { is_first, is_shared };
             Box::new(BatchQueue::new(config, part, file, descriptors))
         } else {
-            Box::new(Queue::new(config, file, descriptors))
+            Box::new(Queue::new(config, file, descriptors).with_zones(zones.clone()))
         };
         let (Some(kept), Some(again)) = (&extra.integrity, again) else {
             return Ok(extra.around(made));

@@ -10,7 +10,7 @@ use zerocopy::IntoBytes;
 use super::control::Control;
 use super::map::SharedFile;
 use super::uapi::{
-    BUF_READ_ONLY, BufReg, CtrlCmd, DevInfo, PARAM_BASIC, PARAM_ZONED, Params, ctrl,
+    ATTR_READ_ONLY, BUF_READ_ONLY, BufReg, CtrlCmd, DevInfo, PARAM_BASIC, PARAM_ZONED, Params, ctrl,
 };
 
 /// A device as the driver knows it.
@@ -36,6 +36,8 @@ pub struct Seen {
     pub block: u32,
     /// Its size in sectors of 512 bytes.
     pub sectors: u64,
+    /// Whether changes are refused.
+    pub is_read_only: bool,
     /// The CPUs whose requests come to each queue.
     pub cpus: Vec<Vec<usize>>,
 }
@@ -112,6 +114,7 @@ impl Control {
             descriptor_bytes: info.io_desc_size,
             block: 1 << params.logical_bs_shift.min(31),
             sectors: params.dev_sectors,
+            is_read_only: params.attrs & ATTR_READ_ONLY != 0,
             cpus,
         })
     }

@@ -1,10 +1,11 @@
 //! Answers for what the kernel is told about a disk: limits as `struct ublk_params`.
 
 use devsplice_core::Limits;
+use devsplice_core::zones::Shape;
 
 use super::uapi::{
     ATTR_FUA, ATTR_READ_ONLY, ATTR_ROTATIONAL, ATTR_VOLATILE_CACHE, PARAM_BASIC, PARAM_DISCARD,
-    PARAM_DMA_ALIGN, Params,
+    PARAM_DMA_ALIGN, PARAM_ZONED, Params,
 };
 
 /// Most bytes of one discard or write-zeroes. Bounds how long routing one can take.
@@ -66,6 +67,18 @@ fn attrs(limits: &Limits, read_only: bool) -> u32 {
     attrs
 }
 
+/// Tells of zones.
+pub(crate) fn zoned(params: &mut Params, shape: &Shape) {
+    params.types |= PARAM_ZONED;
+    params.chunk_sectors = sectors(shape.zone);
+    let most = shape.max_append.min(u64::from(params.max_sectors) * 512);
+    params.zoned[..3].copy_from_slice(&[shape.max_open, shape.max_active, sectors(most)]);
+}
+
+fn sectors(bytes: u64) -> u32 {
+    u32::try_from(bytes / 512).unwrap_or(u32::MAX)
+}
+
 /// The power of two; a size that is none is rounded down, for these are hints.
 fn shift(bytes: u32) -> u8 {
     let shift = bytes.max(512).ilog2().min(28);
@@ -99,6 +112,18 @@ mod tests {
         let disk = params(&limits, false, 1 << 20, true);
         assert_eq!(disk.types & !(PARAM_BASIC | PARAM_DISCARD | PARAM_DMA_ALIGN), 0);
         assert_eq!((disk.max_segments, disk.max_segment_size), (0, 0));
+    }
+
+    #[test]
+    fn zones_are_told_in_sectors_and_an_append_is_no_longer_than_a_request() {
+        let shape =
+            Shape { zone: 4 << 20, count: 3, max_open: 2, max_active: 1, max_append: 1 << 30 };
+        let mut disk = params(&Limits::ideal(12 << 20), false, 1 << 20, true);
+        zoned(&mut disk, &shape);
+        assert_eq!((disk.types & PARAM_ZONED, disk.chunk_sectors), (PARAM_ZONED, 8192));
+        assert_eq!(disk.zoned, [2, 1, 2048, 0, 0, 0, 0, 0]);
+        zoned(&mut disk, &Shape { max_append: 64 << 10, ..shape });
+        assert_eq!(disk.zoned[2], 128);
     }
 
     #[test]

@@ -5,7 +5,11 @@
 //! engine sees pages and nothing else. A command that comes back with `ENODEV` is dead: the disk
 //! was stopped, the tag is not used again.
 
-use devsplice_core::{Errno, Error, ErrorKind, Extent, Io, Op, Result};
+mod zoned;
+
+use std::sync::Arc;
+
+use devsplice_core::{Errno, Error, ErrorKind, Extent, Io, Op, Result, Zones};
 use devsplice_engine::{Completion, Export, FileId, Inbox, Request};
 use devsplice_uring::{Command, Prepared, Slots, Uring};
 use zerocopy::IntoBytes;
@@ -17,6 +21,8 @@ use super::uapi::{
     AUTO_BUF_REG_FALLBACK, IO_F_FUA, IO_F_NEED_REG_BUF, IO_F_NOUNMAP, IoCmd, IoDesc,
     RES_NEED_GET_DATA, io, op, user_copy_at,
 };
+
+use zoned::Zoned;
 
 /// What of a tag a completion is about: the high half of its index.
 mod kind {
@@ -90,6 +96,7 @@ pub(crate) struct Queue {
     direct: Option<Direct>,
     /// Whether commits can be sent ahead.
     goes_ahead: bool,
+    zoned: Option<Box<Zoned>>,
 }
 
 /// How requests whose pages are in their slots are committed, where the kernel puts them there.
@@ -114,7 +121,15 @@ impl Queue {
             dead: 0,
             direct: None,
             goes_ahead: false,
+            zoned: None,
         }
+    }
+
+    /// The queue of a device with these zones, if it has any.
+    pub(super) fn with_zones(mut self, zones: Option<Arc<dyn Zones>>) -> Queue {
+        let depth = self.config.depth;
+        self.zoned = zones.map(|zones| Box::new(Zoned::new(zones, depth)));
+        self
     }
 
     #[inline]
@@ -125,7 +140,8 @@ impl Queue {
     /// Fetches, or commits `result` and fetches.
     fn fetch(&self, ring: &mut Uring, op: u32, tag: u16, result: i32) {
         let kernels = self.config.part.tag(tag);
-        let payload = IoCmd { q_id: self.config.queue, tag: kernels, result, addr: 0 };
+        let addr = self.zoned.as_ref().map_or(0, |zoned| zoned.sector(tag));
+        let payload = IoCmd { q_id: self.config.queue, tag: kernels, result, addr };
         let path = self.config.path;
         let auto = path == DataPath::AutoRegister;
         let slot = if auto { u64::from(ring.slots(self.lane).index(tag)) } else { 0 };
@@ -148,6 +164,9 @@ impl Queue {
     }
 
     fn commit(&mut self, ring: &mut Uring, tag: u16, result: Result<(), Errno>) {
+        if let Some(zoned) = &mut self.zoned {
+            zoned.end(tag, result);
+        }
         let state = &self.tags[usize::from(tag)];
         if state.is_dead {
             return;
@@ -168,7 +187,12 @@ impl Queue {
     /// A request has arrived: brings its data, if it has to be brought.
     fn fetched(&mut self, ring: &mut Uring, tag: u16, inbox: &mut Inbox) {
         let descriptor = self.descriptors.read(tag);
-        let Ok(io) = request(&descriptor) else {
+        let io = if self.zoned.is_some() {
+            let Some(io) = self.asked_of_zones(ring, tag, &descriptor) else { return };
+            io
+        } else if let Ok(io) = request(&descriptor) {
+            io
+        } else {
             self.tags[usize::from(tag)].io = Io::new(Op::Flush, 0, 0);
             return self.commit(ring, tag, Err(Errno::EOPNOTSUPP));
         };
@@ -407,7 +431,8 @@ impl Export<Uring> for Queue {
         self.lane = lane;
         // A prepared commit has the tag as it is counted here.
         let is_whole = self.config.part == Part::WHOLE;
-        if self.config.path == DataPath::AutoRegister && is_whole {
+        let is_plain = is_whole && self.zoned.is_none();
+        if self.config.path == DataPath::AutoRegister && is_plain {
             let payload = IoCmd { q_id: self.config.queue, tag: 0, result: 0, addr: 0 };
             let command = Command {
                 op: self.op(io::COMMIT_AND_FETCH_REQ),

@@ -13,10 +13,10 @@ use devsplice_core::size::show_size;
 use devsplice_core::{Error, ErrorKind, Result, Stack};
 
 use super::uapi::{
-    F_QUIESCE, F_UPDATE_SIZE, F_USER_RECOVERY, F_USER_RECOVERY_FAIL_IO, F_USER_RECOVERY_REISSUE,
-    PARAM_DEVT, Params,
+    ATTR_READ_ONLY, F_QUIESCE, F_UPDATE_SIZE, F_USER_RECOVERY, F_USER_RECOVERY_FAIL_IO,
+    F_USER_RECOVERY_REISSUE, PARAM_DEVT, Params,
 };
-use super::{Control, DataPath, Device, Extra, Made, Options, node};
+use super::{Control, DataPath, Device, Extra, Made, Options, adopt, node};
 use crate::threads::Service;
 
 /// What becomes of a disk whose server dies.
@@ -62,7 +62,8 @@ impl Recovery {
     }
 
     /// What a device with these flags was made for.
-    pub(super) fn of(flags: u64) -> Recovery {
+    #[must_use]
+    pub fn of(flags: u64) -> Recovery {
         let all = Recovery::Reissue.flags() | Recovery::FailFast.flags();
         let is_it = |one: &Recovery| one.flags() == flags & all;
         Recovery::ALL.into_iter().find(is_it).unwrap_or(Recovery::Off)
@@ -107,6 +108,8 @@ pub enum Fit {
     Same,
     /// Its size.
     Resized,
+    /// What another tool has told of it, as far as its users can rely on it.
+    Adopted,
 }
 
 impl Device {
@@ -251,6 +254,9 @@ impl Suspended {
                 Ok(()) => break,
             }
         }
+        if let Some(zones) = service.stack.zones() {
+            zones.taken_over();
+        }
         let crew = self.made.crew(service)?;
         self.made.control.end_recovery(id)?;
         Ok(crew)
@@ -264,7 +270,17 @@ impl Suspended {
             Error::invalid(node(id), reason).next("give the stack that it was made of")
         };
         let was = self.made.control.params(id)?;
+        if fit == Fit::Adopted {
+            self.made.options.read_only = was.attrs & ATTR_READ_ONLY != 0;
+        }
         let is = self.made.params(stack);
+        if fit == Fit::Adopted {
+            return match adopt::misfit(&was, &is) {
+                None => Ok(()),
+                Some(reason) => Err(Error::invalid(node(id), reason)
+                    .next("give the stack that it was made of; nothing was done")),
+            };
+        }
         let (size, new) = (was.dev_sectors.saturating_mul(512), is.dev_sectors * 512);
         let has_size = self.made.info.flags & F_UPDATE_SIZE != 0;
         if size != new && !(fit == Fit::Resized && has_size) {

@@ -65,6 +65,7 @@ pub(crate) const F_USER_RECOVERY: u64 = 1 << 3;
 pub(crate) const F_USER_RECOVERY_REISSUE: u64 = 1 << 4;
 pub(crate) const F_IOCTL_ENCODE: u64 = 1 << 6;
 pub(crate) const F_USER_COPY: u64 = 1 << 7;
+pub(crate) const F_ZONED: u64 = 1 << 8;
 pub(crate) const F_USER_RECOVERY_FAIL_IO: u64 = 1 << 9;
 pub(crate) const F_UPDATE_SIZE: u64 = 1 << 10;
 pub(crate) const F_AUTO_BUF_REG: u64 = 1 << 11;
@@ -135,6 +136,13 @@ pub(crate) mod op {
     pub(crate) const FLUSH: u32 = 2;
     pub(crate) const DISCARD: u32 = 3;
     pub(crate) const WRITE_ZEROES: u32 = 5;
+    pub(crate) const ZONE_OPEN: u32 = 10;
+    pub(crate) const ZONE_CLOSE: u32 = 11;
+    pub(crate) const ZONE_FINISH: u32 = 12;
+    pub(crate) const ZONE_APPEND: u32 = 13;
+    pub(crate) const ZONE_RESET_ALL: u32 = 14;
+    pub(crate) const ZONE_RESET: u32 = 15;
+    pub(crate) const REPORT_ZONES: u32 = 18;
 }
 
 /// Flags in `op_flags` (`UBLK_IO_F_*`), as they stand there.

@@ -74,7 +74,7 @@ impl Layer for Layered {
         }
         let (is_dirty, run) = self.0.blocks.run(at, len);
         if io.op == Op::Read {
-            return Ok(Map::To { len: run, port: Port(u8::from(is_dirty)), at });
+            return Ok(Map::To { len: run, port: Port(u16::from(is_dirty)), at });
         }
         if self.0.is_still() {
             return Ok(Map::Miss);

@@ -85,7 +85,7 @@ fn places(legs: &[Limits]) -> Result<Vec<u64>> {
 }
 
 fn number(port: usize) -> Port {
-    Port(u8::try_from(port).unwrap_or(u8::MAX))
+    Port(u16::try_from(port).unwrap_or(u16::MAX))
 }
 
 impl Mirror {

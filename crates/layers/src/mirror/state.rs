@@ -118,7 +118,7 @@ impl Sets {
 
 /// A port by its number, which is below 32.
 pub(crate) fn port_of(number: u32) -> Port {
-    Port(u8::try_from(number).unwrap_or(u8::MAX))
+    Port(u16::try_from(number).unwrap_or(u16::MAX))
 }
 
 /// The ports of a set.
@@ -304,7 +304,7 @@ impl State {
         let place = roles
             .iter()
             .position(|role| matches!(role, Role::Leg { index, .. } if *index == wanted))?;
-        u8::try_from(place).ok().map(Port)
+        u16::try_from(place).ok().map(Port)
     }
 
     /// The leg that lies at a port.

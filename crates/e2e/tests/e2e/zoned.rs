@@ -1,0 +1,221 @@
+//! Answers for devices with zones, judged by util-linux's blkzone, by fio's zoned mode and by the
+//! lengths of their files.
+
+use std::path::Path;
+use std::time::Duration;
+
+use devsplice_e2e::{Disk, Group, Kind, MIB, Outcome, Room, call, engines, need_tool};
+
+/// Bytes of a zone.
+const ZONE: u64 = 4 * MIB;
+const SECTORS: u64 = ZONE / 512;
+
+pub fn add(group: &mut Group, kind: Kind, is_home: bool) {
+    if !kind.is_ublk() || kind == Kind::Ublk("copy") {
+        group.add("zones_are_refused_where_there_are_none", move || refused(kind));
+        return;
+    }
+    group.add("zones_fio_writes_and_verifies_many_zones_at_once", move || verified(kind));
+    if is_home {
+        group.add("zones_are_opened_closed_finished_and_reset", move || managed(kind));
+        group.add("zones_outlive_servers_that_are_killed_while_they_are_written", move || {
+            killed(kind)
+        });
+        group.add("zones_what_was_appended_is_where_zonefs_says", move || appended(kind));
+    }
+}
+
+/// A device: 2 conventional zones, `count` in all.
+fn zoned<'r>(room: &'r Room, kind: Kind, count: u32, keys: &str) -> Disk<'r> {
+    let directory = room.path("zones");
+    std::fs::create_dir_all(&directory).unwrap();
+    let files = format!("zones(path={directory}, size=4M, count={count}, conventional=2)");
+    room.add(kind, &format!("zoned({files}{keys})"), &["--no-part-scan"])
+}
+
+/// What blkzone reports of each zone: bytes written, and its condition.
+fn report(disk: &Disk<'_>) -> Vec<(u64, String)> {
+    let said = call("blkzone", ["report", disk.node.to_str().unwrap()]).limit(20).ok();
+    let zone = |line: &str| {
+        let behind = |key: &str| line.split(key).nth(1).unwrap_or_default().to_owned();
+        let pointer = behind("wptr 0x");
+        let pointer = pointer.split_whitespace().next().unwrap_or_default();
+        let condition = behind("zcond:").split(['(', ')']).nth(1).unwrap_or_default().to_owned();
+        (u64::from_str_radix(pointer, 16).unwrap().wrapping_mul(512), condition)
+    };
+    said.lines().map(zone).collect()
+}
+
+fn blkzone(disk: &Disk<'_>, verb: &str, zone: u64) -> bool {
+    let at = (zone * SECTORS).to_string();
+    let node = disk.node.to_str().unwrap();
+    call("blkzone", [verb, "-o", &at, "-c", "1", node]).limit(20).run().code == Some(0)
+}
+
+/// Writes `count` blocks of 64 KiB at a place of a zone.
+fn write(disk: &Disk<'_>, zone: u64, block: u64, count: u64) -> bool {
+    let at = (zone * ZONE / 65_536 + block).to_string();
+    let words = [
+        "if=/dev/urandom".to_owned(),
+        format!("of={}", disk.node.display()),
+        "bs=64k".to_owned(),
+        format!("count={count}"),
+        format!("seek={at}"),
+        "oflag=direct".to_owned(),
+        "conv=notrunc".to_owned(),
+    ];
+    call("dd", words).limit(60).run().code == Some(0)
+}
+
+fn length(room: &Room, zone: u64) -> u64 {
+    std::fs::metadata(room.path(&format!("zones/seq-{zone:06}"))).unwrap().len()
+}
+
+fn fio(room: &Room, node: &Path, more: &[&str]) {
+    let mut words: Vec<String> = [
+        "--direct=1",
+        "--zonemode=zbd",
+        "--ioengine=libaio",
+        "--iodepth=16",
+        "--verify=crc32c",
+        "--verify_fatal=1",
+        "--verify_state_save=0",
+        "--do_verify=1",
+        "--group_reporting",
+    ]
+    .map(str::to_owned)
+    .to_vec();
+    words.push(format!("--filename={}", node.display()));
+    words.extend(more.iter().map(|&word| word.to_owned()));
+    let ran = call("fio", words).dir(&room.dir).limit(120).run();
+    assert!(ran.code == Some(0) && ran.out.contains("err= 0:"), "{}\n{}", ran.out, ran.err);
+}
+
+fn verified(kind: Kind) -> Outcome {
+    engines()?;
+    need_tool("blkzone")?;
+    let room = Room::new();
+    let disk = zoned(&room, kind, 14, ", open=6");
+    assert_eq!(
+        (disk.queue("zoned"), disk.queue("chunk_sectors")),
+        ("host-managed".into(), "8192".into())
+    );
+    assert_eq!(disk.queue("max_open_zones"), "6");
+    let features = disk.info()["features"].clone();
+    assert!(features.as_array().unwrap().contains(&"zoned".into()), "{features}");
+    let jobs = ["--name=z", "--rw=write", "--bs=16k", "--numjobs=3", "--size=8m", "--offset=8m"];
+    fio(
+        &room,
+        &disk.node,
+        &[&jobs[..], &["--offset_increment=16m", "--max_open_zones=6"]].concat(),
+    );
+    assert!(disk.count("bytes_spliced") + disk.count("bytes_copied") >= 2 * 3 * 8 * MIB);
+    let random = ["--name=r", "--rw=randwrite", "--bsrange=4k-64k", "--offset=8m", "--size=48m"];
+    fio(&room, &disk.node, &[&random[..], &["--io_size=24m", "--max_open_zones=4"]].concat());
+    for (zone, (written, condition)) in report(&disk).iter().enumerate().skip(2) {
+        let written = if condition == "fu" { ZONE } else { *written };
+        assert_eq!(length(&room, zone as u64), written, "zone {zone}, {condition}");
+    }
+    assert_eq!(disk.count("errors"), 0);
+    if !kind.copies() {
+        assert_eq!(disk.count("bytes_copied"), 0);
+    }
+    disk.remove();
+    Ok(())
+}
+
+fn managed(kind: Kind) -> Outcome {
+    need_tool("blkzone")?;
+    let room = Room::new();
+    let disk = zoned(&room, kind, 6, ", open=2, capacity=3M");
+    let conditions = |disk: &Disk<'_>| -> Vec<String> {
+        report(disk).into_iter().map(|(_, condition)| condition).collect()
+    };
+    assert_eq!(conditions(&disk), ["nw", "nw", "em", "em", "em", "em"]);
+    assert!(write(&disk, 2, 0, 2) && !write(&disk, 2, 0, 1) && !write(&disk, 2, 5, 1));
+    assert_eq!(report(&disk)[2], (128 << 10, "oi".to_owned()));
+    assert!(blkzone(&disk, "open", 3) && blkzone(&disk, "open", 4));
+    assert_eq!(conditions(&disk), ["nw", "nw", "cl", "oe", "oe", "em"]);
+    assert!(!blkzone(&disk, "open", 5) && !write(&disk, 5, 0, 1));
+    assert!(blkzone(&disk, "close", 3) && blkzone(&disk, "finish", 4));
+    assert_eq!(conditions(&disk), ["nw", "nw", "cl", "em", "fu", "em"]);
+    assert_eq!((length(&room, 2), length(&room, 4)), (128 << 10, 3 * MIB));
+    assert!(write(&disk, 2, 2, 46) && !write(&disk, 2, 48, 1));
+    assert_eq!(conditions(&disk)[2], "fu");
+    assert!(write(&disk, 0, 7, 1) && write(&disk, 0, 3, 1) && !blkzone(&disk, "reset", 0));
+    // Another server finds what the files say.
+    let _ = room.devsplice(["upgrade", &disk.name]).ok();
+    assert_eq!(conditions(&disk), ["nw", "nw", "fu", "em", "fu", "em"]);
+    assert!(blkzone(&disk, "reset", 4) && blkzone(&disk, "reset", 4));
+    assert_eq!((length(&room, 2), length(&room, 4)), (3 * MIB, 0));
+    let node = disk.node.to_str().unwrap();
+    let _ = call("blkzone", ["reset", "-o", &(2 * SECTORS).to_string(), node]).limit(20).ok();
+    assert_eq!(conditions(&disk), ["nw", "nw", "em", "em", "em", "em"]);
+    assert_eq!((2..6).map(|zone| length(&room, zone)).sum::<u64>(), 0);
+    disk.remove();
+    Ok(())
+}
+
+fn killed(kind: Kind) -> Outcome {
+    engines()?;
+    need_tool("blkzone")?;
+    let room = Room::new();
+    let disk = zoned(&room, kind, 12, "");
+    let node = disk.node.clone();
+    std::thread::scope(|scope| {
+        let fio = scope.spawn(|| {
+            for _ in 0..4 {
+                let jobs = ["--name=k", "--rw=write", "--bs=8k", "--numjobs=2", "--size=16m"];
+                let place = ["--offset=8m", "--offset_increment=20m"];
+                fio(&Room::new(), &node, &[&jobs[..], &place].concat());
+            }
+        });
+        let mut kills = 0;
+        while !fio.is_finished() && kills < 12 {
+            // Ten deaths in a row within a second of the start would be taken for a bad server.
+            let settle = if kills % 4 == 3 { 1100 } else { 0 };
+            std::thread::sleep(Duration::from_millis(100 + kills * 131 % 500 + settle));
+            crate::recover::kill(&room, &disk);
+            kills += 1;
+        }
+        fio.join().expect("fio");
+        assert!(kills >= 3, "killed {kills} times");
+    });
+    for (zone, (written, condition)) in report(&disk).iter().enumerate().skip(2) {
+        let written = if condition == "fu" { ZONE } else { *written };
+        assert_eq!(length(&room, zone as u64), written, "zone {zone}, {condition}");
+    }
+    disk.remove();
+    Ok(())
+}
+
+/// zonefs appends with zone append where a file is opened for synchronous direct I/O.
+fn appended(kind: Kind) -> Outcome {
+    devsplice_e2e::need(devsplice_e2e::kernel_has_file_system("zonefs"), "no zonefs here")?;
+    need_tool("mkzonefs")?;
+    let room = Room::new();
+    let disk = zoned(&room, kind, 8, "");
+    let node = disk.node.to_str().unwrap();
+    let _ = call("mkzonefs", ["-f", node]).limit(60).ok();
+    let at = room.mount_point("zonefs");
+    room.mount(&["-t", "zonefs", node], &at);
+    let file = at.join("seq/1");
+    let words =
+        ["if=/dev/urandom", "bs=64k", "count=16", "oflag=direct,sync,append", "conv=notrunc"];
+    let of = format!("of={}", file.display());
+    let _ = call("dd", words.iter().copied().chain([of.as_str()])).limit(60).ok();
+    assert_eq!(std::fs::metadata(&file).unwrap().len(), MIB);
+    room.unmount(&at);
+    disk.remove();
+    Ok(())
+}
+
+fn refused(kind: Kind) -> Outcome {
+    let room = Room::new();
+    let directory = room.path("zones");
+    std::fs::create_dir(&directory).unwrap();
+    let stack = format!("zoned(zones(path={directory}, size=1M, count=3))");
+    room.add_refused(kind, &stack, &[], &["zones"]);
+    assert!(Path::new(&directory).exists());
+    Ok(())
+}
