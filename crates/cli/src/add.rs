@@ -8,7 +8,7 @@ use devsplice_core::size::show_size;
 use devsplice_core::{Error, Result};
 use devsplice_spec::Plan;
 
-use crate::args::Add;
+use crate::args::{Add, Export};
 use crate::assemble::CATALOG;
 use crate::launch::launch;
 use crate::server::Server;
@@ -37,7 +37,12 @@ pub fn run(add: &Add) -> Result<ExitCode> {
 }
 
 fn start(add: &Add, plan: &Plan) -> Result<Server> {
-    let choice = front::choose(add.export, add.data_path)?;
+    // An address to listen at says what kind of disk is wanted.
+    let is_nbd = add.export == Export::Nbd || !add.listen.is_empty();
+    let choice = match is_nbd {
+        true => front::nbd(add)?,
+        false => front::choose(add.export, add.data_path)?,
+    };
     let guard = guard::start()?;
     Server::start(add, plan, choice, guard)
 }

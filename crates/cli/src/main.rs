@@ -29,6 +29,7 @@ mod server;
 mod state;
 mod tell;
 mod top;
+mod transfer;
 mod udev;
 
 use std::process::ExitCode;
@@ -69,6 +70,10 @@ fn run(command: &Command) -> Result<ExitCode> {
         Command::Tell(tell) => tell::run(tell).map(done),
         Command::Format(format) => format::run(format).map(done),
         Command::Explain(explain) => explain::run(explain).map(done),
+        Command::Copy(copy) => transfer::copy::run(copy),
+        Command::Compare(compare) => Ok(transfer::compare::run(compare)),
+        Command::Map(map) => transfer::map::run(map).map(done),
+        Command::Bench(bench) => transfer::bench::run(bench).map(done),
         Command::Features(features) => features::run(features).map(done),
         Command::Doctor(doctor) => doctor::run(doctor),
         Command::Gc(gc) => gc::run(gc).map(done),

@@ -83,7 +83,7 @@ impl Server {
         let name = claim.name.clone();
         let disk = Disk {
             name: name.clone(),
-            export: if export == Export::Fuse { "fuse" } else { "ublk" }.to_owned(),
+            export: export.name().to_owned(),
             why,
             read_only: add.read_only,
             serial: add.serial.clone(),
@@ -96,6 +96,7 @@ impl Server {
             let mut on_made = |number| {
                 match export {
                     Export::Fuse => disk.fuse_connection = Some(number),
+                    Export::Nbd => {}
                     _ => disk.ublk_id = Some(number),
                 }
                 let _ = claim.write(disk);
@@ -121,10 +122,10 @@ impl Server {
             let add = left.made_with.as_ref();
             let add = add.ok_or_else(|| Error::invalid(&left.name, "its options are lost"))?;
             // Queues and their depth are as they were; the kernel knows them.
-            let options = front::options(add, 0, add.threads.unwrap_or(0));
-            Ok((plan, id, options))
+            let how = (front::options(add, 0, add.threads.unwrap_or(0)), front::extra(add));
+            Ok((plan, id, how))
         })();
-        let (plan, id, options) = match made {
+        let (plan, id, (options, extra)) = match made {
             Ok(made) => made,
             Err(error) => {
                 guard.dismiss();
@@ -134,7 +135,7 @@ impl Server {
         let mut disk = left.clone();
         disk.quiesced = false;
         let made = Server::make(&plan, disk, claim, |service, disk, claim| {
-            let suspended = Suspended::find(id, &options)?;
+            let suspended = Suspended::find_with(id, &options, extra)?;
             // Whoever comes after this process has to know it.
             claim.write(disk)?;
             let resumed = suspended.resume(service, Fit::Same);
@@ -177,7 +178,9 @@ impl Server {
         disk.data_path = front.data_path().to_owned();
         disk.recovery = front.recovery().to_owned();
         disk.batch = front.is_batched();
-        make_link(&disk);
+        if front.clients().is_none() {
+            make_link(&disk);
+        }
         lines.serve(front.crew());
         if let Err(error) = claim.write(&disk) {
             let _ = front.detach();
@@ -251,11 +254,21 @@ impl Server {
     /// Why the disk must not be removed now, if so. Otherwise everything written to it is below.
     fn refusal(&self) -> Option<Value> {
         let Disk { name, device, .. } = &self.disk;
-        if !matches!(self.phase, Phase::Up(_)) {
+        let Phase::Up(front) = &self.phase else {
             return Some(json!({ "error": format!(
                 "{name} ({device}): is quiesced, requests may be waiting; resume it first, or \
                  --force to lose them"
             )}));
+        };
+        match front.clients() {
+            None => {}
+            Some(0) => return None,
+            Some(count) => {
+                return Some(json!({ "error": format!(
+                    "{name} ({device}): is held by {count} NBD connections; end them first, or \
+                     --force to cut them off"
+                )}));
+            }
         }
         if !host::is_held(device) {
             if host::sync(device, SYNC_PATIENCE) {
@@ -291,6 +304,10 @@ impl Server {
         let counts: serde_json::Map<String, Value> =
             crew.counts().list().into_iter().map(|(k, v)| (k.to_owned(), v.into())).collect();
         info["state"] = json!("live");
+        if let Some(clients) = front.clients() {
+            info["clients"] = json!(clients);
+            info["held"] = json!(clients > 0);
+        }
         info["threads"] = json!(crew.thread_count());
         info["counts"] = Value::Object(counts);
         info["layers"] = tell::layers(&crew.served.stack);

@@ -9,6 +9,7 @@ mod bad;
 mod batch;
 mod cli;
 mod contract;
+mod copy;
 mod dialect;
 mod layers;
 mod life;
@@ -24,7 +25,7 @@ mod verify;
 use std::process::ExitCode;
 
 use devsplice_e2e::{
-    Group, Kind, Mode, PATHS, Skip, is_root, leftovers, mode, need, program, trials,
+    FUSE_PATHS, Group, Kind, Mode, PATHS, Skip, is_root, leftovers, mode, need, program, trials,
 };
 use libtest_mimic::{Arguments, Completion, Trial};
 
@@ -70,15 +71,22 @@ fn groups() -> Vec<Group> {
     cli::add(&mut cli, home);
     let mut bad = Group::new("bad", need(is_root(), "needs root"));
     bad::add(&mut bad, home);
-    let mut groups = vec![cli, bad];
-    for kind in [Kind::Fuse].into_iter().chain(PATHS.map(Kind::Ublk)) {
+    let mut copies = Group::new("copy", need(is_root(), "needs root"));
+    copy::add(&mut copies, home);
+    let mut groups = vec![cli, bad, copies];
+    let fuse = [Kind::Fuse].into_iter().chain(FUSE_PATHS.map(Kind::FuseUring));
+    for kind in fuse.chain(PATHS.map(Kind::Ublk)) {
         if mode() == Mode::Native && kind.is_ublk() && kind.gate().is_err() {
             continue;
         }
         let mut group = Group::of(kind);
         verify::add(&mut group, kind);
         contract::add(&mut group, kind);
-        if kind == home || kind == Kind::Fuse {
+        let is_best_of_fuse = kind == Kind::FuseUring(FUSE_PATHS[0]);
+        if is_best_of_fuse {
+            replay::add(&mut group, kind);
+        }
+        if kind == home || kind == Kind::Fuse || is_best_of_fuse {
             life::add(&mut group, kind);
             layers::add(&mut group, kind);
             mirror::add(&mut group, kind);
