@@ -16,6 +16,7 @@ mod life;
 mod luck;
 mod manners;
 mod mirror;
+mod ops;
 mod protect;
 mod reach;
 mod recover;
@@ -93,6 +94,7 @@ fn groups() -> Vec<Group> {
             manners::add(&mut group, kind);
             luck::add(&mut group, kind);
             protect::add(&mut group, kind);
+            ops::add(&mut group, kind);
             reach::add_once(&mut group, kind);
             if kind == home {
                 dialect::add(&mut group, kind);
