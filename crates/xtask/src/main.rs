@@ -5,6 +5,7 @@ mod apt;
 mod bench;
 mod conformance;
 mod contract;
+mod deb;
 mod demo;
 mod deps;
 mod kernel;
@@ -36,6 +37,7 @@ enum Command {
     Bench(bench::Options),
     Conformance(conformance::Options),
     Contract(contract::Options),
+    Deb(deb::Options),
     Demo(demo::Options),
     Replay(replay::Options),
     Sim(sim::Options),
@@ -52,6 +54,7 @@ fn main() -> ExitCode {
         Command::Bench(options) => bench::run(&options),
         Command::Conformance(options) => conformance::run(&options),
         Command::Contract(options) => contract::run(&options),
+        Command::Deb(options) => deb::run(&options),
         Command::Demo(options) => demo::run(&options),
         Command::Replay(options) => replay::run(&options).map(|()| 0),
         Command::Sim(options) => sim::run(&options),

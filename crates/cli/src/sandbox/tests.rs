@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
-use std::os::unix::net::{UnixDatagram, UnixListener};
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::process::Command;
 use std::sync::Arc;
 
@@ -27,6 +27,7 @@ fn an_io_thread_opens_connects_and_starts_nothing() {
     apart(|| {
         assert!(UnixDatagram::unbound().is_ok() && File::open("/dev/null").is_ok());
         let mut open = File::open("/dev/zero").unwrap();
+        let (client, _other) = UnixStream::pair().unwrap();
         install(&io_filter().unwrap()).unwrap();
         assert!(is_refused(File::open("/dev/null")));
         assert!(is_refused(UnixDatagram::unbound()));
@@ -40,6 +41,8 @@ fn an_io_thread_opens_connects_and_starts_nothing() {
         let mut bytes = vec![1; 1 << 20];
         open.read_exact(&mut bytes).unwrap();
         assert!(bytes.iter().all(|byte| *byte == 0));
+        // A client of NBD that does not keep to the rules is sent away.
+        client.shutdown(std::net::Shutdown::Both).unwrap();
         drop(open);
     });
 }

@@ -19,6 +19,7 @@ mod luck;
 mod manners;
 mod many;
 mod mirror;
+mod ops;
 mod protect;
 mod reach;
 mod recover;
@@ -98,6 +99,7 @@ fn groups() -> Vec<Group> {
             manners::add(&mut group, kind);
             luck::add(&mut group, kind);
             protect::add(&mut group, kind);
+            ops::add(&mut group, kind);
             reach::add_once(&mut group, kind);
             if kind == home {
                 dialect::add(&mut group, kind);
