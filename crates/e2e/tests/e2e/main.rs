@@ -15,6 +15,7 @@ mod life;
 mod luck;
 mod manners;
 mod mirror;
+mod nbd;
 mod reach;
 mod recover;
 mod replay;
@@ -69,7 +70,9 @@ fn groups() -> Vec<Group> {
     cli::add(&mut cli, home);
     let mut bad = Group::new("bad", need(is_root(), "needs root"));
     bad::add(&mut bad, home);
-    let mut groups = vec![cli, bad];
+    let mut nbd = Group::new("nbd", Ok(()));
+    nbd::add(&mut nbd);
+    let mut groups = vec![cli, bad, nbd];
     for kind in [Kind::Fuse].into_iter().chain(PATHS.map(Kind::Ublk)) {
         if mode() == Mode::Native && kind.is_ublk() && kind.gate().is_err() {
             continue;
