@@ -10,10 +10,10 @@ use devsplice_spec::Plan;
 
 use crate::args::{Add, Export};
 use crate::assemble::CATALOG;
-use crate::launch::{launch, no_core_dump};
+use crate::launch::launch;
 use crate::server::Server;
 use crate::state::Disk;
-use crate::{front, guard, say, state};
+use crate::{front, guard, protect, say, state};
 
 /// Makes a disk.
 ///
@@ -26,7 +26,7 @@ pub fn run(add: &Add) -> Result<ExitCode> {
     let here = std::env::current_dir().map_err(|error| Error::os("current directory", &error))?;
     let plan = Plan::load(&add.stack, &CATALOG)?.anchored(&here)?;
     if add.foreground {
-        no_core_dump();
+        protect::server();
         let server = start(add, &plan)?;
         show(add, server.disk());
         return server.run().map(|()| ExitCode::SUCCESS);

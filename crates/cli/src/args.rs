@@ -1,13 +1,24 @@
 //! Answers for the command line: every command, option and help text, defined once.
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use devsplice_exports::fuse;
 use devsplice_exports::ublk::{DataPath, Recovery};
 use serde::{Deserialize, Serialize};
+
+use crate::sandbox::Choice;
 
 const AFTER_HELP: &str = "\
 Exit codes: 0 done; 1 it failed, the message says what and what to do (doctor: no disk can be made
 here); 2 the command line makes no sense.
 Stacks: docs/stack.md. State: /run/devsplice.";
+
+const COPY_HELP: &str = "\
+What is written is flushed before the command ends. Exit codes: 0 copied (and the same, with
+--verify); 1 it failed, or differs; 2 the command line makes no sense.";
+
+const COMPARE_HELP: &str = "\
+Exit codes: 0 the same; 1 they differ; 2 they could not be compared, or the command line makes no
+sense.";
 
 /// Block devices from a stack of layers, served from user space without copying.
 #[derive(Debug, Parser)]
@@ -43,10 +54,24 @@ pub enum Command {
     /// Show one disk: what it is, how data moves, what was counted.
     #[command(alias = "status")]
     Info(Info),
+    /// Print what all disks are and have counted, as Prometheus reads it.
+    Metrics(Metrics),
+    /// Show what all disks are doing, again and again.
+    Top(Top),
     /// Have a layer of a disk do something, as docs/stack.md says for it.
     Tell(Tell),
     /// Write fresh metadata for the layer at the top of a stack, a mirror for example.
     Format(Format),
+    /// Copy one stack, device or file to another.
+    #[command(after_help = COPY_HELP)]
+    Copy(Copy),
+    /// Compare two stacks, devices or files byte by byte.
+    #[command(after_help = COMPARE_HELP)]
+    Compare(Compare),
+    /// Show which ranges of a stack hold data, and which read as zeros.
+    Map(Map),
+    /// Measure a stack: requests per second and how long they take.
+    Bench(Bench),
     /// Show where each byte of a request goes, and how often it is copied. Makes nothing.
     Explain(Explain),
     /// Show what this kernel offers.
@@ -55,6 +80,9 @@ pub enum Command {
     Doctor(Doctor),
     /// Remove what dead servers left: state, links, ublk and loop devices that nobody can use.
     Gc(Gc),
+    /// Print what udev's rules ask about a node.
+    #[command(hide = true)]
+    UdevInfo(UdevInfo),
     /// Write manual pages, one per command.
     Man(Man),
     /// Print the completion script of a shell.
@@ -101,13 +129,32 @@ pub enum PathChoice {
     UserCopy,
     /// The kernel copies to and from our memory: one copy (Linux 6.0).
     Copy,
+    /// FUSE over io_uring with request pages in slots: no copy (Linux 7.3, if it is switched on).
+    FuseZeroCopy,
+    /// FUSE over io_uring: one copy (Linux 6.14, if it is switched on).
+    FuseUring,
+    /// FUSE by /dev/fuse: one copy.
+    FuseCopy,
 }
 
 impl PathChoice {
-    /// The path that is forced, if one is.
+    /// The path of FUSE that is forced, if one is.
+    pub fn fuse(self) -> Option<fuse::DataPath> {
+        match self {
+            PathChoice::FuseZeroCopy => Some(fuse::DataPath::ZeroCopy),
+            PathChoice::FuseUring => Some(fuse::DataPath::Entries),
+            PathChoice::FuseCopy => Some(fuse::DataPath::Copy),
+            _ => None,
+        }
+    }
+
+    /// The path of ublk that is forced, if one is.
     pub fn forced(self) -> Option<DataPath> {
         match self {
-            PathChoice::Auto => None,
+            PathChoice::Auto
+            | PathChoice::FuseZeroCopy
+            | PathChoice::FuseUring
+            | PathChoice::FuseCopy => None,
             PathChoice::AutoRegister => Some(DataPath::AutoRegister),
             PathChoice::Register => Some(DataPath::Register),
             PathChoice::UserCopy => Some(DataPath::UserCopy),
@@ -169,6 +216,17 @@ impl BatchChoice {
     }
 }
 
+/// On or off, as typed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Switch {
+    /// Yes.
+    On,
+    /// No.
+    #[default]
+    Off,
+}
+
 #[derive(Args, Clone, Debug, Serialize, Deserialize)]
 pub struct Add {
     /// What the disk is made of: an expression such as 'stripe(/a.img, /b.img)', or a .toml file.
@@ -203,6 +261,11 @@ pub struct Add {
     /// Whether ublk's requests come and go in batches (Linux 7.0).
     #[arg(long, value_enum, default_value = "auto")]
     pub batch: BatchChoice,
+    /// Whether ublk is served for requests that come one at a time: less work for each of those, a
+    /// little more for others that come alone; counters may lag behind by one request for a second.
+    #[arg(long, value_enum, default_value = "off")]
+    #[serde(default)]
+    pub low_depth: Switch,
     /// Number of the ublk device: 3 for /dev/ublkb3. The first free one if not given.
     #[arg(long, value_name = "N")]
     pub id: Option<u32>,
@@ -234,6 +297,14 @@ pub struct Add {
     /// What becomes of the disk when its server dies. It is served again at once, by itself.
     #[arg(long, value_enum, default_value = "auto")]
     pub recovery: RecoveryChoice,
+    /// Measure latencies below each layer; info, metrics and top show them.
+    #[arg(long)]
+    #[serde(default)]
+    pub latency: bool,
+    /// Whether the server may do only what servers do, once it is set up.
+    #[arg(long, value_enum, default_value = "on")]
+    #[serde(default)]
+    pub sandbox: Choice,
     /// Serve from this process, until a signal; messages go to standard error.
     #[arg(long, short = 'f')]
     #[serde(skip)]
@@ -404,6 +475,140 @@ pub struct Explain {
     pub json: bool,
 }
 
+/// How many requests a command makes at a time.
+#[derive(Args, Clone, Copy, Debug)]
+pub struct Load {
+    /// I/O threads [default: one per CPU, at most 4].
+    #[arg(long, short = 'T', value_name = "N",
+        value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub threads: Option<u16>,
+    /// Requests in flight per thread.
+    #[arg(long, short = 'R', value_name = "N", default_value_t = 8,
+        value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub requests: u16,
+    /// Bytes of a request: 4k to 32M.
+    #[arg(long, value_name = "SIZE", default_value = "256k",
+        value_parser = devsplice_core::size::parse_size)]
+    pub request_size: u64,
+}
+
+/// How a command tells how far it is.
+#[derive(Args, Clone, Copy, Debug)]
+pub struct Progress {
+    /// Show a progress bar; with =FD, write N/100 lines to this file descriptor instead.
+    #[arg(long, short = 'p', value_name = "FD", num_args = 0..=1, require_equals = true)]
+    #[allow(clippy::option_option)] // Not given, given, given with a number.
+    pub progress: Option<Option<u32>>,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct Copy {
+    /// What is copied: a stack, a device, a file, or the name of a disk that is served. It is only
+    /// read; nobody else may write it meanwhile.
+    pub from: String,
+    /// Where to: likewise, at least as large. A plain file that is not there is made.
+    pub to: String,
+    #[command(flatten)]
+    pub load: Load,
+    #[command(flatten)]
+    pub progress: Progress,
+    /// Ranges of so many bytes that hold zeros become holes where the target can have them; 0 for
+    /// only those that are holes in the source.
+    #[arg(long, short = 'S', value_name = "SIZE", default_value = "4k",
+        value_parser = devsplice_core::size::parse_size)]
+    pub sparse: u64,
+    /// Write zeros as data, so that the target has room for all of it.
+    #[arg(long)]
+    pub allocated: bool,
+    /// The target is zeros already: do not write any.
+    #[arg(long, visible_alias = "target-is-zero")]
+    pub destination_is_zero: bool,
+    /// Keep in this file how far the target is safe; where it is there, go on from there. It is
+    /// removed at the end.
+    #[arg(long, value_name = "FILE")]
+    pub resume: Option<std::path::PathBuf>,
+    /// Read both again afterwards and compare.
+    #[arg(long)]
+    pub verify: bool,
+    /// Print what was done as JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct Compare {
+    /// A stack, a device, a file, or the name of a disk that is served.
+    pub one: String,
+    /// Likewise.
+    pub other: String,
+    #[command(flatten)]
+    pub load: Load,
+    #[command(flatten)]
+    pub progress: Progress,
+    /// Other sizes are a difference, even if what one has more is zeros.
+    #[arg(long, short = 's')]
+    pub strict: bool,
+    /// Print the outcome as JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct Map {
+    /// A stack, a device, a file, or the name of a disk that is served.
+    pub stack: String,
+    /// Only the sums.
+    #[arg(long)]
+    pub totals: bool,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `--rw` of `bench`, as fio says it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum RwChoice {
+    /// In order.
+    Read,
+    /// In order.
+    Write,
+    /// Anywhere.
+    Randread,
+    /// Anywhere.
+    Randwrite,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct Bench {
+    /// A stack, a device, a file, or the name of a disk that is served.
+    pub stack: String,
+    /// What is done.
+    #[arg(long, value_enum, default_value = "randread")]
+    pub rw: RwChoice,
+    /// Bytes of a request.
+    #[arg(long, value_name = "SIZE", default_value = "4k",
+        value_parser = devsplice_core::size::parse_size)]
+    pub bs: u64,
+    /// Requests in flight per thread.
+    #[arg(long, value_name = "N", default_value_t = 32,
+        value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub iodepth: u16,
+    /// I/O threads.
+    #[arg(long, value_name = "N", default_value_t = 1,
+        value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub threads: u16,
+    /// How long.
+    #[arg(long, value_name = "SECONDS", default_value_t = 5,
+        value_parser = clap::value_parser!(u64).range(1..=86400))]
+    pub runtime: u64,
+    /// Writes overwrite what is there; say so.
+    #[arg(long)]
+    pub destroy: bool,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
 #[derive(Args, Clone, Debug)]
 pub struct Features {
     /// Print JSON.
@@ -432,6 +637,61 @@ pub struct Gc {
     /// Print JSON.
     #[arg(long)]
     pub json: bool,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct Metrics {
+    /// Serve them over HTTP at this address, such as 127.0.0.1:9765, until the process is ended.
+    #[arg(long, value_name = "ADDR", conflicts_with = "textfile")]
+    pub listen: Option<String>,
+    /// Write them to a file, for node_exporter's textfile collector.
+    #[arg(long, value_name = "PATH")]
+    pub textfile: Option<std::path::PathBuf>,
+}
+
+/// `--sort` of `top`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum SortChoice {
+    /// From A on.
+    Name,
+    /// Most reads and writes a second first.
+    Iops,
+    /// Most bytes a second first.
+    Throughput,
+    /// Most requests in flight first.
+    Queue,
+    /// Longest time of a request first.
+    Wait,
+    /// Most errors first.
+    Errors,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct Top {
+    /// Seconds between two looks.
+    #[arg(long, short = 'd', value_name = "SECONDS", default_value_t = 1.0)]
+    pub delay: f64,
+    /// How many times to look.
+    #[arg(long, short = 'n', value_name = "N")]
+    pub count: Option<u64>,
+    /// What comes first.
+    #[arg(long, short = 's', value_enum, default_value = "iops")]
+    pub sort: SortChoice,
+    /// Look once, over one interval, and print that.
+    #[arg(long)]
+    pub once: bool,
+    /// Print a table each time rather than draw on the terminal.
+    #[arg(long, short = 'b')]
+    pub batch: bool,
+    /// Print a line of JSON each time.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct UdevInfo {
+    /// A node of a whole disk, such as /dev/ublkb0.
+    pub device: String,
 }
 
 #[derive(Args, Clone, Debug)]

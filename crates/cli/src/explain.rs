@@ -2,7 +2,8 @@
 
 use devsplice_backends::{Access, Opened};
 use devsplice_core::size::show_size;
-use devsplice_core::{Error, Io, Op, Place, Result, Stack, Stop};
+use devsplice_core::{Error, Io, Limits, Op, Place, Result, Stack, Stop};
+use devsplice_exports::fuse;
 use devsplice_exports::ublk::{self, DataPath};
 use devsplice_spec::{Kind, Plan};
 use serde_json::{Value, json};
@@ -30,12 +31,13 @@ struct Way {
 /// If the stack cannot be built.
 pub fn run(explain: &Explain) -> Result<()> {
     let running = state::find(&explain.stack).ok().filter(|found| found.alive);
-    let (text, way) = match &running {
-        Some(found) => (found.disk.stack.clone(), way_of(&found.disk)),
-        None => (explain.stack.clone(), choose(explain)?),
-    };
-    let plan = Plan::load(&text, &CATALOG)?;
+    let text = running.as_ref().map_or(&explain.stack, |found| &found.disk.stack);
+    let plan = Plan::load(text, &CATALOG)?;
     let assembled = assemble(&plan, Access::Look)?;
+    let way = match &running {
+        Some(found) => way_of(&found.disk),
+        None => choose(explain, assembled.stack.limits())?,
+    };
     let io = request(explain, &assembled.stack)?;
     let value = describe(&plan, &assembled, &way, io);
     if explain.json {
@@ -52,12 +54,20 @@ fn way_of(disk: &state::Disk) -> Way {
         Some(path) => {
             Way { export: "ublk", path: path.name(), why: disk.why.clone(), copies: path.copies() }
         }
-        None => Way { export: "fuse", path: "fuse-copy", why: disk.why.clone(), copies: 1 },
+        None => {
+            let mut all = fuse::DataPath::ALL.into_iter();
+            let path = all.find(|path| path.name() == disk.data_path);
+            over_fuse(path.unwrap_or(fuse::DataPath::Copy), disk.why.clone())
+        }
     }
 }
 
+fn over_fuse(path: fuse::DataPath, why: String) -> Way {
+    Way { export: "fuse", path: path.name(), why, copies: path.copies() }
+}
+
 /// What `add` would choose. Without the rights to ask the kernel, what the newest would do.
-fn choose(explain: &Explain) -> Result<Way> {
+fn choose(explain: &Explain, limits: &Limits) -> Result<Way> {
     let best = explain.data_path.forced();
     let (export, why) = match front::choose(explain.export, explain.data_path) {
         Ok(choice) => choice,
@@ -68,7 +78,8 @@ fn choose(explain: &Explain) -> Result<Way> {
         }
     };
     if export == Export::Fuse {
-        return Ok(Way { export: "fuse", path: "fuse-copy", why, copies: 1 });
+        let best = explain.data_path.fuse();
+        return Ok(over_fuse(best.unwrap_or_else(|| fuse::best(limits)), why));
     }
     let offered = ublk::Control::open().map(|control| DataPath::offered(control.features()));
     let path = match (best, offered) {

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use devsplice_core::Result;
+use devsplice_exports::fuse;
 use devsplice_exports::ublk::{self, DataPath};
 use devsplice_uring::probe;
 use serde_json::{Value, json};
@@ -31,8 +32,9 @@ pub fn run(features: &Features) -> Result<()> {
             say!("  {} {name}", if there == true { "+" } else { "-" });
         }
     }
-    let paths = value["ublk"]["data_paths"].as_array();
-    let paths: Vec<_> = paths.into_iter().flatten().filter_map(Value::as_str).collect();
+    let paths = ["ublk", "fuse"].map(|part| value[part]["data_paths"].as_array());
+    let paths = paths.into_iter().flatten().flatten();
+    let paths: Vec<_> = paths.filter_map(Value::as_str).collect();
     say!("data paths  {}", if paths.is_empty() { "-".to_owned() } else { paths.join(", ") });
     Ok(())
 }
@@ -75,9 +77,15 @@ fn ublk_features() -> Value {
 
 fn fuse_features() -> Value {
     let there = |path: &str| Path::new(path).exists();
-    let list = [("/dev/fuse", there("/dev/fuse")), ("loop", there("/dev/loop-control"))];
-    match devsplice_exports::fuse::available() {
-        Ok(()) => json!({ "features": named(list) }),
+    let mut list = vec![("/dev/fuse", there("/dev/fuse")), ("loop", there("/dev/loop-control"))];
+    match fuse::available() {
+        Ok(()) => {
+            let offered = fuse::offered();
+            list.push(("over io_uring", offered.contains(&fuse::DataPath::Entries)));
+            list.push(("zero copy", offered.contains(&fuse::DataPath::ZeroCopy)));
+            let paths: Vec<_> = offered.into_iter().map(fuse::DataPath::name).collect();
+            json!({ "features": named(list), "data_paths": paths })
+        }
         Err(error) => json!({ "error": error.to_string(), "features": named(list) }),
     }
 }

@@ -7,7 +7,7 @@ use devsplice_engine::Counts;
 use devsplice_exports::threads::{Crew, OnMade, Service};
 use devsplice_exports::{fuse, nbd, ublk};
 
-use crate::args::{Add, Export, PathChoice};
+use crate::args::{Add, Export, PathChoice, Switch};
 
 /// A disk of either kind.
 pub enum Front {
@@ -66,14 +66,21 @@ fn nbd_options(add: &Add, name: &str) -> Result<nbd::Options> {
 /// # Errors
 /// If the one asked for is not to be had; or neither, then why ublk is not and why FUSE is not.
 pub fn choose(asked: Export, path: PathChoice) -> Result<(Export, String)> {
-    let ublk_only = path.forced().is_some();
+    let (ublk_only, fuse_only) = (path.forced().is_some(), path.fuse().is_some());
     if asked == Export::Fuse && ublk_only {
-        return Err(Error::invalid("--data-path", "is a choice among ublk's paths; FUSE has one")
+        return Err(Error::invalid("--data-path", "names one of ublk's paths, not of FUSE's")
             .next("leave it out, or --export ublk"));
+    }
+    if asked == Export::Ublk && fuse_only {
+        return Err(Error::invalid("--data-path", "names one of FUSE's paths, not of ublk's")
+            .next("leave it out, or --export fuse"));
     }
     match asked {
         Export::Auto if ublk_only => {
             ublk_or_module().map(|()| (Export::Ublk, "asked for by --data-path".to_owned()))
+        }
+        Export::Auto if fuse_only => {
+            fuse::available().map(|()| (Export::Fuse, "asked for by --data-path".to_owned()))
         }
         Export::Ublk => ublk_or_module().map(|()| (Export::Ublk, "asked for".to_owned())),
         Export::Fuse => fuse::available().map(|()| (Export::Fuse, "asked for".to_owned())),
@@ -148,18 +155,21 @@ impl Front {
             }
             let options = fuse::Options {
                 name: name.to_owned(),
+                data_path: add.data_path.fuse(),
                 queues,
-                threads,
+                threads: add.threads.unwrap_or(0),
                 depth: add.depth,
                 read_only: add.read_only,
                 part_scan: !add.no_part_scan,
                 stuck_seconds: add.stuck_after,
+                keep: None,
+                must_keep: false,
             };
             let device = fuse::Device::attach(&options, service, on_made)?;
             return Ok(Front::Fuse(Box::new(device)));
         }
         let options = options(add, queues, threads);
-        let device = ublk::Device::attach(&options, service, on_made)?;
+        let device = ublk::Device::attach_with(&options, extra(add), service, on_made)?;
         Ok(Front::Ublk(Box::new(device)))
     }
 
@@ -211,7 +221,7 @@ impl Front {
     pub fn data_path(&self) -> &'static str {
         match self {
             Front::Ublk(device) => device.data_path().name(),
-            Front::Fuse(_) => "fuse-copy",
+            Front::Fuse(device) => device.data_path().name(),
             Front::Nbd(_) => "nbd-copy",
         }
     }
@@ -243,6 +253,11 @@ impl Front {
             Front::Nbd(device) => device.detach(),
         }
     }
+}
+
+/// What else is asked of the driver.
+pub fn extra(add: &Add) -> ublk::Extra {
+    ublk::Extra { low_depth: add.low_depth == Switch::On, ..ublk::Extra::default() }
 }
 
 /// What a ublk device is to be; of one that is there already, only what is about threads counts.

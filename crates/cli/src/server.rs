@@ -16,12 +16,13 @@ use serde_json::{Value, json};
 use signal_hook::consts::SIGHUP;
 
 use crate::args::{Add, Export, RecoveryChoice};
-use crate::assemble::assemble;
+use crate::assemble::assemble_with;
 use crate::front::{self, Front};
 use crate::guard::Guard;
 use crate::listen::{Call, Lines, News};
+use crate::sandbox::{self, Choice};
 use crate::state::{self, Claim, Disk};
-use crate::tell;
+use crate::{notify, protect, tell};
 
 /// How long what is in memory for the disk may take to be written out before it is removed.
 const SYNC_PATIENCE: Duration = Duration::from_secs(120);
@@ -121,10 +122,10 @@ impl Server {
             let add = left.made_with.as_ref();
             let add = add.ok_or_else(|| Error::invalid(&left.name, "its options are lost"))?;
             // Queues and their depth are as they were; the kernel knows them.
-            let options = front::options(add, 0, add.threads.unwrap_or(0));
-            Ok((plan, id, options))
+            let how = (front::options(add, 0, add.threads.unwrap_or(0)), front::extra(add));
+            Ok((plan, id, how))
         })();
-        let (plan, id, options) = match made {
+        let (plan, id, (options, extra)) = match made {
             Ok(made) => made,
             Err(error) => {
                 guard.dismiss();
@@ -134,7 +135,7 @@ impl Server {
         let mut disk = left.clone();
         disk.quiesced = false;
         let made = Server::make(&plan, disk, claim, |service, disk, claim| {
-            let suspended = Suspended::find(id, &options)?;
+            let suspended = Suspended::find_with(id, &options, extra)?;
             // Whoever comes after this process has to know it.
             claim.write(disk)?;
             let resumed = suspended.resume(service, Fit::Same);
@@ -163,6 +164,7 @@ impl Server {
             disk.pid = std::process::id();
             disk.started_ms = state::now_ms();
             let service = open(plan, &mut disk)?;
+            sandbox::process(disk.made_with.as_ref().map_or(Choice::On, |add| add.sandbox));
             let front = attach(service, &mut disk, &mut claim)?;
             Ok((lines, news, front))
         })();
@@ -171,6 +173,7 @@ impl Server {
             Err(error) => return Err((claim, error)),
         };
         disk.warnings.extend(front.crew().warnings.iter().cloned());
+        disk.warnings.extend(protect::warnings().into_iter().chain(sandbox::warnings()));
         disk.device = front.path().to_owned();
         disk.data_path = front.data_path().to_owned();
         disk.recovery = front.recovery().to_owned();
@@ -197,7 +200,7 @@ impl Server {
     /// If the disk could not be removed in the end.
     pub fn run(mut self) -> Result<()> {
         loop {
-            match self.news.recv() {
+            match notify::recv(&self.news) {
                 Ok(News::Request(Call::Stop { force }, answer)) => {
                     if !force && let Some(refusal) = self.refusal() {
                         answer.send(refusal);
@@ -290,6 +293,8 @@ impl Server {
 
     fn info(&self) -> Value {
         let mut info = self.disk.shown();
+        info["protection"] = protect::shown();
+        info["sandbox"] = sandbox::shown();
         info["held"] = json!(host::is_held(&self.disk.device));
         let Phase::Up(front) = &self.phase else {
             info["state"] = json!("quiesced");
@@ -322,6 +327,7 @@ impl Server {
 
     /// Removes the disk and all traces of it.
     fn remove(self) -> Result<()> {
+        notify::stopping();
         let Server { phase, claim, guard, .. } = self;
         let removed = match phase {
             Phase::Up(front) => front.detach().map(drop),
@@ -352,6 +358,7 @@ struct Parts {
 
 impl Parts {
     fn guarded(self, guard: Guard) -> Server {
+        notify::ready(&self.disk.device, guard.pid());
         let Parts { front, disk, plan, claim, lines, news } = self;
         Server { phase: Phase::Up(front), disk, plan, claim, guard, lines, news }
     }
@@ -384,7 +391,8 @@ pub(crate) fn passing(plan: &Plan) -> Option<&str> {
 
 /// Opens a stack to serve it, and writes down what the disk is with it.
 pub(crate) fn open(plan: &Plan, disk: &mut Disk) -> Result<Service> {
-    let assembled = assemble(plan, Access::Serve)?;
+    let latency = disk.made_with.as_ref().is_some_and(|add| add.latency);
+    let assembled = assemble_with(plan, Access::Serve, latency)?;
     disk.warnings = assembled.warnings();
     let limits = *assembled.stack.limits();
     let asked = disk.made_with.as_ref().is_some_and(|add| add.read_only);

@@ -75,12 +75,15 @@ fn serve(name: &str, slips: bool) -> Result<(Device, Temp)> {
     let bottoms = vec![Bottom::File { fd: file.into(), kind: FileKind::Regular }];
     let options = Options {
         name: format!("{name}-{}", std::process::id()),
+        data_path: None,
         queues: 1,
         threads: 1,
         depth: 64,
         read_only: false,
         part_scan: false,
         stuck_seconds: 20,
+        keep: None,
+        must_keep: false,
     };
     let on_stuck = |stuck: &Stuck| println!("stuck: {stuck:?}");
     let on_death = |error: Error| panic!("an I/O thread died: {error}");

@@ -80,11 +80,16 @@ pub fn kernel_has_file_system(name: &str) -> bool {
 /// ublk's data paths, best first, as `--data-path` takes them.
 pub const PATHS: [&str; 4] = ["auto-register", "register", "user-copy", "copy"];
 
+/// FUSE's data paths by io_uring, best first.
+pub const FUSE_PATHS: [&str; 2] = ["fuse-zero-copy", "fuse-uring"];
+
 /// A front end, and how data moves through it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// FUSE + loop.
+    /// FUSE + loop, by /dev/fuse.
     Fuse,
+    /// The same, by io_uring, with a data path.
+    FuseUring(&'static str),
     /// ublk with a data path.
     Ublk(&'static str),
     /// The same, in batches.
@@ -99,6 +104,7 @@ impl Kind {
     pub fn name(self) -> String {
         match self {
             Kind::Fuse => "fuse".to_owned(),
+            Kind::FuseUring(path) => path.replace('-', "_"),
             Kind::Ublk(path) => format!("ublk::{}", path.replace('-', "_")),
             Kind::Batch(path) => format!("ublk::batch_{}", path.replace('-', "_")),
             Kind::Shared(path) => format!("ublk::shared_{}", path.replace('-', "_")),
@@ -109,7 +115,8 @@ impl Kind {
     #[must_use]
     pub fn arguments(self) -> Vec<&'static str> {
         match self {
-            Kind::Fuse => vec!["--export", "fuse"],
+            Kind::Fuse => vec!["--export", "fuse", "--data-path", "fuse-copy"],
+            Kind::FuseUring(path) => vec!["--export", "fuse", "--data-path", path],
             Kind::Ublk(path) => vec!["--export", "ublk", "--data-path", path],
             Kind::Batch(path) => [&Kind::Ublk(path).arguments()[..], &["--batch", "on"]].concat(),
             Kind::Shared(path) => {
@@ -124,6 +131,7 @@ impl Kind {
     pub fn copies(self) -> bool {
         match self {
             Kind::Fuse => true,
+            Kind::FuseUring(path) => path == "fuse-uring",
             Kind::Ublk(path) | Kind::Batch(path) | Kind::Shared(path) => {
                 !matches!(path, "auto-register" | "register")
             }
@@ -133,7 +141,7 @@ impl Kind {
     /// Whether it is ublk.
     #[must_use]
     pub fn is_ublk(self) -> bool {
-        self != Kind::Fuse
+        !matches!(self, Kind::Fuse | Kind::FuseUring(_))
     }
 
     /// Open if disks of this kind can be made here.
@@ -151,6 +159,13 @@ impl Kind {
                 opens("/dev/fuse")?;
                 opens("/dev/loop-control")
             }
+            Kind::FuseUring(path) => {
+                Kind::Fuse.gate()?;
+                let offered = offered_paths("fuse");
+                need(offered.iter().any(|one| one == path), &{
+                    format!("this kernel's FUSE has no {path} path, but: {}", offered.join(", "))
+                })
+            }
             Kind::Batch(path) | Kind::Shared(path) => {
                 Kind::Ublk(path).gate()?;
                 let has_batches = features()["ublk"]["features"]["batch-io"] == true;
@@ -158,7 +173,7 @@ impl Kind {
             }
             Kind::Ublk(path) => {
                 need(Path::new("/dev/ublk-control").exists(), "no /dev/ublk-control: no ublk_drv")?;
-                let offered = offered_paths();
+                let offered = offered_paths("ublk");
                 need(offered.iter().any(|one| one == path), &{
                     format!("this kernel's ublk has no {path} path, but: {}", offered.join(", "))
                 })
@@ -172,12 +187,16 @@ fn features() -> &'static serde_json::Value {
     static FEATURES: OnceLock<serde_json::Value> = OnceLock::new();
     FEATURES.get_or_init(|| {
         let Some(program) = program() else { return serde_json::Value::Null };
+        if mode() == Mode::Vm {
+            // FUSE over io_uring is off unless somebody wants it.
+            let _ = std::fs::write("/sys/module/fuse/parameters/enable_uring", "1");
+        }
         serde_json::from_str(&call(program, ["features", "--json"]).ok()).unwrap_or_default()
     })
 }
 
-fn offered_paths() -> Vec<String> {
-    let paths = features()["ublk"]["data_paths"].as_array().cloned().unwrap_or_default();
+fn offered_paths(front: &str) -> Vec<String> {
+    let paths = features()[front]["data_paths"].as_array().cloned().unwrap_or_default();
     paths.iter().filter_map(|path| path.as_str().map(str::to_owned)).collect()
 }
 

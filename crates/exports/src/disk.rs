@@ -61,12 +61,15 @@ impl Disk {
         }
         let options = fuse::Options {
             name: name.to_owned(),
+            data_path: None,
             queues: 1,
             threads: 1,
             depth: DEPTH,
             read_only: false,
             part_scan: false,
             stuck_seconds: STUCK_SECONDS,
+            keep: None,
+            must_keep: false,
         };
         let device = fuse::Device::attach(&options, service, &mut |_| {})?;
         Ok(Disk::Fuse(Box::new(device)))

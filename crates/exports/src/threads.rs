@@ -1,7 +1,7 @@
 //! Answers for I/O threads: N queues on M threads, each thread with one ring, started together.
 
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, mpsc};
+use std::sync::{Arc, Mutex, OnceLock, mpsc};
 use std::thread::JoinHandle;
 
 use devsplice_core::{Error, ErrorKind, Result, Stack};
@@ -40,10 +40,14 @@ pub struct Shape {
     /// Whether every thread serves every queue, each some of its requests; there may be more of
     /// them then.
     pub is_shared: bool,
+    /// Whether the rings have entries of 128 bytes.
+    pub is_wide: bool,
     /// What each queue's requests need.
     pub memory: LaneMemory,
     /// Seconds after which a request is reported as stuck; 0 for never.
     pub stuck_seconds: u32,
+    /// Whether rings are for requests that come one at a time.
+    pub low_depth: bool,
 }
 
 /// Makes the export of one queue: its number, the ring it lives on.
@@ -69,6 +73,15 @@ pub struct Service {
 /// Told the number of what was made in the kernel, as soon as somebody would have to clear it up
 /// after us: a ublk device's, or a FUSE connection's.
 pub type OnMade<'a> = &'a mut dyn FnMut(u32);
+
+/// What each I/O thread does when it has all that it needs, before it serves.
+static SETTLED: OnceLock<fn()> = OnceLock::new();
+
+/// Has every I/O thread of this process do something when it has all that it needs. Only the first
+/// call counts.
+pub fn on_settled(hook: fn()) {
+    let _ = SETTLED.set(hook);
+}
 
 /// What the threads need, shared between them.
 pub struct Work {
@@ -221,6 +234,9 @@ fn serve(
             return;
         }
     };
+    if let Some(settled) = SETTLED.get() {
+        settled();
+    }
     let _ = ready.send(Ok(warning));
     if let Err(error) = worker.run() {
         (work.service.on_death)(error);
@@ -242,7 +258,12 @@ fn prepare(
     let files = u16::try_from(files)
         .map_err(|_| Error::invalid("stack", format!("{files} files in one ring")))?;
     let inner = u16::from(served.stack.lives().next().is_some());
-    let mut ring = Uring::new(&Config { flights, files, lanes, inner })?;
+    let make = match (shape.is_wide, shape.low_depth) {
+        (true, _) => Uring::wide,
+        (false, true) => Uring::for_low_depth,
+        (false, false) => Uring::new,
+    };
+    let mut ring = make(&Config { flights, files, lanes, inner })?;
     let mut bottoms = Vec::new();
     for bottom in opened {
         bottoms.push(match bottom {
@@ -272,7 +293,15 @@ mod tests {
     fn threads_share_out_queues_or_queues_threads() {
         let memory = LaneMemory { depth: 1, bytes: 0, slots: false, locked: false };
         let all = |queues, threads| {
-            let shape = Shape { queues, threads, is_shared: false, memory, stuck_seconds: 0 };
+            let shape = Shape {
+                queues,
+                threads,
+                is_shared: false,
+                is_wide: false,
+                memory,
+                stuck_seconds: 0,
+                low_depth: false,
+            };
             (0..threads).map(|thread| queues_of(thread, &shape)).collect::<Vec<_>>()
         };
         assert_eq!(all(4, 2), [[0, 2], [1, 3]]);

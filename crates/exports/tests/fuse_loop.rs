@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use devsplice_core::{Args, Error, ErrorKind, Limits, Stack, StackBuilder};
 use devsplice_engine::{Counts, Stuck};
-use devsplice_exports::fuse::{self, Device, Options};
+use devsplice_exports::fuse::{self, DataPath, Device, Options};
 use devsplice_exports::host;
 use devsplice_exports::threads::{Bottom, Service};
 use devsplice_uring::FileKind;
@@ -81,16 +81,23 @@ fn on_event(text: &str) {
     println!("event: {text}");
 }
 
+fn options_of(name: &str, path: DataPath) -> Options {
+    Options { data_path: Some(path), ..options(name) }
+}
+
 fn options(name: &str) -> Options {
     let name = format!("{name}-{}", std::process::id());
     Options {
         name,
+        data_path: Some(DataPath::Copy),
         queues: 1,
         threads: 1,
         depth: 64,
         read_only: false,
         part_scan: false,
         stuck_seconds: 20,
+        keep: None,
+        must_keep: false,
     }
 }
 
@@ -232,6 +239,49 @@ fn what_is_written_is_read_at_every_size_and_place() {
     assert!(counts.errors == 0 && counts.reads > 0 && counts.writes > 0, "{counts:?}");
 }
 
+/// FUSE ends a request at its commit: its pages are somebody else's then. So none may be committed
+/// while a part of it is still to go below. Here one part of each write goes at once and the other
+/// waits, and what was written is changed as soon as the write is done.
+#[test]
+fn no_write_ends_before_all_of_it_is_below() {
+    let Some(_alone) = ready() else { return };
+    let _switch = Switch::on();
+    for path in [DataPath::Copy].into_iter().chain(by_uring()) {
+        let (dir, mut builder) = (Dir::new(), StackBuilder::new());
+        let files = [dir.at("now"), dir.at("later")];
+        let legs = files.each_ref().map(|file| {
+            File::create(file).unwrap().set_len(2 * MIB).unwrap();
+            builder.backend("file", limits(2 * MIB)).unwrap().0
+        });
+        let mut over = |driver, keys, below: &[_]| {
+            let made = layer(driver, keys);
+            builder.layer(driver, made, below, &mut |_, _, _| Ok(())).unwrap()
+        };
+        let later = over("delay", "write=30ms", &legs[1..]);
+        let both = over("concat", "", &[legs[0], later]);
+        let stack = Arc::new(builder.finish(both));
+        let bottoms = files.iter().map(|file| bottom(file)).collect();
+        let service = Service { stack, bottoms, on_stuck, on_event, on_death };
+        let device = Device::attach(&options_of("late", path), service, &mut |_| {}).unwrap();
+        let disk = Disk { device, file: files[1].clone(), _dir: dir };
+        let file = disk.open();
+        let mut data = Pages::new(128 << 10, |_| 0);
+        for round in 0..16_u8 {
+            let at = 2 * MIB - (64 << 10);
+            data.all().fill(round + 1);
+            file.write_all_at(data.all(), at).unwrap();
+            data.all().fill(0xee);
+            // Another request, which gets the place of the one that has ended.
+            file.write_all_at(&data.all()[..4096], 3 * MIB).unwrap();
+            let mut below = vec![0; 64 << 10];
+            File::open(&disk.file).unwrap().read_exact_at(&mut below, 0).unwrap();
+            assert!(below.iter().all(|byte| *byte == round + 1), "{path:?}, round {round}");
+        }
+        drop(file);
+        assert_eq!(disk.end().errors, 0);
+    }
+}
+
 fn fio(disk: &Disk, words: &[&str]) -> String {
     let path = format!("--filename={}", disk.path());
     let mut all = vec!["fio", "--name=job", &path, "--direct=1", "--ioengine=io_uring"];
@@ -249,18 +299,52 @@ fn report(what: &str, counts: &Counts) {
     );
 }
 
+/// FUSE over io_uring is switched on for the while of a test, where it can be.
+struct Switch(Option<String>);
+
+const SWITCH: &str = "/sys/module/fuse/parameters/enable_uring";
+
+impl Switch {
+    fn on() -> Switch {
+        let before = std::fs::read_to_string(SWITCH).ok();
+        let _ = std::fs::write(SWITCH, "1");
+        Switch(before)
+    }
+}
+
+impl Drop for Switch {
+    fn drop(&mut self) {
+        if let Some(before) = &self.0 {
+            let _ = std::fs::write(SWITCH, before.trim());
+        }
+    }
+}
+
+/// The data paths by io_uring that there are here. Says which are not.
+fn by_uring() -> Vec<DataPath> {
+    let offered = fuse::offered();
+    let (there, not): (Vec<_>, Vec<_>) =
+        DataPath::ALL.into_iter().partition(|path| offered.contains(path));
+    println!("skipped: this kernel's FUSE has not {not:?}");
+    there.into_iter().filter(|path| *path != DataPath::Copy).collect()
+}
+
 #[test]
 fn fio_verifies_what_it_wrote() {
     let Some(_alone) = ready() else { return };
-    for (queues, threads) in [(1, 1), (2, 2), (2, 1)] {
-        let options = Options { queues, threads, ..options("fio") };
+    let _switch = Switch::on();
+    let mut kinds = vec![(DataPath::Copy, 1, 1), (DataPath::Copy, 2, 2), (DataPath::Copy, 2, 1)];
+    kinds.extend(by_uring().into_iter().flat_map(|path| [(path, 1, 1), (path, 1, 0)]));
+    for (path, queues, threads) in kinds {
+        let options = Options { queues, threads, ..options_of("fio", path) };
         let disk = disk_of(&options, limits(64 * MIB), None);
+        assert_eq!(disk.device.data_path(), path);
         fio(
             &disk,
             &[
                 "--rw=randrw",
                 "--bsrange=4k-256k",
-                "--iodepth=16",
+                "--iodepth=32",
                 "--numjobs=2",
                 "--size=24m",
                 "--offset_increment=32m",
@@ -271,7 +355,8 @@ fn fio_verifies_what_it_wrote() {
         );
         let counts = disk.end();
         assert_eq!(counts.errors, 0);
-        report(&format!("fio, {queues} queues on {threads} threads"), &counts);
+        assert_eq!(counts.bytes_copied == 0, path.copies() == 0, "{counts:?}");
+        report(&format!("fio, {path:?}, {queues} queues on {threads} threads"), &counts);
     }
 }
 

@@ -3,10 +3,10 @@
 #![allow(clippy::unwrap_used)]
 
 use devsplice_core::{Errno, Io, Limits, Op};
-use devsplice_exports::fuse::node::{Answer, MAX_WRITE, Node};
+use devsplice_exports::fuse::node::{Answer, MAX_WRITE, Node, Wish};
 use devsplice_exports::fuse::wire::{
     Ask, AttrOut, Broken, ENOSYS, EntryOut, Head, InHeader, InitIn, InitOut, ROOT, WRITE_HEADER,
-    out_header, parse,
+    is_named, out_header, parse, parse_apart,
 };
 use proptest::prelude::*;
 use zerocopy::{FromBytes, IntoBytes};
@@ -172,6 +172,51 @@ fn the_handshake_takes_the_lower_version_and_insists_on_what_it_needs() {
     for (major, minor, flags) in [(6, 40, u32::MAX), (7, 20, u32::MAX), (7, 45, 0)] {
         assert!(greet(major, minor, flags).is_err());
     }
+}
+
+#[test]
+fn io_uring_is_asked_for_where_it_is_wanted_and_offered() {
+    const OVER_IO_URING: u32 = 1 << 9;
+    let greet = |wish, more: Option<u32>| {
+        let flags = !(u32::from(more.is_none()) << 30);
+        let hello = InitIn { major: 7, minor: 46, max_readahead: 4096, flags };
+        let hello = [hello.as_bytes(), more.unwrap_or(!0).as_bytes(), &[0; 44]].concat();
+        let ask = ask(26, &hello).unwrap();
+        let file = node(limits(), false).wishing(wish);
+        let Answer::Reply(Ok(body)) = file.answer(Head { unique: 1, node: 0 }, &ask) else {
+            panic!("refused")
+        };
+        let out = InitOut::read_from_bytes(body.bytes()).unwrap();
+        assert_eq!(out.flags & 1 << 30 != 0, out.flags2 != 0);
+        (out.flags2, out.max_write)
+    };
+    assert_eq!(greet(Wish::Read, Some(!0)), (0, 1 << 20));
+    assert_eq!(greet(Wish::Entries, Some(OVER_IO_URING)), (OVER_IO_URING, 1 << 20));
+    assert_eq!(greet(Wish::Slots, Some(!0)), (OVER_IO_URING, (1 << 20) + 4096));
+    // Not offered, or without the word that would offer it.
+    assert_eq!(greet(Wish::Slots, Some(!OVER_IO_URING)).0, 0);
+    assert_eq!(greet(Wish::Slots, None).0, 0);
+}
+
+#[test]
+fn a_request_in_parts_is_the_same_request() {
+    let apart = |opcode, operation: &[u8], payload: &'static [u8], len| {
+        let header = message(opcode, &[]);
+        let operation = [operation, &[0xff; 128]].concat().leak();
+        let (head, ask) = parse_apart(&header, &operation[..128], (payload, len)).unwrap();
+        assert_eq!(head, Head { unique: 77, node: FILE });
+        assert_eq!(is_named(&header), opcode == 1);
+        ask
+    };
+    assert_eq!(apart(1, &[], b"name\0", 5), Ok(Ask::Lookup { name: b"name" }));
+    assert_eq!(apart(1, &[], b"name", 4), Err(Errno::EIO));
+    assert_eq!(apart(15, &range(4096, 512), &[], 0), Ok(Ask::Read { at: 4096, len: 512 }));
+    assert_eq!(apart(16, &range(4096, 512), &[], 512), Ok(Ask::Write { at: 4096, len: 512 }));
+    // As much data as the header says, or it is no write.
+    assert_eq!(apart(16, &range(4096, 512), &[], 511), Err(Errno::EIO));
+    let zero = Ok(Ask::Zero { at: 512, len: 1 << 40, unmap: true });
+    assert_eq!(apart(43, &fallocate(512, 1 << 40, 3), &[], 0), zero);
+    assert_eq!(parse_apart(&[0; 39], &[0; 128], (&[], 0)), Err(Broken));
 }
 
 #[test]

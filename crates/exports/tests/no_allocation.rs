@@ -199,19 +199,22 @@ fn on_nbd(with_bytes: bool) {
     device.detach().unwrap();
 }
 
-fn on_fuse(with_bytes: bool) -> bool {
+fn on_fuse(with_bytes: bool, path: Option<fuse::DataPath>) -> bool {
     if let Err(error) = fuse::available() {
         println!("left out: {error}");
         return false;
     }
     let options = fuse::Options {
         name: "no-allocation".to_owned(),
+        data_path: path,
         queues: 2,
         threads: 2,
         depth: 32,
         read_only: false,
         part_scan: false,
         stuck_seconds: 30,
+        keep: None,
+        must_keep: false,
     };
     let device = fuse::Device::attach(&options, service(with_bytes), &mut |_| {}).unwrap();
     flow(device.path(), device.crew());
@@ -264,6 +267,11 @@ fn on_ublk() -> bool {
 fn nothing_is_allocated_while_requests_flow() {
     on_nbd(false);
     on_nbd(true);
-    let ran = (on_ublk(), on_fuse(false) && on_fuse(true));
+    let ran = (on_ublk(), on_fuse(false, Some(fuse::DataPath::Copy)) && on_fuse(true, None));
+    // Those by io_uring where somebody has switched them on.
+    for path in fuse::offered() {
+        println!("{path:?}");
+        assert!(on_fuse(false, Some(path)));
+    }
     println!("ublk: {}, fuse: {}", ran.0, ran.1);
 }

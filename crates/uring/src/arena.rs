@@ -6,6 +6,10 @@ use std::ptr::NonNull;
 use devsplice_core::{Error, Result};
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mlock, mmap_anonymous, munmap};
 
+/// How memory is given back, be it locked or not (Linux 5.18): all of the process may be locked,
+/// on fault.
+const DONTNEED: libc::c_int = libc::MADV_DONTNEED_LOCKED;
+
 /// The kernel's huge page, which it may give where a single byte is used.
 const HUGE: usize = 2 << 20;
 
@@ -78,6 +82,21 @@ impl Arena {
         unsafe { self.base.add(slot * self.stride + at) }
     }
 
+    /// How many slots there are.
+    pub(crate) fn slots(&self) -> usize {
+        self.lent.len()
+    }
+
+    /// Bytes of a slot.
+    pub(crate) fn room(&self) -> usize {
+        self.stride
+    }
+
+    /// How many entries name the slot's memory.
+    pub(crate) fn lent(&self, slot: usize) -> u16 {
+        self.lent[slot]
+    }
+
     /// An entry that names the slot's memory was queued.
     #[inline]
     pub(crate) fn lend(&mut self, slot: usize) {
@@ -132,9 +151,17 @@ impl Arena {
             // SAFETY: the range is `free` whole slots of the mapping. No queued entry names them
             // (the count above, kept by `Uring`), `&mut self` excludes slices of them, and zeros
             // are as good as any bytes there. A failure leaves them as they are.
-            let _ = unsafe { madvise(start.cast(), free * self.stride, Advice::LinuxDontNeed) };
+            let _ = unsafe { libc::madvise(start.cast(), free * self.stride, DONTNEED) };
             slot += free + 1;
         }
+    }
+
+    /// Makes all memory of a slot resident, so that the kernel touches it without waiting. Best
+    /// effort: where there is none to be had, it waits later.
+    pub(crate) fn populate(&self, slot: usize) {
+        let start = self.place(slot, 0, self.stride);
+        // SAFETY: a whole slot of the mapping, as `place` has asserted; no contents change.
+        let _ = unsafe { madvise(start.as_ptr().cast(), self.stride, Advice::LinuxPopulateWrite) };
     }
 
     /// Whether the kernel may still touch any of it.

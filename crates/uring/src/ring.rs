@@ -1,15 +1,19 @@
 //! Answers for an I/O thread's ring: what the engine and the exports submit, what comes back to
 //! whom.
 
+mod ahead;
 pub(crate) mod batch;
+mod client;
+mod fuse;
 mod helped;
 mod kept;
 mod slots;
 pub(crate) mod socket;
 
+pub use fuse::{FUSE_OP_AT, FuseEntry, FusePayload};
 pub use slots::Slots;
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -91,6 +95,10 @@ const KIND_TAGS: u64 = 8 << KIND_SHIFT;
 const KIND_LIST: u64 = 9 << KIND_SHIFT;
 /// A lane's send is over.
 const KIND_SENT: u64 = 10 << KIND_SHIFT;
+/// An entry of FUSE has a request, or will not have one any more.
+const KIND_FUSE: u64 = 11 << KIND_SHIFT;
+/// Nobody wants to know.
+const KIND_NOTHING: u64 = 12 << KIND_SHIFT;
 const KIND_MASK: u64 = 0xff << KIND_SHIFT;
 
 /// Files of the ring itself: what reads as zeros.
@@ -128,6 +136,8 @@ pub struct Uring {
     batches: Vec<Option<batch::Batch>>,
     /// For the lanes whose exports send to sockets, since the first time that they did.
     messages: Vec<Option<Box<socket::Message>>>,
+    /// For the lanes that FUSE uses.
+    fuse: Vec<Option<fuse::Headers>>,
     /// Rung by other threads.
     pub(crate) bell: Option<Arc<OwnedFd>>,
     start: Instant,
@@ -142,11 +152,23 @@ impl Uring {
     /// # Errors
     /// If the kernel has no io_uring to give, or the tables do not fit its limits.
     pub fn new(config: &Config) -> Result<Uring> {
+        Uring::with(config, Queues::new)
+    }
+
+    /// As [`Uring::new`], with entries of 128 bytes, which some devices' commands need.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn wide(config: &Config) -> Result<Uring> {
+        Uring::with(config, Queues::wide)
+    }
+
+    fn with(config: &Config, queues: fn(u32, u32) -> Result<Queues>) -> Result<Uring> {
         let depth: u32 = config.lanes.iter().map(|lane| u32::from(lane.depth)).sum();
         let depth = depth + u32::from(config.inner) * u32::from(INNER_DEPTH);
         // A tag has at most its own command and its splices out at a time.
         let entries = (depth + config.flights).next_power_of_two().clamp(64, 4096);
-        let queues = Queues::new(entries, entries * 4)?;
+        let queues = queues(entries, entries * 4)?;
         let mut arenas = Vec::new();
         let mut slot_bases = Vec::new();
         let mut slots = 0_u32;
@@ -182,6 +204,7 @@ impl Uring {
             zeroes: Arena::new(1, ZEROES_LEN, false)?,
             batches: Vec::new(),
             messages: std::iter::repeat_with(|| None).take(config.lanes.len()).collect(),
+            fuse: Vec::new(),
             bell: None,
             start: Instant::now(),
             bytes_spliced: 0,
@@ -281,6 +304,29 @@ impl Uring {
         });
     }
 
+    /// As [`Uring::poll`], of a file that is not among the ring's: such a wait may be left alone when
+    /// the ring goes. The file must be open as long as the ring.
+    pub fn poll_other(&mut self, (lane, index): (u16, u32), file: BorrowedFd<'_>) {
+        self.queues.push(Sqe {
+            opcode: OP_POLL_ADD,
+            fd: file.as_raw_fd(),
+            op_flags: u32::try_from(libc::POLLIN).unwrap_or(1),
+            user_data: KIND_EXPORT | u64::from(lane) << 32 | u64::from(index),
+            ..Sqe::default()
+        });
+    }
+
+    /// As [`Uring::cancel`], for a [`Uring::poll`].
+    pub fn cancel_poll(&mut self, (lane, index): (u16, u32), which: u32) {
+        self.queues.push(Sqe {
+            opcode: OP_ASYNC_CANCEL,
+            fd: -1,
+            addr: KIND_EXPORT | u64::from(lane) << 32 | u64::from(which),
+            user_data: KIND_EXPORT | u64::from(lane) << 32 | u64::from(index),
+            ..Sqe::default()
+        });
+    }
+
     /// Asks for an early end of the lane's [`Uring::read`] or [`Uring::write`] with the index
     /// `which`. It completes once in any case: with `ECANCELED` if this was in time.
     pub fn cancel(&mut self, (lane, index): (u16, u32), which: u32) {
@@ -359,6 +405,28 @@ impl Uring {
         Ok(done)
     }
 
+    /// Submits everything, and waits for as many completions if none is known of.
+    #[inline]
+    fn enter_for(&mut self, most: u32) -> Result<()> {
+        let want = if self.queues.has_completions() { 0 } else { most };
+        if want == 0 && !self.queues.has_queued() && self.queues.has_completions() {
+            return Ok(());
+        }
+        match self.queues.enter(want) {
+            Ok(()) => Ok(()),
+            // Signals are not ours to handle; a full completion queue empties at the next turn.
+            Err(error)
+                if matches!(
+                    error.raw_os_error(),
+                    Some(libc::EINTR | libc::EAGAIN | libc::EBUSY)
+                ) =>
+            {
+                Ok(())
+            }
+            Err(error) => Err(Error::os("io_uring_enter", &error)),
+        }
+    }
+
     /// What helpers of byte backends have done.
     fn helped_event(&mut self) -> Option<Event> {
         if self.helpers.is_some() { self.landed() } else { None }
@@ -390,6 +458,8 @@ impl Uring {
                 return None;
             }
             KIND_SENT => self.sent(lane),
+            KIND_FUSE => self.fuse_completed(lane, index),
+            KIND_NOTHING => return None,
             KIND_TAGS | KIND_LIST => self.batch_completed(kind, lane, flags),
             _ => self.arena(lane).give_back(tag_of(index)),
         }
@@ -438,6 +508,10 @@ impl Ring for Uring {
         }
     }
 
+    fn splice_first(&mut self, key: u32, splice: &Splice<'_>) -> bool {
+        self.link(key, splice)
+    }
+
     fn after(&mut self, key: u32, ns: u64) {
         let beyond = (u32::MAX - key) as usize;
         let flights = self.times.len() - KEYS_BEYOND;
@@ -458,23 +532,11 @@ impl Ring for Uring {
     }
 
     fn enter(&mut self, wait: bool) -> Result<()> {
-        let want = u32::from(wait && !self.queues.has_completions());
-        if want == 0 && !self.queues.has_queued() && self.queues.has_completions() {
-            return Ok(());
-        }
-        match self.queues.enter(want) {
-            Ok(()) => Ok(()),
-            // Signals are not ours to handle; a full completion queue empties at the next turn.
-            Err(error)
-                if matches!(
-                    error.raw_os_error(),
-                    Some(libc::EINTR | libc::EAGAIN | libc::EBUSY)
-                ) =>
-            {
-                Ok(())
-            }
-            Err(error) => Err(Error::os("io_uring_enter", &error)),
-        }
+        self.enter_for(u32::from(wait))
+    }
+
+    fn enter_for_two(&mut self) -> Result<()> {
+        self.enter_for(2)
     }
 
     fn next(&mut self) -> Option<Event> {

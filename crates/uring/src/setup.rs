@@ -12,6 +12,8 @@ use crate::uapi::Sqe;
 const SETUP_CQSIZE: u32 = 1 << 3;
 const SETUP_CLAMP: u32 = 1 << 4;
 const SETUP_SUBMIT_ALL: u32 = 1 << 7;
+const SETUP_COOP_TASKRUN: u32 = 1 << 8;
+const SETUP_SQE128: u32 = 1 << 10;
 const SETUP_SINGLE_ISSUER: u32 = 1 << 12;
 const SETUP_DEFER_TASKRUN: u32 = 1 << 13;
 const SETUP_NO_SQARRAY: u32 = 1 << 16;
@@ -23,7 +25,15 @@ pub(crate) const FLAG_SETS: [u32; 4] = [
     BASE | SETUP_SUBMIT_ALL,
     BASE,
 ];
+/// For requests that come one at a time (since 6.6). A thread that has nothing else to do is woken
+/// with fewer steps so than with `DEFER_TASKRUN`.
+pub(crate) const LOW_DEPTH_FLAGS: u32 =
+    BASE | SETUP_SUBMIT_ALL | SETUP_SINGLE_ISSUER | SETUP_COOP_TASKRUN | SETUP_NO_SQARRAY;
 const BASE: u32 = SETUP_CQSIZE | SETUP_CLAMP;
+
+/// The one set for a ring of 128-byte entries, whose commands touch memory of ours only while this
+/// task is in the kernel (6.6; what needs it is younger).
+pub(crate) const WIDE_FLAGS: u32 = FLAG_SETS[0] | SETUP_SQE128;
 
 /// Both rings lie in one mapping (since 5.4).
 const FEATURE_SINGLE_MMAP: u32 = 1;
@@ -93,6 +103,11 @@ impl Params {
     /// Whether the kernel reads the submission queue through an array of indexes.
     pub(crate) fn has_array(&self) -> bool {
         self.flags & SETUP_NO_SQARRAY == 0
+    }
+
+    /// Whether an entry takes two places of 64 bytes.
+    pub(crate) fn is_wide(&self) -> bool {
+        self.flags & SETUP_SQE128 != 0
     }
 }
 
@@ -173,7 +188,7 @@ pub(crate) fn make(entries: u32, completions: u32, flags: u32) -> io::Result<Mad
     let completions = bytes(params.cq_entries, size_of::<Cqe>(), params.cq.cqes);
     let array = if params.has_array() { bytes(params.sq_entries, 4, params.sq.array) } else { 0 };
     let rings = Mapping::new(&fd, completions.max(array), OFFSET_RINGS)?;
-    let entries = bytes(params.sq_entries, size_of::<Sqe>(), 0);
+    let entries = bytes(params.sq_entries, size_of::<Sqe>() << u8::from(params.is_wide()), 0);
     let entries = Mapping::new(&fd, entries, OFFSET_ENTRIES)?;
     Ok(Made { rings, entries, params, fd })
 }

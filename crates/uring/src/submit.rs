@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use devsplice_core::{Error, ErrorKind, Result};
 
-use crate::setup::{self, Cqe, FLAG_SETS, Made, Mapping};
+use crate::setup::{self, Cqe, FLAG_SETS, LOW_DEPTH_FLAGS, Made, Mapping, WIDE_FLAGS};
 use crate::uapi::{ENTER_GETEVENTS, ENTER_REGISTERED_RING, Sqe};
 
 /// The pair of queues with its counters.
@@ -19,6 +19,8 @@ pub(crate) struct Queues {
     sq_tail: NonNull<AtomicU32>,
     sq_mask: u32,
     sqes: NonNull<Sqe>,
+    /// 1 where each entry has a second half of 64 bytes, which only some commands use; else 0.
+    wide: u8,
     /// Entries since the start, so where the next one goes; published by `enter`.
     tail: u64,
     /// Where there is no room any more, as far as is known.
@@ -36,6 +38,10 @@ pub(crate) struct Queues {
     enter_fd: i32,
     enter_flags: u32,
     pub(crate) enters: u64,
+    /// Whether it was made for requests that come one at a time.
+    pub(crate) is_low_depth: bool,
+    /// Where the second entry of a pair is that may not have been taken yet, counted as `tail`.
+    pair_at: Option<u64>,
     /// What is submitted instead of what was asked for, where only this process is of interest.
     #[cfg(feature = "imitation")]
     pub(crate) imitation: crate::imitation::Imitation,
@@ -63,6 +69,21 @@ impl Queues {
         Err(unavailable(&error))
     }
 
+    /// As `new`, with entries of 128 bytes.
+    pub(crate) fn wide(entries: u32, completions: u32) -> Result<Queues> {
+        let made = setup::make(entries, completions, WIDE_FLAGS);
+        made.map(Queues::with).map_err(|error| unavailable(&error))
+    }
+
+    /// A ring for the calling thread and for requests that come one at a time; as `new` where the
+    /// kernel has none such.
+    pub(crate) fn for_low_depth(entries: u32, completions: u32) -> Result<Queues> {
+        match setup::make(entries, completions, LOW_DEPTH_FLAGS) {
+            Ok(made) => Ok(Queues { is_low_depth: true, ..Queues::with(made) }),
+            Err(_) => Queues::new(entries, completions),
+        }
+    }
+
     fn with(made: Made) -> Queues {
         let Made { rings, entries, params, fd } = made;
         let (sq, cq) = (&params.sq, &params.cq);
@@ -83,7 +104,8 @@ impl Queues {
             sq_head: rings.at(sq.head, 1),
             sq_tail: rings.at(sq.tail, 1),
             sq_mask: sq_entries - 1,
-            sqes: entries.at(0, sq_entries),
+            sqes: entries.at(0, sq_entries << u8::from(params.is_wide())),
+            wide: u8::from(params.is_wide()),
             tail: 0,
             full_at: u64::from(sq_entries),
             cq_head: rings.at(cq.head, 1),
@@ -95,6 +117,8 @@ impl Queues {
             enter_fd: index.unwrap_or_else(|| fd.as_raw_fd()),
             enter_flags: ENTER_GETEVENTS | flag,
             enters: 0,
+            is_low_depth: false,
+            pair_at: None,
             #[cfg(feature = "imitation")]
             imitation: crate::imitation::Imitation::default(),
             _rings: rings,
@@ -133,7 +157,7 @@ impl Queues {
         if self.is_full() {
             self.make_room();
         }
-        let place = (self.place() & self.sq_mask) as usize;
+        let place = ((self.place() & self.sq_mask) as usize) << self.wide;
         // SAFETY: below the number of entries, so inside the mapping that `at` has asserted.
         let place = unsafe { self.sqes.add(place) };
         // SAFETY: the kernel has taken what was here (`full_at` is a whole queue behind its head)
@@ -144,10 +168,59 @@ impl Queues {
         self.tail += 1;
     }
 
+    /// As `push`, of an entry with a second half.
+    ///
+    /// # Panics
+    /// If the ring's entries have none.
+    pub(crate) fn push_wide(&mut self, sqe: Sqe, rest: [u64; 8]) {
+        assert!(self.wide == 1, "the ring's entries have no second half");
+        if self.is_full() {
+            self.make_room();
+        }
+        let place = ((self.place() & self.sq_mask) as usize) << 1 | 1;
+        // SAFETY: below twice the number of entries, so inside the mapping that `at` has asserted.
+        let place = unsafe { self.sqes.add(place) };
+        // SAFETY: as in `push_made`, which fills the half before it: the entry is not the kernel's
+        // yet. The second half of an entry is as large as the first, and as aligned.
+        unsafe { place.cast::<[u64; 8]>().write(rest) };
+        self.push_made(|| sqe);
+    }
+
     /// Whether there is no room, as far as is known.
     #[inline]
     pub(crate) fn is_full(&self) -> bool {
         self.tail == self.full_at
+    }
+
+    /// How many entries it has room for.
+    pub(crate) fn size(&self) -> u32 {
+        self.sq_mask + 1
+    }
+
+    /// Whether `count` more entries can be pushed before the kernel is entered.
+    pub(crate) fn has_room_for(&mut self, count: u32) -> bool {
+        let end = self.tail - u64::from(self.queued()) + u64::from(self.size());
+        self.full_at = end;
+        self.tail + u64::from(count) <= end
+    }
+
+    /// The entry that was pushed last and the next one are a pair.
+    pub(crate) fn mark_pair(&mut self) {
+        self.pair_at = Some(self.tail);
+    }
+
+    /// Looks whether the kernel has taken both entries of a pair.
+    ///
+    /// # Panics
+    /// If it has taken the first alone: the second would be carried out whatever becomes of that.
+    #[cold]
+    #[inline(never)]
+    fn check_pair(&mut self, second: u64) {
+        let taken = self.tail - u64::from(self.queued());
+        assert!(taken != second, "the kernel took a splice without what is linked behind it");
+        if taken > second {
+            self.pair_at = None;
+        }
     }
 
     /// Finds out what the kernel has taken; hands over what is there if that is nothing.
@@ -187,7 +260,11 @@ impl Queues {
                 0_usize,
             )
         };
-        if done < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+        let failed = if done < 0 { Some(std::io::Error::last_os_error()) } else { None };
+        if let Some(second) = self.pair_at {
+            self.check_pair(second);
+        }
+        failed.map_or(Ok(()), Err)
     }
 
     /// Gives the places of the completions that were taken back to the kernel.
@@ -239,6 +316,7 @@ impl Queues {
     fn imitate(&mut self, queued: u32) {
         for back in (1..=queued).rev() {
             let place = (self.place().wrapping_sub(back) & self.sq_mask) as usize;
+            let place = place << self.wide;
             // SAFETY: as in `push`.
             let mut place = unsafe { self.sqes.add(place) };
             // SAFETY: written by `push`, and not published to the kernel yet.

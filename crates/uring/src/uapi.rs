@@ -37,7 +37,6 @@ pub struct Sqe {
 
 const _: () = assert!(size_of::<Sqe>() == 64 && std::mem::offset_of!(Sqe, addr3) == 48);
 
-#[cfg(feature = "imitation")]
 pub(crate) const OP_NOP: u8 = 0;
 pub(crate) const OP_READV: u8 = 1;
 pub(crate) const OP_WRITEV: u8 = 2;
@@ -58,6 +57,8 @@ pub(crate) const OP_READV_FIXED: u8 = 60;
 pub(crate) const OP_WRITEV_FIXED: u8 = 61;
 
 pub(crate) const SQE_FIXED_FILE: u8 = 1;
+/// `IOSQE_IO_LINK`: the next entry is carried out when this one is done whole.
+pub(crate) const SQE_IO_LINK: u8 = 1 << 2;
 /// `IOSQE_BUFFER_SELECT`.
 pub(crate) const SQE_BUFFER_SELECT: u8 = 1 << 5;
 /// `IORING_RECVSEND_POLL_FIRST`, in an entry's priority.

@@ -9,6 +9,7 @@ mod bad;
 mod batch;
 mod cli;
 mod contract;
+mod copy;
 mod dialect;
 mod layers;
 mod life;
@@ -16,6 +17,7 @@ mod luck;
 mod manners;
 mod mirror;
 mod nbd;
+mod protect;
 mod reach;
 mod recover;
 mod replay;
@@ -24,7 +26,7 @@ mod verify;
 use std::process::ExitCode;
 
 use devsplice_e2e::{
-    Group, Kind, Mode, PATHS, Skip, is_root, leftovers, mode, need, program, trials,
+    FUSE_PATHS, Group, Kind, Mode, PATHS, Skip, is_root, leftovers, mode, need, program, trials,
 };
 use libtest_mimic::{Arguments, Completion, Trial};
 
@@ -70,22 +72,30 @@ fn groups() -> Vec<Group> {
     cli::add(&mut cli, home);
     let mut bad = Group::new("bad", need(is_root(), "needs root"));
     bad::add(&mut bad, home);
+    let mut copies = Group::new("copy", need(is_root(), "needs root"));
+    copy::add(&mut copies, home);
     let mut nbd = Group::new("nbd", Ok(()));
     nbd::add(&mut nbd);
-    let mut groups = vec![cli, bad, nbd];
-    for kind in [Kind::Fuse].into_iter().chain(PATHS.map(Kind::Ublk)) {
+    let mut groups = vec![cli, bad, copies, nbd];
+    let fuse = [Kind::Fuse].into_iter().chain(FUSE_PATHS.map(Kind::FuseUring));
+    for kind in fuse.chain(PATHS.map(Kind::Ublk)) {
         if mode() == Mode::Native && kind.is_ublk() && kind.gate().is_err() {
             continue;
         }
         let mut group = Group::of(kind);
         verify::add(&mut group, kind);
         contract::add(&mut group, kind);
-        if kind == home || kind == Kind::Fuse {
+        let is_best_of_fuse = kind == Kind::FuseUring(FUSE_PATHS[0]);
+        if is_best_of_fuse {
+            replay::add(&mut group, kind);
+        }
+        if kind == home || kind == Kind::Fuse || is_best_of_fuse {
             life::add(&mut group, kind);
             layers::add(&mut group, kind);
             mirror::add(&mut group, kind);
             manners::add(&mut group, kind);
             luck::add(&mut group, kind);
+            protect::add(&mut group, kind);
             reach::add_once(&mut group, kind);
             if kind == home {
                 dialect::add(&mut group, kind);

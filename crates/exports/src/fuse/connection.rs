@@ -2,15 +2,31 @@
 //! how it is cut.
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::time::Duration;
 
 use devsplice_core::{Error, ErrorKind, Result};
+use devsplice_uring::control::ControlRing;
 use devsplice_uring::loopctl;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags, openat, statx};
 use rustix::io::Errno;
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_flag,
     fsconfig_set_string, fsmount, fsopen,
 };
+use zerocopy::IntoBytes;
+
+use super::node::{Answer, Node};
+use super::wire::{Ask, Body, MAJOR, out_header, parse};
+
+/// `FUSE_IO_URING_CMD_ADD_QUEUE`, and what is asked of it (`FUSE_URING_ZERO_COPY`).
+const CMD_ADD_QUEUE: u32 = 3;
+const QUEUE_ZERO_COPY: u64 = 1;
+/// How long that may take.
+const COMMAND_LIMIT: Duration = Duration::from_secs(5);
+/// What a reader must have room for before anything is agreed (`FUSE_MIN_READ_BUFFER`).
+const HANDSHAKE_BYTES: usize = 8192;
+const POSSIBLE: &str = "/sys/devices/system/cpu/possible";
 
 /// The kernel's side of FUSE.
 pub const DEV_FUSE: &str = "/dev/fuse";
@@ -29,6 +45,84 @@ pub struct Mount {
     pub queues: Vec<OwnedFd>,
     /// The connection's number in fusectl.
     pub number: u32,
+}
+
+/// Does the handshake on a fresh connection: what the kernel offered, all 64 bits of it.
+///
+/// # Errors
+/// If the kernel does not speak our protocol, or says nothing.
+pub fn greet(fuse: &OwnedFd, node: &Node) -> Result<u64> {
+    let failed = |errno| os("FUSE's handshake", errno);
+    let refused = || {
+        Error::new(ErrorKind::Unsupported, "FUSE", "this kernel's protocol is too old")
+            .next("a kernel from 5.19")
+    };
+    // It may ask twice: in its version, then in ours.
+    for _ in 0..2 {
+        let patience = Timespec { tv_sec: 5, tv_nsec: 0 };
+        let there = poll(&mut [PollFd::new(fuse, PollFlags::IN)], Some(&patience));
+        if there.map_err(failed)? == 0 {
+            return Err(Error::new(ErrorKind::Busy, "FUSE's handshake", "nothing comes"));
+        }
+        let mut bytes = [0; HANDSHAKE_BYTES];
+        let len = rustix::io::read(fuse, &mut bytes).map_err(failed)?;
+        let (head, Ok(ask)) = parse(&bytes[..len]).map_err(|_| refused())? else {
+            return Err(refused());
+        };
+        let Ask::Init { major, flags, .. } = ask else { return Err(refused()) };
+        let Answer::Reply(answer) = node.answer(head, &ask) else { return Err(refused()) };
+        let body = answer.unwrap_or(Body::EMPTY);
+        let header = out_header(head.unique, answer.map(|body| body.bytes().len()));
+        let reply = [header.as_bytes(), body.bytes()].concat();
+        rustix::io::write(fuse, &reply).map_err(failed)?;
+        if answer.is_err() {
+            return Err(refused());
+        }
+        if major == MAJOR {
+            return Ok(flags);
+        }
+    }
+    Err(refused())
+}
+
+/// Makes a connection's queues for io_uring: one for each CPU that there may be, whose requests
+/// have their pages in slots.
+///
+/// # Errors
+/// If the kernel has no such queues.
+pub fn add_queues(fuse: &OwnedFd, count: u16) -> Result<()> {
+    let mut ring = ControlRing::new()?;
+    for queue in 0..count {
+        let mut payload = [0; 80];
+        payload[..8].copy_from_slice(&QUEUE_ZERO_COPY.to_ne_bytes());
+        payload[16..18].copy_from_slice(&queue.to_ne_bytes());
+        let command = ("a queue of FUSE over io_uring", CMD_ADD_QUEUE);
+        let result = ring.command(fuse.as_fd(), command, payload, None, COMMAND_LIMIT)?;
+        if result < 0 {
+            let reason = "this kernel's FUSE over io_uring has no zero copy (Linux 7.3 has)";
+            let errno = devsplice_core::Errno::from_result(result);
+            return Err(Error::new(ErrorKind::Unsupported, "FUSE", format!("{reason}: {errno}")));
+        }
+    }
+    Ok(())
+}
+
+/// How many CPUs there may be: so many queues has FUSE over io_uring.
+///
+/// # Errors
+/// If the kernel does not say.
+pub fn possible_cpus() -> Result<u16> {
+    let text = std::fs::read_to_string(POSSIBLE).map_err(|error| Error::os(POSSIBLE, &error))?;
+    count_of(text.trim()).ok_or_else(|| Error::new(ErrorKind::Os, POSSIBLE, "makes no sense"))
+}
+
+/// How many numbers a list such as `0-3,8` has.
+fn count_of(list: &str) -> Option<u16> {
+    list.split(',').try_fold(0_u16, |sum, part| {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let (first, last) = (first.parse::<u16>().ok()?, last.parse::<u16>().ok()?);
+        last.checked_sub(first)?.checked_add(1)?.checked_add(sum)
+    })
 }
 
 /// Makes the mount. The kernel has queued its first request afterwards; until that is answered,
@@ -104,5 +198,18 @@ pub fn abort(number: u32) -> Result<()> {
         Ok(file) => rustix::io::write(file, b"1").map(drop).map_err(failed),
         Err(Errno::NOENT) => Ok(()),
         Err(errno) => Err(failed(errno)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn possible_cpus_are_counted() {
+        for (list, count) in [("0", 1), ("0-1", 2), ("0-3,8", 5), ("0-3,8-11,63", 9)] {
+            assert_eq!(super::count_of(list), Some(count), "{list}");
+        }
+        for list in ["", "x", "3-1", "0-65535", "-"] {
+            assert_eq!(super::count_of(list), None, "{list}");
+        }
     }
 }

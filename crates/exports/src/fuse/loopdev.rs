@@ -83,6 +83,22 @@ fn tune(number: u32, wanted: &Wanted) {
     let _ = std::fs::write(format!("/sys/block/loop{number}/queue/rotational"), rotational);
 }
 
+/// Has the page cache leave pages alone while they are written, or not any more: several places may
+/// get them one by one and have to be the same. It would outlast us, so it is taken back; where it
+/// is as wanted nothing is done, which would wait for I/O.
+///
+/// # Errors
+/// As the kernel says; names the file.
+pub fn keep_pages_stable(path: &str, stable: bool) -> Result<()> {
+    let name = path.rsplit('/').next().unwrap_or_default();
+    let file = format!("/sys/block/{name}/queue/stable_writes");
+    let wanted = if stable { "1" } else { "0" };
+    if std::fs::read_to_string(&file).is_ok_and(|is| is.trim() == wanted) {
+        return Ok(());
+    }
+    std::fs::write(&file, wanted).map_err(|error| Error::os(file, &error))
+}
+
 /// Opens the place where loop devices come from.
 ///
 /// # Errors
@@ -153,6 +169,7 @@ fn open_ours(path: &str, name: &str, exclusive: OFlags) -> Result<Option<(OwnedF
 }
 
 fn give_back(path: &str, device: &OwnedFd) -> Result<Cleared> {
+    let _ = keep_pages_stable(path, false);
     match loopctl::clear(device.as_fd()) {
         Ok(()) => Ok(Cleared::Yes),
         Err(error) if is_free(&error) => Ok(Cleared::NotOurs),

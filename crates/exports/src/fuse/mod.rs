@@ -7,6 +7,8 @@
 //! time.
 
 mod connection;
+mod entries;
+mod keep;
 mod loopdev;
 pub mod node;
 mod serve;
@@ -17,15 +19,19 @@ use std::sync::Arc;
 use std::sync::mpsc::RecvTimeoutError;
 use std::time::{Duration, Instant};
 
-use devsplice_core::{Error, ErrorKind, Result};
+use devsplice_core::limits::SECTOR;
+use devsplice_core::{Error, ErrorKind, Limits, Result};
 use devsplice_engine::Counts;
-use devsplice_uring::{FileKind, LaneMemory, RingFile, loopctl, thread::apart};
+use devsplice_uring::{FileKind, FusePayload, LaneMemory, RingFile, loopctl, thread::apart};
 
-use crate::threads::{Crew, OnMade, Service, Shape, Work};
+use crate::threads::{Bottom, Crew, OnMade, Service, Shape, Work};
 use connection::{DEV_FUSE, Mount};
+use keep::{Keep, Lasting, new_stop};
+pub use keep::{Kept, Suspended};
 use loopdev::{Cleared, LOOP_CONTROL, PREFIX, Wanted};
-use node::{MAX_WRITE, Node};
+use node::{MAX_WRITE, Node, Wish};
 use serve::Queue;
+use wire::init;
 
 /// How long the kernel may take to attach the device: a scan for partitions reads from it.
 const ATTACH_LIMIT: Duration = Duration::from_secs(60);
@@ -40,14 +46,77 @@ const SCAN_PATIENCE: Duration = Duration::from_secs(1);
 /// How long looking at the device may take.
 const LOOK_LIMIT: Duration = Duration::from_secs(5);
 
+/// How requests come, and their data. Best first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DataPath {
+    /// By io_uring, with the request's pages in a slot (7.3). No copy.
+    ZeroCopy,
+    /// By io_uring, with the data in memory of ours (6.14). One copy.
+    Entries,
+    /// From /dev/fuse. One copy.
+    Copy,
+}
+
+impl DataPath {
+    /// All of them, best first.
+    pub const ALL: [DataPath; 3] = [DataPath::ZeroCopy, DataPath::Entries, DataPath::Copy];
+
+    /// The word that users see and type.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            DataPath::ZeroCopy => "fuse-zero-copy",
+            DataPath::Entries => "fuse-uring",
+            DataPath::Copy => "fuse-copy",
+        }
+    }
+
+    /// Copies of each payload byte that this process has a part in.
+    #[must_use]
+    pub const fn copies(self) -> u32 {
+        match self {
+            DataPath::ZeroCopy => 0,
+            DataPath::Entries | DataPath::Copy => 1,
+        }
+    }
+
+    const fn wish(self) -> Wish {
+        match self {
+            DataPath::ZeroCopy => Wish::Slots,
+            DataPath::Entries => Wish::Entries,
+            DataPath::Copy => Wish::Read,
+        }
+    }
+}
+
+/// The data paths that this kernel has, found by asking for each on a connection of its own.
+#[must_use]
+pub fn offered() -> Vec<DataPath> {
+    let limits = Limits::ideal(4096);
+    let has = |path: &DataPath| connect(*path, ("devsplice-probe", 1), &limits, false).is_ok();
+    DataPath::ALL.into_iter().filter(has).collect()
+}
+
+/// The data path that a disk with these limits would get unasked, over files and block devices.
+#[must_use]
+pub fn best(limits: &Limits) -> DataPath {
+    let fits = takes_any_pages(limits, false).is_ok();
+    if fits && connect(DataPath::ZeroCopy, ("devsplice-probe", 1), limits, false).is_ok() {
+        return DataPath::ZeroCopy;
+    }
+    DataPath::Copy
+}
+
 /// What device to make.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// Its name: the loop device is then "devsplice:NAME".
     pub name: String,
-    /// Queues, each a clone of /dev/fuse.
+    /// How requests come; `None` for the best that the kernel and the stack allow.
+    pub data_path: Option<DataPath>,
+    /// Queues, each a clone of /dev/fuse. (By io_uring there is one for each possible CPU.)
     pub queues: u16,
-    /// Threads that serve them.
+    /// Threads that serve them; 0 for as many as seem good.
     pub threads: u16,
     /// Requests in flight per queue.
     pub depth: u16,
@@ -57,6 +126,10 @@ pub struct Options {
     pub part_scan: bool,
     /// Seconds after which a request is reported as stuck; 0 for never.
     pub stuck_seconds: u32,
+    /// The lock that whoever serves the disk has, if the disk is to outlive its server.
+    pub keep: Option<Arc<OwnedFd>>,
+    /// Whether it must be possible that it does.
+    pub must_keep: bool,
 }
 
 /// Whether devices can be made here.
@@ -78,7 +151,10 @@ pub struct Device {
     name: String,
     /// The connection's number.
     number: u32,
+    data_path: DataPath,
     crew: Crew,
+    told: String,
+    keep: Option<Keep>,
 }
 
 impl Device {
@@ -99,24 +175,40 @@ impl Device {
             rotational: limits.rotational,
         };
         let name = format!("{PREFIX}{}", options.name);
-        let Mount { fd, queues, number } =
-            connection::mount(&name, options.queues.max(1), read_only)?;
-        let node = Arc::new(Node::new(&options.name, &limits, read_only));
-        let work = Work {
-            service,
-            make: make_queue(node, queues, options.depth.max(1)),
-            cpus: Box::new(|_| None),
+        let made = choose(options, &service, read_only)?;
+        let data_path = made.path;
+        let shape = shape(options, (data_path, options.queues.max(1)))?;
+        let (lasting, kept) = made.lasting(options)?;
+        let told = made.node.told();
+        let Made { mount: Mount { fd, queues, number }, node, .. } = made;
+        let make = match data_path {
+            DataPath::Copy => make_queue(node, queues, shape.memory.depth, lasting.clone()),
+            path => make_entries(node, queues, shape.memory.depth, path),
         };
+        let work = Work { service, make, cpus: Box::new(|_| None) };
         on_made(number);
         // From here on, whatever fails: without the mount the connection closes, and the threads
         // end.
-        let crew = Crew::start(shape(options), work)?;
+        let mut crew = Crew::start(shape, work)?;
+        let stable = limits.stable_writes && data_path.copies() == 0;
         let attach = move |mount: Option<OwnedFd>| match mount {
-            Some(mount) => loopdev::attach(&mount, &wanted),
+            Some(mount) => {
+                let path = loopdev::attach(&mount, &wanted)?;
+                let kept = if stable { loopdev::keep_pages_stable(&path, true) } else { Ok(()) };
+                Ok((path, kept.err().map(|error| format!("{error}; legs may come to differ"))))
+            }
             None => Err(Error::new(ErrorKind::Os, "the device's mount", "lost")),
         };
         match bounded("attaching", Some(&fd), ATTACH_LIMIT, attach) {
-            Ok(path) => Ok(Device { path, name, number, crew }),
+            Ok((path, warning)) => {
+                crew.warnings.extend(warning);
+                let keep = lasting.map(|Lasting { stop, .. }| Keep {
+                    kept: Kept { fuse: kept, number, told: told.clone(), path: path.clone() },
+                    options: options.clone(),
+                    stop,
+                });
+                Ok(Device { path, name, number, data_path, crew, told, keep })
+            }
             Err(error) => {
                 // What hangs for want of an answer gets one now.
                 let _ = connection::abort(number);
@@ -131,6 +223,12 @@ impl Device {
     #[must_use]
     pub fn path(&self) -> &str {
         &self.path
+    }
+
+    /// How its requests come.
+    #[must_use]
+    pub fn data_path(&self) -> DataPath {
+        self.data_path
     }
 
     /// The threads that serve it.
@@ -225,21 +323,164 @@ pub fn loop_devices() -> Vec<(String, String)> {
     all.unwrap_or_default()
 }
 
-fn shape(options: &Options) -> Shape {
-    let memory =
-        LaneMemory { depth: options.depth.max(1), bytes: MAX_WRITE, slots: false, locked: false };
-    let queues = options.queues.max(1);
-    let (threads, stuck_seconds) = (options.threads.min(queues), options.stuck_seconds);
-    Shape { queues, threads, is_shared: false, memory, stuck_seconds }
+/// A connection that has shaken hands.
+struct Made {
+    mount: Mount,
+    node: Arc<Node>,
+    path: DataPath,
+    /// What the kernel offered.
+    offered: u64,
 }
 
-fn make_queue(node: Arc<Node>, queues: Vec<OwnedFd>, depth: u16) -> Box<crate::threads::MakeQueue> {
+impl Made {
+    /// What makes the disk outlive its server, and the descriptors that somebody has to keep; where
+    /// that is wanted, and possible.
+    fn lasting(&self, options: &Options) -> Result<(Option<Lasting>, Vec<OwnedFd>)> {
+        let Some(lock) = options.keep.clone() else { return Ok((None, Vec::new())) };
+        let can = self.path == DataPath::Copy && self.offered & init::HAS_RESEND != 0;
+        if !can {
+            let reason = match self.path {
+                DataPath::Copy => {
+                    "this kernel's FUSE does not send requests again (Linux 6.9 does)"
+                }
+                _ => "requests that come by io_uring are not sent again",
+            };
+            if options.must_keep {
+                return Err(Error::new(ErrorKind::Unsupported, "--recovery", reason)
+                    .next("--recovery off, or --data-path fuse-copy on a newer kernel"));
+            }
+            return Ok((None, Vec::new()));
+        }
+        let clone = |fd: &OwnedFd| fd.try_clone().map_err(|error| Error::os(DEV_FUSE, &error));
+        let kept = self.mount.queues.iter().map(clone).collect::<Result<_>>()?;
+        Ok((Some(Lasting { stop: new_stop()?, lock }), kept))
+    }
+}
+
+/// A connection of the best data path, or of the one that is asked for.
+fn choose(options: &Options, service: &Service, read_only: bool) -> Result<Made> {
+    let (limits, name) = (service.stack.limits(), (options.name.as_str(), options.queues.max(1)));
+    let needs_memory = service.bottoms.iter().any(Bottom::needs_memory);
+    if let Some(path) = options.data_path {
+        if path == DataPath::ZeroCopy {
+            takes_any_pages(limits, needs_memory)?;
+        }
+        return connect(path, name, limits, read_only);
+    }
+    // Copying by io_uring is not better than copying from /dev/fuse, and cannot be taken over.
+    if !options.must_keep
+        && takes_any_pages(limits, needs_memory).is_ok()
+        && let Ok(made) = connect(DataPath::ZeroCopy, name, limits, read_only)
+    {
+        return Ok(made);
+    }
+    connect(DataPath::Copy, name, limits, read_only)
+}
+
+/// Whether the stack can do with whatever pages the users of a loop device come with.
+fn takes_any_pages(limits: &Limits, needs_memory: bool) -> Result<()> {
+    let reason = |reason: &str| {
+        let thing = format!("data path {}", DataPath::ZeroCopy.name());
+        Err(Error::new(ErrorKind::Unsupported, thing, reason)
+            .next(format!("--data-path {}", DataPath::Copy.name())))
+    };
+    let dma = limits.dma;
+    if needs_memory {
+        return reason("a backend of the stack needs the data in memory of ours");
+    }
+    // A loop device lets pages begin at any sector, and cannot be told not to.
+    if dma.align > SECTOR || dma.virt_boundary != 0 && limits.block > SECTOR {
+        return reason("what is below does not take memory that begins at any sector");
+    }
+    Ok(())
+}
+
+fn connect(
+    path: DataPath,
+    (name, queues): (&str, u16),
+    limits: &Limits,
+    read_only: bool,
+) -> Result<Made> {
+    let queues = if path == DataPath::Copy { queues } else { 1 };
+    let mount = connection::mount(&format!("{PREFIX}{name}"), queues, read_only)?;
+    let node = Node::new(name, limits, read_only).wishing(path.wish());
+    let offered = connection::greet(&mount.queues[0], &node)?;
+    if path != DataPath::Copy && offered & init::OVER_IO_URING == 0 {
+        let reason = "this kernel does not offer requests by io_uring (Linux 6.14 does)";
+        return Err(Error::new(ErrorKind::Unsupported, "FUSE", reason)
+            .next("echo 1 > /sys/module/fuse/parameters/enable_uring, where there is that file"));
+    }
+    if path == DataPath::ZeroCopy {
+        connection::add_queues(&mount.queues[0], connection::possible_cpus()?)?;
+    }
+    Ok(Made { mount, node: Arc::new(node), path, offered })
+}
+
+/// Threads that serve the queues of io_uring unasked.
+const THREADS: u16 = 4;
+/// Most entries of all queues together: what a queue cannot take at once waits in the kernel.
+const MOST_ENTRIES: u16 = 4096;
+
+fn shape(options: &Options, (path, queues): (DataPath, u16)) -> Result<Shape> {
+    let is_wide = path != DataPath::Copy;
+    let queues = if is_wide { connection::possible_cpus()? } else { queues };
+    let threads = match options.threads {
+        0 if is_wide => std::thread::available_parallelism()
+            .map_or(1, |cpus| u16::try_from(cpus.get()).unwrap_or(THREADS))
+            .min(THREADS),
+        0 => queues,
+        asked => asked,
+    };
+    // A pool is of one entry less than there are.
+    let (least, most) = if is_wide { (2, MOST_ENTRIES / queues) } else { (1, u16::MAX) };
+    let depth = options.depth.min(most).max(least);
+    let slots = path == DataPath::ZeroCopy;
+    let memory = LaneMemory { depth, bytes: MAX_WRITE, slots, locked: false };
+    let (threads, stuck_seconds) = (threads.min(queues), options.stuck_seconds);
+    Ok(Shape {
+        queues,
+        threads,
+        is_shared: false,
+        is_wide,
+        low_depth: false,
+        memory,
+        stuck_seconds,
+    })
+}
+
+fn make_entries(
+    node: Arc<Node>,
+    fuse: Vec<OwnedFd>,
+    depth: u16,
+    path: DataPath,
+) -> Box<crate::threads::MakeQueue> {
+    let payload = if path == DataPath::ZeroCopy { FusePayload::Pool } else { FusePayload::Own };
+    Box::new(move |queue, ring| {
+        let lost = || Error::new(ErrorKind::Os, DEV_FUSE, "lost");
+        let fd = fuse.first().ok_or_else(lost)?;
+        let fd = fd.try_clone().map_err(|error| Error::os(DEV_FUSE, &error))?;
+        let file = ring.add_file(RingFile { fd, kind: FileKind::Other })?;
+        Ok(Box::new(entries::Queue::new(Arc::clone(&node), (file, queue), depth, payload)))
+    })
+}
+
+fn make_queue(
+    node: Arc<Node>,
+    queues: Vec<OwnedFd>,
+    depth: u16,
+    lasting: Option<Lasting>,
+) -> Box<crate::threads::MakeQueue> {
     Box::new(move |queue, ring| {
         let lost = || Error::new(ErrorKind::Os, DEV_FUSE, format!("no queue {queue}"));
         let fd = queues.get(usize::from(queue)).ok_or_else(lost)?;
         let fd = fd.try_clone().map_err(|error| Error::os(DEV_FUSE, &error))?;
         let file = ring.add_file(RingFile { fd, kind: FileKind::Other })?;
-        Ok(Box::new(Queue::new(Arc::clone(&node), file, depth)))
+        if let Some(Lasting { lock, .. }) = &lasting {
+            let fd = lock.try_clone().map_err(|error| Error::os("the disk's lock", &error))?;
+            ring.add_file(RingFile { fd, kind: FileKind::Other })?;
+        }
+        let stop = lasting.as_ref().map(|lasting| Arc::clone(&lasting.stop));
+        Ok(Box::new(Queue::new(Arc::clone(&node), file, depth, stop)))
     })
 }
 

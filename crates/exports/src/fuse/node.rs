@@ -1,6 +1,7 @@
 //! Answers for the one file: its name, size and attributes, and which requests become I/O.
 
 use devsplice_core::{Errno, Io, Limits, Op};
+use devsplice_uring::Uring;
 
 use super::wire::{
     Ask, Attr, AttrOut, Body, ENOSYS, EntryOut, Head, InitOut, MAJOR, MINOR, MINOR_MIN, OpenOut,
@@ -33,6 +34,19 @@ pub struct Node {
     cached: bool,
     /// Whether holes can be punched.
     holes: bool,
+    wish: Wish,
+}
+
+/// How requests are to come.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Wish {
+    /// Read from /dev/fuse.
+    #[default]
+    Read,
+    /// By io_uring, data in memory of ours.
+    Entries,
+    /// By io_uring, data where it is.
+    Slots,
 }
 
 /// What becomes of a request.
@@ -58,7 +72,25 @@ impl Node {
             read_only: read_only || limits.read_only,
             cached: limits.volatile_cache,
             holes: limits.discard != 0,
+            wish: Wish::Read,
         }
+    }
+
+    /// The same, with requests coming in another way.
+    #[must_use]
+    pub fn wishing(mut self, wish: Wish) -> Node {
+        self.wish = wish;
+        self
+    }
+
+    /// All that the kernel was told of the file, or has learned of it and remembers.
+    #[must_use]
+    pub fn told(&self) -> String {
+        let Node { size, block, grain, read_only, cached, holes, .. } = self;
+        format!(
+            "size {size}, block {block}, grain {grain}, read-only {read_only}, cache {cached}, \
+             holes {holes}"
+        )
     }
 
     /// Decides what becomes of a request. Ranges are left to the stack to check, except where a
@@ -67,7 +99,7 @@ impl Node {
     pub fn answer(&self, head: Head, ask: &Ask<'_>) -> Answer {
         let reply = match *ask {
             Ask::Init { major, minor, max_readahead, flags } => {
-                greet((major, minor), max_readahead, flags)
+                greet((major, minor), max_readahead, flags, self.wish)
             }
             Ask::Lookup { name } if head.node == ROOT && name == self.name.as_bytes() => {
                 let entry_valid = FOREVER;
@@ -89,6 +121,8 @@ impl Node {
             }
             Ask::Open if head.node == FILE => {
                 let flags = open::DIRECT_IO | open::PARALLEL_DIRECT_WRITES | open::NO_FLUSH;
+                let flags =
+                    flags | if self.wish == Wish::Slots { open::IO_URING_ZERO_COPY } else { 0 };
                 Ok(Body::of(&OpenOut { flags, ..Default::default() }))
             }
             Ask::StatFs => Ok(Body::of(&self.figures())),
@@ -154,7 +188,7 @@ impl Node {
     }
 }
 
-fn greet(version: (u32, u32), max_readahead: u32, offered: u32) -> Result<Body, Errno> {
+fn greet(version: (u32, u32), max_readahead: u32, offered: u64, wish: Wish) -> Result<Body, Errno> {
     let (major, minor) = version;
     if major > MAJOR {
         // The kernel asks again in our version.
@@ -165,17 +199,22 @@ fn greet(version: (u32, u32), max_readahead: u32, offered: u32) -> Result<Body, 
         | init::ASYNC_DIO
         | init::PARALLEL_DIROPS
         | init::MAX_PAGES;
-    if major < MAJOR || minor < MINOR_MIN || offered & wanted != wanted {
+    if major < MAJOR || minor < MINOR_MIN || offered & u64::from(wanted) != u64::from(wanted) {
         return Err(Errno::EOPNOTSUPP);
     }
+    // What was not offered is not asked for: it is found out and dealt with before requests come.
+    let by_uring = wish != Wish::Read && offered & init::OVER_IO_URING != 0;
+    let (ext, flags2) = if by_uring { (init::EXT, init::OVER_IO_URING >> 32) } else { (0, 0) };
     Ok(Body::of(&InitOut {
         major: MAJOR,
         minor: MINOR.min(minor),
         max_readahead,
-        flags: wanted,
+        flags: wanted | ext,
+        flags2: u32::try_from(flags2).unwrap_or(0),
         max_background: MAX_BACKGROUND,
         congestion_threshold: MAX_BACKGROUND / 4 * 3,
-        max_write: MAX_WRITE,
+        // The size of a buffer in the pool, too.
+        max_write: if wish == Wish::Slots { Uring::fuse_stride(MAX_WRITE) } else { MAX_WRITE },
         time_gran: 1,
         max_pages: MAX_PAGES,
         ..Default::default()

@@ -21,6 +21,9 @@ pub const OUT_HEADER: usize = size_of::<OutHeader>();
 /// The longest reply without its header, data of reads not counted.
 pub const BODY_MAX: usize = size_of::<EntryOut>();
 
+/// `FUSE_NOTIFY_RESEND`: in place of an error, with 0 for the request's number.
+pub const NOTIFY_RESEND: i32 = 7;
+
 /// `ENOSYS`: the kernel does not ask for the operation again.
 pub const ENOSYS: Errno = Errno::from_result(-38);
 
@@ -46,6 +49,8 @@ wire_structs! {
     OutHeader, 16 { len: u32, error: i32, unique: u64 }
     /// The front of `struct fuse_init_in` that every minor since 7.6 has.
     InitIn, 16 { major: u32, minor: u32, max_readahead: u32, flags: u32 }
+    /// What may stand behind it, with [`init::EXT`].
+    InitMore, 4 { flags2: u32 }
     /// `struct fuse_init_out`.
     InitOut, 64 {
         major: u32, minor: u32, max_readahead: u32, flags: u32, max_background: u16,
@@ -92,6 +97,10 @@ pub mod init {
     pub const ASYNC_DIO: u32 = 1 << 15;
     pub const PARALLEL_DIROPS: u32 = 1 << 18;
     pub const MAX_PAGES: u32 = 1 << 22;
+    pub const EXT: u32 = 1 << 30;
+    /// `FUSE_HAS_RESEND` and `FUSE_OVER_IO_URING`, of the flags' second word.
+    pub const HAS_RESEND: u64 = 1 << 39;
+    pub const OVER_IO_URING: u64 = 1 << 41;
 }
 
 /// `FOPEN_*` flags of an open file.
@@ -100,6 +109,7 @@ pub mod open {
     pub const DIRECT_IO: u32 = 1;
     pub const NO_FLUSH: u32 = 1 << 5;
     pub const PARALLEL_DIRECT_WRITES: u32 = 1 << 6;
+    pub const IO_URING_ZERO_COPY: u32 = 1 << 8;
 }
 
 /// `FALLOC_FL_KEEP_SIZE` (include/uapi/linux/falloc.h).
@@ -112,8 +122,8 @@ const FATTR_SIZE: u32 = 1 << 3;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs)]
 pub enum Ask<'a> {
-    /// The handshake.
-    Init { major: u32, minor: u32, max_readahead: u32, flags: u32 },
+    /// The handshake; the flags' second word above the first.
+    Init { major: u32, minor: u32, max_readahead: u32, flags: u64 },
     /// Which file has this name?
     Lookup { name: &'a [u8] },
     /// A file's attributes.
@@ -170,13 +180,45 @@ pub fn parse(bytes: &[u8]) -> Result<(Head, Result<Ask<'_>, Errno>), Broken> {
     Ok((head, ask(header.opcode, &body[..len])))
 }
 
+/// Takes a request apart that came with its parts apart: its header, that of its operation, and how
+/// many bytes of payload. `payload` are those bytes, but may be empty where nobody looks at
+/// them ([`is_named`]).
+///
+/// # Errors
+/// As [`parse`].
+pub fn parse_apart<'a>(
+    header: &[u8],
+    operation: &'a [u8],
+    (payload, len): (&'a [u8], u32),
+) -> Result<(Head, Result<Ask<'a>, Errno>), Broken> {
+    let (header, _) = InHeader::read_from_prefix(header).map_err(|_| Broken)?;
+    let head = Head { unique: header.unique, node: header.node };
+    let asked = match header.opcode {
+        LOOKUP => ask(LOOKUP, payload),
+        WRITE => take(operation).and_then(|ReadWriteIn { at, len: all, .. }| {
+            if all == len { Ok(Ask::Write { at, len }) } else { Err(Errno::EIO) }
+        }),
+        opcode => ask(opcode, operation),
+    };
+    Ok((head, asked))
+}
+
+/// Whether the request of this header has a payload that has to be looked at.
+#[must_use]
+pub fn is_named(header: &[u8]) -> bool {
+    InHeader::read_from_prefix(header).is_ok_and(|(header, _)| header.opcode == LOOKUP)
+}
+
+const LOOKUP: u32 = 1;
+const WRITE: u32 = 16;
+
 fn take<T: FromBytes + KnownLayout + Immutable>(body: &[u8]) -> Result<T, Errno> {
     T::read_from_prefix(body).map(|(front, _)| front).map_err(|_| Errno::EIO)
 }
 
 fn ask(opcode: u32, body: &[u8]) -> Result<Ask<'_>, Errno> {
     Ok(match opcode {
-        1 => {
+        LOOKUP => {
             let end = body.iter().position(|byte| *byte == 0).ok_or(Errno::EIO)?;
             Ask::Lookup { name: &body[..end] }
         }
@@ -192,7 +234,7 @@ fn ask(opcode: u32, body: &[u8]) -> Result<Ask<'_>, Errno> {
             let ReadWriteIn { at, len, .. } = take(body)?;
             Ask::Read { at, len }
         }
-        16 => {
+        WRITE => {
             let ReadWriteIn { at, len, .. } = take(body)?;
             let data = body.len() - size_of::<ReadWriteIn>();
             if usize::try_from(len) != Ok(data) {
@@ -206,6 +248,10 @@ fn ask(opcode: u32, body: &[u8]) -> Result<Ask<'_>, Errno> {
         20 => Ask::Sync,
         26 => {
             let InitIn { major, minor, max_readahead, flags } = take(body)?;
+            let has_more = flags & init::EXT != 0;
+            let more = body.get(size_of::<InitIn>()..).filter(|_| has_more);
+            let more = more.and_then(|more| take::<InitMore>(more).ok()).unwrap_or_default();
+            let flags = u64::from(flags) | u64::from(more.flags2) << 32;
             Ask::Init { major, minor, max_readahead, flags }
         }
         43 => {
