@@ -9,6 +9,12 @@ use devsplice_core::prelude::*;
 use devsplice_core::size::{parse_duration_ns, parse_size, show_size};
 use devsplice_exports::fuse::node::{Answer, MAX_WRITE, Node};
 use devsplice_exports::fuse::wire;
+use devsplice_nbd::client::{self, Wish};
+use devsplice_nbd::limits::{MAX_OPTION, MAX_PAYLOAD, MAX_WAITING};
+use devsplice_nbd::server::{Ask, Handshake, Offer, Outcome, Refusal, Session};
+use devsplice_nbd::uri::Uri;
+use devsplice_nbd::wire::{Reply, can};
+use devsplice_nbd::{Mode, Request};
 use devsplice_spec::{Catalog, Plan};
 
 const CATALOG: Catalog =
@@ -198,5 +204,82 @@ pub fn fuse_wire(bytes: &[u8]) {
             assert!(io.op != Op::Read || io.extent.within(DISK), "{io:?}");
             assert!(!read_only || !io.op.changes(), "{io:?} of a read-only file");
         }
+    }
+}
+
+/// What an NBD client sends, from the handshake on: nothing is kept beyond the limits, and a
+/// request that is let in lies inside the device.
+pub fn nbd_server(bytes: &[u8]) {
+    let flags = can::HAS_FLAGS | can::FLUSH | can::FUA | can::TRIM | can::WRITE_ZEROES;
+    let (name, description) = ("disk".to_owned(), String::new());
+    let offer = Offer { name, description, size: DISK, flags, block: 512, preferred: 4096 };
+    let mut server = Handshake::new(vec![offer]);
+    let (mut rest, cut) = (bytes, 1 + bytes.len() % 97);
+    while !rest.is_empty() {
+        let part = &rest[..rest.len().min(cut)];
+        let Ok(count) = server.receive(part) else { return };
+        assert!(count <= part.len() && server.output().len() < MAX_WAITING + MAX_OPTION);
+        if let Outcome::Chosen(session) = server.outcome() {
+            return requests(session, &rest[count..]);
+        }
+        if *server.outcome() == Outcome::Closed {
+            return;
+        }
+        let waiting = server.output().len();
+        server.sent(waiting);
+        rest = &rest[count..];
+    }
+}
+
+fn requests(session: &Session, mut bytes: &[u8]) {
+    while let Ok(Some(request)) = Request::parse(bytes, session.mode) {
+        bytes = &bytes[session.mode.request_len()..];
+        let skip = match session.admit(&request) {
+            Ok(Ask::Write { .. }) => request.length,
+            Ok(Ask::Disconnect) | Err(Refusal::Hopeless) => return,
+            Err(Refusal::Reply { skip, .. }) => skip,
+            Ok(_) => 0,
+        };
+        if let Ok(asked) = session.admit(&request)
+            && asked != Ask::Flush
+        {
+            let extent = Extent { at: request.offset, len: request.length };
+            let is_data = matches!(asked, Ask::Read | Ask::Write { .. });
+            assert!(extent.len > 0 && extent.within(DISK), "{request:?}");
+            assert!((extent.at | extent.len).is_multiple_of(512), "{request:?}");
+            assert!(!is_data || extent.len <= u64::from(MAX_PAYLOAD), "{request:?}");
+        }
+        let Ok(skip) = usize::try_from(skip) else { return };
+        bytes = bytes.get(skip..).unwrap_or_default();
+    }
+}
+
+/// What an NBD server sends: a client keeps no more than the limits, and believes in no size that
+/// has no sense.
+pub fn nbd_client(bytes: &[u8]) {
+    for mode in [Mode::Simple, Mode::Structured, Mode::Extended] {
+        let _ = Reply::parse(bytes, mode);
+        let wish = Wish { name: "disk".to_owned(), mode, allocation: true };
+        let mut client = client::Handshake::new(wish);
+        for part in bytes.chunks(1 + bytes.len() % 89) {
+            if client.receive(part).is_err() {
+                break;
+            }
+            assert!(client.output().len() < MAX_OPTION);
+        }
+        if let client::Outcome::Chosen(agreed) = client.outcome() {
+            assert!(agreed.block.is_power_of_two() && agreed.most >= agreed.block, "{agreed:?}");
+            assert!(agreed.size <= i64::MAX as u64 && agreed.most <= MAX_PAYLOAD, "{agreed:?}");
+        }
+    }
+}
+
+/// An address of NBD: what is read is written such that it reads back.
+pub fn nbd_uri(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    if let Ok(uri) = Uri::parse(text) {
+        let shown = uri.to_string();
+        let again = Uri::parse(&shown).ok();
+        assert_eq!(again.as_ref(), Some(&uri), "{text} became {shown}");
     }
 }

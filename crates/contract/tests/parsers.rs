@@ -112,6 +112,9 @@ entries! {
     driver_keys: any_keys_make_a_layer_that_stays_inside_or_an_error,
     mbr: any_boot_sector_has_partitions_inside_the_disk_or_is_an_error,
     gpt: any_partition_table_has_partitions_inside_the_disk_or_is_an_error,
+    nbd_server: any_client_of_nbd_is_served_within_the_limits_or_cut_off,
+    nbd_client: any_server_of_nbd_is_believed_within_the_limits_or_left,
+    nbd_uri: any_address_of_nbd_reads_back_or_is_an_error,
     fuse_wire: any_message_is_a_request_inside_the_file_or_an_error,
 }
 

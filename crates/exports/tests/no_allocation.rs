@@ -4,13 +4,18 @@
 #![allow(clippy::unwrap_used)] // All of this is a test.
 
 use std::alloc::System;
+use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Barrier, RwLock};
 use std::thread;
 
 use devsplice_core::{Args, Errno, Limits, Stack, StackBuilder};
 use devsplice_exports::threads::{Bottom, Crew, Service};
-use devsplice_exports::{fuse, ublk};
+use devsplice_exports::{fuse, nbd, ublk};
+use devsplice_nbd::client::{Handshake, Outcome, Wish};
+use devsplice_nbd::wire::command;
+use devsplice_nbd::{Mode as Replies, Request};
 use devsplice_uring::{Bytes, FileKind};
 use rustix::fs::{MemfdFlags, Mode, OFlags};
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
@@ -80,12 +85,20 @@ fn service(with_bytes: bool) -> Service {
 /// Reads and writes with several threads; checks that nothing is allocated once all has been used.
 fn flow(path: &str, crew: &Crew) {
     let flags = OFlags::RDWR | OFlags::DIRECT | OFlags::CLOEXEC;
+    let node = path.to_owned();
+    flow_of(path, crew, move |index, barrier| {
+        client(&rustix::fs::open(&node, flags, Mode::empty()).unwrap(), index, barrier);
+    });
+}
+
+/// As `flow`, for clients of any kind, which wait at the barrier when they are warm, before and
+/// after what is looked at.
+fn flow_of(path: &str, crew: &Crew, client: impl Fn(u64, &Barrier) + Clone + Send + 'static) {
     let barrier = Arc::new(Barrier::new(usize::try_from(THREADS).unwrap() + 1));
     let threads: Vec<_> = (0..THREADS)
         .map(|index| {
-            let disk = rustix::fs::open(path, flags, Mode::empty()).unwrap();
-            let barrier = Arc::clone(&barrier);
-            thread::spawn(move || client(&disk, index, &barrier))
+            let (barrier, client) = (Arc::clone(&barrier), client.clone());
+            thread::spawn(move || client(index, &barrier))
         })
         .collect();
     barrier.wait(); // warm
@@ -124,6 +137,66 @@ fn client(disk: &OwnedFd, index: u64, barrier: &Barrier) {
     barrier.wait(); // go
     pass(ROUNDS);
     barrier.wait(); // done
+}
+
+/// A client of NBD: several requests at a time, of which each has its answer before the next.
+fn nbd_client(path: &str, index: u64, barrier: &Barrier) {
+    const AT_ONCE: u64 = 8;
+    let mut socket = UnixStream::connect(path).unwrap();
+    let wish = Wish { name: String::new(), mode: Replies::Simple, allocation: false };
+    let mut handshake = Handshake::new(wish);
+    while *handshake.outcome() == Outcome::Open {
+        socket.write_all(handshake.output()).unwrap();
+        handshake.sent(handshake.output().len());
+        let mut byte = [0];
+        socket.read_exact(&mut byte).unwrap();
+        handshake.receive(&byte).unwrap();
+    }
+    let mut bytes = vec![0_u8; 28 + 16384];
+    let mut pass = |rounds: u64| {
+        for round in 0..rounds / AT_ONCE {
+            let is_write = round % 2 == 0;
+            let len = usize::try_from(4096 * (1 + round % 4)).unwrap();
+            for cookie in 0..AT_ONCE {
+                let command = if is_write { command::WRITE } else { command::READ };
+                let offset = index * (8 << 20) + (cookie * 16384 + round * 512) % (4 << 20);
+                let length = len as u64;
+                let request = Request { flags: 0, command, cookie, offset, length };
+                bytes[..28].copy_from_slice(request.head(Replies::Simple).bytes());
+                let sent = if is_write { 28 + len } else { 28 };
+                socket.write_all(&bytes[..sent]).unwrap();
+            }
+            for _ in 0..AT_ONCE {
+                let count = if is_write { 16 } else { 16 + len };
+                socket.read_exact(&mut bytes[..count]).unwrap();
+                assert_eq!(bytes[..8], [0x67, 0x44, 0x66, 0x98, 0, 0, 0, 0]);
+            }
+        }
+    };
+    pass(2000);
+    barrier.wait(); // warm
+    barrier.wait(); // go
+    pass(ROUNDS);
+    barrier.wait(); // done
+}
+
+fn on_nbd(with_bytes: bool) {
+    let socket = std::env::temp_dir().join(format!("no-allocation-{}", std::process::id()));
+    let options = nbd::Options {
+        name: "disk".to_owned(),
+        listen: vec![nbd::Uri::parse(&format!("unix:{}", socket.display())).unwrap()],
+        allow: Vec::new(),
+        writable: false,
+        read_only: false,
+        connections: 4,
+        threads: 2,
+        depth: 32,
+        stuck_seconds: 30,
+    };
+    let device = nbd::Device::attach(&options, service(with_bytes)).unwrap();
+    let path = socket.display().to_string();
+    flow_of("nbd", device.crew(), move |index, barrier| nbd_client(&path, index, barrier));
+    device.detach().unwrap();
 }
 
 fn on_fuse(with_bytes: bool, path: Option<fuse::DataPath>) -> bool {
@@ -192,6 +265,8 @@ fn on_ublk() -> bool {
 // One test: the allocator is counted for the whole process, so nothing may run beside it.
 #[test]
 fn nothing_is_allocated_while_requests_flow() {
+    on_nbd(false);
+    on_nbd(true);
     let ran = (on_ublk(), on_fuse(false, Some(fuse::DataPath::Copy)) && on_fuse(true, None));
     // Those by io_uring where somebody has switched them on.
     for path in fuse::offered() {

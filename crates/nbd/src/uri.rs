@@ -91,7 +91,9 @@ fn tcp(text: &str) -> Option<Place> {
         },
     };
     let port = if port.is_empty() { PORT } else { port.parse().ok()? };
-    (!host.is_empty()).then(|| Place::Tcp(host.to_owned(), port))
+    // What else may stand in a URI's host has no business in a name or address.
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-._:".contains(&byte);
+    (!host.is_empty() && host.bytes().all(is_plain)).then(|| Place::Tcp(host.to_owned(), port))
 }
 
 /// `%41` as `A`.
@@ -105,9 +107,9 @@ fn decoded(text: &str) -> Option<String> {
         }
         let mut digit = || char::from(rest.next()?).to_digit(16);
         let value = digit()? * 16 + digit()?;
-        bytes.push(u8::try_from(value).ok().filter(|byte| *byte != 0)?);
+        bytes.push(u8::try_from(value).ok()?);
     }
-    String::from_utf8(bytes).ok()
+    String::from_utf8(bytes).ok().filter(|text| !text.contains('\0'))
 }
 
 /// Everything but what may stand in a URI as it is.
@@ -190,6 +192,9 @@ mod tests {
             "nbd://h/?tls-psk-file=/etc/shadow",
             "nbd://[::1",
             "tcp:",
+            "tcp:host/export",
+            "nbd://user@host/",
+            "nbd://h/\0",
             "http://h/",
         ] {
             let error = Uri::parse(text).map_err(|error| error.to_string());

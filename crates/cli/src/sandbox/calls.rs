@@ -43,6 +43,8 @@ pub const IO_THREAD: &[i64] = &[
     sys::SYS_poll,
     sys::SYS_ppoll,
     sys::SYS_eventfd2,
+    // A client is shown the door.
+    sys::SYS_shutdown,
     // Memory.
     sys::SYS_mmap,
     sys::SYS_munmap,

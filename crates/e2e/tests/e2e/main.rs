@@ -19,6 +19,7 @@ mod luck;
 mod manners;
 mod many;
 mod mirror;
+mod nbd;
 mod ops;
 mod protect;
 mod reach;
@@ -79,7 +80,9 @@ fn groups() -> Vec<Group> {
     bad::add(&mut bad, home);
     let mut copies = Group::new("copy", need(is_root(), "needs root"));
     copy::add(&mut copies, home);
-    let mut groups = vec![cli, bad, copies];
+    let mut nbd = Group::new("nbd", Ok(()));
+    nbd::add(&mut nbd);
+    let mut groups = vec![cli, bad, copies, nbd];
     let fuse = [Kind::Fuse].into_iter().chain(FUSE_PATHS.map(Kind::FuseUring));
     for kind in fuse.chain(PATHS.map(Kind::Ublk)) {
         if mode() == Mode::Native && kind.is_ublk() && kind.gate().is_err() {
