@@ -116,6 +116,8 @@ impl Front {
                 read_only: add.read_only,
                 part_scan: !add.no_part_scan,
                 stuck_seconds: add.stuck_after,
+                keep: None,
+                must_keep: false,
             };
             let device = fuse::Device::attach(&options, service, on_made)?;
             return Ok(Front::Fuse(Box::new(device)));

@@ -82,6 +82,8 @@ fn serve(name: &str, slips: bool) -> Result<(Device, Temp)> {
         read_only: false,
         part_scan: false,
         stuck_seconds: 20,
+        keep: None,
+        must_keep: false,
     };
     let on_stuck = |stuck: &Stuck| println!("stuck: {stuck:?}");
     let on_death = |error: Error| panic!("an I/O thread died: {error}");

@@ -68,6 +68,8 @@ impl Disk {
             read_only: false,
             part_scan: false,
             stuck_seconds: STUCK_SECONDS,
+            keep: None,
+            must_keep: false,
         };
         let device = fuse::Device::attach(&options, service, &mut |_| {})?;
         Ok(Disk::Fuse(Box::new(device)))

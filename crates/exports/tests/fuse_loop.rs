@@ -96,6 +96,8 @@ fn options(name: &str) -> Options {
         read_only: false,
         part_scan: false,
         stuck_seconds: 20,
+        keep: None,
+        must_keep: false,
     }
 }
 

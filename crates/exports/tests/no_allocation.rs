@@ -140,6 +140,8 @@ fn on_fuse(with_bytes: bool, path: Option<fuse::DataPath>) -> bool {
         read_only: false,
         part_scan: false,
         stuck_seconds: 30,
+        keep: None,
+        must_keep: false,
     };
     let device = fuse::Device::attach(&options, service(with_bytes), &mut |_| {}).unwrap();
     flow(device.path(), device.crew());

@@ -126,6 +126,14 @@ impl Arena {
         }
     }
 
+    /// Makes all memory of a slot resident, so that the kernel touches it without waiting. Best
+    /// effort: where there is none to be had, it waits later.
+    pub(crate) fn populate(&self, slot: usize) {
+        let start = self.place(slot, 0, self.stride);
+        // SAFETY: a whole slot of the mapping, as `place` has asserted; no contents change.
+        let _ = unsafe { madvise(start.as_ptr().cast(), self.stride, Advice::LinuxPopulateWrite) };
+    }
+
     /// Whether the kernel may still touch any of it.
     pub(crate) fn is_lent(&self) -> bool {
         self.lent.iter().any(|count| *count != 0)

@@ -10,7 +10,7 @@ mod slots;
 pub use fuse::{FUSE_OP_AT, FuseEntry, FusePayload};
 pub use slots::Slots;
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -290,6 +290,29 @@ impl Uring {
             fd: i32::from(file.0),
             flags: SQE_FIXED_FILE,
             op_flags: u32::try_from(libc::POLLIN).unwrap_or(1),
+            user_data: KIND_EXPORT | u64::from(lane) << 32 | u64::from(index),
+            ..Sqe::default()
+        });
+    }
+
+    /// As [`Uring::poll`], of a file that is not among the ring's: such a wait may be left alone when
+    /// the ring goes. The file must be open as long as the ring.
+    pub fn poll_other(&mut self, (lane, index): (u16, u32), file: BorrowedFd<'_>) {
+        self.queues.push(Sqe {
+            opcode: OP_POLL_ADD,
+            fd: file.as_raw_fd(),
+            op_flags: u32::try_from(libc::POLLIN).unwrap_or(1),
+            user_data: KIND_EXPORT | u64::from(lane) << 32 | u64::from(index),
+            ..Sqe::default()
+        });
+    }
+
+    /// As [`Uring::cancel`], for a [`Uring::poll`].
+    pub fn cancel_poll(&mut self, (lane, index): (u16, u32), which: u32) {
+        self.queues.push(Sqe {
+            opcode: OP_ASYNC_CANCEL,
+            fd: -1,
+            addr: KIND_EXPORT | u64::from(lane) << 32 | u64::from(which),
             user_data: KIND_EXPORT | u64::from(lane) << 32 | u64::from(index),
             ..Sqe::default()
         });

@@ -8,6 +8,7 @@
 
 mod connection;
 mod entries;
+mod keep;
 mod loopdev;
 pub mod node;
 mod serve;
@@ -25,6 +26,8 @@ use devsplice_uring::{FileKind, FusePayload, LaneMemory, RingFile, loopctl, thre
 
 use crate::threads::{Bottom, Crew, OnMade, Service, Shape, Work};
 use connection::{DEV_FUSE, Mount};
+use keep::{Keep, Lasting, new_stop};
+pub use keep::{Kept, Suspended};
 use loopdev::{Cleared, LOOP_CONTROL, PREFIX, Wanted};
 use node::{MAX_WRITE, Node, Wish};
 use serve::Queue;
@@ -123,6 +126,10 @@ pub struct Options {
     pub part_scan: bool,
     /// Seconds after which a request is reported as stuck; 0 for never.
     pub stuck_seconds: u32,
+    /// The lock that whoever serves the disk has, if the disk is to outlive its server.
+    pub keep: Option<Arc<OwnedFd>>,
+    /// Whether it must be possible that it does.
+    pub must_keep: bool,
 }
 
 /// Whether devices can be made here.
@@ -146,6 +153,8 @@ pub struct Device {
     number: u32,
     data_path: DataPath,
     crew: Crew,
+    told: String,
+    keep: Option<Keep>,
 }
 
 impl Device {
@@ -167,10 +176,13 @@ impl Device {
         };
         let name = format!("{PREFIX}{}", options.name);
         let made = choose(options, &service, read_only)?;
-        let (shape, data_path) = (shape(options, &made)?, made.path);
+        let data_path = made.path;
+        let shape = shape(options, (data_path, options.queues.max(1)))?;
+        let (lasting, kept) = made.lasting(options)?;
+        let told = made.node.told();
         let Made { mount: Mount { fd, queues, number }, node, .. } = made;
         let make = match data_path {
-            DataPath::Copy => make_queue(node, queues, shape.memory.depth),
+            DataPath::Copy => make_queue(node, queues, shape.memory.depth, lasting.clone()),
             path => make_entries(node, queues, shape.memory.depth, path),
         };
         let work = Work { service, make, cpus: Box::new(|_| None) };
@@ -190,7 +202,12 @@ impl Device {
         match bounded("attaching", Some(&fd), ATTACH_LIMIT, attach) {
             Ok((path, warning)) => {
                 crew.warnings.extend(warning);
-                Ok(Device { path, name, number, data_path, crew })
+                let keep = lasting.map(|Lasting { stop, .. }| Keep {
+                    kept: Kept { fuse: kept, number, told: told.clone(), path: path.clone() },
+                    options: options.clone(),
+                    stop,
+                });
+                Ok(Device { path, name, number, data_path, crew, told, keep })
             }
             Err(error) => {
                 // What hangs for want of an answer gets one now.
@@ -311,6 +328,33 @@ struct Made {
     mount: Mount,
     node: Arc<Node>,
     path: DataPath,
+    /// What the kernel offered.
+    offered: u64,
+}
+
+impl Made {
+    /// What makes the disk outlive its server, and the descriptors that somebody has to keep; where
+    /// that is wanted, and possible.
+    fn lasting(&self, options: &Options) -> Result<(Option<Lasting>, Vec<OwnedFd>)> {
+        let Some(lock) = options.keep.clone() else { return Ok((None, Vec::new())) };
+        let can = self.path == DataPath::Copy && self.offered & init::HAS_RESEND != 0;
+        if !can {
+            let reason = match self.path {
+                DataPath::Copy => {
+                    "this kernel's FUSE does not send requests again (Linux 6.9 does)"
+                }
+                _ => "requests that come by io_uring are not sent again",
+            };
+            if options.must_keep {
+                return Err(Error::new(ErrorKind::Unsupported, "--recovery", reason)
+                    .next("--recovery off, or --data-path fuse-copy on a newer kernel"));
+            }
+            return Ok((None, Vec::new()));
+        }
+        let clone = |fd: &OwnedFd| fd.try_clone().map_err(|error| Error::os(DEV_FUSE, &error));
+        let kept = self.mount.queues.iter().map(clone).collect::<Result<_>>()?;
+        Ok((Some(Lasting { stop: new_stop()?, lock }), kept))
+    }
 }
 
 /// A connection of the best data path, or of the one that is asked for.
@@ -324,7 +368,8 @@ fn choose(options: &Options, service: &Service, read_only: bool) -> Result<Made>
         return connect(path, name, limits, read_only);
     }
     // Copying by io_uring is not better than copying from /dev/fuse, and cannot be taken over.
-    if takes_any_pages(limits, needs_memory).is_ok()
+    if !options.must_keep
+        && takes_any_pages(limits, needs_memory).is_ok()
         && let Ok(made) = connect(DataPath::ZeroCopy, name, limits, read_only)
     {
         return Ok(made);
@@ -368,7 +413,7 @@ fn connect(
     if path == DataPath::ZeroCopy {
         connection::add_queues(&mount.queues[0], connection::possible_cpus()?)?;
     }
-    Ok(Made { mount, node: Arc::new(node), path })
+    Ok(Made { mount, node: Arc::new(node), path, offered })
 }
 
 /// Threads that serve the queues of io_uring unasked.
@@ -376,9 +421,9 @@ const THREADS: u16 = 4;
 /// Most entries of all queues together: what a queue cannot take at once waits in the kernel.
 const MOST_ENTRIES: u16 = 4096;
 
-fn shape(options: &Options, made: &Made) -> Result<Shape> {
-    let is_wide = made.path != DataPath::Copy;
-    let queues = if is_wide { connection::possible_cpus()? } else { options.queues.max(1) };
+fn shape(options: &Options, (path, queues): (DataPath, u16)) -> Result<Shape> {
+    let is_wide = path != DataPath::Copy;
+    let queues = if is_wide { connection::possible_cpus()? } else { queues };
     let threads = match options.threads {
         0 if is_wide => std::thread::available_parallelism()
             .map_or(1, |cpus| u16::try_from(cpus.get()).unwrap_or(THREADS))
@@ -389,7 +434,7 @@ fn shape(options: &Options, made: &Made) -> Result<Shape> {
     // A pool is of one entry less than there are.
     let (least, most) = if is_wide { (2, MOST_ENTRIES / queues) } else { (1, u16::MAX) };
     let depth = options.depth.min(most).max(least);
-    let slots = made.path == DataPath::ZeroCopy;
+    let slots = path == DataPath::ZeroCopy;
     let memory = LaneMemory { depth, bytes: MAX_WRITE, slots, locked: false };
     let (threads, stuck_seconds) = (threads.min(queues), options.stuck_seconds);
     Ok(Shape { queues, threads, is_shared: false, is_wide, memory, stuck_seconds })
@@ -411,13 +456,23 @@ fn make_entries(
     })
 }
 
-fn make_queue(node: Arc<Node>, queues: Vec<OwnedFd>, depth: u16) -> Box<crate::threads::MakeQueue> {
+fn make_queue(
+    node: Arc<Node>,
+    queues: Vec<OwnedFd>,
+    depth: u16,
+    lasting: Option<Lasting>,
+) -> Box<crate::threads::MakeQueue> {
     Box::new(move |queue, ring| {
         let lost = || Error::new(ErrorKind::Os, DEV_FUSE, format!("no queue {queue}"));
         let fd = queues.get(usize::from(queue)).ok_or_else(lost)?;
         let fd = fd.try_clone().map_err(|error| Error::os(DEV_FUSE, &error))?;
         let file = ring.add_file(RingFile { fd, kind: FileKind::Other })?;
-        Ok(Box::new(Queue::new(Arc::clone(&node), file, depth)))
+        if let Some(Lasting { lock, .. }) = &lasting {
+            let fd = lock.try_clone().map_err(|error| Error::os("the disk's lock", &error))?;
+            ring.add_file(RingFile { fd, kind: FileKind::Other })?;
+        }
+        let stop = lasting.as_ref().map(|lasting| Arc::clone(&lasting.stop));
+        Ok(Box::new(Queue::new(Arc::clone(&node), file, depth, stop)))
     })
 }
 

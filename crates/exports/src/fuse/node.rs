@@ -83,6 +83,16 @@ impl Node {
         self
     }
 
+    /// All that the kernel was told of the file, or has learned of it and remembers.
+    #[must_use]
+    pub fn told(&self) -> String {
+        let Node { size, block, grain, read_only, cached, holes, .. } = self;
+        format!(
+            "size {size}, block {block}, grain {grain}, read-only {read_only}, cache {cached}, \
+             holes {holes}"
+        )
+    }
+
     /// Decides what becomes of a request. Ranges are left to the stack to check, except where a
     /// file's rules are not a device's.
     #[must_use]

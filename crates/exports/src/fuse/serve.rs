@@ -13,9 +13,15 @@
 //! there are. A parked read is also the wait for the next request: a poll is needed only on kernels
 //! that answer EAGAIN instead of parking.
 //!
+//! A queue of a disk that outlives its server can be stopped: it asks for nothing more, and is closed
+//! when all that it was asked has an answer. And it reads into resident memory only. A process that
+//! is being killed cannot make memory resident any more: a request that the kernel was just handing
+//! over then would fail, as what cannot be copied to its reader does.
+//!
 //! After a burst the window is wide, and each parked read keeps the memory that its tag had for the
 //! requests before. So when there have been no requests for a while all but one are cancelled.
 
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use devsplice_core::{Errno, Error, ErrorKind, Io, Op, Result};
@@ -40,6 +46,7 @@ const READ: u32 = 0;
 const REPLY: u32 = 1;
 const POLL: u32 = 2;
 const CANCEL: u32 = 3;
+const STOP: u32 = 4;
 
 const ECONNABORTED: i32 = 103;
 const ECANCELED: i32 = 125;
@@ -54,6 +61,8 @@ struct Tag {
     tries: u8,
     /// Its read is out.
     reading: bool,
+    /// All of its memory is resident.
+    resident: bool,
 }
 
 /// One queue.
@@ -76,12 +85,15 @@ pub struct Queue {
     dry: bool,
     polling: bool,
     closed: bool,
+    /// Readable when the queue is to stop; where there is one, the disk outlives its server.
+    stop: Option<Arc<OwnedFd>>,
+    stopping: bool,
 }
 
 impl Queue {
     /// A queue on `file`, /dev/fuse or a clone of it.
     #[must_use]
-    pub fn new(node: Arc<Node>, file: FileId, depth: u16) -> Queue {
+    pub fn new(node: Arc<Node>, file: FileId, depth: u16, stop: Option<Arc<OwnedFd>>) -> Queue {
         Queue {
             node,
             file,
@@ -96,6 +108,8 @@ impl Queue {
             dry: false,
             polling: false,
             closed: false,
+            stop,
+            stopping: false,
         }
     }
 
@@ -109,7 +123,7 @@ impl Queue {
 
     /// Queues reads as far as the window goes.
     fn refill(&mut self, ring: &mut Uring) {
-        if self.closed || self.polling {
+        if self.closed || self.stopping || self.polling {
             return;
         }
         if self.dry {
@@ -125,6 +139,9 @@ impl Queue {
             self.fresh += 1;
             let state = &mut self.tags[usize::from(tag)];
             (state.queued, state.reading) = (self.turn, true);
+            if self.stop.is_some() && !std::mem::replace(&mut state.resident, true) {
+                ring.populate(self.lane, tag);
+            }
             ring.read((self.lane, READ << 16 | u32::from(tag)), self.file, 0, READ_RANGE);
         }
     }
@@ -181,6 +198,26 @@ impl Queue {
         Ok(())
     }
 
+    /// Cancels all reads that are out but for `kept` of them. One that brings a request all the same
+    /// brings it as ever.
+    fn cancel_reads(&mut self, ring: &mut Uring, kept: usize) {
+        let reading = |tag: &u16| self.tags[usize::from(*tag)].reading;
+        let all = 0..u16::try_from(self.tags.len()).unwrap_or(u16::MAX);
+        for tag in all.filter(reading).skip(kept) {
+            let index = |kind: u32| kind << 16 | u32::from(tag);
+            ring.cancel((self.lane, index(CANCEL)), index(READ));
+        }
+    }
+
+    /// Asks for no more requests.
+    fn stop(&mut self, ring: &mut Uring) {
+        self.stopping = true;
+        self.cancel_reads(ring, 0);
+        if self.polling {
+            ring.cancel_poll((self.lane, CANCEL << 16), POLL << 16);
+        }
+    }
+
     fn reply(&mut self, ring: &mut Uring, tag: u16, body: &[u8]) {
         let memory = ring.memory(self.lane, tag);
         memory[Uring::DATA_AT..Uring::DATA_AT + body.len()].copy_from_slice(body);
@@ -233,6 +270,9 @@ impl Export<Uring> for Queue {
     fn arm(&mut self, ring: &mut Uring, lane: u16) -> Result<()> {
         self.lane = lane;
         self.turn = ring.counts().enters;
+        if let Some(stop) = &self.stop {
+            ring.poll_other((lane, STOP << 16), stop.as_fd());
+        }
         self.refill(ring);
         Ok(())
     }
@@ -245,6 +285,7 @@ impl Export<Uring> for Queue {
             READ => self.arrived(ring, tag, completion.result, inbox)?,
             REPLY => self.replied(ring, tag, completion.result),
             CANCEL => {}
+            STOP => self.stop(ring),
             _ => self.polling = false,
         }
         self.refill(ring);
@@ -270,24 +311,21 @@ impl Export<Uring> for Queue {
     }
 
     fn rest(&mut self, ring: &mut Uring) -> bool {
+        for tag in &mut self.tags {
+            tag.resident &= tag.reading;
+        }
         if self.window == 1 {
             return false;
         }
         self.window = 1;
-        let reading = |tag: &u16| self.tags[usize::from(*tag)].reading;
-        let (all, mut kept) = (0..u16::try_from(self.tags.len()).unwrap_or(u16::MAX), false);
-        for tag in all.filter(reading) {
-            // A read that brings a request all the same brings it as ever.
-            if std::mem::replace(&mut kept, true) {
-                let index = |kind: u32| kind << 16 | u32::from(tag);
-                ring.cancel((self.lane, index(CANCEL)), index(READ));
-            }
-        }
+        self.cancel_reads(ring, 1);
         true
     }
 
     fn is_closed(&self) -> bool {
-        self.closed && self.fresh + self.older + self.replies == 0 && !self.polling
+        (self.closed || self.stopping)
+            && self.fresh + self.older + self.replies == 0
+            && !self.polling
     }
 
     fn flush(&mut self, _: &mut Uring) {}

@@ -21,6 +21,9 @@ pub const OUT_HEADER: usize = size_of::<OutHeader>();
 /// The longest reply without its header, data of reads not counted.
 pub const BODY_MAX: usize = size_of::<EntryOut>();
 
+/// `FUSE_NOTIFY_RESEND`: in place of an error, with 0 for the request's number.
+pub const NOTIFY_RESEND: i32 = 7;
+
 /// `ENOSYS`: the kernel does not ask for the operation again.
 pub const ENOSYS: Errno = Errno::from_result(-38);
 

@@ -58,6 +58,11 @@ impl Uring {
         }
     }
 
+    /// Makes the memory of a tag resident.
+    pub fn populate(&mut self, lane: u16, tag: u16) {
+        self.arena(lane).populate(usize::from(tag));
+    }
+
     /// The pages of a request whose data is in the memory of its tag.
     #[inline]
     #[must_use]
