@@ -54,7 +54,7 @@ pub fn open(args: &Args, access: Access) -> Result<Opened> {
     let wish = Wish {
         path,
         access,
-        read_only: args.switch("readonly")?.unwrap_or(false),
+        read_only: args.switch("readonly")?.unwrap_or(false) || access == Access::Read,
         direct: args.switch("direct")?,
         block,
     };
@@ -363,6 +363,22 @@ mod tests {
         drop((first, second));
         let alone = file(&[("path", &path)]).unwrap();
         assert!(share().map(|_| ()).unwrap_err().to_string().contains("in use"));
+        drop(alone);
+        std::fs::remove_file(path).unwrap();
+    }
+
+    #[test]
+    fn who_reads_a_file_keeps_writers_away_and_is_kept_away_by_them() {
+        let path = temp("read", 1 << 20);
+        let given = [("path".to_owned(), path.clone())];
+        let args = Args::new("file", SOURCE.keys, &given).unwrap();
+        let read = || open(&args, Access::Read);
+        let (first, second) = (read().unwrap(), read().unwrap());
+        assert!(first.limits.read_only && second.limits.read_only);
+        assert!(refusal(&[("path", &path)]).contains("in use"));
+        drop((first, second));
+        let alone = file(&[("path", &path)]).unwrap();
+        assert!(read().map(|_| ()).unwrap_err().to_string().contains("in use"));
         drop(alone);
         std::fs::remove_file(path).unwrap();
     }

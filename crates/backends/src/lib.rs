@@ -33,6 +33,8 @@ pub enum Access {
     /// To serve a file beside others who say so too, never beside one who serves it exclusively: as
     /// tests do that write one file through several devices.
     Share,
+    /// To read what is in it: beside other readers, never beside who writes it.
+    Read,
     /// To look at what it is, also while somebody serves it. Nothing is written.
     Look,
 }

@@ -8,12 +8,12 @@ use devsplice_core::size::show_size;
 use devsplice_core::{Error, Result};
 use devsplice_spec::Plan;
 
-use crate::args::Add;
+use crate::args::{Add, Export};
 use crate::assemble::CATALOG;
-use crate::launch::{launch, no_core_dump};
+use crate::launch::launch;
 use crate::server::Server;
 use crate::state::Disk;
-use crate::{front, guard, say, state};
+use crate::{front, guard, protect, say, state};
 
 /// Makes a disk.
 ///
@@ -26,7 +26,7 @@ pub fn run(add: &Add) -> Result<ExitCode> {
     let here = std::env::current_dir().map_err(|error| Error::os("current directory", &error))?;
     let plan = Plan::load(&add.stack, &CATALOG)?.anchored(&here)?;
     if add.foreground {
-        no_core_dump();
+        protect::server();
         let server = start(add, &plan)?;
         show(add, server.disk());
         return server.run().map(|()| ExitCode::SUCCESS);
@@ -37,7 +37,12 @@ pub fn run(add: &Add) -> Result<ExitCode> {
 }
 
 fn start(add: &Add, plan: &Plan) -> Result<Server> {
-    let choice = front::choose(add.export, add.data_path)?;
+    // An address to listen at says what kind of disk is wanted.
+    let is_nbd = add.export == Export::Nbd || !add.listen.is_empty();
+    let choice = match is_nbd {
+        true => front::nbd(add)?,
+        false => front::choose(add.export, add.data_path)?,
+    };
     let guard = guard::start()?;
     Server::start(add, plan, choice, guard)
 }

@@ -5,10 +5,20 @@ use devsplice_exports::fuse;
 use devsplice_exports::ublk::{DataPath, Recovery};
 use serde::{Deserialize, Serialize};
 
+use crate::sandbox::Choice;
+
 const AFTER_HELP: &str = "\
 Exit codes: 0 done; 1 it failed, the message says what and what to do (doctor: no disk can be made
 here); 2 the command line makes no sense.
 Stacks: docs/stack.md. State: /run/devsplice.";
+
+const COPY_HELP: &str = "\
+What is written is flushed before the command ends. Exit codes: 0 copied (and the same, with
+--verify); 1 it failed, or differs; 2 the command line makes no sense.";
+
+const COMPARE_HELP: &str = "\
+Exit codes: 0 the same; 1 they differ; 2 they could not be compared, or the command line makes no
+sense.";
 
 /// Block devices from a stack of layers, served from user space without copying.
 #[derive(Debug, Parser)]
@@ -44,10 +54,24 @@ pub enum Command {
     /// Show one disk: what it is, how data moves, what was counted.
     #[command(alias = "status")]
     Info(Info),
+    /// Print what all disks are and have counted, as Prometheus reads it.
+    Metrics(Metrics),
+    /// Show what all disks are doing, again and again.
+    Top(Top),
     /// Have a layer of a disk do something, as docs/stack.md says for it.
     Tell(Tell),
     /// Write fresh metadata for the layer at the top of a stack, a mirror for example.
     Format(Format),
+    /// Copy one stack, device or file to another.
+    #[command(after_help = COPY_HELP)]
+    Copy(Copy),
+    /// Compare two stacks, devices or files byte by byte.
+    #[command(after_help = COMPARE_HELP)]
+    Compare(Compare),
+    /// Show which ranges of a stack hold data, and which read as zeros.
+    Map(Map),
+    /// Measure a stack: requests per second and how long they take.
+    Bench(Bench),
     /// Show where each byte of a request goes, and how often it is copied. Makes nothing.
     Explain(Explain),
     /// Show what this kernel offers.
@@ -56,6 +80,9 @@ pub enum Command {
     Doctor(Doctor),
     /// Remove what dead servers left: state, links, ublk and loop devices that nobody can use.
     Gc(Gc),
+    /// Print what udev's rules ask about a node.
+    #[command(hide = true)]
+    UdevInfo(UdevInfo),
     /// Write manual pages, one per command.
     Man(Man),
     /// Print the completion script of a shell.
@@ -72,6 +99,20 @@ pub enum Export {
     Ublk,
     /// /dev/loopN over a file that this process serves; any Linux from 5.19.
     Fuse,
+    /// No device, but a server that NBD clients connect to, at --listen.
+    Nbd,
+}
+
+impl Export {
+    /// The word that users see and type.
+    pub fn name(self) -> &'static str {
+        match self {
+            Export::Auto => "auto",
+            Export::Ublk => "ublk",
+            Export::Fuse => "fuse",
+            Export::Nbd => "nbd",
+        }
+    }
 }
 
 /// `--data-path`, as typed.
@@ -185,6 +226,24 @@ pub struct Add {
     /// Which front end makes the disk.
     #[arg(long, value_enum, default_value = "auto")]
     pub export: Export,
+    /// Where NBD clients connect: unix:PATH, nbd://HOST:PORT or nbd+unix:///?socket=PATH. More
+    /// than once for more places. Says `--export nbd`.
+    #[arg(long, value_name = "URI")]
+    #[serde(default)]
+    pub listen: Vec<String>,
+    /// Who may connect by NBD: uid:1000, 192.0.2.7, 192.0.2.0/24. More than once for more.
+    #[arg(long, value_name = "WHO")]
+    #[serde(default)]
+    pub allow: Vec<String>,
+    /// Let NBD clients that come over a network change data, too.
+    #[arg(long)]
+    #[serde(default)]
+    pub writable: bool,
+    /// Most NBD connections at a time.
+    #[arg(long, value_name = "N", default_value_t = CONNECTIONS,
+        value_parser = clap::value_parser!(u16).range(1..=256))]
+    #[serde(default = "connections")]
+    pub connections: u16,
     /// How data moves between a ublk request and its place.
     #[arg(long, value_enum, default_value = "auto")]
     pub data_path: PathChoice,
@@ -222,6 +281,14 @@ pub struct Add {
     /// What becomes of the disk when its server dies. It is served again at once, by itself.
     #[arg(long, value_enum, default_value = "auto")]
     pub recovery: RecoveryChoice,
+    /// Measure latencies below each layer; info, metrics and top show them.
+    #[arg(long)]
+    #[serde(default)]
+    pub latency: bool,
+    /// Whether the server may do only what servers do, once it is set up.
+    #[arg(long, value_enum, default_value = "on")]
+    #[serde(default)]
+    pub sandbox: Choice,
     /// Serve from this process, until a signal; messages go to standard error.
     #[arg(long, short = 'f')]
     #[serde(skip)]
@@ -230,6 +297,13 @@ pub struct Add {
     #[arg(long)]
     #[serde(skip)]
     pub json: bool,
+}
+
+/// NBD connections at a time, unless told otherwise.
+pub const CONNECTIONS: u16 = 16;
+
+fn connections() -> u16 {
+    CONNECTIONS
 }
 
 #[derive(Args, Clone, Debug)]
@@ -385,6 +459,140 @@ pub struct Explain {
     pub json: bool,
 }
 
+/// How many requests a command makes at a time.
+#[derive(Args, Clone, Copy, Debug)]
+pub struct Load {
+    /// I/O threads [default: one per CPU, at most 4].
+    #[arg(long, short = 'T', value_name = "N",
+        value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub threads: Option<u16>,
+    /// Requests in flight per thread.
+    #[arg(long, short = 'R', value_name = "N", default_value_t = 8,
+        value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub requests: u16,
+    /// Bytes of a request: 4k to 32M.
+    #[arg(long, value_name = "SIZE", default_value = "256k",
+        value_parser = devsplice_core::size::parse_size)]
+    pub request_size: u64,
+}
+
+/// How a command tells how far it is.
+#[derive(Args, Clone, Copy, Debug)]
+pub struct Progress {
+    /// Show a progress bar; with =FD, write N/100 lines to this file descriptor instead.
+    #[arg(long, short = 'p', value_name = "FD", num_args = 0..=1, require_equals = true)]
+    #[allow(clippy::option_option)] // Not given, given, given with a number.
+    pub progress: Option<Option<u32>>,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct Copy {
+    /// What is copied: a stack, a device, a file, or the name of a disk that is served. It is only
+    /// read; nobody else may write it meanwhile.
+    pub from: String,
+    /// Where to: likewise, at least as large. A plain file that is not there is made.
+    pub to: String,
+    #[command(flatten)]
+    pub load: Load,
+    #[command(flatten)]
+    pub progress: Progress,
+    /// Ranges of so many bytes that hold zeros become holes where the target can have them; 0 for
+    /// only those that are holes in the source.
+    #[arg(long, short = 'S', value_name = "SIZE", default_value = "4k",
+        value_parser = devsplice_core::size::parse_size)]
+    pub sparse: u64,
+    /// Write zeros as data, so that the target has room for all of it.
+    #[arg(long)]
+    pub allocated: bool,
+    /// The target is zeros already: do not write any.
+    #[arg(long, visible_alias = "target-is-zero")]
+    pub destination_is_zero: bool,
+    /// Keep in this file how far the target is safe; where it is there, go on from there. It is
+    /// removed at the end.
+    #[arg(long, value_name = "FILE")]
+    pub resume: Option<std::path::PathBuf>,
+    /// Read both again afterwards and compare.
+    #[arg(long)]
+    pub verify: bool,
+    /// Print what was done as JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct Compare {
+    /// A stack, a device, a file, or the name of a disk that is served.
+    pub one: String,
+    /// Likewise.
+    pub other: String,
+    #[command(flatten)]
+    pub load: Load,
+    #[command(flatten)]
+    pub progress: Progress,
+    /// Other sizes are a difference, even if what one has more is zeros.
+    #[arg(long, short = 's')]
+    pub strict: bool,
+    /// Print the outcome as JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct Map {
+    /// A stack, a device, a file, or the name of a disk that is served.
+    pub stack: String,
+    /// Only the sums.
+    #[arg(long)]
+    pub totals: bool,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `--rw` of `bench`, as fio says it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum RwChoice {
+    /// In order.
+    Read,
+    /// In order.
+    Write,
+    /// Anywhere.
+    Randread,
+    /// Anywhere.
+    Randwrite,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct Bench {
+    /// A stack, a device, a file, or the name of a disk that is served.
+    pub stack: String,
+    /// What is done.
+    #[arg(long, value_enum, default_value = "randread")]
+    pub rw: RwChoice,
+    /// Bytes of a request.
+    #[arg(long, value_name = "SIZE", default_value = "4k",
+        value_parser = devsplice_core::size::parse_size)]
+    pub bs: u64,
+    /// Requests in flight per thread.
+    #[arg(long, value_name = "N", default_value_t = 32,
+        value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub iodepth: u16,
+    /// I/O threads.
+    #[arg(long, value_name = "N", default_value_t = 1,
+        value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub threads: u16,
+    /// How long.
+    #[arg(long, value_name = "SECONDS", default_value_t = 5,
+        value_parser = clap::value_parser!(u64).range(1..=86400))]
+    pub runtime: u64,
+    /// Writes overwrite what is there; say so.
+    #[arg(long)]
+    pub destroy: bool,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
 #[derive(Args, Clone, Debug)]
 pub struct Features {
     /// Print JSON.
@@ -413,6 +621,61 @@ pub struct Gc {
     /// Print JSON.
     #[arg(long)]
     pub json: bool,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct Metrics {
+    /// Serve them over HTTP at this address, such as 127.0.0.1:9765, until the process is ended.
+    #[arg(long, value_name = "ADDR", conflicts_with = "textfile")]
+    pub listen: Option<String>,
+    /// Write them to a file, for node_exporter's textfile collector.
+    #[arg(long, value_name = "PATH")]
+    pub textfile: Option<std::path::PathBuf>,
+}
+
+/// `--sort` of `top`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum SortChoice {
+    /// From A on.
+    Name,
+    /// Most reads and writes a second first.
+    Iops,
+    /// Most bytes a second first.
+    Throughput,
+    /// Most requests in flight first.
+    Queue,
+    /// Longest time of a request first.
+    Wait,
+    /// Most errors first.
+    Errors,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct Top {
+    /// Seconds between two looks.
+    #[arg(long, short = 'd', value_name = "SECONDS", default_value_t = 1.0)]
+    pub delay: f64,
+    /// How many times to look.
+    #[arg(long, short = 'n', value_name = "N")]
+    pub count: Option<u64>,
+    /// What comes first.
+    #[arg(long, short = 's', value_enum, default_value = "iops")]
+    pub sort: SortChoice,
+    /// Look once, over one interval, and print that.
+    #[arg(long)]
+    pub once: bool,
+    /// Print a table each time rather than draw on the terminal.
+    #[arg(long, short = 'b')]
+    pub batch: bool,
+    /// Print a line of JSON each time.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct UdevInfo {
+    /// A node of a whole disk, such as /dev/ublkb0.
+    pub device: String,
 }
 
 #[derive(Args, Clone, Debug)]

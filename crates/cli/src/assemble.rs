@@ -3,9 +3,12 @@
 use std::sync::Arc;
 
 use devsplice_backends::{Access, Opened};
-use devsplice_core::{BackendId, Bottoms, Errno, Error, NodeId, Result, Stack, StackBuilder};
+use devsplice_core::probe::MAX_PROBES;
+use devsplice_core::stack::MAX_DEPTH;
+use devsplice_core::{Args, BackendId, Bottoms, Errno, Error, NodeId, Result, Stack, StackBuilder};
 use devsplice_exports::threads::Bottom;
-use devsplice_spec::{Catalog, Kind, Plan};
+use devsplice_layers::stats::DRIVER as STATS;
+use devsplice_spec::{Catalog, Kind, Place, Plan};
 
 /// Everything that an expression may name.
 pub const CATALOG: Catalog =
@@ -38,7 +41,16 @@ impl Assembled {
 /// # Errors
 /// What could not be opened, or which layer refuses what lies below it.
 pub fn assemble(plan: &Plan, access: Access) -> Result<Assembled> {
-    let Parts { builder, bottoms, nodes } = build(plan, access, plan.places.len())?;
+    assemble_with(plan, access, false)
+}
+
+/// The same; with `latency`, what goes down from each place is measured.
+///
+/// # Errors
+/// As [`assemble`].
+pub fn assemble_with(plan: &Plan, access: Access, latency: bool) -> Result<Assembled> {
+    let measured = if latency { measured(plan) } else { Vec::new() };
+    let Parts { builder, bottoms, nodes } = build(plan, access, plan.places.len(), &measured)?;
     let root = nodes.get(plan.root).copied();
     let root = root.ok_or_else(|| Error::invalid("stack", "is empty"))?;
     Ok(Assembled { stack: Arc::new(builder.finish(root)), bottoms })
@@ -58,7 +70,7 @@ pub fn format(plan: &Plan, force: bool) -> Result<String> {
         return Err(Error::invalid(&place.label, "keeps no metadata: there is nothing to format"));
     };
     // Places come before those above them.
-    let Parts { builder, bottoms, nodes } = build(plan, Access::Serve, plan.root)?;
+    let Parts { builder, bottoms, nodes } = build(plan, Access::Serve, plan.root, &[])?;
     let ports: Vec<_> = place.below.iter().map(|index| nodes[*index]).collect();
     let mut bottoms = Open(bottoms);
     builder.format(&place.label, &ports, &mut bottoms, |below| format(&place.args, below, force))
@@ -86,12 +98,32 @@ struct Parts {
     nodes: Vec<NodeId>,
 }
 
-/// Opens and builds the first `count` places of a plan.
-fn build(plan: &Plan, access: Access, count: usize) -> Result<Parts> {
+/// The places of a plan that are measured with `--latency`: all; or, where a stack has no room for
+/// so many probes or would become too high, the top and the bottoms.
+fn measured(plan: &Plan) -> Vec<usize> {
+    // Places come before those above them.
+    let mut heights: Vec<usize> = Vec::new();
+    for place in &plan.places {
+        heights.push(1 + place.below.iter().map(|below| heights[*below]).max().unwrap_or(0));
+    }
+    let height = heights.iter().max().copied().unwrap_or(0);
+    let has_probe =
+        |place: &&Place| matches!(place.kind, Kind::Layer(one) if one.name == STATS.name);
+    let room = MAX_PROBES.saturating_sub(plan.places.iter().filter(has_probe).count());
+    let all = 0..plan.places.len();
+    if all.len() <= room && 2 * height <= MAX_DEPTH {
+        return all.collect();
+    }
+    let is_bottom = |index: &usize| plan.places[*index].below.is_empty() && *index != plan.root;
+    [plan.root].into_iter().chain(all.filter(is_bottom)).take(room).collect()
+}
+
+/// Opens and builds the first `count` places of a plan, with a `stats` over those `measured`.
+fn build(plan: &Plan, access: Access, count: usize, measured: &[usize]) -> Result<Parts> {
     let mut builder = StackBuilder::new();
     let mut bottoms: Vec<(String, Opened)> = Vec::new();
     let mut nodes: Vec<NodeId> = Vec::new();
-    for place in &plan.places[..count] {
+    for (index, place) in plan.places[..count].iter().enumerate() {
         let node = match place.kind {
             Kind::Source(source) => {
                 let opened = devsplice_backends::open(source.name, &place.args, access)?;
@@ -109,7 +141,64 @@ fn build(plan: &Plan, access: Access, count: usize) -> Result<Parts> {
                 builder.layer(&place.label, layer, &ports, &mut read)?
             }
         };
-        nodes.push(node);
+        nodes.push(match measured.contains(&index) {
+            true => measure(&mut builder, &place.label, node)?,
+            false => node,
+        });
     }
     Ok(Parts { builder, bottoms, nodes })
+}
+
+/// Puts a `stats` over a node, called after it.
+fn measure(builder: &mut StackBuilder, label: &str, node: NodeId) -> Result<NodeId> {
+    let none = Args::new(STATS.name, STATS.keys, &[])?;
+    let layer = (STATS.make)(&none)?;
+    // It reads nothing.
+    let mut read = |_: BackendId, _: u64, _: &mut [u8]| Err(Errno::EINVAL);
+    builder.layer(&format!("below {label}"), layer, &[node], &mut read)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What is measured of a stack, as labels, and that such a stack can be built.
+    fn labels(text: &str) -> Vec<String> {
+        let plan = Plan::parse(text, &CATALOG).unwrap();
+        let built = assemble_with(&plan, Access::Look, true).unwrap();
+        let lives = built.stack.lives().map(|(_, name, _)| name.to_owned());
+        let mut shown: Vec<_> = lives.filter(|name| name.starts_with("below ")).collect();
+        let mut want: Vec<_> =
+            measured(&plan).iter().map(|at| format!("below {}", plan.places[*at].label)).collect();
+        shown.sort();
+        want.sort();
+        assert_eq!(shown, want);
+        want
+    }
+
+    #[test]
+    fn every_place_is_measured_where_there_is_room() {
+        assert_eq!(labels("null(size=1M)"), ["below null"]);
+        let want = ["below linear", "below null", "below null#2", "below stripe"];
+        assert_eq!(labels("linear(stripe(null(size=1M), null(size=1M)))"), want);
+        assert_eq!(labels("stats(null(size=1M))"), ["below null", "below stats"]);
+    }
+
+    #[test]
+    fn of_a_stack_that_is_too_large_the_ends_are_measured() {
+        let wide = format!("concat({})", ["null(size=1M)"; 9].join(", "));
+        let of_wide = labels(&wide);
+        assert_eq!((of_wide.len(), of_wide[0].as_str()), (8, "below concat"));
+        let high = format!("{}null(size=1M){}", "linear(".repeat(9), ")".repeat(9));
+        let of_high = labels(&high);
+        assert_eq!(of_high.len(), 2, "{of_high:?}");
+        let full = format!("{}null(size=1M){}", "stats(".repeat(8), ")".repeat(8));
+        assert!(labels(&full).is_empty());
+    }
+
+    #[test]
+    fn nothing_is_measured_unasked() {
+        let plan = Plan::parse("linear(null(size=1M))", &CATALOG).unwrap();
+        assert_eq!(assemble(&plan, Access::Look).unwrap().stack.lives().count(), 0);
+    }
 }

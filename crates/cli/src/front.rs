@@ -5,7 +5,7 @@ use std::path::Path;
 use devsplice_core::{Error, ErrorKind, Result};
 use devsplice_engine::Counts;
 use devsplice_exports::threads::{Crew, OnMade, Service};
-use devsplice_exports::{fuse, ublk};
+use devsplice_exports::{fuse, nbd, ublk};
 
 use crate::args::{Add, Export, PathChoice};
 
@@ -15,10 +15,51 @@ pub enum Front {
     Ublk(Box<ublk::Device>),
     /// /dev/loopN over a file of ours.
     Fuse(Box<fuse::Device>),
+    /// Clients come by NBD.
+    Nbd(Box<nbd::Device>),
 }
 
 /// Most queues that are made unasked.
 const QUEUES: usize = 4;
+
+/// Checks what is asked of a disk that is reached by NBD.
+///
+/// # Errors
+/// For an option that such a disk has not, or an address that is none.
+pub fn nbd(add: &Add) -> Result<(Export, String)> {
+    let misplaced = [
+        ("--export", !matches!(add.export, Export::Nbd | Export::Auto)),
+        ("--data-path", add.data_path.forced().is_some()),
+        ("--recovery", add.recovery.forced().is_some_and(|one| one != ublk::Recovery::Off)),
+        ("--batch", add.batch.forced() == Some(true)),
+        ("--id", add.id.is_some()),
+        ("--queues", add.queues.is_some()),
+    ];
+    if let Some((option, _)) = misplaced.iter().find(|(_, is_there)| *is_there) {
+        return Err(Error::invalid(*option, "a disk that is reached by NBD has no such thing")
+            .next("leave it out, or leave out --listen and --export nbd"));
+    }
+    nbd_options(add, "").map(|_| (Export::Nbd, "asked for".to_owned()))
+}
+
+/// What to serve by NBD, and where.
+fn nbd_options(add: &Add, name: &str) -> Result<nbd::Options> {
+    let here = std::env::current_dir().map_err(|error| Error::os("current directory", &error))?;
+    let address = |text: &String| nbd::Uri::parse(text).map(|uri| uri.anchored(&here));
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = add.threads.unwrap_or_else(|| u16::try_from(cpus.min(QUEUES)).unwrap_or(1));
+    Ok(nbd::Options {
+        name: name.to_owned(),
+        listen: add.listen.iter().map(address).collect::<Result<_>>()?,
+        allow: add.allow.iter().map(|text| nbd::Rule::parse(text)).collect::<Result<_>>()?,
+        writable: add.writable,
+        read_only: add.read_only,
+        connections: add.connections,
+        threads,
+        depth: add.depth,
+        stuck_seconds: add.stuck_after,
+    })
+}
 
 /// Which front end, and why.
 ///
@@ -43,6 +84,7 @@ pub fn choose(asked: Export, path: PathChoice) -> Result<(Export, String)> {
         }
         Export::Ublk => ublk_or_module().map(|()| (Export::Ublk, "asked for".to_owned())),
         Export::Fuse => fuse::available().map(|()| (Export::Fuse, "asked for".to_owned())),
+        Export::Nbd => Ok((Export::Nbd, "asked for".to_owned())),
         Export::Auto => {
             let error = match ublk_or_module() {
                 Ok(()) => return Ok((Export::Ublk, "the kernel has ublk".to_owned())),
@@ -92,6 +134,10 @@ impl Front {
         service: Service,
         on_made: OnMade<'_>,
     ) -> Result<Front> {
+        if export == Export::Nbd {
+            let device = nbd::Device::attach(&nbd_options(add, name)?, service)?;
+            return Ok(Front::Nbd(Box::new(device)));
+        }
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
         // FUSE has one list of requests per connection: more readers only wake each other in vain.
         let most = if export == Export::Fuse { 1 } else { QUEUES };
@@ -132,6 +178,7 @@ impl Front {
         match self {
             Front::Ublk(device) => device.path(),
             Front::Fuse(device) => device.path(),
+            Front::Nbd(device) => device.uri(),
         }
     }
 
@@ -140,6 +187,7 @@ impl Front {
         match self {
             Front::Ublk(device) => device.crew(),
             Front::Fuse(device) => device.crew(),
+            Front::Nbd(device) => device.crew(),
         }
     }
 
@@ -147,7 +195,7 @@ impl Front {
     pub fn recovery(&self) -> &'static str {
         match self {
             Front::Ublk(device) => device.recovery().name(),
-            Front::Fuse(_) => ublk::Recovery::Off.name(),
+            Front::Fuse(_) | Front::Nbd(_) => ublk::Recovery::Off.name(),
         }
     }
 
@@ -161,8 +209,8 @@ impl Front {
             Front::Ublk(device) => {
                 device.suspend().map_err(|(back, error)| (back.map(Front::Ublk), error))
             }
-            Front::Fuse(_) => {
-                let reason = "a disk over FUSE cannot be suspended";
+            Front::Fuse(_) | Front::Nbd(_) => {
+                let reason = "only a disk over ublk can be suspended";
                 let error = Error::new(ErrorKind::Unsupported, self.path(), reason);
                 Err((Some(self), error))
             }
@@ -174,6 +222,7 @@ impl Front {
         match self {
             Front::Ublk(device) => device.data_path().name(),
             Front::Fuse(device) => device.data_path().name(),
+            Front::Nbd(_) => "nbd-copy",
         }
     }
 
@@ -181,7 +230,15 @@ impl Front {
     pub fn is_batched(&self) -> bool {
         match self {
             Front::Ublk(device) => device.is_batched(),
-            Front::Fuse(_) => false,
+            Front::Fuse(_) | Front::Nbd(_) => false,
+        }
+    }
+
+    /// Clients that are connected, of a disk that has such.
+    pub fn clients(&self) -> Option<usize> {
+        match self {
+            Front::Ublk(_) | Front::Fuse(_) => None,
+            Front::Nbd(device) => Some(device.clients()),
         }
     }
 
@@ -193,6 +250,7 @@ impl Front {
         match self {
             Front::Ublk(device) => device.detach(),
             Front::Fuse(device) => device.detach(true),
+            Front::Nbd(device) => device.detach(),
         }
     }
 }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use devsplice_core::{Error, ErrorKind, Result};
 use devsplice_exports::{fuse, ublk};
 
+use crate::protect;
 use crate::server;
 use crate::state::{self, Claim, Disk};
 
@@ -44,6 +45,7 @@ pub fn start() -> Result<Guard> {
         fork::Fork::Parent(pid) => Ok(Guard { pipe: writer, pid }),
         fork::Fork::Child => {
             drop(writer);
+            protect::guard();
             if let Some(name) = watch(reader) {
                 succeed(&name);
             }
@@ -161,6 +163,11 @@ fn succeed(name: &str) {
 }
 
 impl Guard {
+    /// Its process.
+    pub fn pid(&self) -> i32 {
+        self.pid
+    }
+
     /// Names the disk that is to be cleaned up after.
     pub fn name(&mut self, name: &str) {
         let _ = self.pipe.write_all(format!("{name}\n").as_bytes());

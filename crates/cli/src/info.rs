@@ -51,6 +51,12 @@ fn show(value: &Value) {
     for warning in value["warnings"].as_array().into_iter().flatten() {
         say!("note        {}", warning.as_str().unwrap_or_default());
     }
+    for what in ["protection", "sandbox"] {
+        for (name, word) in value[what].as_object().into_iter().flatten() {
+            let word = word.as_str().unwrap_or_default();
+            say!("{what:11} {}: {word}", name.replace('_', " "));
+        }
+    }
     tell::show(value);
     let Some(counts) = value["counts"].as_object() else { return };
     let of = |key: &str| counts.get(key).and_then(Value::as_u64).unwrap_or(0);

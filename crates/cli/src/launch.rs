@@ -6,6 +6,7 @@ use std::io::{BufRead, BufReader, PipeWriter, Write};
 use devsplice_core::{Error, ErrorKind, Result};
 use serde_json::{Value, json};
 
+use crate::protect;
 use crate::server::{self, Server};
 use crate::state::Disk;
 
@@ -44,19 +45,12 @@ pub fn launch(start: impl FnOnce() -> Result<(Server, Option<f64>)>) -> Result<S
     }
 }
 
-/// What every server does before all else.
-pub fn no_core_dump() {
-    // A core dump could end up on the very disk that has just lost its server.
-    let none = rustix::process::Rlimit { current: Some(0), maximum: Some(0) };
-    let _ = rustix::process::setrlimit(rustix::process::Resource::Core, none);
-}
-
 /// The server's process: reports how its start went, then serves.
 fn serve(
     start: impl FnOnce() -> Result<(Server, Option<f64>)>,
     mut status: PipeWriter,
 ) -> Result<i32> {
-    no_core_dump();
+    protect::server();
     let (server, pause) = match start() {
         Ok(started) => started,
         Err(error) => {

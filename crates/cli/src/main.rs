@@ -19,11 +19,18 @@ mod info;
 mod launch;
 mod list;
 mod listen;
+mod metrics;
+mod notify;
 mod papers;
+mod protect;
 mod recover;
+mod sandbox;
 mod server;
 mod state;
 mod tell;
+mod top;
+mod transfer;
+mod udev;
 
 use std::process::ExitCode;
 
@@ -63,9 +70,16 @@ fn run(command: &Command) -> Result<ExitCode> {
         Command::Tell(tell) => tell::run(tell).map(done),
         Command::Format(format) => format::run(format).map(done),
         Command::Explain(explain) => explain::run(explain).map(done),
+        Command::Copy(copy) => transfer::copy::run(copy),
+        Command::Compare(compare) => Ok(transfer::compare::run(compare)),
+        Command::Map(map) => transfer::map::run(map).map(done),
+        Command::Bench(bench) => transfer::bench::run(bench).map(done),
         Command::Features(features) => features::run(features).map(done),
         Command::Doctor(doctor) => doctor::run(doctor),
         Command::Gc(gc) => gc::run(gc).map(done),
+        Command::Metrics(metrics) => metrics::run(metrics).map(done),
+        Command::Top(top) => top::run(top).map(done),
+        Command::UdevInfo(info) => udev::run(info).map(done),
         Command::Man(man) => papers::man(man).map(done),
         Command::Completions(completions) => papers::completions(completions).map(done),
     }

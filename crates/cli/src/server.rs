@@ -16,12 +16,13 @@ use serde_json::{Value, json};
 use signal_hook::consts::SIGHUP;
 
 use crate::args::{Add, Export, RecoveryChoice};
-use crate::assemble::assemble;
+use crate::assemble::assemble_with;
 use crate::front::{self, Front};
 use crate::guard::Guard;
 use crate::listen::{Call, Lines, News};
+use crate::sandbox::{self, Choice};
 use crate::state::{self, Claim, Disk};
-use crate::tell;
+use crate::{notify, protect, tell};
 
 /// How long what is in memory for the disk may take to be written out before it is removed.
 const SYNC_PATIENCE: Duration = Duration::from_secs(120);
@@ -82,7 +83,7 @@ impl Server {
         let name = claim.name.clone();
         let disk = Disk {
             name: name.clone(),
-            export: if export == Export::Fuse { "fuse" } else { "ublk" }.to_owned(),
+            export: export.name().to_owned(),
             why,
             read_only: add.read_only,
             serial: add.serial.clone(),
@@ -95,6 +96,7 @@ impl Server {
             let mut on_made = |number| {
                 match export {
                     Export::Fuse => disk.fuse_connection = Some(number),
+                    Export::Nbd => {}
                     _ => disk.ublk_id = Some(number),
                 }
                 let _ = claim.write(disk);
@@ -162,6 +164,7 @@ impl Server {
             disk.pid = std::process::id();
             disk.started_ms = state::now_ms();
             let service = open(plan, &mut disk)?;
+            sandbox::process(disk.made_with.as_ref().map_or(Choice::On, |add| add.sandbox));
             let front = attach(service, &mut disk, &mut claim)?;
             Ok((lines, news, front))
         })();
@@ -170,11 +173,14 @@ impl Server {
             Err(error) => return Err((claim, error)),
         };
         disk.warnings.extend(front.crew().warnings.iter().cloned());
+        disk.warnings.extend(protect::warnings().into_iter().chain(sandbox::warnings()));
         disk.device = front.path().to_owned();
         disk.data_path = front.data_path().to_owned();
         disk.recovery = front.recovery().to_owned();
         disk.batch = front.is_batched();
-        make_link(&disk);
+        if front.clients().is_none() {
+            make_link(&disk);
+        }
         lines.serve(front.crew());
         if let Err(error) = claim.write(&disk) {
             let _ = front.detach();
@@ -194,7 +200,7 @@ impl Server {
     /// If the disk could not be removed in the end.
     pub fn run(mut self) -> Result<()> {
         loop {
-            match self.news.recv() {
+            match notify::recv(&self.news) {
                 Ok(News::Request(Call::Stop { force }, answer)) => {
                     if !force && let Some(refusal) = self.refusal() {
                         answer.send(refusal);
@@ -248,11 +254,21 @@ impl Server {
     /// Why the disk must not be removed now, if so. Otherwise everything written to it is below.
     fn refusal(&self) -> Option<Value> {
         let Disk { name, device, .. } = &self.disk;
-        if !matches!(self.phase, Phase::Up(_)) {
+        let Phase::Up(front) = &self.phase else {
             return Some(json!({ "error": format!(
                 "{name} ({device}): is quiesced, requests may be waiting; resume it first, or \
                  --force to lose them"
             )}));
+        };
+        match front.clients() {
+            None => {}
+            Some(0) => return None,
+            Some(count) => {
+                return Some(json!({ "error": format!(
+                    "{name} ({device}): is held by {count} NBD connections; end them first, or \
+                     --force to cut them off"
+                )}));
+            }
         }
         if !host::is_held(device) {
             if host::sync(device, SYNC_PATIENCE) {
@@ -277,6 +293,8 @@ impl Server {
 
     fn info(&self) -> Value {
         let mut info = self.disk.shown();
+        info["protection"] = protect::shown();
+        info["sandbox"] = sandbox::shown();
         info["held"] = json!(host::is_held(&self.disk.device));
         let Phase::Up(front) = &self.phase else {
             info["state"] = json!("quiesced");
@@ -286,6 +304,10 @@ impl Server {
         let counts: serde_json::Map<String, Value> =
             crew.counts().list().into_iter().map(|(k, v)| (k.to_owned(), v.into())).collect();
         info["state"] = json!("live");
+        if let Some(clients) = front.clients() {
+            info["clients"] = json!(clients);
+            info["held"] = json!(clients > 0);
+        }
         info["threads"] = json!(crew.thread_count());
         info["counts"] = Value::Object(counts);
         info["layers"] = tell::layers(&crew.served.stack);
@@ -305,6 +327,7 @@ impl Server {
 
     /// Removes the disk and all traces of it.
     fn remove(self) -> Result<()> {
+        notify::stopping();
         let Server { phase, claim, guard, .. } = self;
         let removed = match phase {
             Phase::Up(front) => front.detach().map(drop),
@@ -335,6 +358,7 @@ struct Parts {
 
 impl Parts {
     fn guarded(self, guard: Guard) -> Server {
+        notify::ready(&self.disk.device, guard.pid());
         let Parts { front, disk, plan, claim, lines, news } = self;
         Server { phase: Phase::Up(front), disk, plan, claim, guard, lines, news }
     }
@@ -367,7 +391,8 @@ pub(crate) fn passing(plan: &Plan) -> Option<&str> {
 
 /// Opens a stack to serve it, and writes down what the disk is with it.
 pub(crate) fn open(plan: &Plan, disk: &mut Disk) -> Result<Service> {
-    let assembled = assemble(plan, Access::Serve)?;
+    let latency = disk.made_with.as_ref().is_some_and(|add| add.latency);
+    let assembled = assemble_with(plan, Access::Serve, latency)?;
     disk.warnings = assembled.warnings();
     let limits = *assembled.stack.limits();
     let asked = disk.made_with.as_ref().is_some_and(|add| add.read_only);

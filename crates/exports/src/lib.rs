@@ -3,5 +3,7 @@
 pub mod disk;
 pub mod fuse;
 pub mod host;
+pub mod local;
+pub mod nbd;
 pub mod threads;
 pub mod ublk;

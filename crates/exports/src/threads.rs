@@ -1,7 +1,7 @@
 //! Answers for I/O threads: N queues on M threads, each thread with one ring, started together.
 
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, mpsc};
+use std::sync::{Arc, Mutex, OnceLock, mpsc};
 use std::thread::JoinHandle;
 
 use devsplice_core::{Error, ErrorKind, Result, Stack};
@@ -71,6 +71,15 @@ pub struct Service {
 /// Told the number of what was made in the kernel, as soon as somebody would have to clear it up
 /// after us: a ublk device's, or a FUSE connection's.
 pub type OnMade<'a> = &'a mut dyn FnMut(u32);
+
+/// What each I/O thread does when it has all that it needs, before it serves.
+static SETTLED: OnceLock<fn()> = OnceLock::new();
+
+/// Has every I/O thread of this process do something when it has all that it needs. Only the first
+/// call counts.
+pub fn on_settled(hook: fn()) {
+    let _ = SETTLED.set(hook);
+}
 
 /// What the threads need, shared between them.
 pub struct Work {
@@ -223,6 +232,9 @@ fn serve(
             return;
         }
     };
+    if let Some(settled) = SETTLED.get() {
+        settled();
+    }
     let _ = ready.send(Ok(warning));
     if let Err(error) = worker.run() {
         (work.service.on_death)(error);

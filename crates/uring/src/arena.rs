@@ -6,6 +6,13 @@ use std::ptr::NonNull;
 use devsplice_core::{Error, Result};
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mlock, mmap_anonymous, munmap};
 
+/// How memory is given back, be it locked or not (Linux 5.18): all of the process may be locked,
+/// on fault.
+const DONTNEED: libc::c_int = libc::MADV_DONTNEED_LOCKED;
+
+/// The kernel's huge page, which it may give where a single byte is used.
+const HUGE: usize = 2 << 20;
+
 /// Slots of equal size. Untouched ones cost no memory.
 pub(crate) struct Arena {
     base: NonNull<u8>,
@@ -33,6 +40,12 @@ impl Arena {
             mmap_anonymous(std::ptr::null_mut(), bytes, ProtFlags::READ | ProtFlags::WRITE, flags)
         }
         .map_err(|errno| Error::os(format!("{bytes} bytes of request memory"), &errno.into()))?;
+        if stride > HUGE {
+            // A slot as large is there for the rare request; most use the first pages of it, and a
+            // huge page for each would be hundreds of times that. If it fails, that is so.
+            // SAFETY: the range is exactly the mapping made above; the advice changes no contents.
+            let _ = unsafe { madvise(base.cast(), bytes, Advice::LinuxNoHugepage) };
+        }
         let base = NonNull::new(base.cast::<u8>())
             .ok_or_else(|| Error::invalid("request memory", "mapped at address 0"))?;
         if locked {
@@ -110,6 +123,23 @@ impl Arena {
         unsafe { std::slice::from_raw_parts_mut(start, self.stride) }
     }
 
+    /// Copies between two slots that no entry names.
+    ///
+    /// # Panics
+    /// If one names either, or they are the same, or a range leaves its slot.
+    pub(crate) fn copy(&mut self, from: (usize, usize), to: (usize, usize), len: usize) {
+        let places = [from, to].map(|(slot, at)| {
+            assert_eq!(self.lent[slot], 0, "slot {slot} is in the kernel's hands");
+            self.place(slot, at, len)
+        });
+        assert_ne!(from.0, to.0, "a copy from a slot to itself");
+        let [from, to] = places;
+        // SAFETY: `place` has asserted that both ranges are inside their slots, which are two, so
+        // they do not overlap; the bytes are initialised (zero-filled); no queued entry names them
+        // (the counts above, kept by `Uring`), and `&mut self` excludes slices of them.
+        unsafe { from.copy_to_nonoverlapping(to, len) };
+    }
+
     /// Gives back the memory of all slots that no entry names; their bytes are zeros then. For when
     /// nobody wants the data in them. What is locked stays.
     pub(crate) fn rest(&mut self) {
@@ -121,7 +151,7 @@ impl Arena {
             // SAFETY: the range is `free` whole slots of the mapping. No queued entry names them
             // (the count above, kept by `Uring`), `&mut self` excludes slices of them, and zeros
             // are as good as any bytes there. A failure leaves them as they are.
-            let _ = unsafe { madvise(start.cast(), free * self.stride, Advice::LinuxDontNeed) };
+            let _ = unsafe { libc::madvise(start.cast(), free * self.stride, DONTNEED) };
             slot += free + 1;
         }
     }
@@ -190,6 +220,21 @@ mod tests {
         locked.bytes(0).fill(7);
         locked.rest();
         assert!(locked.bytes(0).iter().all(|byte| *byte == 7));
+    }
+
+    #[test]
+    fn copies_stay_in_their_slots_and_away_from_what_is_lent() {
+        let mut arena = Arena::new(2, 4096, false).unwrap();
+        arena.bytes(0)[10..14].copy_from_slice(b"abcd");
+        arena.copy((0, 10), (1, 4092), 4);
+        assert_eq!(&arena.bytes(1)[4092..], b"abcd");
+        arena.lend(1);
+        let bad = [((0, 0), (1, 0), 1), ((0, 4093), (0, 0), 4), ((0, 0), (0, 8), 1)];
+        for (from, to, len) in bad {
+            let copy = std::panic::AssertUnwindSafe(|| arena.copy(from, to, len));
+            assert!(std::panic::catch_unwind(copy).is_err(), "{from:?} {to:?} {len}");
+        }
+        arena.give_back(1);
     }
 
     #[test]

@@ -2,10 +2,12 @@
 //! whom.
 
 pub(crate) mod batch;
+mod client;
 mod fuse;
 mod helped;
 mod kept;
 mod slots;
+pub(crate) mod socket;
 
 pub use fuse::{FUSE_OP_AT, FuseEntry, FusePayload};
 pub use slots::Slots;
@@ -91,7 +93,9 @@ const KIND_TAGS: u64 = 8 << KIND_SHIFT;
 /// A list of elements is the lane's again.
 const KIND_LIST: u64 = 9 << KIND_SHIFT;
 /// An entry of FUSE has a request, or will not have one any more.
-const KIND_FUSE: u64 = 10 << KIND_SHIFT;
+const KIND_FUSE: u64 = 11 << KIND_SHIFT;
+/// A lane's send is over.
+const KIND_SENT: u64 = 10 << KIND_SHIFT;
 const KIND_MASK: u64 = 0xff << KIND_SHIFT;
 
 /// Files of the ring itself: what reads as zeros.
@@ -129,6 +133,8 @@ pub struct Uring {
     batches: Vec<Option<batch::Batch>>,
     /// For the lanes that FUSE uses.
     fuse: Vec<Option<fuse::Headers>>,
+    /// For the lanes whose exports send to sockets, since the first time that they did.
+    messages: Vec<Option<Box<socket::Message>>>,
     /// Rung by other threads.
     pub(crate) bell: Option<Arc<OwnedFd>>,
     start: Instant,
@@ -196,6 +202,7 @@ impl Uring {
             zeroes: Arena::new(1, ZEROES_LEN, false)?,
             batches: Vec::new(),
             fuse: Vec::new(),
+            messages: std::iter::repeat_with(|| None).take(config.lanes.len()).collect(),
             bell: None,
             start: Instant::now(),
             bytes_spliced: 0,
@@ -427,6 +434,7 @@ impl Uring {
                 return None;
             }
             KIND_FUSE => self.fuse_completed(lane, index),
+            KIND_SENT => self.sent(lane),
             KIND_TAGS | KIND_LIST => self.batch_completed(kind, lane, flags),
             _ => self.arena(lane).give_back(tag_of(index)),
         }

@@ -67,8 +67,8 @@ impl PagesKind {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct IoVec {
-    base: u64,
-    len: u64,
+    pub(crate) base: u64,
+    pub(crate) len: u64,
 }
 
 /// What is kept of a splice until its completion: its vector, and how to read the result.

@@ -6,6 +6,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::mpsc;
 
 use devsplice_core::{Error, Result};
+use rustix::mount::{MountPropagationFlags, mount_change};
 
 /// include/uapi/linux/prctl.h.
 const PR_SET_IO_FLUSHER: libc::c_int = 57;
@@ -24,6 +25,47 @@ pub fn set_io_flusher() -> Result<()> {
     }
     let error = std::io::Error::last_os_error();
     Err(Error::os("PR_SET_IO_FLUSHER", &error).next("run with CAP_SYS_RESOURCE"))
+}
+
+/// Gives the calling process mounts of its own, which follow those that it had: what is mounted and
+/// unmounted there is here, too, and not the other way round. For a process with one thread.
+///
+/// # Errors
+/// Without CAP_SYS_ADMIN.
+pub fn own_mounts() -> Result<()> {
+    let failed = |error: io::Error| Error::os("mounts of its own", &error);
+    // SAFETY: CLONE_NEWNS alone; it touches no memory and no descriptor of this process.
+    if unsafe { libc::unshare(libc::CLONE_NEWNS) } != 0 {
+        return Err(failed(io::Error::last_os_error()));
+    }
+    let follow = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
+    mount_change("/", follow).map_err(|errno| failed(errno.into()))
+}
+
+/// The numbers of system calls.
+pub mod calls {
+    pub use libc::*;
+}
+
+/// Has the kernel ask `program` (classic BPF: code, jump if true, jump if false, constant) about
+/// each system call of the calling thread and of threads that it starts, and log what that refuses.
+/// For good.
+///
+/// # Errors
+/// If the kernel has no seccomp, or the program is none.
+pub fn restrict_calls(program: &[(u16, u8, u8, u32)]) -> Result<()> {
+    let failed = |error: io::Error| Error::os("seccomp", &error);
+    rustix::thread::set_no_new_privs(true).map_err(|errno| failed(errno.into()))?;
+    let line = |&(code, jt, jf, k): &(u16, u8, u8, u32)| libc::sock_filter { code, jt, jf, k };
+    let mut lines: Vec<_> = program.iter().map(line).collect();
+    let len = u16::try_from(lines.len()).map_err(|_| Error::invalid("seccomp", "too long"))?;
+    let program = libc::sock_fprog { len, filter: lines.as_mut_ptr() };
+    let (mode, flags) = (libc::SECCOMP_SET_MODE_FILTER, libc::SECCOMP_FILTER_FLAG_LOG);
+    // SAFETY: the kernel copies `len` lines from `filter`; `lines` keeps them until after the call.
+    if unsafe { libc::syscall(libc::SYS_seccomp, mode, flags, &raw const program) } != 0 {
+        return Err(failed(io::Error::last_os_error()));
+    }
+    Ok(())
 }
 
 /// Runs `work` on a thread with a table of descriptors of its own, which holds nothing but standard

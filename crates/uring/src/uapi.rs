@@ -37,7 +37,6 @@ pub struct Sqe {
 
 const _: () = assert!(size_of::<Sqe>() == 64 && std::mem::offset_of!(Sqe, addr3) == 48);
 
-#[cfg(feature = "imitation")]
 pub(crate) const OP_NOP: u8 = 0;
 pub(crate) const OP_READV: u8 = 1;
 pub(crate) const OP_WRITEV: u8 = 2;
@@ -45,11 +44,14 @@ pub(crate) const OP_FSYNC: u8 = 3;
 pub(crate) const OP_READ_FIXED: u8 = 4;
 pub(crate) const OP_WRITE_FIXED: u8 = 5;
 pub(crate) const OP_POLL_ADD: u8 = 6;
+pub(crate) const OP_SENDMSG: u8 = 9;
 pub(crate) const OP_TIMEOUT: u8 = 11;
 pub(crate) const OP_ASYNC_CANCEL: u8 = 14;
 pub(crate) const OP_FALLOCATE: u8 = 17;
 pub(crate) const OP_READ: u8 = 22;
 pub(crate) const OP_WRITE: u8 = 23;
+pub(crate) const OP_SEND: u8 = 26;
+pub(crate) const OP_RECV: u8 = 27;
 pub(crate) const OP_URING_CMD: u8 = 46;
 pub(crate) const OP_READV_FIXED: u8 = 60;
 pub(crate) const OP_WRITEV_FIXED: u8 = 61;
@@ -57,6 +59,12 @@ pub(crate) const OP_WRITEV_FIXED: u8 = 61;
 pub(crate) const SQE_FIXED_FILE: u8 = 1;
 /// `IOSQE_BUFFER_SELECT`.
 pub(crate) const SQE_BUFFER_SELECT: u8 = 1 << 5;
+/// `IORING_RECVSEND_POLL_FIRST`, in an entry's priority.
+pub(crate) const RECVSEND_POLL_FIRST: u16 = 1;
+/// `MSG_WAITALL` (include/linux/socket.h).
+pub(crate) const MSG_WAITALL: u32 = 0x100;
+/// `MSG_NOSIGNAL`.
+pub(crate) const MSG_NOSIGNAL: u32 = 0x4000;
 /// `IORING_URING_CMD_MULTISHOT`.
 pub(crate) const URING_CMD_MULTISHOT: u32 = 2;
 /// In a completion's flags (`IORING_CQE_F_BUFFER`): the upper half names a buffer.

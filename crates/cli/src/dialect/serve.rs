@@ -14,7 +14,7 @@ use super::wish::Wish;
 use super::{Tool, list};
 use crate::args::{Export, PathChoice};
 use crate::assemble::{CATALOG, assemble};
-use crate::{front, server};
+use crate::{front, protect, sandbox, server};
 
 /// Makes a device as `wish` says, and prints it as `tool` does.
 ///
@@ -47,12 +47,11 @@ pub fn add(wish: &Wish, tool: Tool) -> Result<ExitCode> {
 type Made = (Device, Option<Shared>);
 
 fn make(wish: &Wish, plan: &Plan) -> Result<Made> {
-    // A core dump could end up on the very disk that has just lost its server.
-    let none = rustix::process::Rlimit { current: Some(0), maximum: Some(0) };
-    let _ = rustix::process::setrlimit(rustix::process::Resource::Core, none);
+    protect::server();
     front::choose(Export::Ublk, PathChoice::Auto)?;
     // Their tests make several devices of one file.
     let (stack, bottoms) = assemble(plan, Access::Share)?.into_parts();
+    sandbox::process(sandbox::Choice::On);
     let service = Service {
         stack,
         bottoms,

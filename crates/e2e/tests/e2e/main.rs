@@ -9,12 +9,14 @@ mod bad;
 mod batch;
 mod cli;
 mod contract;
+mod copy;
 mod dialect;
 mod layers;
 mod life;
 mod luck;
 mod manners;
 mod mirror;
+mod protect;
 mod reach;
 mod recover;
 mod replay;
@@ -69,7 +71,9 @@ fn groups() -> Vec<Group> {
     cli::add(&mut cli, home);
     let mut bad = Group::new("bad", need(is_root(), "needs root"));
     bad::add(&mut bad, home);
-    let mut groups = vec![cli, bad];
+    let mut copies = Group::new("copy", need(is_root(), "needs root"));
+    copy::add(&mut copies, home);
+    let mut groups = vec![cli, bad, copies];
     let fuse = [Kind::Fuse].into_iter().chain(FUSE_PATHS.map(Kind::FuseUring));
     for kind in fuse.chain(PATHS.map(Kind::Ublk)) {
         if mode() == Mode::Native && kind.is_ublk() && kind.gate().is_err() {
@@ -88,6 +92,7 @@ fn groups() -> Vec<Group> {
             mirror::add(&mut group, kind);
             manners::add(&mut group, kind);
             luck::add(&mut group, kind);
+            protect::add(&mut group, kind);
             reach::add_once(&mut group, kind);
             if kind == home {
                 dialect::add(&mut group, kind);

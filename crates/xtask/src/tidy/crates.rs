@@ -11,8 +11,9 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("layers", &["core"]),
     ("spec", &["core", "layers"]),
     ("uring", &["core", "engine"]),
-    ("backends", &["core", "engine", "uring"]),
-    ("exports", &["core", "engine", "uring"]),
+    ("nbd", &["core"]),
+    ("backends", &["core", "engine", "uring", "nbd"]),
+    ("exports", &["core", "engine", "uring", "nbd"]),
     ("sim", &["core", "engine", "layers"]),
     ("contract", &["core", "engine", "uring"]),
 ];

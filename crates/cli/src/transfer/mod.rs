@@ -1,0 +1,214 @@
+//! Answers for commands that read and write stacks themselves, without making a disk of them.
+
+pub mod bench;
+pub mod compare;
+pub mod copy;
+pub mod map;
+mod progress;
+mod resume;
+
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+
+use devsplice_backends::Access;
+use devsplice_core::{Error, ErrorKind, Limits, Op, Result, Stack};
+use devsplice_exports::local::{Failure, Side, Size};
+use devsplice_exports::threads::Bottom;
+use devsplice_spec::{Kind, Plan};
+use rustix::fs::FileType;
+
+use crate::args::Load;
+use crate::assemble::{CATALOG, assemble};
+use crate::state;
+
+/// A request's least and most bytes.
+const REQUEST_SIZES: std::ops::RangeInclusive<u64> = 4096..=32 << 20;
+/// Threads where nobody says how many.
+const MOST_THREADS: usize = 4;
+
+/// A stack that is open.
+pub struct Open {
+    /// As the user named it.
+    pub name: String,
+    stack: Arc<Stack>,
+    bottoms: Vec<Bottom>,
+    warnings: Vec<String>,
+}
+
+impl Open {
+    /// Opens what a user has named: a disk that is served, or a stack.
+    ///
+    /// # Errors
+    /// If it is neither, or something below cannot be opened so.
+    pub fn new(name: &str, access: Access) -> Result<Open> {
+        Open::of(name, &plan(name)?, access)
+    }
+
+    /// As `new`, from its plan.
+    ///
+    /// # Errors
+    /// If something below cannot be opened so.
+    pub fn of(name: &str, plan: &Plan, access: Access) -> Result<Open> {
+        let assembled = assemble(plan, access)?;
+        let warnings = assembled.warnings();
+        let (stack, bottoms) = assembled.into_parts();
+        Ok(Open { name: name.to_owned(), stack, bottoms, warnings })
+    }
+
+    /// What it can do.
+    pub fn limits(&self) -> &Limits {
+        self.stack.limits()
+    }
+
+    /// Says what is not as one would wish.
+    pub fn warn(&self) {
+        self.warnings.iter().for_each(|warning| eprintln!("devsplice: {warning}"));
+    }
+
+    /// To be asked.
+    pub fn into_side(self) -> Side {
+        Side::new(self.stack, self.bottoms)
+    }
+
+    /// What is other once its files have been written to.
+    pub fn stamp(&self) -> String {
+        let stats = self.bottoms.iter().filter_map(|bottom| match bottom {
+            Bottom::File { fd, .. } => rustix::fs::fstat(fd.as_fd()).ok(),
+            Bottom::Bytes(_) => None,
+        });
+        let one = |stat: rustix::fs::Stat| match FileType::from_raw_mode(stat.st_mode) {
+            // A device node's times say nothing about the device.
+            FileType::BlockDevice => format!("device {}", stat.st_rdev),
+            _ => format!(
+                "{}:{} {}.{:09}",
+                stat.st_dev, stat.st_ino, stat.st_mtime, stat.st_mtime_nsec
+            ),
+        };
+        stats.map(one).collect::<Vec<_>>().join(", ")
+    }
+
+    /// What tells its files and devices from others'.
+    fn identities(&self) -> Vec<(u64, u64, u64)> {
+        let stats = self.bottoms.iter().filter_map(|bottom| match bottom {
+            Bottom::File { fd, .. } => rustix::fs::fstat(fd.as_fd()).ok(),
+            Bottom::Bytes(_) => None,
+        });
+        let one = |stat: rustix::fs::Stat| match FileType::from_raw_mode(stat.st_mode) {
+            FileType::BlockDevice => (0, 0, stat.st_rdev),
+            _ => (stat.st_dev, stat.st_ino, 0),
+        };
+        stats.map(one).collect()
+    }
+
+    /// Refuses what has a file or a device in common with this.
+    ///
+    /// # Errors
+    /// If it has.
+    pub fn apart_from(&self, other: &Open) -> Result<()> {
+        let ours = self.identities();
+        if other.identities().iter().any(|its| ours.contains(its)) {
+            let reason = format!("lies on the same file or device as {}", self.name);
+            return Err(Error::invalid(&other.name, reason));
+        }
+        Ok(())
+    }
+}
+
+/// The plan of what a user has named: a disk that is served, a stack, or, as these are commands on
+/// files, a file by its mere name.
+pub fn plan(name: &str) -> Result<Plan> {
+    if let Ok(found) = state::find(name)
+        && found.alive
+    {
+        // Through its device, as any other program: its server has what is below.
+        return Plan::load(&found.disk.device, &CATALOG);
+    }
+    let is_word = |byte: u8| byte.is_ascii_alphanumeric() || b"._-+".contains(&byte);
+    let is_file = name.bytes().all(is_word)
+        && !name.ends_with(".toml")
+        && !CATALOG.layers.iter().any(|driver| driver.name == name)
+        && !CATALOG.sources.iter().any(|source| source.name == name);
+    if is_file { Plan::load(&format!("./{name}"), &CATALOG) } else { Plan::load(name, &CATALOG) }
+}
+
+/// The path of the plain file that a plan is of, if it is nothing else and is not there.
+pub fn missing_file(plan: &Plan) -> Option<&str> {
+    let [place] = plan.places.as_slice() else { return None };
+    match place.kind {
+        Kind::Source(source) if source.name == "file" => {}
+        _ => return None,
+    }
+    place.args.text("path").filter(|path| !Path::new(path).exists())
+}
+
+/// How many threads, and what each of them does.
+///
+/// # Errors
+/// If a request would be too small, too large or off the blocks.
+pub fn sizes(load: &Load, align: u64) -> Result<(u16, Size)> {
+    let bytes = load.request_size;
+    if !REQUEST_SIZES.contains(&bytes) || !bytes.is_multiple_of(align) {
+        let reason = format!("{bytes} is not 4k to 32M in blocks of {align}");
+        return Err(Error::invalid("--request-size", reason));
+    }
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = load.threads.unwrap_or(u16::try_from(cpus.min(MOST_THREADS)).unwrap_or(1));
+    let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
+    Ok((threads, Size { depth: load.requests, bytes }))
+}
+
+/// What a failed request means to the user.
+pub fn explain(failure: &Failure, names: [&str; 2]) -> Error {
+    let Failure { side, io, errno } = failure;
+    let name = names.get(usize::from(*side)).copied().unwrap_or("?");
+    let reason = match io.op {
+        Op::Flush => format!("flush failed: {errno}"),
+        op => {
+            format!("{} of {} bytes at {} failed: {errno}", op.name(), io.extent.len, io.extent.at)
+        }
+    };
+    Error::new(ErrorKind::Os, name, reason)
+}
+
+/// A flag that SIGINT, SIGTERM or SIGHUP sets.
+///
+/// # Errors
+/// If the handlers cannot be set.
+pub fn interrupted() -> Result<Arc<AtomicBool>> {
+    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+    let flag = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM, SIGHUP] {
+        signal_hook::flag::register_conditional_shutdown(signal, 1, Arc::clone(&flag))
+            .and_then(|_| signal_hook::flag::register(signal, Arc::clone(&flag)))
+            .map_err(|error| Error::os("signals", &error))?;
+    }
+    Ok(flag)
+}
+
+/// Does `work` on another thread, and `meanwhile` from time to time, with whether to stop.
+///
+/// # Errors
+/// As `work`; or if there is no thread to be had.
+pub fn attend<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+    mut meanwhile: impl FnMut(bool),
+) -> Result<T> {
+    const LOOK: std::time::Duration = std::time::Duration::from_millis(100);
+    let stop = interrupted()?;
+    let (tell, told) = std::sync::mpsc::channel();
+    std::thread::Builder::new()
+        .name("work".to_owned())
+        .spawn(move || tell.send(work()))
+        .map_err(|error| Error::os("a thread", &error))?;
+    loop {
+        match told.recv_timeout(LOOK) {
+            Ok(done) => return done,
+            Err(std::sync::mpsc::RecvTimeoutError::Timeout) => meanwhile(stop.load(SeqCst)),
+            Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => {
+                return Err(Error::new(ErrorKind::Os, "a thread", "ended early"));
+            }
+        }
+    }
+}

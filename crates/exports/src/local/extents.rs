@@ -1,0 +1,95 @@
+//! Answers for what is known of a stack's content without reading it: holes of files below it, and
+//! what layers answer with zeros.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use devsplice_core::{Error, Io, Op, Piece, Place, Result, Stack};
+use devsplice_uring::FileKind;
+use rustix::fs::{SeekFrom, seek};
+use rustix::io::Errno;
+
+use crate::threads::Bottom;
+
+/// What a range of a disk is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Content {
+    /// Somebody has written it, or nobody knows.
+    Data,
+    /// Nothing is stored there; it reads as zeros.
+    Hole,
+    /// It reads as zeros; there is nothing below that could hold it.
+    Zero,
+}
+
+impl Content {
+    /// Whether it reads as zeros for sure.
+    #[must_use]
+    pub const fn reads_zero(self) -> bool {
+        !matches!(self, Content::Data)
+    }
+
+    /// The word that users see.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Content::Data => "data",
+            Content::Hole => "hole",
+            Content::Zero => "zero",
+        }
+    }
+}
+
+/// The extents of a stack. Asking reads no data.
+pub struct Extents {
+    stack: Arc<Stack>,
+    /// The files that can tell.
+    files: Vec<Option<OwnedFd>>,
+}
+
+impl Extents {
+    /// Of a stack over these bottoms.
+    ///
+    /// # Errors
+    /// If there are no descriptors left.
+    pub fn new(stack: &Arc<Stack>, bottoms: &[Bottom]) -> Result<Extents> {
+        let files = bottoms.iter().map(|bottom| match bottom {
+            Bottom::File { fd, kind: FileKind::Regular } => {
+                fd.try_clone().map(Some).map_err(|error| Error::os("a file's copy", &error))
+            }
+            _ => Ok(None),
+        });
+        Ok(Extents { stack: Arc::clone(stack), files: files.collect::<Result<_>>()? })
+    }
+
+    /// What the bytes from `at` on are, and how many of them for sure: at least 1, at most `most`.
+    #[must_use]
+    pub fn at(&self, at: u64, most: u64) -> (u64, Content) {
+        let all = (most, Content::Data);
+        match self.stack.route(Io::new(Op::Read, at, most)).next(&self.stack) {
+            Some(Ok(piece @ Piece { len: 1.., part: 0, .. })) => match piece.place {
+                Place::Zero => (piece.len, Content::Zero),
+                Place::Backend(id) => {
+                    let file = self.files.get(usize::from(id.0)).and_then(Option::as_ref);
+                    file.map_or((piece.len, Content::Data), |file| look(file, piece.at, piece.len))
+                }
+            },
+            // A layer would have to read something first, or refuses: reading will tell.
+            _ => all,
+        }
+    }
+}
+
+/// What a file's bytes are. Where it does not know, they are data.
+fn look(file: &OwnedFd, at: u64, len: u64) -> (u64, Content) {
+    match seek(file, SeekFrom::Data(at)) {
+        // Nothing but a hole up to the end.
+        Err(Errno::NXIO) => (len, Content::Hole),
+        Ok(data) if data > at => (len.min(data - at), Content::Hole),
+        Ok(_) => match seek(file, SeekFrom::Hole(at)) {
+            Ok(hole) if hole > at => (len.min(hole - at), Content::Data),
+            _ => (len, Content::Data),
+        },
+        Err(_) => (len, Content::Data),
+    }
+}

@@ -1,0 +1,584 @@
+//! Answers for one connection on its I/O thread: requests received, replies sent.
+//!
+//! A tag's memory has a reply's header right before its data, so a read's reply is one range. What
+//! has been finished in a turn goes out with one entry, as many ranges as there are replies.
+//!
+//! Requests are received into a memory of their own, many at a time: at 4 KiB one receive brings
+//! what a client has in flight. Data of writes that comes along is copied from there; the rest is
+//! received where it belongs. Where writes are large, nothing is received beyond the header, so
+//! that no data has to be copied.
+//!
+//! A client that sends faster than it is served, or does not take its replies, is not read from:
+//! tags and bytes in flight are bounded.
+
+use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use devsplice_core::{Errno, Io, Limits, Op, Result};
+use devsplice_engine::{Completion, Export, FileId, Inbox, Request};
+use devsplice_nbd::limits::{MAX_EXTENTS, MAX_PAYLOAD};
+use devsplice_nbd::server::{ALLOCATION, Ask, Refusal, Session};
+use devsplice_nbd::wire::{MAX_REQUEST_LEN, error};
+use devsplice_nbd::{Broken, Head, Mode};
+use devsplice_uring::{FileKind, RingFile, Uring, Wait};
+use rustix::net::Shutdown;
+
+use super::outbox::Outbox;
+use super::post::{Client, Extent, Letter, Post, Question};
+
+/// Bytes that are received at a time where data may come along.
+const STAGE: usize = 64 << 10;
+/// A write from this size on is large: what follows it is received one by one.
+const LARGE: u64 = 16 << 10;
+/// Bytes of data in flight on one connection.
+const MAX_BYTES: u64 = 2 * MAX_PAYLOAD as u64;
+
+/// What an event's number says beside its tag.
+const RECEIVED: u32 = 0;
+const SENT: u32 = 1;
+const BELL: u32 = 2;
+
+/// What a tag's request was.
+#[derive(Clone, Copy, Default)]
+struct Tag {
+    cookie: u64,
+    offset: u64,
+    /// Bytes of data that count as in flight.
+    bytes: u32,
+    /// It has to be durable, which takes a flush behind it.
+    flush: bool,
+    /// The engine has it.
+    busy: bool,
+}
+
+/// What is to come from the client next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Intake {
+    Request,
+    /// The data of a write: so many of its bytes are there.
+    Data {
+        tag: u16,
+        there: u32,
+        len: u32,
+        fua: bool,
+    },
+    /// Data of a request that was refused.
+    Skip {
+        left: u64,
+    },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// Nobody is here.
+    Free,
+    /// Requests are taken.
+    Open,
+    /// None are, and what was asked is answered.
+    Leaving,
+    /// Nothing is answered any more.
+    Lost,
+}
+
+/// A connection's place on an I/O thread, whether somebody is there or not.
+pub(super) struct Connection {
+    post: Arc<Post>,
+    desk: usize,
+    limits: Limits,
+    lane: u16,
+    /// What the ring calls the socket, and the bell.
+    socket: FileId,
+    bell: FileId,
+    client: Option<Client>,
+    phase: Phase,
+    /// The poll of the bell is out.
+    listening: bool,
+    /// A receive is out.
+    receiving: bool,
+    intake: Intake,
+    /// The last write was large.
+    large: bool,
+    /// Received and not looked at: a range of the stage.
+    staged: (usize, usize),
+    tags: Box<[Tag]>,
+    /// Free tags; the last used is the next to be used, as its memory is warm.
+    idle: Vec<u16>,
+    bytes: u64,
+    outbox: Outbox,
+    /// Tags that need a flush before their reply.
+    unflushed: VecDeque<u16>,
+}
+
+impl Connection {
+    /// A place at `desk`. The ring has `socket` and `bell` as files; the former is replaced by each
+    /// client's.
+    pub(super) fn new(
+        (post, desk): (Arc<Post>, usize),
+        limits: Limits,
+        (socket, bell): (FileId, FileId),
+        depth: u16,
+    ) -> Connection {
+        Connection {
+            post,
+            desk,
+            limits,
+            lane: 0,
+            socket,
+            bell,
+            client: None,
+            phase: Phase::Free,
+            listening: false,
+            receiving: false,
+            intake: Intake::Request,
+            large: false,
+            staged: (0, 0),
+            tags: vec![Tag::default(); usize::from(depth)].into(),
+            idle: (0..depth).rev().collect(),
+            bytes: 0,
+            outbox: Outbox::new(depth),
+            unflushed: VecDeque::with_capacity(usize::from(depth)),
+        }
+    }
+
+    /// The memory that requests are received into: behind those of the tags.
+    fn stage(&self) -> u16 {
+        u16::try_from(self.tags.len()).unwrap_or(u16::MAX)
+    }
+
+    fn session(&self) -> Option<&Session> {
+        self.client.as_ref().map(|client| &client.session)
+    }
+
+    fn mode(&self) -> Mode {
+        self.session().map_or(Mode::Simple, |session| session.mode)
+    }
+
+    fn listen(&mut self, ring: &mut Uring) {
+        self.listening = true;
+        ring.poll((self.lane, BELL << 16), self.bell);
+    }
+
+    /// Something has come for this place.
+    fn rung(&mut self, ring: &mut Uring, inbox: &mut Inbox) {
+        self.listening = false;
+        let post = Arc::clone(&self.post);
+        post.desks[self.desk].bell.heard();
+        while let Some(letter) = post.desks[self.desk].take_letter() {
+            match letter {
+                Letter::Client(client) => self.welcome(ring, *client),
+                Letter::Answer { tag, extents } => self.tell(ring, tag, &extents),
+            }
+        }
+        while let Some(tag) = self.unflushed.pop_front() {
+            self.start(inbox, tag, Io::new(Op::Flush, 0, 0), ring);
+        }
+        if post.is_stopping() {
+            self.lose(None);
+            self.settle(ring);
+        } else {
+            self.listen(ring);
+        }
+        self.take(ring, inbox);
+    }
+
+    /// Takes a client in.
+    fn welcome(&mut self, ring: &mut Uring, client: Client) {
+        debug_assert!(self.phase == Phase::Free, "a desk was given away twice");
+        let place = client.socket.try_clone().map_err(|error| error.to_string());
+        let put = place.and_then(|fd| {
+            ring.replace_file(self.socket, RingFile { fd, kind: FileKind::Other })
+                .map_err(|error| error.to_string())
+        });
+        if let Err(error) = put {
+            (self.post.say)(&format!("nbd: {}: {error}", client.peer));
+            return self.post.leave(self.desk);
+        }
+        let stage = self.stage();
+        let early = client.early.len();
+        ring.memory(self.lane, stage)[..early].copy_from_slice(&client.early);
+        self.staged = (0, early);
+        self.intake = Intake::Request;
+        self.large = false;
+        self.phase = Phase::Open;
+        self.client = Some(client);
+    }
+
+    /// Takes what is staged; asks for more.
+    fn take(&mut self, ring: &mut Uring, inbox: &mut Inbox) {
+        if self.phase != Phase::Open || self.receiving {
+            return;
+        }
+        match self.parse(ring, inbox) {
+            Ok(()) => self.receive(ring),
+            Err(Broken(reason)) => self.lose(Some(reason)),
+        }
+        self.settle(ring);
+    }
+
+    /// Whether another request may be taken.
+    fn has_room(&self) -> bool {
+        !self.idle.is_empty() && self.bytes < MAX_BYTES
+    }
+
+    /// Takes the requests that are staged, as far as there is room for them.
+    fn parse(&mut self, ring: &mut Uring, inbox: &mut Inbox) -> Result<(), Broken> {
+        while self.phase == Phase::Open {
+            match self.intake {
+                Intake::Data { .. } => return Ok(()),
+                Intake::Skip { left } => {
+                    let (start, end) = self.staged;
+                    let count = usize::try_from(left).unwrap_or(usize::MAX).min(end - start);
+                    self.staged.0 += count;
+                    let left = left - count as u64;
+                    if left > 0 {
+                        self.intake = Intake::Skip { left };
+                        return Ok(());
+                    }
+                    self.intake = Intake::Request;
+                }
+                Intake::Request if !self.has_room() => return Ok(()),
+                Intake::Request => {
+                    let (mode, stage, (start, end)) = (self.mode(), self.stage(), self.staged);
+                    let bytes = &ring.memory(self.lane, stage)[start..end];
+                    let request = devsplice_nbd::Request::parse(bytes, mode)?;
+                    let Some(request) = request else { return Ok(()) };
+                    self.staged.0 += mode.request_len();
+                    self.request(ring, inbox, &request)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes a request.
+    fn request(
+        &mut self,
+        ring: &mut Uring,
+        inbox: &mut Inbox,
+        request: &devsplice_nbd::Request,
+    ) -> Result<(), Broken> {
+        let Some(session) = self.session() else { return Ok(()) };
+        let (mode, answer) = (session.mode, session.admit(request));
+        if answer == Ok(Ask::Disconnect) {
+            self.phase = Phase::Leaving;
+            return Ok(());
+        }
+        let Some(tag) = self.idle.pop() else { return Err(Broken("no room for a request")) };
+        let devsplice_nbd::Request { cookie, offset, length, .. } = *request;
+        self.tags[usize::from(tag)] = Tag { cookie, offset, ..Tag::default() };
+        let io = |op| Io::new(op, offset, length);
+        match answer {
+            Err(Refusal::Hopeless) => return Err(Broken("a request with more data than any has")),
+            Err(Refusal::Reply { error, skip }) => {
+                self.large = skip >= LARGE;
+                self.intake = if skip > 0 { Intake::Skip { left: skip } } else { self.intake };
+                self.reply(ring, tag, error);
+            }
+            Ok(Ask::Read) => self.start(inbox, tag, io(Op::Read), ring),
+            Ok(Ask::Write { fua }) => self.write(ring, inbox, (tag, length, fua)),
+            Ok(Ask::Flush) => self.start(inbox, tag, Io::new(Op::Flush, 0, 0), ring),
+            Ok(Ask::Trim { fua }) => {
+                self.tags[usize::from(tag)].flush = fua;
+                self.start(inbox, tag, io(Op::Discard), ring);
+            }
+            Ok(Ask::WriteZeroes { fua, unmap, .. }) => {
+                self.tags[usize::from(tag)].flush = fua;
+                self.start(inbox, tag, io(Op::WriteZeroes { unmap }), ring);
+            }
+            Ok(Ask::Cache | Ask::Disconnect) => self.reply(ring, tag, 0),
+            Ok(Ask::Status { one }) => {
+                let most = if one { 1 } else { MAX_EXTENTS };
+                // With 32 bits no extent can be longer.
+                let len = if mode == Mode::Extended { length } else { length.min(1 << 31) };
+                let question = Question { lane: self.desk, tag, at: offset, len, most };
+                self.tags[usize::from(tag)].busy = true;
+                self.post.ask(question);
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes what is there of a write's data.
+    fn write(&mut self, ring: &mut Uring, inbox: &mut Inbox, (tag, len, fua): (u16, u64, bool)) {
+        self.large = len >= LARGE;
+        let (start, end) = self.staged;
+        // Bounded by `MAX_PAYLOAD`, which `admit` has checked.
+        let len = u32::try_from(len).unwrap_or(0);
+        let there = (len as usize).min(end - start);
+        if there > 0 {
+            let stage = self.stage();
+            ring.copy_memory(self.lane, (stage, start), (tag, Uring::DATA_AT), there);
+            self.staged.0 += there;
+        }
+        let there = u32::try_from(there).unwrap_or(len);
+        if there < len {
+            self.intake = Intake::Data { tag, there, len, fua };
+        } else {
+            self.start_write(ring, inbox, (tag, len, fua));
+        }
+    }
+
+    fn start_write(
+        &mut self,
+        ring: &mut Uring,
+        inbox: &mut Inbox,
+        (tag, len, fua): (u16, u32, bool),
+    ) {
+        let offset = self.tags[usize::from(tag)].offset;
+        let mut io = Io::new(Op::Write, offset, u64::from(len));
+        io.fua = fua && self.limits.fua;
+        self.tags[usize::from(tag)].flush = fua && !io.fua;
+        self.start(inbox, tag, io, ring);
+    }
+
+    /// Gives a request to the engine.
+    fn start(&mut self, inbox: &mut Inbox, tag: u16, io: Io, ring: &Uring) {
+        let state = &mut self.tags[usize::from(tag)];
+        if io.op.has_pages() {
+            state.bytes = u32::try_from(io.extent.len).unwrap_or(u32::MAX);
+            self.bytes += u64::from(state.bytes);
+        }
+        state.busy = true;
+        let pages = ring.memory_pages(self.lane, tag);
+        inbox.push(self.lane, Request { tag, io, pages });
+    }
+
+    /// Asks the socket for what is to come next.
+    fn receive(&mut self, ring: &mut Uring) {
+        if self.phase != Phase::Open {
+            return;
+        }
+        let stage = self.stage();
+        if let Intake::Data { tag, there, len, .. } = self.intake {
+            let range = (Uring::DATA_AT + there as usize, (len - there) as usize);
+            self.receiving = true;
+            let index = (self.lane, RECEIVED << 16 | u32::from(tag));
+            return ring.receive(index, self.socket, range, Wait::All);
+        }
+        if self.intake == Intake::Request && !self.has_room() {
+            return;
+        }
+        let (start, end) = self.staged;
+        if start > 0 {
+            // What is left is less than a header.
+            ring.memory(self.lane, stage).copy_within(start..end, 0);
+            self.staged = (0, end - start);
+        }
+        let end = self.staged.1;
+        let most = match self.intake {
+            Intake::Request if self.large => self.mode().request_len() - end,
+            _ => STAGE - end,
+        };
+        let wait = if self.large { Wait::Some } else { Wait::First };
+        self.receiving = true;
+        ring.receive(
+            (self.lane, RECEIVED << 16 | u32::from(stage)),
+            self.socket,
+            (end, most),
+            wait,
+        );
+    }
+
+    /// A receive is over.
+    fn received(&mut self, ring: &mut Uring, result: i32, inbox: &mut Inbox) {
+        self.receiving = false;
+        let count = u32::try_from(result).unwrap_or(0);
+        let again = result < 0 && Errno::from_result(result).is_transient();
+        if self.phase != Phase::Open {
+            return self.settle(ring);
+        }
+        if count == 0 && !again {
+            // Between two requests that is a client who goes without a word, as many do.
+            let is_between = self.intake == Intake::Request && self.staged.0 == self.staged.1;
+            self.lose((!is_between).then_some("gone in the middle of a request"));
+            return self.settle(ring);
+        }
+        match self.intake {
+            Intake::Data { tag, there, len, fua } => {
+                let there = there + count;
+                if there >= len {
+                    self.intake = Intake::Request;
+                    self.start_write(ring, inbox, (tag, len, fua));
+                } else {
+                    self.intake = Intake::Data { tag, there, len, fua };
+                }
+            }
+            _ => self.staged.1 += count as usize,
+        }
+        self.take(ring, inbox);
+    }
+
+    /// The reply to a request without data.
+    fn reply(&mut self, ring: &mut Uring, tag: u16, error: u32) {
+        let Tag { cookie, offset, .. } = self.tags[usize::from(tag)];
+        let head = Head::done(self.mode(), (cookie, offset), error);
+        self.outbox.put(ring, self.lane, tag, &head, 0);
+    }
+
+    /// The reply to a question about a range.
+    fn tell(&mut self, ring: &mut Uring, tag: u16, extents: &[Extent]) {
+        self.tags[usize::from(tag)].busy = false;
+        if self.phase == Phase::Lost {
+            return self.free(tag);
+        }
+        if extents.is_empty() {
+            return self.reply(ring, tag, error::EIO);
+        }
+        let mode = self.mode();
+        let data = &mut ring.memory(self.lane, tag)[Uring::DATA_AT..];
+        let mut len = 0;
+        for extent in extents {
+            let head = Head::extent(mode, extent.len, extent.state);
+            data[len..len + head.bytes().len()].copy_from_slice(head.bytes());
+            len += head.bytes().len();
+        }
+        let Tag { cookie, offset, .. } = self.tags[usize::from(tag)];
+        let count = u32::try_from(extents.len()).unwrap_or(0);
+        let head = Head::status(mode, (cookie, offset), ALLOCATION, count);
+        self.outbox.put(ring, self.lane, tag, &head, u32::try_from(len).unwrap_or(0));
+    }
+
+    fn free(&mut self, tag: u16) {
+        let state = &mut self.tags[usize::from(tag)];
+        self.bytes -= u64::from(std::mem::take(&mut state.bytes));
+        self.idle.push(tag);
+    }
+
+    /// A send is over.
+    fn sent(&mut self, ring: &mut Uring, result: i32, inbox: &mut Inbox) {
+        match self.outbox.sent(result) {
+            Ok(()) => {}
+            Err(errno) => {
+                let is_gone = errno.raw() == EPIPE || errno.raw() == ECONNRESET;
+                self.lose((!is_gone).then_some("a reply could not be sent"));
+            }
+        }
+        while let Some(tag) = self.outbox.next_gone() {
+            self.free(tag);
+        }
+        self.take(ring, inbox);
+        self.settle(ring);
+    }
+
+    /// Ends the connection at once; what is in flight below goes on.
+    fn lose(&mut self, reason: Option<&str>) {
+        if !matches!(self.phase, Phase::Open | Phase::Leaving) {
+            return;
+        }
+        self.phase = Phase::Lost;
+        let Some(client) = &self.client else { return };
+        if let Some(reason) = reason {
+            (self.post.say)(&format!("nbd: {}: {reason}; disconnected", client.peer));
+        }
+        // Whatever is out on the socket ends now.
+        let _ = rustix::net::shutdown(&client.socket, Shutdown::Both);
+    }
+
+    /// Leaves the place to the next client when nothing of this one is out any more.
+    fn settle(&mut self, ring: &mut Uring) {
+        if !matches!(self.phase, Phase::Leaving | Phase::Lost) || self.receiving {
+            return;
+        }
+        if self.outbox.is_sending() || (self.phase == Phase::Leaving && self.outbox.has_any()) {
+            return;
+        }
+        while let Some(tag) = self.outbox.next_left() {
+            self.free(tag);
+        }
+        if let Intake::Data { tag, .. } = std::mem::replace(&mut self.intake, Intake::Request) {
+            self.free(tag);
+        }
+        if self.idle.len() < self.tags.len() {
+            return;
+        }
+        self.lose(None);
+        self.phase = Phase::Free;
+        self.staged = (0, 0);
+        self.client = None;
+        self.let_go(ring);
+        self.post.leave(self.desk);
+    }
+
+    /// Has the ring forget the socket, so that it closes.
+    fn let_go(&self, ring: &mut Uring) {
+        let fd: Option<OwnedFd> = self.post.desks[self.desk].bell.0.try_clone().ok();
+        if let Some(fd) = fd {
+            // Kept until the next client's replaces it if that fails; it is shut down in any case.
+            let _ = ring.replace_file(self.socket, RingFile { fd, kind: FileKind::Other });
+        }
+    }
+}
+
+const EPIPE: i32 = 32;
+const ECONNRESET: i32 = 104;
+
+/// The protocol's number for a failure.
+fn error_of(errno: Errno) -> u32 {
+    match errno {
+        Errno::EPERM | Errno::EROFS | Errno::EACCES => error::EPERM,
+        Errno::ENOMEM => error::ENOMEM,
+        Errno::EINVAL => error::EINVAL,
+        Errno::ENOSPC => error::ENOSPC,
+        Errno::EOPNOTSUPP => error::ENOTSUP,
+        _ => error::EIO,
+    }
+}
+
+impl Export<Uring> for Connection {
+    fn depth(&self) -> u16 {
+        u16::try_from(self.tags.len()).unwrap_or(u16::MAX)
+    }
+
+    fn arm(&mut self, ring: &mut Uring, lane: u16) -> Result<()> {
+        self.lane = lane;
+        self.listen(ring);
+        Ok(())
+    }
+
+    fn event(&mut self, ring: &mut Uring, completion: Completion, inbox: &mut Inbox) -> Result<()> {
+        match completion.index >> 16 {
+            RECEIVED => self.received(ring, completion.result, inbox),
+            SENT => self.sent(ring, completion.result, inbox),
+            _ => self.rung(ring, inbox),
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self, ring: &mut Uring, tag: u16, io: &Io, result: Result<(), Errno>) {
+        let state = &mut self.tags[usize::from(tag)];
+        state.busy = false;
+        if self.phase == Phase::Lost {
+            self.free(tag);
+            return self.settle(ring);
+        }
+        match result {
+            Err(errno) => self.reply(ring, tag, error_of(errno)),
+            Ok(()) if io.op == Op::Read => {
+                // The stack has filled it to the last byte.
+                let (cookie, offset, len) = (state.cookie, state.offset, state.bytes);
+                let head = Head::data(self.mode(), (cookie, offset), len);
+                self.outbox.put(ring, self.lane, tag, &head, len);
+            }
+            Ok(()) if std::mem::take(&mut state.flush) => {
+                // Goes on with the next event, which this is.
+                state.busy = true;
+                self.unflushed.push_back(tag);
+                self.post.desks[self.desk].bell.ring();
+            }
+            Ok(()) => self.reply(ring, tag, 0),
+        }
+    }
+
+    fn flush(&mut self, ring: &mut Uring) {
+        if self.phase != Phase::Lost {
+            self.outbox.flush(ring, self.lane, self.socket, SENT << 16);
+        }
+    }
+
+    fn is_closed(&self) -> bool {
+        self.phase == Phase::Free && self.post.is_stopping() && !self.listening
+    }
+}
+
+const _: () = assert!(STAGE > MAX_REQUEST_LEN && MAX_EXTENTS * 16 <= 4096);

@@ -1,0 +1,270 @@
+//! Answers for where clients come in, and for who may.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr, TcpListener, ToSocketAddrs};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use devsplice_core::{Error, ErrorKind, Result};
+use devsplice_nbd::uri::{Place, Uri};
+
+/// Who may connect.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rule {
+    /// Processes of this user, over a socket in the file system.
+    User(u32),
+    /// Addresses that begin with so many bits of this one.
+    Net(IpAddr, u8),
+}
+
+impl Rule {
+    /// Reads `uid:1000`, `192.0.2.7`, `192.0.2.0/24` or `2001:db8::/32`.
+    ///
+    /// # Errors
+    /// If it is none of these.
+    pub fn parse(text: &str) -> Result<Rule> {
+        let wrong = || {
+            Error::invalid(text, "says nobody who may connect")
+                .next("write uid:1000, 192.0.2.7 or 192.0.2.0/24")
+        };
+        if let Some(user) = text.strip_prefix("uid:") {
+            return user.parse().map(Rule::User).map_err(|_| wrong());
+        }
+        let (address, bits) = text.split_once('/').map_or((text, None), |(a, b)| (a, Some(b)));
+        let address: IpAddr = address.parse().map_err(|_| wrong())?;
+        let most = if address.is_ipv4() { 32 } else { 128 };
+        let bits = bits.map_or(Ok(most), str::parse).map_err(|_| wrong())?;
+        if bits > most { Err(wrong()) } else { Ok(Rule::Net(address, bits)) }
+    }
+
+    fn has(self, peer: &Peer) -> bool {
+        let leading = |a: u128, b: u128, width: u8, bits: u8| {
+            let shift = u32::from(width - bits);
+            a.checked_shr(shift).unwrap_or(0) == b.checked_shr(shift).unwrap_or(0)
+        };
+        match (self, peer) {
+            (Rule::User(user), Peer::Process { user: theirs, .. }) => user == *theirs,
+            (Rule::Net(net, bits), Peer::Address(address)) => {
+                match (net, address.ip().to_canonical()) {
+                    (IpAddr::V4(net), IpAddr::V4(ip)) => {
+                        leading(u128::from(net.to_bits()), u128::from(ip.to_bits()), 32, bits)
+                    }
+                    (IpAddr::V6(net), IpAddr::V6(ip)) => {
+                        leading(net.to_bits(), ip.to_bits(), 128, bits)
+                    }
+                    _ => false,
+                }
+            }
+            _ => false,
+        }
+    }
+}
+
+/// Who is at the other end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Peer {
+    Process { user: u32, process: i32 },
+    Address(SocketAddr),
+}
+
+impl Peer {
+    pub(super) fn shown(&self) -> String {
+        match self {
+            Peer::Process { user, process } => format!("process {process} of user {user}"),
+            Peer::Address(address) => address.to_string(),
+        }
+    }
+
+    /// Whether nothing but the network stands between us.
+    pub(super) fn is_remote(&self) -> bool {
+        matches!(self, Peer::Address(_))
+    }
+
+    /// Whether it may connect. Without a rule of its kind: any address that reaches us, and of
+    /// processes those that could read our memory as well.
+    pub(super) fn may_enter(&self, rules: &[Rule]) -> bool {
+        let is_of_kind = |rule: &Rule| matches!(rule, Rule::Net(..)) == self.is_remote();
+        let by_default = match self {
+            Peer::Address(_) => !rules.iter().any(is_of_kind),
+            Peer::Process { user, .. } => {
+                *user == 0 || *user == rustix::process::geteuid().as_raw()
+            }
+        };
+        by_default || rules.iter().any(|rule| rule.has(self))
+    }
+}
+
+/// A socket that clients connect to.
+pub(super) enum Listener {
+    Unix(UnixListener, PathBuf),
+    Tcp(TcpListener),
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Listener::Unix(listener, _) => listener.as_fd(),
+            Listener::Tcp(listener) => listener.as_fd(),
+        }
+    }
+}
+
+impl Listener {
+    /// Listens at each address that a place has. `rules` decide who can open a socket's file.
+    pub(super) fn open(place: &Place, rules: &[Rule]) -> Result<Vec<Listener>> {
+        match place {
+            Place::Unix(path) => unix(path, rules).map(|listener| vec![listener]),
+            Place::Tcp(host, port) => {
+                let name = format!("{host}:{port}");
+                let os = |error: &io::Error| Error::os(name.clone(), error);
+                let all = (host.as_str(), *port).to_socket_addrs().map_err(|error| os(&error))?;
+                let mut listeners = Vec::new();
+                for address in all {
+                    let listener = TcpListener::bind(address).map_err(|error| os(&error))?;
+                    listener.set_nonblocking(true).map_err(|error| os(&error))?;
+                    listeners.push(Listener::Tcp(listener));
+                }
+                Ok(listeners)
+            }
+        }
+    }
+
+    /// Where it listens: the port is the one that it has got if none was asked for.
+    pub(super) fn uri(&self, export: &str) -> Uri {
+        let export = export.to_owned();
+        let place = match self {
+            Listener::Unix(_, path) => Place::Unix(path.clone()),
+            Listener::Tcp(listener) => match listener.local_addr() {
+                Ok(address) => Place::Tcp(address.ip().to_string(), address.port()),
+                Err(_) => Place::Tcp("localhost".to_owned(), devsplice_nbd::uri::PORT),
+            },
+        };
+        Uri { place, export }
+    }
+
+    /// The next client, if one waits.
+    pub(super) fn accept(&self) -> io::Result<(OwnedFd, Peer)> {
+        match self {
+            Listener::Unix(listener, _) => {
+                let fd = OwnedFd::from(listener.accept()?.0);
+                let who = rustix::net::sockopt::socket_peercred(&fd)?;
+                let process = who.pid.as_raw_nonzero().get();
+                Ok((fd, Peer::Process { user: who.uid.as_raw(), process }))
+            }
+            Listener::Tcp(listener) => {
+                let (stream, address) = listener.accept()?;
+                // Replies are sent whole; waiting for more to send would only delay them.
+                stream.set_nodelay(true)?;
+                let fd = OwnedFd::from(stream);
+                rustix::net::sockopt::set_socket_keepalive(&fd, true)?;
+                Ok((fd, Peer::Address(address)))
+            }
+        }
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        if let Listener::Unix(_, path) = self {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+fn unix(path: &Path, rules: &[Rule]) -> Result<Listener> {
+    let name = path.display().to_string();
+    let os = |error: &io::Error| Error::os(name.clone(), error);
+    if let Err(error) = UnixStream::connect(path) {
+        // The socket of a server that is gone. Anything else there is somebody's.
+        if error.kind() == io::ErrorKind::ConnectionRefused && is_socket(path) {
+            let _ = std::fs::remove_file(path);
+        }
+    } else {
+        return Err(Error::new(ErrorKind::Busy, name, "another server listens there")
+            .next("stop it, or choose another path"));
+    }
+    let listener = UnixListener::bind(path).map_err(|error| os(&error))?;
+    // From here on the file is removed again in any case.
+    let listener = Listener::Unix(listener, path.to_owned());
+    let Listener::Unix(socket, _) = &listener else { return Ok(listener) };
+    socket.set_nonblocking(true).map_err(|error| os(&error))?;
+    // Who else may come in is asked of each; see `Peer::may_enter`.
+    let others = rules.iter().any(|rule| matches!(rule, Rule::User(_)));
+    let mode = if others { 0o666 } else { 0o600 };
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))
+        .map_err(|error| os(&error))?;
+    Ok(listener)
+}
+
+fn is_socket(path: &Path) -> bool {
+    use std::os::unix::fs::FileTypeExt;
+    std::fs::symlink_metadata(path).is_ok_and(|about| about.file_type().is_socket())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn address(text: &str) -> Peer {
+        Peer::Address(SocketAddr::new(text.parse().unwrap(), 1))
+    }
+
+    #[test]
+    fn a_rule_lets_in_those_that_it_names_and_then_no_others() {
+        let rules: Vec<_> = ["192.0.2.0/24", "2001:db8::/32", "198.51.100.7"]
+            .map(|t| Rule::parse(t).unwrap())
+            .into();
+        for (peer, may) in [
+            ("192.0.2.255", true),
+            ("192.0.3.0", false),
+            ("::ffff:192.0.2.1", true),
+            ("2001:db8:1::1", true),
+            ("2001:db9::1", false),
+            ("198.51.100.7", true),
+            ("198.51.100.8", false),
+        ] {
+            assert_eq!(address(peer).may_enter(&rules), may, "{peer}");
+        }
+        assert!(address("203.0.113.1").may_enter(&[]));
+        assert!(address("203.0.113.1").may_enter(&[Rule::parse("0.0.0.0/0").unwrap()]));
+        assert!(!address("203.0.113.1").may_enter(&[Rule::parse("::/0").unwrap()]));
+    }
+
+    #[test]
+    fn a_process_of_another_user_needs_a_rule() {
+        let peer = Peer::Process { user: 4_000_000, process: 1 };
+        assert!(!peer.may_enter(&[]));
+        assert!(!peer.may_enter(&[Rule::parse("0.0.0.0/0").unwrap()]));
+        assert!(peer.may_enter(&[Rule::parse("uid:4000000").unwrap()]));
+        assert!(Peer::Process { user: 0, process: 1 }.may_enter(&[Rule::User(7)]));
+    }
+
+    #[test]
+    fn what_is_no_rule_is_refused() {
+        for text in ["", "any", "uid:", "uid:x", "1.2.3.4/33", "::/129", "1.2.3", "1.2.3.4/-1"] {
+            assert!(Rule::parse(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn the_socket_of_a_dead_server_is_replaced_and_nothing_else_is() {
+        let dir = std::env::temp_dir().join(format!("devsplice-nbd-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let path = dir.join("socket");
+        let first = unix(&path, &[]).unwrap();
+        assert!(unix(&path, &[]).is_err(), "it is listened at");
+        let Listener::Unix(socket, _) = &first else { panic!("no socket") };
+        let copy = socket.try_clone().unwrap();
+        drop(first);
+        drop(copy);
+        drop(UnixListener::bind(&path).unwrap());
+        assert!(is_socket(&path), "as a killed server leaves it");
+        drop(unix(&path, &[]).unwrap());
+        std::fs::write(&path, b"mine").unwrap();
+        assert!(unix(&path, &[]).is_err());
+        assert_eq!(std::fs::read(&path).unwrap(), b"mine");
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
+}

@@ -1,0 +1,217 @@
+//! Answers for disks that are reached by NBD: over a socket in the file system or TCP, by any
+//! number of clients at once.
+//!
+//! A thread of its own greets clients (`greet`); one that has chosen gets a place on an I/O thread
+//! (`connection`), which is a queue of the engine like any other front end's. Nothing is kept by
+//! the kernel when the server ends: a disk over NBD goes with its server.
+
+mod connection;
+mod extents;
+mod greet;
+mod listen;
+mod outbox;
+mod post;
+
+pub use devsplice_nbd::uri::Uri;
+pub use listen::Rule;
+
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use devsplice_core::{Error, ErrorKind, Limits, Result};
+use devsplice_engine::Counts;
+use devsplice_nbd::limits::MAX_PAYLOAD;
+use devsplice_nbd::server::Offer;
+use devsplice_nbd::wire::can;
+use devsplice_uring::{FileKind, LaneMemory, RingFile, Uring};
+
+use crate::threads::{Bottom, Crew, Service, Shape, Work};
+use connection::Connection;
+use greet::{Host, Looked};
+use listen::Listener;
+use post::{Desk, Post};
+
+/// How long connections may take to end: what is in flight below has to come back.
+const END_LIMIT: Duration = Duration::from_secs(10);
+/// What clients are told to prefer, where the stack has no wish: a page.
+const PREFERRED: u32 = 4096;
+
+/// What to serve, where, to whom.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The export's name; clients that give none get it, too.
+    pub name: String,
+    /// Where to listen.
+    pub listen: Vec<Uri>,
+    /// Who may connect.
+    pub allow: Vec<Rule>,
+    /// Whether clients that come over a network may change data.
+    pub writable: bool,
+    /// Whether nobody may.
+    pub read_only: bool,
+    /// Most connections at a time.
+    pub connections: u16,
+    /// Threads that serve them.
+    pub threads: u16,
+    /// Requests in flight on each.
+    pub depth: u16,
+    /// Seconds after which a request is reported as stuck; 0 for never.
+    pub stuck_seconds: u32,
+}
+
+/// A disk that clients can connect to.
+pub struct Device {
+    uris: Vec<String>,
+    crew: Crew,
+    post: Arc<Post>,
+    greeter: Option<JoinHandle<()>>,
+}
+
+impl Device {
+    /// Listens and serves; clients are taken on return.
+    ///
+    /// # Errors
+    /// If an address cannot be had; or as the stack, io_uring or memory refuse.
+    pub fn attach(options: &Options, service: Service) -> Result<Device> {
+        let mut listeners = Vec::new();
+        for uri in &options.listen {
+            listeners.extend(Listener::open(&uri.place, &options.allow)?);
+        }
+        if listeners.is_empty() {
+            return Err(Error::invalid("--listen", "no address to serve NBD at")
+                .next("--listen unix:/run/disk.sock, or --listen nbd://127.0.0.1"));
+        }
+        let uris = listeners.iter().map(|one| one.uri(&options.name).to_string()).collect();
+        let limits = *service.stack.limits();
+        let threads = options.threads.clamp(1, options.connections.max(1));
+        let connections = options.connections.max(1);
+        let post = Post::new(connections, threads, service.on_event)?;
+        // The greeting thread looks at the same bottoms.
+        let looked_at = copy(&service)?;
+        let work =
+            Work { service, make: make(&post, limits, options.depth), cpus: Box::new(|_| None) };
+        let crew = Crew::start(shape(options, connections, threads), work)?;
+        let host = Host {
+            post: Arc::clone(&post),
+            looked_at,
+            offer: offer(options, &limits),
+            rules: options.allow.clone(),
+            writable: options.writable,
+        };
+        let greeter = std::thread::Builder::new()
+            .name("nbd/greet".to_owned())
+            .stack_size(256 << 10)
+            .spawn(move || host.run(&listeners))
+            .map_err(|error| Error::os("the thread that greets clients", &error))?;
+        Ok(Device { uris, crew, post, greeter: Some(greeter) })
+    }
+
+    /// Where it is reached: the first of its addresses.
+    #[must_use]
+    pub fn uri(&self) -> &str {
+        // There is one: `attach` refuses to serve nowhere.
+        self.uris.first().map_or("", String::as_str)
+    }
+
+    /// All of its addresses.
+    #[must_use]
+    pub fn uris(&self) -> &[String] {
+        &self.uris
+    }
+
+    /// The threads that serve it.
+    #[must_use]
+    pub fn crew(&self) -> &Crew {
+        &self.crew
+    }
+
+    /// Connections that there are.
+    #[must_use]
+    pub fn clients(&self) -> usize {
+        self.post.taken()
+    }
+
+    /// Disconnects all clients and ends. What they had in flight is done or not, as with a server
+    /// that loses power; what was answered was done.
+    ///
+    /// # Errors
+    /// If what is in flight below does not come back.
+    pub fn detach(mut self) -> Result<Counts> {
+        self.post.stop();
+        if let Some(greeter) = self.greeter.take() {
+            // It has nothing to give; a panic has ended the process.
+            let _ = greeter.join();
+        }
+        let end = Instant::now() + END_LIMIT;
+        while !self.crew.is_over() {
+            if Instant::now() >= end {
+                let reason = format!("I/O below has not come back in {} s", END_LIMIT.as_secs());
+                return Err(Error::new(ErrorKind::Busy, "NBD connections", reason).next(
+                    "see dmesg for the device below; ending this process gives the rest back",
+                ));
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        Ok(self.crew.counts())
+    }
+}
+
+fn shape(options: &Options, connections: u16, threads: u16) -> Shape {
+    // One memory more than tags: requests are received into it.
+    let depth = options.depth.max(1) + 1;
+    let memory = LaneMemory { depth, bytes: MAX_PAYLOAD, slots: false, locked: false };
+    let stuck_seconds = options.stuck_seconds;
+    let (is_shared, is_wide) = (false, false);
+    Shape { queues: connections, threads, is_shared, is_wide, memory, stuck_seconds }
+}
+
+fn make(post: &Arc<Post>, limits: Limits, depth: u16) -> Box<crate::threads::MakeQueue> {
+    let post = Arc::clone(post);
+    Box::new(move |queue, ring: &mut Uring| {
+        let lost = || Error::new(ErrorKind::Os, "NBD", format!("no place {queue}"));
+        let desk = usize::from(queue);
+        let Desk { bell, .. } = post.desks.get(desk).ok_or_else(lost)?;
+        let mut add = || {
+            let fd = bell.0.try_clone().map_err(|error| Error::os("a bell's copy", &error))?;
+            ring.add_file(RingFile { fd, kind: FileKind::Other })
+        };
+        // The first stands in for a socket while there is none.
+        let files = (add()?, add()?);
+        Ok(Box::new(Connection::new((Arc::clone(&post), desk), limits, files, depth.max(1))))
+    })
+}
+
+/// What clients are told.
+fn offer(options: &Options, limits: &Limits) -> Offer {
+    // All connections share the bottoms, so a flush of one covers the writes of all.
+    let mut flags = can::HAS_FLAGS | can::FLUSH | can::FUA | can::MULTI_CONN;
+    let mut set = |flag, wanted| flags |= if wanted { flag } else { 0 };
+    set(can::ROTATIONAL, limits.rotational);
+    set(can::TRIM, limits.discard != 0);
+    set(can::WRITE_ZEROES, limits.write_zeroes);
+    if options.read_only || limits.read_only {
+        flags = greet::read_only(flags);
+    }
+    let preferred = limits.io_min.max(limits.physical).max(PREFERRED).max(limits.block);
+    Offer {
+        name: options.name.clone(),
+        description: "devsplice".to_owned(),
+        size: limits.size,
+        flags,
+        block: limits.block,
+        preferred: preferred.next_power_of_two().min(MAX_PAYLOAD),
+    }
+}
+
+/// The stack and its bottoms once more, for looking at what is there.
+fn copy(service: &Service) -> Result<Looked> {
+    let bottoms = service.bottoms.iter().map(|bottom| match bottom {
+        Bottom::File { fd, kind } => {
+            let fd = fd.try_clone().map_err(|error| Error::os("a file's copy", &error))?;
+            Ok(Bottom::File { fd, kind: *kind })
+        }
+        Bottom::Bytes(bytes) => Ok(Bottom::Bytes(Arc::clone(bytes))),
+    });
+    Ok(Looked { stack: Arc::clone(&service.stack), bottoms: bottoms.collect::<Result<_>>()? })
+}

@@ -1,0 +1,197 @@
+//! Answers for what passes between the thread that greets clients and the I/O threads that serve
+//! them: clients that have chosen, questions about ranges and their answers, the word to stop.
+//!
+//! Letters are rare: one a connection, one a question. Each side has a box with a lock and a bell;
+//! the I/O side hears its bell through its ring, so it never waits for a letter. It takes the lock
+//! for as long as it takes to move a letter out.
+
+use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use devsplice_core::{Error, Result};
+use devsplice_nbd::server::Session;
+use rustix::event::{EventfdFlags, eventfd};
+
+/// A client that has chosen the export.
+#[derive(Debug)]
+pub(super) struct Client {
+    pub(super) socket: OwnedFd,
+    pub(super) session: Session,
+    /// What it sent behind its choice: the first requests.
+    pub(super) early: Vec<u8>,
+    /// Who it is, for messages.
+    pub(super) peer: String,
+}
+
+/// A run of bytes in the same state, of `devsplice_nbd::wire`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Extent {
+    pub(super) len: u64,
+    pub(super) state: u32,
+}
+
+/// What is there, from `at` on?
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Question {
+    pub(super) lane: usize,
+    pub(super) tag: u16,
+    pub(super) at: u64,
+    pub(super) len: u64,
+    /// Extents that the answer may have.
+    pub(super) most: usize,
+}
+
+/// A letter for an I/O thread.
+#[derive(Debug)]
+pub(super) enum Letter {
+    Client(Box<Client>),
+    Answer { tag: u16, extents: Vec<Extent> },
+}
+
+/// A bell that is rung from any thread.
+#[derive(Debug)]
+pub(super) struct Bell(pub(super) OwnedFd);
+
+impl Bell {
+    fn new() -> Result<Bell> {
+        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
+        eventfd(0, flags).map(Bell).map_err(|errno| Error::os("eventfd", &errno.into()))
+    }
+
+    pub(super) fn ring(&self) {
+        // It can only fail when it was rung 2^64 - 2 times and nobody listened.
+        let _ = rustix::io::write(&self.0, &1_u64.to_ne_bytes());
+    }
+
+    /// Does not block; whatever was rung until now is heard.
+    pub(super) fn heard(&self) {
+        let _ = rustix::io::read(&self.0, &mut [0; 8]);
+    }
+}
+
+/// A place for one connection, on the I/O thread that serves it.
+pub(super) struct Desk {
+    letters: Mutex<VecDeque<Letter>>,
+    pub(super) bell: Bell,
+    /// A connection has it, or is promised it.
+    taken: AtomicBool,
+    /// Connections that it has had.
+    pub(super) served: AtomicU32,
+}
+
+impl Desk {
+    pub(super) fn take_letter(&self) -> Option<Letter> {
+        lock(&self.letters).pop_front()
+    }
+
+    pub(super) fn send(&self, letter: Letter) {
+        lock(&self.letters).push_back(letter);
+        self.bell.ring();
+    }
+}
+
+/// All that is shared between the threads of an export.
+pub(super) struct Post {
+    pub(super) desks: Box<[Desk]>,
+    /// I/O threads; desk `n` is on thread `n % threads`.
+    threads: usize,
+    questions: Mutex<VecDeque<Question>>,
+    /// Rung for the greeting thread.
+    pub(super) bell: Bell,
+    stop: AtomicBool,
+    /// Told to the log.
+    pub(super) say: fn(&str),
+}
+
+impl Post {
+    pub(super) fn new(desks: u16, threads: u16, say: fn(&str)) -> Result<Arc<Post>> {
+        let desk = |_| {
+            Ok(Desk {
+                letters: Mutex::default(),
+                bell: Bell::new()?,
+                taken: AtomicBool::new(false),
+                served: AtomicU32::new(0),
+            })
+        };
+        Ok(Arc::new(Post {
+            desks: (0..desks).map(desk).collect::<Result<_>>()?,
+            threads: usize::from(threads.max(1)),
+            questions: Mutex::default(),
+            bell: Bell::new()?,
+            stop: AtomicBool::new(false),
+            say,
+        }))
+    }
+
+    /// How many desks are taken.
+    pub(super) fn taken(&self) -> usize {
+        self.desks.iter().filter(|desk| desk.taken.load(Ordering::Acquire)).count()
+    }
+
+    /// Takes a free desk, on the thread that has the fewest taken.
+    pub(super) fn take_desk(&self) -> Option<&Desk> {
+        let is_taken = |index: &usize| self.desks[*index].taken.load(Ordering::Acquire);
+        let of_thread = |thread| (thread..self.desks.len()).step_by(self.threads);
+        let load = |thread: usize| of_thread(thread).filter(is_taken).count();
+        let free = (0..self.desks.len()).filter(|index| !is_taken(index));
+        let index = free.min_by_key(|index| load(index % self.threads))?;
+        self.desks[index].taken.store(true, Ordering::Release);
+        self.desks[index].served.fetch_add(1, Ordering::Relaxed);
+        Some(&self.desks[index])
+    }
+
+    /// The connection at a desk is over.
+    pub(super) fn leave(&self, desk: usize) {
+        self.desks[desk].taken.store(false, Ordering::Release);
+        // Somebody may have waited for that.
+        self.bell.ring();
+    }
+
+    pub(super) fn ask(&self, question: Question) {
+        lock(&self.questions).push_back(question);
+        self.bell.ring();
+    }
+
+    pub(super) fn take_question(&self) -> Option<Question> {
+        lock(&self.questions).pop_front()
+    }
+
+    /// Tells all threads to end.
+    pub(super) fn stop(&self) {
+        self.stop.store(true, Ordering::Release);
+        self.bell.ring();
+        for desk in &self.desks {
+            desk.bell.ring();
+        }
+    }
+
+    pub(super) fn is_stopping(&self) -> bool {
+        self.stop.load(Ordering::Acquire)
+    }
+}
+
+fn lock<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A panic ends the process; a letter is whole in any case.
+    of.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn connections_are_shared_out_among_threads() {
+        let post = Post::new(6, 2, |_| {}).unwrap();
+        let index = |desk: &Desk| post.desks.iter().position(|one| std::ptr::eq(one, desk));
+        let taken: Vec<_> = (0..4).map(|_| post.take_desk().and_then(index).unwrap() % 2).collect();
+        assert_eq!(taken.iter().filter(|thread| **thread == 0).count(), 2, "{taken:?}");
+        post.leave(0);
+        post.leave(2);
+        assert_eq!(post.take_desk().and_then(index), Some(0));
+        assert_eq!(post.take_desk().and_then(index), Some(2));
+        assert_eq!(post.taken(), 4);
+        assert!((0..2).all(|_| post.take_desk().is_some()) && post.take_desk().is_none());
+    }
+}

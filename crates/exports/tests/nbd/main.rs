@@ -1,0 +1,200 @@
+//! Answers for the NBD server as a client sees it: over a socket, against files.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod bad;
+mod peer;
+
+use std::time::Duration;
+
+use devsplice_nbd::Mode;
+use devsplice_nbd::wire::{ask, command, error};
+use peer::{Host, Peer, pattern};
+
+const MODES: [Mode; 3] = [Mode::Simple, Mode::Structured, Mode::Extended];
+
+#[test]
+fn what_is_written_is_there_and_what_is_read_is_what_is_there() {
+    let host = Host::new("data", |_| {});
+    for (at, mode) in (0..).map(|n| n * 8192 + 512).zip(MODES) {
+        let mut peer = host.peer(mode);
+        let data = pattern(4096, at);
+        assert_eq!(peer.write(at, &data, 0), 0);
+        assert_eq!(peer.read(at, 4096), Ok(data.clone()), "{mode:?}");
+        assert_eq!(host.file(at, 4096), data);
+        assert_eq!(peer.read(at - 512, 512), Ok(vec![0; 512]), "the neighbour is untouched");
+        assert_eq!(peer.plain(command::FLUSH, 0, (0, 0)), 0);
+        assert_eq!(peer.write(at, &pattern(512, 1), ask::FUA), 0);
+        assert_eq!(peer.read(at, 512), Ok(pattern(512, 1)));
+        assert_eq!(peer.plain(command::WRITE_ZEROES, ask::FUA, (at, 2048)), 0);
+        assert_eq!(peer.read(at, 2048), Ok(vec![0; 2048]));
+        assert_eq!(peer.plain(command::TRIM, 0, (at + 2048, 1024)), 0);
+        assert_eq!(peer.read(at + 3072, 1024).unwrap(), data[3072..]);
+    }
+}
+
+#[test]
+fn the_largest_request_goes_both_ways_and_a_larger_one_is_refused() {
+    let host = Host::new("large", |_| {});
+    let mut peer = host.peer(Mode::Structured);
+    let most = 32 << 20;
+    let data = pattern(most, 7);
+    assert_eq!(peer.write(0, &data, 0), 0);
+    assert!(peer.read(0, most as u32).unwrap() == data);
+    assert!(host.file(0, most) == data);
+    assert_eq!(peer.read(0, most as u32 + 512), Err(error::EINVAL));
+    assert_eq!(peer.write(0, &vec![9; most + 512], 0), error::EINVAL, "its data is skipped");
+    assert!(peer.read(0, most as u32).unwrap() == data, "nothing of it was written");
+}
+
+/// Many at once, small and large mixed, so that data comes in every way that there is: all of it
+/// staged, a part, none.
+#[test]
+fn requests_that_come_together_are_all_done_and_each_reply_is_whole() {
+    let host = Host::new("mixed", |wishes| wishes.depth = 16);
+    for (mode, seed) in MODES.into_iter().zip([3_u64, 5, 7]) {
+        let mut peer = host.peer(mode);
+        let mut expected = Vec::new();
+        let (mut at, mut bytes) = (0, Vec::new());
+        for n in 0..200_u64 {
+            let len = [512, 4096, 512 * 7, 128 << 10, 20 << 10, 60 << 10][(n * seed % 6) as usize];
+            let data = pattern(len, n + seed);
+            bytes.extend(peer.request(command::WRITE, 0, (at, len as u64)));
+            bytes.extend(&data);
+            expected.push((at, data));
+            at += len as u64;
+        }
+        peer.send_from_thread(bytes);
+        for _ in 0..expected.len() {
+            assert_eq!(peer.reply().1.error, 0);
+        }
+        // Read them all at once; replies come in any order.
+        let mut cookies = Vec::new();
+        let mut bytes = Vec::new();
+        for (at, data) in &expected {
+            bytes.extend(peer.request(command::READ, 0, (*at, data.len() as u64)));
+            cookies.push(peer.last_cookie());
+        }
+        peer.send_from_thread(bytes);
+        for _ in 0..expected.len() {
+            let (cookie, reply) = peer.reply();
+            let index = cookies.iter().position(|one| *one == cookie).unwrap();
+            assert!(reply.data == expected[index].1, "{mode:?}: read {index} differs");
+            cookies[index] = u64::MAX;
+        }
+    }
+}
+
+#[test]
+fn bytes_may_come_one_by_one() {
+    let host = Host::new("drip", |_| {});
+    for mode in MODES {
+        let mut peer = host.peer(mode);
+        let mut bytes = peer.request(command::WRITE, 0, (0, 512));
+        bytes.extend(pattern(512, 4));
+        bytes.extend(peer.request(command::READ, 0, (0, 512)));
+        for byte in bytes {
+            peer.send(&[byte]);
+        }
+        assert_eq!(peer.reply().1.error, 0);
+        // Sent before the write was answered, so it may see either; asked again it may not.
+        peer.reply();
+        assert_eq!(peer.read(0, 512), Ok(pattern(512, 4)));
+    }
+}
+
+#[test]
+fn holes_are_told_and_data_never_is_one() {
+    let host = Host::new("status", |_| {});
+    for mode in [Mode::Structured, Mode::Extended] {
+        let mut peer = host.peer(mode);
+        assert_eq!(peer.write(1 << 20, &pattern(64 << 10, 1), 0), 0);
+        let mib = 1 << 20;
+        let (hole, data) = (3, 0);
+        let all = peer.status(0, (0, 4 << 20));
+        assert_eq!(all, [(mib, hole), (64 << 10, data), (3 * mib - (64 << 10), hole)], "{mode:?}");
+        assert_eq!(peer.status(ask::REQ_ONE, (0, 4 << 20)), [(mib, hole)]);
+        assert_eq!(peer.status(0, (mib + 512, 512)), [(512, data)]);
+    }
+    let mut simple = host.peer(Mode::Simple);
+    assert_eq!(simple.plain(command::BLOCK_STATUS, 0, (0, 512)), error::EINVAL);
+}
+
+#[test]
+fn several_connections_see_one_disk() {
+    let host = Host::new("several", |_| {});
+    let mut peers: Vec<_> = (0..4).map(|_| host.peer(Mode::Structured)).collect();
+    assert_eq!(host.device().clients(), 4);
+    for (n, peer) in peers.iter_mut().enumerate() {
+        assert_eq!(peer.write(n as u64 * 4096, &pattern(4096, n as u64), 0), 0);
+    }
+    for peer in &mut peers {
+        for n in 0..4_u64 {
+            assert_eq!(peer.read(n * 4096, 4096), Ok(pattern(4096, n)));
+        }
+    }
+    for peer in peers {
+        peer.disconnect();
+    }
+    host.wait_until_free();
+}
+
+#[test]
+fn more_clients_than_places_wait_and_come_in_when_one_goes() {
+    let host = Host::new("full", |options| options.connections = 2);
+    let first = host.peer(Mode::Structured);
+    let _second = host.peer(Mode::Structured);
+    let (sender, receiver) = std::sync::mpsc::channel();
+    let path = host.socket();
+    let waiting = std::thread::spawn(move || {
+        let mut peer = Peer::connect(&path, Mode::Structured);
+        sender.send(peer.read(0, 512)).unwrap();
+    });
+    assert!(receiver.recv_timeout(Duration::from_millis(300)).is_err(), "it came in");
+    first.disconnect();
+    assert_eq!(receiver.recv_timeout(Duration::from_secs(20)), Ok(Ok(vec![0; 512])));
+    waiting.join().unwrap();
+}
+
+#[test]
+fn over_a_network_nothing_is_changed_unless_that_was_said() {
+    for writable in [false, true] {
+        let host = Host::new("tcp", |options| {
+            options.listen.push("tcp:127.0.0.1:0".to_owned());
+            options.writable = writable;
+        });
+        let mut peer = host.peer_by_tcp();
+        assert_eq!(peer.is_read_only(), !writable);
+        let expected = if writable { 0 } else { error::EPERM };
+        assert_eq!(peer.write(0, &pattern(512, 1), 0), expected);
+        let found = if writable { pattern(512, 1) } else { vec![0; 512] };
+        assert_eq!(peer.read(0, 512), Ok(found));
+        assert_eq!(host.peer(Mode::Simple).write(0, &pattern(512, 2), 0), 0, "it is local");
+    }
+}
+
+#[test]
+fn a_read_only_disk_refuses_changes_from_everybody() {
+    let host = Host::new("ro", |options| options.read_only = true);
+    let mut peer = host.peer(Mode::Structured);
+    assert!(peer.is_read_only());
+    assert_eq!(peer.write(0, &pattern(512, 1), 0), error::EPERM);
+    assert_eq!(peer.plain(command::TRIM, 0, (0, 512)), error::EINVAL);
+    assert_eq!(host.file(0, 512), vec![0; 512]);
+}
+
+#[test]
+fn an_end_with_clients_in_the_middle_of_things_comes_in_time_and_frees_the_socket() {
+    let mut host = Host::new("end", |_| {});
+    let mut peers: Vec<_> = (0..3).map(|_| host.peer(Mode::Structured)).collect();
+    for peer in &mut peers {
+        let mut bytes = Vec::new();
+        for n in 0..60 {
+            bytes.extend(peer.request(command::READ, 0, (n << 20, 1 << 20)));
+        }
+        peer.send(&bytes);
+    }
+    let start = std::time::Instant::now();
+    host.end();
+    assert!(start.elapsed() < Duration::from_secs(8), "{:?}", start.elapsed());
+    assert!(!std::path::Path::new(&host.socket()).exists());
+}

@@ -1,0 +1,328 @@
+//! Answers for a client that does exactly what a test says, and for a server to do it to.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use devsplice_core::{Limits, StackBuilder};
+use devsplice_exports::nbd::{Device, Options, Uri};
+use devsplice_exports::threads::{Bottom, Service};
+use devsplice_nbd::client::{Agreed, Handshake, Outcome, Wish};
+use devsplice_nbd::wire::{self, Reply, can, chunk, command};
+use devsplice_nbd::{Mode, Request};
+use devsplice_uring::FileKind;
+
+const SIZE: u64 = 64 << 20;
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Bytes of which each run is like no other.
+pub fn pattern(len: usize, seed: u64) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut bytes = Vec::with_capacity(len + 8);
+    while bytes.len() < len {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        bytes.extend(state.to_le_bytes());
+    }
+    bytes.truncate(len);
+    bytes
+}
+
+/// What a test may change.
+pub struct Wishes {
+    pub listen: Vec<String>,
+    pub writable: bool,
+    pub read_only: bool,
+    pub connections: u16,
+    pub depth: u16,
+}
+
+/// A server over a sparse file.
+pub struct Host {
+    device: Option<Device>,
+    file: std::fs::File,
+    dir: PathBuf,
+}
+
+impl Host {
+    pub fn new(name: &str, change: impl FnOnce(&mut Wishes)) -> Host {
+        let dir = std::env::temp_dir().join(format!("devsplice-nbd-{name}-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let socket = dir.join("s");
+        let mut wishes = Wishes {
+            listen: vec![format!("unix:{}", socket.display())],
+            writable: false,
+            read_only: false,
+            connections: 8,
+            depth: 64,
+        };
+        change(&mut wishes);
+        let mut open = std::fs::File::options();
+        open.create(true).truncate(true).read(true).write(true);
+        let file = open.open(dir.join("image")).unwrap();
+        file.set_len(SIZE).unwrap();
+        let mut builder = StackBuilder::new();
+        let limits = Limits { volatile_cache: true, ..Limits::ideal(SIZE) };
+        let (root, _) = builder.backend("image", limits).unwrap();
+        let service = Service {
+            stack: Arc::new(builder.finish(root)),
+            bottoms: vec![Bottom::File {
+                fd: OwnedFd::from(file.try_clone().unwrap()),
+                kind: FileKind::Regular,
+            }],
+            on_stuck: |stuck| panic!("{stuck:?}"),
+            on_event: |text| eprintln!("{text}"),
+            on_death: |error| panic!("{error}"),
+        };
+        let options = Options {
+            name: "disk".to_owned(),
+            listen: wishes.listen.iter().map(|text| Uri::parse(text).unwrap()).collect(),
+            allow: Vec::new(),
+            writable: wishes.writable,
+            read_only: wishes.read_only,
+            connections: wishes.connections,
+            threads: 2,
+            depth: wishes.depth,
+            stuck_seconds: 0,
+        };
+        let device = Some(Device::attach(&options, service).unwrap());
+        Host { device, file, dir }
+    }
+
+    pub fn device(&self) -> &Device {
+        self.device.as_ref().unwrap()
+    }
+
+    pub fn size(&self) -> u64 {
+        SIZE
+    }
+
+    pub fn socket(&self) -> String {
+        self.dir.join("s").display().to_string()
+    }
+
+    pub fn peer(&self, mode: Mode) -> Peer {
+        Peer::connect(&self.socket(), mode)
+    }
+
+    pub fn peer_by_tcp(&self) -> Peer {
+        let uri = self.device().uris().iter().find(|uri| uri.starts_with("nbd://")).unwrap();
+        let address = uri.trim_start_matches("nbd://").trim_end_matches("/disk");
+        Peer::greet(TcpStream::connect(address).unwrap().into(), Mode::Structured)
+    }
+
+    /// What is in the file.
+    pub fn file(&self, at: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        self.file.read_exact_at(&mut bytes, at).unwrap();
+        bytes
+    }
+
+    pub fn wait_until(&self, clients: usize) {
+        let end = Instant::now() + PATIENCE;
+        while self.device().clients() != clients {
+            assert!(Instant::now() < end, "{} clients are left", self.device().clients());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    pub fn wait_until_free(&self) {
+        self.wait_until(0);
+    }
+
+    pub fn end(&mut self) {
+        if let Some(device) = self.device.take() {
+            device.detach().unwrap();
+        }
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            self.end();
+        }
+        let _ = std::fs::remove_dir_all(&self.dir);
+    }
+}
+
+/// A reply without its cookie.
+#[derive(Debug, Default)]
+pub struct Answer {
+    pub error: u32,
+    pub data: Vec<u8>,
+    pub kind: u16,
+}
+
+/// A client.
+pub struct Peer {
+    socket: std::fs::File,
+    agreed: Agreed,
+    cookie: u64,
+    /// Reads that have no reply yet: a simple reply does not say how much data it has.
+    reads: Vec<(u64, usize)>,
+}
+
+impl Peer {
+    pub fn connect(path: &str, mode: Mode) -> Peer {
+        Peer::greet(UnixStream::connect(path).unwrap().into(), mode)
+    }
+
+    fn greet(socket: OwnedFd, mode: Mode) -> Peer {
+        let mut socket = std::fs::File::from(socket);
+        let mut handshake = Handshake::new(Wish { name: "disk".into(), mode, allocation: true });
+        while *handshake.outcome() == Outcome::Open {
+            let count = handshake.output().len();
+            socket.write_all(handshake.output()).unwrap();
+            handshake.sent(count);
+            // One by one: what follows the last is a reply's.
+            let mut byte = [0];
+            socket.read_exact(&mut byte).unwrap();
+            handshake.receive(&byte).unwrap();
+        }
+        let Outcome::Chosen(agreed) = handshake.outcome().clone() else {
+            panic!("{:?}", handshake.outcome())
+        };
+        assert_eq!((agreed.mode, agreed.size, agreed.block), (mode, SIZE, 512));
+        Peer { socket, agreed, cookie: 77, reads: Vec::new() }
+    }
+
+    pub fn is_read_only(&self) -> bool {
+        self.agreed.flags & can::READ_ONLY != 0
+    }
+
+    /// The bytes of a request.
+    pub fn request(&mut self, command: u16, flags: u16, (offset, length): (u64, u64)) -> Vec<u8> {
+        self.cookie += 1;
+        let cookie = self.cookie;
+        let mut flags = flags;
+        if command == command::WRITE && self.agreed.mode == Mode::Extended {
+            flags |= wire::ask::PAYLOAD_LEN;
+        }
+        if command == command::READ {
+            self.reads.push((cookie, length as usize));
+        }
+        let request = Request { flags, command, cookie, offset, length };
+        request.head(self.agreed.mode).bytes().to_vec()
+    }
+
+    pub fn last_cookie(&self) -> u64 {
+        self.cookie
+    }
+
+    pub fn send(&mut self, bytes: &[u8]) {
+        self.socket.write_all(bytes).unwrap();
+    }
+
+    /// Sends while replies are read, as a client must that sends more than sockets hold.
+    pub fn send_from_thread(&self, bytes: Vec<u8>) {
+        let mut socket = self.socket.try_clone().unwrap();
+        std::thread::spawn(move || socket.write_all(&bytes).unwrap());
+    }
+
+    fn take(&mut self, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        self.socket.read_exact(&mut bytes).unwrap();
+        bytes
+    }
+
+    /// The next reply, with its cookie.
+    pub fn reply(&mut self) -> (u64, Answer) {
+        let mut head = self.take(16);
+        let (reply, len) = loop {
+            if let Some(parsed) = Reply::parse(&head, self.agreed.mode).unwrap() {
+                break parsed;
+            }
+            let byte = self.take(1);
+            head.extend(byte);
+        };
+        assert_eq!(len, head.len());
+        let read = |cookie, reads: &mut Vec<(u64, usize)>| {
+            let index = reads.iter().position(|(one, _)| *one == cookie);
+            index.map(|index| reads.swap_remove(index).1)
+        };
+        match reply {
+            Reply::Simple { cookie, error } => {
+                let len = read(cookie, &mut self.reads).filter(|_| error == 0).unwrap_or(0);
+                (cookie, Answer { error, data: self.take(len), kind: 0 })
+            }
+            Reply::Chunk { cookie, flags, kind, length } => {
+                assert_eq!(flags, chunk::DONE, "replies are of one chunk");
+                let asked = read(cookie, &mut self.reads);
+                let mut data = self.take(length as usize);
+                let number = |at: usize| u32::from_be_bytes(data[at..at + 4].try_into().unwrap());
+                let error = if kind == chunk::ERROR { number(0) } else { 0 };
+                if kind == chunk::DATA {
+                    assert_eq!(Some(data.len() - 8), asked);
+                    data.drain(..8);
+                }
+                (cookie, Answer { error, data, kind })
+            }
+        }
+    }
+
+    fn ask(&mut self, bytes: &[u8]) -> Answer {
+        let cookie = self.cookie;
+        self.send(bytes);
+        let (answered, answer) = self.reply();
+        assert_eq!(answered, cookie);
+        answer
+    }
+
+    pub fn read(&mut self, at: u64, len: u32) -> Result<Vec<u8>, u32> {
+        let bytes = self.request(command::READ, 0, (at, u64::from(len)));
+        let answer = self.ask(&bytes);
+        if answer.error == 0 { Ok(answer.data) } else { Err(answer.error) }
+    }
+
+    pub fn write(&mut self, at: u64, data: &[u8], flags: u16) -> u32 {
+        let mut bytes = self.request(command::WRITE, flags, (at, data.len() as u64));
+        bytes.extend(data);
+        self.ask(&bytes).error
+    }
+
+    pub fn plain(&mut self, command: u16, flags: u16, range: (u64, u64)) -> u32 {
+        let bytes = self.request(command, flags, range);
+        self.reads.clear();
+        self.ask(&bytes).error
+    }
+
+    /// Extents: length and state.
+    pub fn status(&mut self, flags: u16, range: (u64, u64)) -> Vec<(u64, u64)> {
+        let bytes = self.request(command::BLOCK_STATUS, flags, range);
+        let answer = self.ask(&bytes);
+        let is_wide = answer.kind == chunk::STATUS_EXTENDED;
+        assert!(is_wide || answer.kind == chunk::STATUS, "{answer:?}");
+        let half = if is_wide { 8 } else { 4 };
+        let number = |bytes: &[u8]| bytes.iter().fold(0, |sum, b| sum << 8 | u64::from(*b));
+        let extents = &answer.data[half..];
+        assert_eq!(number(&answer.data[..4]), 1, "the context's number");
+        if is_wide {
+            assert_eq!(number(&answer.data[4..8]) as usize, extents.len() / 16);
+        }
+        extents.chunks(half * 2).map(|one| (number(&one[..half]), number(&one[half..]))).collect()
+    }
+
+    pub fn disconnect(mut self) {
+        let bytes = self.request(command::DISCONNECT, 0, (0, 0));
+        self.send(&bytes);
+        let mut rest = Vec::new();
+        self.socket.read_to_end(&mut rest).unwrap();
+        assert!(rest.is_empty());
+    }
+
+    pub fn socket(&self) -> UnixStream {
+        UnixStream::from(self.socket.as_fd().try_clone_to_owned().unwrap())
+    }
+
+    /// Goes without a word.
+    pub fn cut(self) {
+        let _ = self.socket().shutdown(std::net::Shutdown::Both);
+    }
+}

@@ -1,0 +1,199 @@
+//! Answers for NBD addresses as people write them: `nbd://host:port/export`,
+//! `nbd+unix:///export?socket=PATH`, and the short forms `unix:PATH` and `tcp:HOST:PORT`.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use devsplice_core::{Error, Result};
+
+/// The port that IANA has for NBD.
+pub const PORT: u16 = 10809;
+
+/// Where a server is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// A socket in the file system.
+    Unix(PathBuf),
+    /// Host (a name or an address, an IPv6 one without its brackets) and port.
+    Tcp(String, u16),
+}
+
+/// A server and one of its exports.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Uri {
+    /// Where the server is.
+    pub place: Place,
+    /// The export; empty for the default one.
+    pub export: String,
+}
+
+impl Uri {
+    /// Reads one.
+    ///
+    /// # Errors
+    /// If it is none, or of a kind that is not spoken here; says which are.
+    pub fn parse(text: &str) -> Result<Uri> {
+        let wrong = |reason: &str| {
+            Err(Error::invalid(text, reason)
+                .next("nbd+unix:///EXPORT?socket=PATH, nbd://HOST:PORT/EXPORT, unix:PATH"))
+        };
+        if let Some(path) = text.strip_prefix("unix:") {
+            return unix(path, String::new()).or_else(|_| wrong("has no path"));
+        }
+        if let Some(rest) = text.strip_prefix("tcp:") {
+            let Some(place) = tcp(rest) else { return wrong("is no host and port") };
+            return Ok(Uri { place, export: String::new() });
+        }
+        let Some((scheme, rest)) = text.split_once("://") else { return wrong("is no NBD URI") };
+        let (rest, query) = rest.split_once('?').unwrap_or((rest, ""));
+        let (host, export) = rest.split_once('/').unwrap_or((rest, ""));
+        let Some(export) = decoded(export) else { return wrong("has a bad % in its export") };
+        let mut socket = None;
+        for pair in query.split('&').filter(|pair| !pair.is_empty()) {
+            match pair.split_once('=') {
+                Some(("socket", path)) => socket = decoded(path),
+                _ => return wrong(&format!("has a parameter that is not known, `{pair}`")),
+            }
+        }
+        match (scheme, socket) {
+            ("nbd", None) => {
+                let Some(place) = tcp(host) else { return wrong("is no host and port") };
+                Ok(Uri { place, export })
+            }
+            ("nbd+unix", Some(path)) if host.is_empty() => {
+                unix(&path, export).or_else(|_| wrong("has an empty socket"))
+            }
+            ("nbd+unix", Some(_)) => wrong("has a host; write nbd+unix:///, with three slashes"),
+            ("nbd+unix", None) => wrong("names no socket"),
+            ("nbd", Some(_)) => wrong("has a socket; write nbd+unix:///"),
+            _ => wrong(&format!("begins with {scheme}://, which is not spoken here")),
+        }
+    }
+}
+
+fn unix(path: &str, export: String) -> Result<Uri> {
+    if path.is_empty() || path.contains('\0') {
+        return Err(Error::invalid("socket", "is empty"));
+    }
+    Ok(Uri { place: Place::Unix(PathBuf::from(path)), export })
+}
+
+fn tcp(text: &str) -> Option<Place> {
+    let (host, port) = match text.strip_prefix('[') {
+        Some(rest) => {
+            let (host, rest) = rest.split_once(']')?;
+            (host, rest.strip_prefix(':').or(rest.is_empty().then_some(""))?)
+        }
+        None => match text.rsplit_once(':') {
+            Some((host, _)) if host.contains(':') => return None,
+            Some((host, port)) => (host, port),
+            None => (text, ""),
+        },
+    };
+    let port = if port.is_empty() { PORT } else { port.parse().ok()? };
+    (!host.is_empty()).then(|| Place::Tcp(host.to_owned(), port))
+}
+
+/// `%41` as `A`.
+fn decoded(text: &str) -> Option<String> {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.bytes();
+    while let Some(byte) = rest.next() {
+        if byte != b'%' {
+            bytes.push(byte);
+            continue;
+        }
+        let mut digit = || char::from(rest.next()?).to_digit(16);
+        let value = digit()? * 16 + digit()?;
+        bytes.push(u8::try_from(value).ok().filter(|byte| *byte != 0)?);
+    }
+    String::from_utf8(bytes).ok()
+}
+
+/// Everything but what may stand in a URI as it is.
+fn encoded(text: &str) -> String {
+    let mut all = String::with_capacity(text.len());
+    for byte in text.bytes() {
+        if byte.is_ascii_alphanumeric() || b"-._~/".contains(&byte) {
+            all.push(char::from(byte));
+        } else {
+            all.push_str(&format!("%{byte:02X}"));
+        }
+    }
+    all
+}
+
+impl fmt::Display for Uri {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let export = encoded(&self.export);
+        match &self.place {
+            Place::Unix(path) => {
+                write!(f, "nbd+unix:///{export}?socket={}", encoded(&path.to_string_lossy()))
+            }
+            Place::Tcp(host, port) if host.contains(':') => {
+                write!(f, "nbd://[{host}]:{port}/{export}")
+            }
+            Place::Tcp(host, port) => write!(f, "nbd://{host}:{port}/{export}"),
+        }
+    }
+}
+
+impl Uri {
+    /// The same with a socket's path made absolute.
+    #[must_use]
+    pub fn anchored(mut self, here: &Path) -> Uri {
+        if let Place::Unix(path) = &mut self.place {
+            *path = here.join(&*path);
+        }
+        self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_read_and_written_the_same() {
+        for (text, shown) in [
+            ("nbd://localhost", "nbd://localhost:10809/"),
+            ("nbd://localhost:1/a%20b", "nbd://localhost:1/a%20b"),
+            ("nbd://[::1]:7/x", "nbd://[::1]:7/x"),
+            ("nbd+unix:///?socket=/tmp/s", "nbd+unix:///?socket=/tmp/s"),
+            ("nbd+unix:///d0?socket=/tmp/a%3Fb", "nbd+unix:///d0?socket=/tmp/a%3Fb"),
+            ("unix:/tmp/s", "nbd+unix:///?socket=/tmp/s"),
+            ("tcp:127.0.0.1:2", "nbd://127.0.0.1:2/"),
+        ] {
+            let uri = Uri::parse(text).unwrap();
+            assert_eq!(uri.to_string(), shown);
+            assert_eq!(Uri::parse(shown).unwrap(), uri);
+        }
+    }
+
+    #[test]
+    fn what_is_no_address_is_refused_by_name() {
+        for text in [
+            "",
+            "nbd",
+            "nbd://",
+            "nbd://:1/",
+            "nbd://h:70000",
+            "nbd://a:b:c/",
+            "nbds://h/",
+            "nbd+unix:///",
+            "nbd+unix://h/?socket=/s",
+            "nbd+unix:///?socket=",
+            "unix:",
+            "nbd://h/%4",
+            "nbd://h/%zz",
+            "nbd://h/%00",
+            "nbd://h/?tls-psk-file=/etc/shadow",
+            "nbd://[::1",
+            "tcp:",
+            "http://h/",
+        ] {
+            let error = Uri::parse(text).map_err(|error| error.to_string());
+            assert!(error.is_err_and(|error| error.starts_with(text)), "{text}");
+        }
+    }
+}
