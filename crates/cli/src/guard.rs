@@ -2,19 +2,21 @@
 //! takes the server's place where the kernel keeps the disk; else it clears up the device, the link
 //! and the state.
 
-use std::io::{PipeReader, PipeWriter, Read, Write};
+use std::io::{BufRead, BufReader, PipeReader, PipeWriter, Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use devsplice_core::{Error, ErrorKind, Result};
 use devsplice_exports::{fuse, ublk};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use crate::protect;
-use crate::server;
-use crate::state::{self, Claim, Disk};
+use crate::state::{self, Claim, Disk, Keeper};
+use crate::{keeper, protect, server};
 
 /// The server's end: its end tells the guard.
 pub struct Guard {
     pipe: PipeWriter,
+    answers: PipeReader,
     pid: i32,
 }
 
@@ -30,6 +32,12 @@ const MOST_RESTARTS: u32 = 10;
 
 /// What the server says before it goes in good order.
 const FAREWELL: &str = "bye";
+/// What it says before the numbers of descriptors that the guard is to have as well.
+const KEEP: &str = "keep ";
+/// How long the guard may take to have them.
+const KEEP_LIMIT: Timespec = Timespec { tv_sec: 5, tv_nsec: 0 };
+/// How often it is looked whether a disk has to be kept still.
+const STAY: Duration = Duration::from_millis(100);
 /// What it says before it leaves the disk to another program.
 const HANDOVER: &str = "handover";
 
@@ -41,13 +49,15 @@ const HANDOVER: &str = "handover";
 pub fn start() -> Result<Guard> {
     let os = |error| Error::os("guard process", &error);
     let (reader, writer) = std::io::pipe().map_err(os)?;
+    let (answers, answer) = std::io::pipe().map_err(os)?;
     match fork::fork().map_err(os)? {
-        fork::Fork::Parent(pid) => Ok(Guard { pipe: writer, pid }),
+        fork::Fork::Parent(pid) => Ok(Guard { pipe: writer, answers, pid }),
         fork::Fork::Child => {
-            drop(writer);
+            drop((writer, answers));
             protect::guard();
-            if let Some(name) = watch(reader) {
-                succeed(&name);
+            let mut kept = Vec::new();
+            if let Some(name) = watch(reader, answer, &mut kept) {
+                succeed(&name, kept);
             }
             std::process::exit(0);
         }
@@ -56,26 +66,32 @@ pub fn start() -> Result<Guard> {
 
 /// Waits for the server's end. Without a farewell, the disk that is to be served by this process
 /// from now on, if the kernel has kept it; otherwise what was left is cleaned up.
-fn watch(mut reader: PipeReader) -> Option<String> {
+/// `kept` is what it had to keep for that.
+fn watch(reader: PipeReader, answer: PipeWriter, kept: &mut Vec<OwnedFd>) -> Option<String> {
     // The server's signals (a terminal's ^C reaches the whole group) are not for the guard.
     let _ = rustix::process::setsid();
     let _ = server::silence(None);
     let server = rustix::process::getppid().map_or(0, |pid| pid.as_raw_nonzero().get());
-    let mut said = String::new();
-    let _ = reader.read_to_string(&mut said);
-    let mut lines = said.lines();
+    let server = u32::try_from(server).unwrap_or(0);
+    let said = listen(reader, answer, server, kept);
+    let mut lines = said.iter();
     let name = lines.next()?;
-    match lines.next() {
+    match lines.next().map(String::as_str) {
         None => {}
-        Some(HANDOVER) => return abandoned(name, u32::try_from(server).unwrap_or(0)),
+        Some(HANDOVER) => return abandoned(name, server),
         Some(_) => return None,
     }
-    // The lock goes with the last descriptor, a moment after the pipe.
+    // The lock goes with the last descriptor, a moment after the pipe. Where this process keeps the
+    // disk it waits as long as it takes: what the server had in flight may be stuck below.
     let end = Instant::now() + PATIENCE;
-    while Instant::now() < end {
+    while Instant::now() < end || !kept.is_empty() {
         match Claim::hold(name) {
             Ok(Some((claim, Some(disk)))) if is_kept(&disk) && !state::is_doomed(name) => {
-                return worth(claim, disk);
+                let served = worth(claim, disk);
+                if served.is_none() && !kept.is_empty() {
+                    stay(name);
+                }
+                return served;
             }
             Ok(Some((claim, left))) => {
                 // It is ours until it is removed.
@@ -90,6 +106,34 @@ fn watch(mut reader: PipeReader) -> Option<String> {
         }
     }
     None
+}
+
+/// Reads what the server says until its end, and keeps what it is told to keep.
+fn listen(
+    reader: PipeReader,
+    mut answer: PipeWriter,
+    server: u32,
+    kept: &mut Vec<OwnedFd>,
+) -> Vec<String> {
+    let mut said = Vec::new();
+    for line in BufReader::new(reader).lines().map_while(std::result::Result::ok) {
+        let Some(fds) = line.strip_prefix(KEEP) else {
+            said.push(line);
+            continue;
+        };
+        *kept = keeper::pull(server, &keeper::unlist(fds)).unwrap_or_default();
+        let numbers: Vec<_> = kept.iter().map(AsRawFd::as_raw_fd).collect();
+        let _ = answer.write_all(format!("{}\n", keeper::list(&numbers)).as_bytes());
+    }
+    said
+}
+
+/// Keeps a disk that is not to be served for now, until somebody else does or it is removed.
+fn stay(name: &str) {
+    let is_ours = |disk: Disk| disk.keeper.is_some_and(|one| one.pid == std::process::id());
+    while state::peek(name).is_none_or(is_ours) && state::path(name, "json").exists() {
+        std::thread::sleep(STAY);
+    }
 }
 
 /// A disk that process `server` handed to another program which has not taken it.
@@ -149,10 +193,10 @@ fn worth(mut claim: Claim, mut disk: Disk) -> Option<String> {
 
 /// Becomes the server. The claim on the name is taken anew: the next guard, a copy of this process,
 /// must not have it.
-fn succeed(name: &str) {
+fn succeed(name: &str, kept: Vec<OwnedFd>) {
     let _ = server::silence(Some(name));
     let _ = std::env::set_current_dir("/");
-    let started = crate::recover::again(name, false);
+    let started = crate::recover::again(name, Some(kept));
     match started.and_then(server::Server::run) {
         Ok(()) => std::process::exit(0),
         Err(error) => {
@@ -173,6 +217,28 @@ impl Guard {
         let _ = self.pipe.write_all(format!("{name}\n").as_bytes());
     }
 
+    /// Has the guard keep descriptors of this process, so that they outlive it.
+    ///
+    /// # Errors
+    /// If it cannot.
+    pub fn keep(&mut self, fds: &[i32], told: &str) -> Result<Keeper> {
+        let failed = |reason: &str| Error::new(ErrorKind::Os, "the guard", reason);
+        let line = format!("{KEEP}{}\n", keeper::list(fds));
+        self.pipe.write_all(line.as_bytes()).map_err(|error| Error::os("the guard", &error))?;
+        let mut waits = [PollFd::new(&self.answers, PollFlags::IN)];
+        if poll(&mut waits, Some(&KEEP_LIMIT)).is_ok_and(|count| count == 0) {
+            return Err(failed("does not answer"));
+        }
+        let mut text = [0; 4096];
+        let len = self.answers.read(&mut text).map_err(|error| Error::os("the guard", &error))?;
+        let fds_there = keeper::unlist(&String::from_utf8_lossy(&text[..len]));
+        if fds_there.len() != fds.len() {
+            return Err(failed("cannot have descriptors of the server"));
+        }
+        let pid = u32::try_from(self.pid).unwrap_or(0);
+        Ok(Keeper { pid, fds: fds_there, told: told.to_owned() })
+    }
+
     /// Tells the guard that another program is to serve the disk. It stays until that one does.
     pub fn hand_over(mut self) {
         let _ = self.pipe.write_all(format!("{HANDOVER}\n").as_bytes());
@@ -188,7 +254,10 @@ impl Guard {
 
 /// Whether the kernel keeps the disk of a dead server for the next one.
 pub fn is_kept(disk: &Disk) -> bool {
-    let Some(id) = disk.ublk_id.filter(|_| disk.outlives_server()) else { return false };
+    if !disk.outlives_server() {
+        return false;
+    }
+    let Some(id) = disk.ublk_id else { return keeper::of(disk).is_some() };
     let Ok(mut control) = ublk::Control::open() else { return false };
     // It becomes quiesced when the dead process has let go of everything, so it may still be live.
     matches!(control.server(id), Ok((pid, state)) if state != "dead"

@@ -12,7 +12,6 @@ use serde_json::{Value, json};
 
 use crate::args::{Resize, Swap};
 use crate::assemble::{CATALOG, assemble};
-use crate::front::Front;
 use crate::server::{self, Phase, Server};
 use crate::{client, say, state};
 
@@ -81,7 +80,7 @@ impl Server {
         self.lines.pause();
         match front.suspend() {
             Ok(suspended) => {
-                self.phase = Phase::Held(Box::new(suspended));
+                self.phase = Phase::Held(suspended);
                 Ok(())
             }
             Err((Some(front), error)) => {
@@ -115,8 +114,8 @@ impl Server {
             }
         };
         match suspended.resume(service, fit) {
-            Ok(device) => {
-                let front = Front::Ublk(Box::new(device));
+            Ok(mut front) => {
+                server::entrust(&mut front, &mut disk, &mut self.guard);
                 disk.warnings.extend(front.crew().warnings.iter().cloned());
                 disk.quiesced = false;
                 self.lines.serve(front.crew());

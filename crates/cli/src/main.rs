@@ -16,6 +16,7 @@ mod gc;
 mod guard;
 mod hold;
 mod info;
+mod keeper;
 mod launch;
 mod list;
 mod listen;

@@ -1,6 +1,7 @@
 //! Answers for `devsplice recover` and `devsplice upgrade`: a server that goes on where another one
 //! ended, or ends for it.
 
+use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::time::{Duration, Instant};
 
@@ -13,7 +14,7 @@ use crate::assemble::assemble;
 use crate::launch::{Started, launch};
 use crate::server::Server;
 use crate::state::{Claim, Found};
-use crate::{client, guard, say, state};
+use crate::{client, guard, keeper, say, state};
 
 /// How long a server may take to finish what is in flight.
 const HAND_OVER: Duration = Duration::from_secs(150);
@@ -33,7 +34,7 @@ pub fn recover(recover: &Recover) -> Result<()> {
         }
     };
     each(wanted, |found| {
-        let started = launch(|| Ok((again(&found.disk.name, true)?, None)))?;
+        let started = launch(|| Ok((again(&found.disk.name, None)?, None)))?;
         if recover.json {
             say!("{}", started.disk.shown());
         } else {
@@ -61,12 +62,12 @@ fn each(wanted: Vec<Found>, mut each: impl FnMut(&Found) -> Result<()>) -> Resul
     Err(Error::new(ErrorKind::Busy, failed.join(", "), "not done"))
 }
 
-/// The server's process: takes over what a dead one left. `is_wanted` is whether a person wants
-/// that, so that what went wrong before does not count.
+/// The server's process: takes over what a dead one left. `kept` is what its guard had to keep; with
+/// none a person wants this, so that what went wrong before does not count.
 ///
 /// # Errors
 /// If the kernel does not have the disk any more, another process serves it, or it cannot be.
-pub fn again(name: &str, is_wanted: bool) -> Result<Server> {
+pub fn again(name: &str, kept: Option<Vec<OwnedFd>>) -> Result<Server> {
     let busy = |reason: String| Error::new(ErrorKind::Busy, name, reason);
     let guard = guard::start()?;
     let held = match Claim::hold(name) {
@@ -87,10 +88,14 @@ pub fn again(name: &str, is_wanted: bool) -> Result<Server> {
     };
     match held {
         Ok((claim, mut left)) => {
-            if is_wanted {
-                left.restarts = 0;
-            }
-            Server::take_over(claim, &left, guard)
+            let kept = match kept {
+                Some(kept) => keeper::with(&left, kept),
+                None => {
+                    left.restarts = 0;
+                    keeper::of(&left)
+                }
+            };
+            Server::take_over(claim, &left, guard, kept)
         }
         Err(error) => {
             guard.dismiss();
@@ -172,6 +177,8 @@ fn succeed(found: &Found) -> Result<(Server, Option<f64>)> {
     // What can be found out beforehand is: the old server is still there if this fails.
     drop(assemble(&disk.plan()?, Access::Look)?);
     let guard = guard::start()?;
+    // From the old guard, which is there until this process has taken over.
+    let kept = keeper::of(disk);
     let start = Instant::now();
     if let Err(error) = client::call(name, "hand-over", &json!({}), HAND_OVER) {
         guard.dismiss();
@@ -194,7 +201,7 @@ fn succeed(found: &Found) -> Result<(Server, Option<f64>)> {
     };
     match held {
         Ok((claim, left)) => {
-            let server = Server::take_over(claim, &left, guard)?;
+            let server = Server::take_over(claim, &left, guard, kept)?;
             Ok((server, Some(start.elapsed().as_secs_f64() * 1000.0)))
         }
         Err(error) => {

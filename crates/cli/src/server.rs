@@ -7,9 +7,10 @@ use std::time::Duration;
 use devsplice_backends::Access;
 use devsplice_core::{Error, ErrorKind, Result};
 use devsplice_engine::Stuck;
+use devsplice_exports::fuse;
 use devsplice_exports::host;
 use devsplice_exports::threads::Service;
-use devsplice_exports::ublk::{self, Fit, Suspended};
+use devsplice_exports::ublk::{self, Fit};
 use devsplice_spec::{Kind, Plan};
 use rustix::fs::{Mode, OFlags};
 use serde_json::{Value, json};
@@ -17,7 +18,7 @@ use signal_hook::consts::SIGHUP;
 
 use crate::args::{Add, Export, RecoveryChoice};
 use crate::assemble::assemble_with;
-use crate::front::{self, Front};
+use crate::front::{Front, Suspended};
 use crate::guard::Guard;
 use crate::listen::{Call, Lines, News};
 use crate::sandbox::{self, Choice};
@@ -34,7 +35,7 @@ pub(crate) enum Phase {
     /// It is.
     Up(Front),
     /// The kernel holds its requests.
-    Held(Box<Suspended>),
+    Held(Suspended),
     /// On the way from one to the other.
     Between,
 }
@@ -93,6 +94,7 @@ impl Server {
         let made = Server::make(plan, disk, claim, |service, disk, claim| {
             // From now on somebody would have to clear up if this process died: so that is written
             // before the disk is there, which may take as long as a look for partitions does.
+            let lock = claim.lock()?;
             let mut on_made = |number| {
                 match export {
                     Export::Fuse => disk.fuse_connection = Some(number),
@@ -101,9 +103,9 @@ impl Server {
                 }
                 let _ = claim.write(disk);
             };
-            Front::attach(&add, &name, export, service, &mut on_made)
+            Front::attach(&add, (&name, lock), export, service, &mut on_made)
         });
-        made.map_err(|(claim, error)| {
+        made.map(|parts| parts.entrusted(guard)).map_err(|(claim, error)| {
             claim.remove();
             error
         })
@@ -114,18 +116,15 @@ impl Server {
     ///
     /// # Errors
     /// If it cannot be taken over; the disk is then as it was, and so is what is known of it.
-    pub fn take_over(claim: Claim, left: &Disk, mut guard: Guard) -> Result<Server> {
+    pub fn take_over(
+        claim: Claim,
+        left: &Disk,
+        mut guard: Guard,
+        kept: Option<fuse::Kept>,
+    ) -> Result<Server> {
         guard.name(&claim.name);
-        let made = (|| {
-            let plan = left.plan()?;
-            let id = left.ublk_id.ok_or_else(|| Error::invalid(&left.name, "is no ublk disk"))?;
-            let add = left.made_with.as_ref();
-            let add = add.ok_or_else(|| Error::invalid(&left.name, "its options are lost"))?;
-            // Queues and their depth are as they were; the kernel knows them.
-            let options = front::options(add, 0, add.threads.unwrap_or(0));
-            Ok((plan, id, options))
-        })();
-        let (plan, id, options) = match made {
+        let made = left.plan().and_then(|plan| Ok((plan, Suspended::find(left, &claim, kept)?)));
+        let (plan, suspended) = match made {
             Ok(made) => made,
             Err(error) => {
                 guard.dismiss();
@@ -135,14 +134,12 @@ impl Server {
         let mut disk = left.clone();
         disk.quiesced = false;
         let made = Server::make(&plan, disk, claim, |service, disk, claim| {
-            let suspended = Suspended::find(id, &options)?;
             // Whoever comes after this process has to know it.
             claim.write(disk)?;
-            let resumed = suspended.resume(service, Fit::Same);
-            resumed.map(|device| Front::Ublk(Box::new(device))).map_err(|(_, error)| error)
+            suspended.resume(service, Fit::Same).map_err(|(_, error)| error)
         });
         match made {
-            Ok(parts) => Ok(parts.guarded(guard)),
+            Ok(parts) => Ok(parts.entrusted(&mut guard).guarded(guard)),
             Err((mut claim, error)) => {
                 let _ = claim.write(left);
                 guard.dismiss();
@@ -357,10 +354,37 @@ struct Parts {
 }
 
 impl Parts {
+    /// Has the guard keep what keeps the disk.
+    fn entrusted(mut self, guard: &mut Guard) -> Parts {
+        entrust(&mut self.front, &mut self.disk, guard);
+        // Written once more; if that fails, it is as if nobody kept the disk.
+        let _ = self.claim.write(&self.disk);
+        self
+    }
+
     fn guarded(self, guard: Guard) -> Server {
         notify::ready(&self.disk.device, guard.pid());
         let Parts { front, disk, plan, claim, lines, news } = self;
         Server { phase: Phase::Up(front), disk, plan, claim, guard, lines, news }
+    }
+}
+
+/// Has the guard keep what keeps the disk, and writes down that it does. Where it cannot the disk
+/// goes with its server.
+pub(crate) fn entrust(front: &mut Front, disk: &mut Disk, guard: &mut Guard) {
+    let (fds, told) = front.kept();
+    if fds.is_empty() {
+        disk.keeper = None;
+        return;
+    }
+    match guard.keep(&fds, told) {
+        Ok(keeper) => disk.keeper = Some(keeper),
+        Err(error) => {
+            front.forget();
+            disk.keeper = None;
+            disk.recovery = front.recovery().to_owned();
+            disk.warnings.push(format!("the disk goes with its server: {error}"));
+        }
     }
 }
 

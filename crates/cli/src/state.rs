@@ -6,8 +6,10 @@
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{Read, Seek, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use devsplice_core::{Error, ErrorKind, Result};
 use devsplice_spec::Plan;
@@ -40,6 +42,9 @@ pub struct Disk {
     /// Number of the FUSE connection.
     #[serde(default)]
     pub fuse_connection: Option<u32>,
+    /// Who keeps its FUSE connection while its server is replaced.
+    #[serde(default)]
+    pub keeper: Option<Keeper>,
     /// The process that serves it.
     pub pid: u32,
     /// Bytes.
@@ -74,6 +79,17 @@ pub struct Disk {
     pub warnings: Vec<String>,
 }
 
+/// A process that has all descriptors of a FUSE connection.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Keeper {
+    /// Its number.
+    pub pid: u32,
+    /// The descriptors' numbers there.
+    pub fds: Vec<i32>,
+    /// What the disk's users were told of it.
+    pub told: String,
+}
+
 /// Milliseconds after which a server's death is not the start's fault.
 pub const SETTLED_MS: u64 = 1000;
 
@@ -88,14 +104,15 @@ impl Disk {
 
     /// Whether the kernel keeps it when its server dies.
     pub fn outlives_server(&self) -> bool {
-        self.ublk_id.is_some() && !matches!(self.recovery.as_str(), "" | "off")
+        (self.ublk_id.is_some() || self.keeper.is_some())
+            && !matches!(self.recovery.as_str(), "" | "off")
     }
 
     /// What of it people may want to read.
     pub fn shown(&self) -> Value {
         let mut value = serde_json::to_value(self).unwrap_or_default();
         if let Some(fields) = value.as_object_mut() {
-            for own in ["made_with", "labels"] {
+            for own in ["made_with", "labels", "keeper"] {
                 fields.remove(own);
             }
         }
@@ -242,6 +259,15 @@ impl Claim {
         Ok(None)
     }
 
+    /// The lock itself: it is held until the last copy of this is closed.
+    ///
+    /// # Errors
+    /// If there can be no further descriptor.
+    pub fn lock(&self) -> Result<Arc<OwnedFd>> {
+        let os = |error| Error::os(path(&self.name, "json").display().to_string(), &error);
+        self.file.try_clone().map(|file| Arc::new(file.into())).map_err(os)
+    }
+
     fn read(&mut self) -> Option<Disk> {
         let mut text = String::new();
         self.file.rewind().ok()?;
@@ -327,6 +353,11 @@ pub fn all() -> Result<Vec<Found>> {
     }
     found.sort_by(|a, b| a.disk.name.cmp(&b.disk.name));
     Ok(found)
+}
+
+/// What the state file of `name` says, whoever has it.
+pub fn peek(name: &str) -> Option<Disk> {
+    serde_json::from_str(&std::fs::read_to_string(path(name, "json")).ok()?).ok()
 }
 
 fn look(path: &std::path::Path) -> Option<Found> {
