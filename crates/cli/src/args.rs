@@ -216,6 +216,17 @@ impl BatchChoice {
     }
 }
 
+/// On or off, as typed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Switch {
+    /// Yes.
+    On,
+    /// No.
+    #[default]
+    Off,
+}
+
 #[derive(Args, Clone, Debug, Serialize, Deserialize)]
 pub struct Add {
     /// What the disk is made of: an expression such as 'stripe(/a.img, /b.img)', or a .toml file.
@@ -250,6 +261,11 @@ pub struct Add {
     /// Whether ublk's requests come and go in batches (Linux 7.0).
     #[arg(long, value_enum, default_value = "auto")]
     pub batch: BatchChoice,
+    /// Whether ublk is served for requests that come one at a time: less work for each of those, a
+    /// little more for others that come alone; counters may lag behind by one request for a second.
+    #[arg(long, value_enum, default_value = "off")]
+    #[serde(default)]
+    pub low_depth: Switch,
     /// Number of the ublk device: 3 for /dev/ublkb3. The first free one if not given.
     #[arg(long, value_name = "N")]
     pub id: Option<u32>,

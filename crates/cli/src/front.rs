@@ -10,7 +10,7 @@ use devsplice_exports::threads::{Crew, OnMade, Service};
 use devsplice_exports::ublk::Fit;
 use devsplice_exports::{fuse, nbd, ublk};
 
-use crate::args::{Add, Export, PathChoice};
+use crate::args::{Add, Export, PathChoice, Switch};
 use crate::state::{Claim, Disk};
 
 /// A disk of either kind.
@@ -42,7 +42,7 @@ impl Suspended {
         if let Some(id) = left.ublk_id {
             // Queues and their depth are as they were; the kernel knows them.
             let options = options(add, 0, add.threads.unwrap_or(0));
-            let suspended = ublk::Suspended::find(id, &options)?;
+            let suspended = ublk::Suspended::find_with(id, &options, extra(add))?;
             return Ok(Suspended::Ublk(Box::new(suspended)));
         }
         let gone = || Error::new(ErrorKind::NotFound, &left.name, "nobody keeps it any more");
@@ -50,6 +50,13 @@ impl Suspended {
         let queues = u16::try_from(kept.fuse.len()).unwrap_or(1);
         let options = fuse_options(add, (&left.name, queues), claim.lock()?)?;
         Ok(Suspended::Fuse(Box::new(fuse::Suspended::find(kept, options))))
+    }
+
+    /// The descriptors that keep it, and what its users were told of it, over FUSE.
+    pub fn kept(&self) -> Option<(Vec<i32>, &str)> {
+        let Suspended::Fuse(suspended) = self else { return None };
+        let kept = suspended.kept();
+        Some((kept.fuse.iter().map(AsRawFd::as_raw_fd).collect(), &kept.told))
     }
 
     /// Serves it again.
@@ -216,7 +223,7 @@ impl Front {
             return Ok(Front::Fuse(Box::new(device)));
         }
         let options = options(add, queues, threads);
-        let device = ublk::Device::attach(&options, service, on_made)?;
+        let device = ublk::Device::attach_with(&options, extra(add), service, on_made)?;
         Ok(Front::Ublk(Box::new(device)))
     }
 
@@ -354,6 +361,11 @@ pub fn fuse_options(
         keep: (recovery != Some(ublk::Recovery::Off)).then_some(lock),
         must_keep: recovery == Some(ublk::Recovery::Reissue),
     })
+}
+
+/// What else is asked of the driver.
+pub fn extra(add: &Add) -> ublk::Extra {
+    ublk::Extra { low_depth: add.low_depth == Switch::On, ..ublk::Extra::default() }
 }
 
 /// What a ublk device is to be; of one that is there already, only what is about threads counts.

@@ -196,11 +196,16 @@ fn worth(mut claim: Claim, mut disk: Disk) -> Option<String> {
 fn succeed(name: &str, kept: Vec<OwnedFd>) {
     let _ = server::silence(Some(name));
     let _ = std::env::set_current_dir("/");
-    let started = crate::recover::again(name, Some(kept));
+    // Whatever becomes of that, this process keeps what it has.
+    let copies = kept.iter().filter_map(|fd| fd.try_clone().ok()).collect();
+    let started = crate::recover::again(name, Some(copies));
     match started.and_then(server::Server::run) {
         Ok(()) => std::process::exit(0),
         Err(error) => {
             eprintln!("devsplice: {error}; devsplice recover {name} tries again");
+            if !kept.is_empty() {
+                stay(name);
+            }
             std::process::exit(1);
         }
     }

@@ -133,6 +133,14 @@ impl Server {
         };
         let mut disk = left.clone();
         disk.quiesced = false;
+        // Before anything else: the guard that has kept the disk so far is this very process.
+        match suspended.kept().map(|(fds, told)| guard.keep(&fds, told)).transpose() {
+            Ok(keeper) => disk.keeper = keeper,
+            Err(error) => {
+                guard.dismiss();
+                return Err(error);
+            }
+        }
         let made = Server::make(&plan, disk, claim, |service, disk, claim| {
             // Whoever comes after this process has to know it.
             claim.write(disk)?;

@@ -12,10 +12,12 @@ use devsplice_engine::{
 
 use crate::rng::Rng;
 
+mod ahead;
 mod disk;
 
+pub use ahead::Linked;
 pub use disk::Disk;
-use disk::against;
+use disk::check;
 
 /// Disks above this size hold nothing and read as zeros.
 const MATERIAL: u64 = 64 << 20;
@@ -161,6 +163,8 @@ pub struct World {
     pub timers: u64,
     /// When memory was given back.
     pub rests: Vec<u64>,
+    /// What is linked behind splices.
+    pub ahead: Linked,
     /// When whoever waits has waited too long.
     deadline: u64,
     flights: u32,
@@ -190,6 +194,7 @@ impl World {
             hits: Vec::new(),
             inner_hits: 0,
             timers: 0,
+            ahead: Linked::default(),
             deadline: LONGEST,
             rests: Vec::new(),
             flights,
@@ -331,7 +336,9 @@ impl World {
             let event = match self.due.swap_remove(place).what {
                 What::Splice(flying) => {
                     let result = self.complete(&flying);
-                    Event::Splice { key: flying.key, result }
+                    self.ready.push_back(Event::Splice { key: flying.key, result });
+                    self.follow(flying.key, result == Ok(flying.len));
+                    continue;
                 }
                 What::Timer(key) => {
                     self.timers += 1;
@@ -431,32 +438,6 @@ impl World {
     }
 }
 
-/// What every splice must hold to.
-fn check(splice: &Splice<'_>, world: &World) {
-    match splice.to {
-        To::File(file) => {
-            let disk = &world.disks[usize::from(file.0)];
-            let fits = splice.at.checked_add(splice.len).is_some_and(|end| end <= disk.size);
-            assert!(fits, "behind the end: {splice:?}");
-            let is_short = |bad: &Bad| matches!(bad.fault, Fault::Short(_));
-            let whole = world.faults.short == 0 && !world.faults.bad.iter().any(is_short);
-            if let Some(what) = against(disk, splice, whole) {
-                panic!("{what} the device below with {:?}: {splice:?}", disk.limits);
-            }
-        }
-        To::Zero => assert_eq!(splice.op, Op::Read, "only reads need zeros"),
-    }
-    if !splice.op.has_pages() {
-        assert!(splice.parts.is_empty(), "{splice:?}");
-        assert_eq!(splice.len == 0, splice.op == Op::Flush, "{splice:?}");
-        return;
-    }
-    assert!((1..=MAX_PARTS).contains(&splice.parts.len()), "{splice:?}");
-    assert!(splice.parts.iter().all(|part| part.len > 0), "{splice:?}");
-    let sum: u64 = splice.parts.iter().map(|part| u64::from(part.len)).sum();
-    assert_eq!(sum, splice.len, "{splice:?}");
-}
-
 /// A ring over a [`World`].
 #[derive(Clone)]
 pub struct FakeRing {
@@ -481,6 +462,7 @@ impl FakeRing {
 impl Ring for FakeRing {
     fn splice(&mut self, key: u32, splice: &Splice<'_>) {
         let world = &mut *self.lock();
+        world.ahead.is_nothing_between();
         check(splice, world);
         assert!(key < world.flights && world.is_free(key), "flight {key} is in use");
         let Splice { op, fua, to, at, len, pages, parts } = *splice;
@@ -523,14 +505,20 @@ impl Ring for FakeRing {
         world.due.push(Due { at, what });
     }
 
+    fn splice_first(&mut self, key: u32, splice: &Splice<'_>) -> bool {
+        self.link(key, splice)
+    }
+
     fn after(&mut self, key: u32, ns: u64) {
         let world = &mut *self.lock();
+        world.ahead.is_nothing_between();
         assert!(world.is_free(key), "timer {key} is in use");
         world.due.push(Due { at: world.now + ns, what: What::Timer(key) });
     }
 
     fn enter(&mut self, wait: bool) -> Result<()> {
         let world = &mut *self.lock();
+        world.ahead.is_nothing_between();
         world.counts.enters += 1;
         world.now += 1000;
         // The watchdog's ticks go on for ever while a request hangs.
@@ -548,6 +536,10 @@ impl Ring for FakeRing {
         world.now = first;
         world.collect();
         Ok(())
+    }
+
+    fn enter_for_two(&mut self) -> Result<()> {
+        self.wait_for_two()
     }
 
     fn next(&mut self) -> Option<Event> {

@@ -75,6 +75,29 @@ pub trait Export<R: Ring>: Send {
     /// over. The tag is free afterwards.
     fn finish(&mut self, ring: &mut R, tag: u16, io: &Io, result: Result<(), Errno>);
 
+    /// Whether ends of requests can be sent ahead at all: asked once, when it is armed.
+    fn goes_ahead(&self) -> bool {
+        false
+    }
+
+    /// Whether the end of this request, which has just come, can be.
+    fn may_finish_ahead(&self, _tag: u16) -> bool {
+        false
+    }
+
+    /// As [`Export::finish`] of a request of which all is done, but sent at once behind the splice
+    /// that [`Ring::splice_first`] has just started: the ring carries out the very next thing that
+    /// is submitted when that splice is done whole, and never if it is not. So this submits one
+    /// thing. [`Export::went_ahead`] or [`Export::take_back`] says which it was.
+    fn finish_ahead(&mut self, _ring: &mut R, _tag: u16, _io: &Io) {}
+
+    /// The end that was sent ahead is on its way. The tag is free.
+    fn went_ahead(&mut self, _tag: u16) {}
+
+    /// The end that was sent ahead will not be carried out: its completion says `ECANCELED`, if it
+    /// has not said so already, and means nothing. The request is finished later like any other.
+    fn take_back(&mut self, _tag: u16) {}
+
     /// The turn ends and the ring is entered: what was kept back to go together goes now.
     fn flush(&mut self, ring: &mut R);
 

@@ -32,6 +32,8 @@ pub(crate) struct Job {
     pub(crate) node: NodeId,
     /// Fetched and not finished.
     pub(crate) active: bool,
+    /// Its end goes behind its splice, which is out.
+    pub(crate) is_ahead: bool,
     /// It is over, whatever layers could do about its error.
     pub(crate) refused: bool,
     /// The phase in which its last pass was routed, until that has landed.
@@ -65,6 +67,7 @@ impl Job {
             since: 0,
             node: stack.root(),
             active: false,
+            is_ahead: false,
             refused: false,
             phase: None,
             missed: None,

@@ -2,6 +2,7 @@
 //! finishes them whole or failed. Generic over the ring that moves data; no system calls.
 #![forbid(unsafe_code)]
 
+mod ahead;
 pub mod counts;
 pub mod desk;
 pub mod export;

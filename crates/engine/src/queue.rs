@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use devsplice_core::{Errno, Result, Stack, Stop};
 
+use crate::ahead::{Ahead, SECOND_TICK_KEY};
 use crate::counts::{Shared, one_more};
 use crate::export::{Export, Inbox, Request};
 use crate::flights::{self, Flights, Next};
@@ -23,7 +24,7 @@ const PIECES_A_PASS: u32 = 1024;
 
 /// One queue of an export with the stack that serves it.
 pub struct Lane<R: Ring> {
-    export: Box<dyn Export<R>>,
+    pub(crate) export: Box<dyn Export<R>>,
     pub(crate) served: Arc<Served>,
     pub(crate) stack: Arc<Stack>,
     /// The ring's names for the stack's bottoms, in their order.
@@ -53,12 +54,13 @@ pub struct Worker<R: Ring> {
     pub(crate) lanes: Box<[Lane<R>]>,
     pub(crate) flights: Flights,
     gather: Gather,
-    inbox: Inbox,
+    pub(crate) inbox: Inbox,
     /// Requests with pieces left to route and none out, in the order they came to wait.
     waiting: VecDeque<(u16, u16)>,
     pub(crate) busy: u32,
     pub(crate) counts: Arc<Shared>,
     pub(crate) watch: Watch,
+    pub(crate) ahead: Ahead,
     /// Only with live layers.
     pub(crate) slow: Option<Box<SlowSide>>,
 }
@@ -92,6 +94,7 @@ impl<R: Ring> Worker<R> {
                 limit: stuck_seconds,
                 on_stuck,
             },
+            ahead: Ahead::OFF,
             slow,
         }
     }
@@ -104,6 +107,7 @@ impl<R: Ring> Worker<R> {
         for (index, lane) in self.lanes.iter_mut().enumerate() {
             lane.export.arm(&mut self.ring, u16::try_from(index).unwrap_or(u16::MAX))?;
         }
+        self.look_ahead();
         self.start_background();
         self.ring.enter(false)
     }
@@ -129,6 +133,7 @@ impl<R: Ring> Worker<R> {
         }
         // Out of the way for as long: what starts a request does not put another there.
         let mut inbox = std::mem::take(&mut self.inbox);
+        self.ahead.look(&inbox, self.busy > 0);
         if self.slow.is_none() {
             for (lane, request) in inbox.requests() {
                 self.start(*lane, request);
@@ -156,6 +161,10 @@ impl<R: Ring> Worker<R> {
         if self.busy > 0 {
             self.arm_tick();
         }
+        if self.ahead.is_out && self.busy == 1 {
+            self.enter_for_two()?;
+            return Ok(true);
+        }
         let can_go_on = !self.waiting.is_empty() && !self.flights.is_full();
         self.ring.enter(!can_go_on)?;
         Ok(true)
@@ -173,7 +182,7 @@ impl<R: Ring> Worker<R> {
 
     #[inline(always)]
     fn start(&mut self, lane: u16, request: &Request) {
-        let Worker { ring, lanes, flights, counts, .. } = self;
+        let Worker { ring, lanes, flights, counts, ahead, .. } = self;
         let Lane { stack, jobs, files, .. } = &mut lanes[usize::from(lane)];
         let Request { tag, io, pages } = *request;
         let job = &mut jobs[usize::from(tag)];
@@ -201,6 +210,9 @@ impl<R: Ring> Worker<R> {
         let flight = flights.get(key);
         flight.start((lane, tag), (io.op, io.fua, pages), flights::place(&piece, files), &piece);
         if flight.is_ready() {
+            if ahead.is_alone {
+                return self.send_alone(lane, tag, key);
+            }
             ring.splice(key, &flight.splice());
         } else {
             self.dispatch(key);
@@ -355,6 +367,8 @@ impl<R: Ring> Worker<R> {
     fn fell_short(&mut self, key: u32, result: Result<u64, Errno>) {
         let flight = self.flights.get(key);
         let (lane, tag) = (flight.lane, flight.tag);
+        self.take_back(lane, tag);
+        let flight = self.flights.get(key);
         match flight.fell_short(result) {
             Next::Again => {
                 one_more(&self.counts.retries);
@@ -401,6 +415,9 @@ impl<R: Ring> Worker<R> {
         job.active = false;
         *busy -= 1;
         counts.finished(job.io.op);
+        if job.is_ahead {
+            return self.went_ahead(lane, tag);
+        }
         export.finish(ring, tag, &job.io, Ok(()));
     }
 
@@ -503,6 +520,7 @@ impl<R: Ring> Takes<R> for Worker<R> {
         match event {
             Event::Splice { key, result } => self.landed(key, result),
             Event::Timer { key: TICK_KEY } => self.tick(),
+            Event::Timer { key: SECOND_TICK_KEY } => self.second_tick(),
             Event::Timer { key } if is_sleep_key(key) => self.slept(key),
             Event::Timer { key } => self.send(key),
             Event::Woken => {}

@@ -114,6 +114,13 @@ pub trait Ring {
     /// Starts a splice. `key` is not in use by another splice.
     fn splice(&mut self, key: u32, splice: &Splice<'_>);
 
+    /// As [`Ring::splice`], and what is submitted next is carried out when this splice is done
+    /// whole, but never if it is not: `ECANCELED` then. Whether that can be had for this splice;
+    /// nothing has been started if not. There is room for what comes next.
+    fn splice_first(&mut self, _key: u32, _splice: &Splice<'_>) -> bool {
+        false
+    }
+
     /// Asks for an [`Event::Timer`] in `ns` nanoseconds. `key` is not in use by another timer.
     fn after(&mut self, key: u32, ns: u64);
 
@@ -122,6 +129,14 @@ pub trait Ring {
     /// # Errors
     /// If the ring itself fails; the device cannot go on then.
     fn enter(&mut self, wait: bool) -> Result<()>;
+
+    /// As `enter(true)`, but waits for two events. May return earlier.
+    ///
+    /// # Errors
+    /// As [`Ring::enter`].
+    fn enter_for_two(&mut self) -> Result<()> {
+        self.enter(true)
+    }
 
     /// The next event, if one is there.
     fn next(&mut self) -> Option<Event>;

@@ -39,9 +39,10 @@ fn random(seed: u64, faults: Faults) -> Outcome {
     let lanes = 1 + rng.below(2);
     let mut plan = || [fill(size), mix(&mut rng, size, 60)].concat();
     let plans = (0..lanes).map(|_| plan()).collect();
-    let depth = u16::try_from(2 + rng.below(14)).unwrap();
+    let depth = u16::try_from(1 + rng.below(15)).unwrap();
+    let ahead = rng.percent(50);
     let flights = u32::try_from(1 + rng.below(64)).unwrap();
-    Setup { seed, depth, flights, faults, plans, zeros, ..base }.run()
+    Setup { seed, depth, flights, faults, plans, zeros, ahead, ..base }.run()
 }
 
 fn cases(cases: u32) -> ProptestConfig {
@@ -89,7 +90,9 @@ proptest! {
             .collect();
         let faults = Faults { short: 20, eagain: 5, eintr: 5, bad: vec![bad] };
         let errors = want.iter().filter(|result| result.is_err()).count();
-        let outcome = Setup { seed, faults, plans: vec![plan], ..base }.run();
+        let ahead = rng.percent(50);
+        let depth = if ahead { 1 } else { base.depth };
+        let outcome = Setup { seed, faults, plans: vec![plan], ahead, depth, ..base }.run();
         prop_assert_eq!(outcome.results(), want);
         prop_assert_eq!(outcome.counts.errors, errors as u64);
     }

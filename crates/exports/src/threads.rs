@@ -46,6 +46,8 @@ pub struct Shape {
     pub memory: LaneMemory,
     /// Seconds after which a request is reported as stuck; 0 for never.
     pub stuck_seconds: u32,
+    /// Whether rings are for requests that come one at a time.
+    pub low_depth: bool,
 }
 
 /// Makes the export of one queue: its number, the ring it lives on.
@@ -256,7 +258,11 @@ fn prepare(
     let files = u16::try_from(files)
         .map_err(|_| Error::invalid("stack", format!("{files} files in one ring")))?;
     let inner = u16::from(served.stack.lives().next().is_some());
-    let make = if shape.is_wide { Uring::wide } else { Uring::new };
+    let make = match (shape.is_wide, shape.low_depth) {
+        (true, _) => Uring::wide,
+        (false, true) => Uring::for_low_depth,
+        (false, false) => Uring::new,
+    };
     let mut ring = make(&Config { flights, files, lanes, inner })?;
     let mut bottoms = Vec::new();
     for bottom in opened {
@@ -287,8 +293,15 @@ mod tests {
     fn threads_share_out_queues_or_queues_threads() {
         let memory = LaneMemory { depth: 1, bytes: 0, slots: false, locked: false };
         let all = |queues, threads| {
-            let (is_shared, is_wide, stuck_seconds) = (false, false, 0);
-            let shape = Shape { queues, threads, is_shared, is_wide, memory, stuck_seconds };
+            let shape = Shape {
+                queues,
+                threads,
+                is_shared: false,
+                is_wide: false,
+                memory,
+                stuck_seconds: 0,
+                low_depth: false,
+            };
             (0..threads).map(|thread| queues_of(thread, &shape)).collect::<Vec<_>>()
         };
         assert_eq!(all(4, 2), [[0, 2], [1, 3]]);

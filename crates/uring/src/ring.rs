@@ -1,6 +1,7 @@
 //! Answers for an I/O thread's ring: what the engine and the exports submit, what comes back to
 //! whom.
 
+mod ahead;
 pub(crate) mod batch;
 mod client;
 mod fuse;
@@ -92,10 +93,12 @@ const KIND_BELL: u64 = 7 << KIND_SHIFT;
 const KIND_TAGS: u64 = 8 << KIND_SHIFT;
 /// A list of elements is the lane's again.
 const KIND_LIST: u64 = 9 << KIND_SHIFT;
-/// An entry of FUSE has a request, or will not have one any more.
-const KIND_FUSE: u64 = 11 << KIND_SHIFT;
 /// A lane's send is over.
 const KIND_SENT: u64 = 10 << KIND_SHIFT;
+/// An entry of FUSE has a request, or will not have one any more.
+const KIND_FUSE: u64 = 11 << KIND_SHIFT;
+/// Nobody wants to know.
+const KIND_NOTHING: u64 = 12 << KIND_SHIFT;
 const KIND_MASK: u64 = 0xff << KIND_SHIFT;
 
 /// Files of the ring itself: what reads as zeros.
@@ -131,10 +134,10 @@ pub struct Uring {
     zeroes: Arena,
     /// For the lanes whose exports work in batches.
     batches: Vec<Option<batch::Batch>>,
-    /// For the lanes that FUSE uses.
-    fuse: Vec<Option<fuse::Headers>>,
     /// For the lanes whose exports send to sockets, since the first time that they did.
     messages: Vec<Option<Box<socket::Message>>>,
+    /// For the lanes that FUSE uses.
+    fuse: Vec<Option<fuse::Headers>>,
     /// Rung by other threads.
     pub(crate) bell: Option<Arc<OwnedFd>>,
     start: Instant,
@@ -149,7 +152,7 @@ impl Uring {
     /// # Errors
     /// If the kernel has no io_uring to give, or the tables do not fit its limits.
     pub fn new(config: &Config) -> Result<Uring> {
-        Uring::with(config, false)
+        Uring::with(config, Queues::new)
     }
 
     /// As [`Uring::new`], with entries of 128 bytes, which some devices' commands need.
@@ -157,15 +160,14 @@ impl Uring {
     /// # Errors
     /// As there.
     pub fn wide(config: &Config) -> Result<Uring> {
-        Uring::with(config, true)
+        Uring::with(config, Queues::wide)
     }
 
-    fn with(config: &Config, wide: bool) -> Result<Uring> {
+    fn with(config: &Config, queues: fn(u32, u32) -> Result<Queues>) -> Result<Uring> {
         let depth: u32 = config.lanes.iter().map(|lane| u32::from(lane.depth)).sum();
         let depth = depth + u32::from(config.inner) * u32::from(INNER_DEPTH);
         // A tag has at most its own command and its splices out at a time.
         let entries = (depth + config.flights).next_power_of_two().clamp(64, 4096);
-        let queues = if wide { Queues::wide } else { Queues::new };
         let queues = queues(entries, entries * 4)?;
         let mut arenas = Vec::new();
         let mut slot_bases = Vec::new();
@@ -201,8 +203,8 @@ impl Uring {
             slot_bases,
             zeroes: Arena::new(1, ZEROES_LEN, false)?,
             batches: Vec::new(),
-            fuse: Vec::new(),
             messages: std::iter::repeat_with(|| None).take(config.lanes.len()).collect(),
+            fuse: Vec::new(),
             bell: None,
             start: Instant::now(),
             bytes_spliced: 0,
@@ -403,6 +405,28 @@ impl Uring {
         Ok(done)
     }
 
+    /// Submits everything, and waits for as many completions if none is known of.
+    #[inline]
+    fn enter_for(&mut self, most: u32) -> Result<()> {
+        let want = if self.queues.has_completions() { 0 } else { most };
+        if want == 0 && !self.queues.has_queued() && self.queues.has_completions() {
+            return Ok(());
+        }
+        match self.queues.enter(want) {
+            Ok(()) => Ok(()),
+            // Signals are not ours to handle; a full completion queue empties at the next turn.
+            Err(error)
+                if matches!(
+                    error.raw_os_error(),
+                    Some(libc::EINTR | libc::EAGAIN | libc::EBUSY)
+                ) =>
+            {
+                Ok(())
+            }
+            Err(error) => Err(Error::os("io_uring_enter", &error)),
+        }
+    }
+
     /// What helpers of byte backends have done.
     fn helped_event(&mut self) -> Option<Event> {
         if self.helpers.is_some() { self.landed() } else { None }
@@ -433,8 +457,9 @@ impl Uring {
                 self.listen();
                 return None;
             }
-            KIND_FUSE => self.fuse_completed(lane, index),
             KIND_SENT => self.sent(lane),
+            KIND_FUSE => self.fuse_completed(lane, index),
+            KIND_NOTHING => return None,
             KIND_TAGS | KIND_LIST => self.batch_completed(kind, lane, flags),
             _ => self.arena(lane).give_back(tag_of(index)),
         }
@@ -483,6 +508,10 @@ impl Ring for Uring {
         }
     }
 
+    fn splice_first(&mut self, key: u32, splice: &Splice<'_>) -> bool {
+        self.link(key, splice)
+    }
+
     fn after(&mut self, key: u32, ns: u64) {
         let beyond = (u32::MAX - key) as usize;
         let flights = self.times.len() - KEYS_BEYOND;
@@ -503,23 +532,11 @@ impl Ring for Uring {
     }
 
     fn enter(&mut self, wait: bool) -> Result<()> {
-        let want = u32::from(wait && !self.queues.has_completions());
-        if want == 0 && !self.queues.has_queued() && self.queues.has_completions() {
-            return Ok(());
-        }
-        match self.queues.enter(want) {
-            Ok(()) => Ok(()),
-            // Signals are not ours to handle; a full completion queue empties at the next turn.
-            Err(error)
-                if matches!(
-                    error.raw_os_error(),
-                    Some(libc::EINTR | libc::EAGAIN | libc::EBUSY)
-                ) =>
-            {
-                Ok(())
-            }
-            Err(error) => Err(Error::os("io_uring_enter", &error)),
-        }
+        self.enter_for(u32::from(wait))
+    }
+
+    fn enter_for_two(&mut self) -> Result<()> {
+        self.enter_for(2)
     }
 
     fn next(&mut self) -> Option<Event> {

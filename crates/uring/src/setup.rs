@@ -12,6 +12,7 @@ use crate::uapi::Sqe;
 const SETUP_CQSIZE: u32 = 1 << 3;
 const SETUP_CLAMP: u32 = 1 << 4;
 const SETUP_SUBMIT_ALL: u32 = 1 << 7;
+const SETUP_COOP_TASKRUN: u32 = 1 << 8;
 const SETUP_SQE128: u32 = 1 << 10;
 const SETUP_SINGLE_ISSUER: u32 = 1 << 12;
 const SETUP_DEFER_TASKRUN: u32 = 1 << 13;
@@ -24,6 +25,10 @@ pub(crate) const FLAG_SETS: [u32; 4] = [
     BASE | SETUP_SUBMIT_ALL,
     BASE,
 ];
+/// For requests that come one at a time (since 6.6). A thread that has nothing else to do is woken
+/// with fewer steps so than with `DEFER_TASKRUN`.
+pub(crate) const LOW_DEPTH_FLAGS: u32 =
+    BASE | SETUP_SUBMIT_ALL | SETUP_SINGLE_ISSUER | SETUP_COOP_TASKRUN | SETUP_NO_SQARRAY;
 const BASE: u32 = SETUP_CQSIZE | SETUP_CLAMP;
 
 /// The one set for a ring of 128-byte entries, whose commands touch memory of ours only while this

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use devsplice_core::{Error, ErrorKind, Result};
 
-use crate::setup::{self, Cqe, FLAG_SETS, Made, Mapping, WIDE_FLAGS};
+use crate::setup::{self, Cqe, FLAG_SETS, LOW_DEPTH_FLAGS, Made, Mapping, WIDE_FLAGS};
 use crate::uapi::{ENTER_GETEVENTS, ENTER_REGISTERED_RING, Sqe};
 
 /// The pair of queues with its counters.
@@ -38,6 +38,10 @@ pub(crate) struct Queues {
     enter_fd: i32,
     enter_flags: u32,
     pub(crate) enters: u64,
+    /// Whether it was made for requests that come one at a time.
+    pub(crate) is_low_depth: bool,
+    /// Where the second entry of a pair is that may not have been taken yet, counted as `tail`.
+    pair_at: Option<u64>,
     /// What is submitted instead of what was asked for, where only this process is of interest.
     #[cfg(feature = "imitation")]
     pub(crate) imitation: crate::imitation::Imitation,
@@ -69,6 +73,15 @@ impl Queues {
     pub(crate) fn wide(entries: u32, completions: u32) -> Result<Queues> {
         let made = setup::make(entries, completions, WIDE_FLAGS);
         made.map(Queues::with).map_err(|error| unavailable(&error))
+    }
+
+    /// A ring for the calling thread and for requests that come one at a time; as `new` where the
+    /// kernel has none such.
+    pub(crate) fn for_low_depth(entries: u32, completions: u32) -> Result<Queues> {
+        match setup::make(entries, completions, LOW_DEPTH_FLAGS) {
+            Ok(made) => Ok(Queues { is_low_depth: true, ..Queues::with(made) }),
+            Err(_) => Queues::new(entries, completions),
+        }
     }
 
     fn with(made: Made) -> Queues {
@@ -104,6 +117,8 @@ impl Queues {
             enter_fd: index.unwrap_or_else(|| fd.as_raw_fd()),
             enter_flags: ENTER_GETEVENTS | flag,
             enters: 0,
+            is_low_depth: false,
+            pair_at: None,
             #[cfg(feature = "imitation")]
             imitation: crate::imitation::Imitation::default(),
             _rings: rings,
@@ -177,6 +192,37 @@ impl Queues {
         self.tail == self.full_at
     }
 
+    /// How many entries it has room for.
+    pub(crate) fn size(&self) -> u32 {
+        self.sq_mask + 1
+    }
+
+    /// Whether `count` more entries can be pushed before the kernel is entered.
+    pub(crate) fn has_room_for(&mut self, count: u32) -> bool {
+        let end = self.tail - u64::from(self.queued()) + u64::from(self.size());
+        self.full_at = end;
+        self.tail + u64::from(count) <= end
+    }
+
+    /// The entry that was pushed last and the next one are a pair.
+    pub(crate) fn mark_pair(&mut self) {
+        self.pair_at = Some(self.tail);
+    }
+
+    /// Looks whether the kernel has taken both entries of a pair.
+    ///
+    /// # Panics
+    /// If it has taken the first alone: the second would be carried out whatever becomes of that.
+    #[cold]
+    #[inline(never)]
+    fn check_pair(&mut self, second: u64) {
+        let taken = self.tail - u64::from(self.queued());
+        assert!(taken != second, "the kernel took a splice without what is linked behind it");
+        if taken > second {
+            self.pair_at = None;
+        }
+    }
+
     /// Finds out what the kernel has taken; hands over what is there if that is nothing.
     #[cold]
     #[inline(never)]
@@ -214,7 +260,11 @@ impl Queues {
                 0_usize,
             )
         };
-        if done < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+        let failed = if done < 0 { Some(std::io::Error::last_os_error()) } else { None };
+        if let Some(second) = self.pair_at {
+            self.check_pair(second);
+        }
+        failed.map_or(Ok(()), Err)
     }
 
     /// Gives the places of the completions that were taken back to the kernel.

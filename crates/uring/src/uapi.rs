@@ -57,6 +57,8 @@ pub(crate) const OP_READV_FIXED: u8 = 60;
 pub(crate) const OP_WRITEV_FIXED: u8 = 61;
 
 pub(crate) const SQE_FIXED_FILE: u8 = 1;
+/// `IOSQE_IO_LINK`: the next entry is carried out when this one is done whole.
+pub(crate) const SQE_IO_LINK: u8 = 1 << 2;
 /// `IOSQE_BUFFER_SELECT`.
 pub(crate) const SQE_BUFFER_SELECT: u8 = 1 << 5;
 /// `IORING_RECVSEND_POLL_FIRST`, in an entry's priority.

@@ -1,8 +1,10 @@
 //! Answers for a disk of bytes that holds to its limits and may lose what was not flushed.
 
 use devsplice_core::{Errno, Limits, Op};
-use devsplice_engine::Splice;
+use devsplice_engine::ring::MAX_PARTS;
+use devsplice_engine::{Splice, To};
 
+use super::{Bad, Fault, World};
 use crate::rng::Rng;
 
 /// A change of a disk that may be lost with power.
@@ -57,7 +59,7 @@ impl Disk {
 }
 
 /// What a disk has against a splice.
-pub(super) fn against(disk: &Disk, splice: &Splice<'_>, whole: bool) -> Option<&'static str> {
+fn against(disk: &Disk, splice: &Splice<'_>, whole: bool) -> Option<&'static str> {
     let limits = disk.limits.as_ref()?;
     let block = u64::from(limits.block) - 1;
     match splice.op {
@@ -71,4 +73,30 @@ pub(super) fn against(disk: &Disk, splice: &Splice<'_>, whole: bool) -> Option<&
         Op::Write if splice.fua && !limits.fua => Some("force unit access, not offered by"),
         _ => None,
     }
+}
+
+/// What every splice must hold to.
+pub(super) fn check(splice: &Splice<'_>, world: &World) {
+    match splice.to {
+        To::File(file) => {
+            let disk = &world.disks[usize::from(file.0)];
+            let fits = splice.at.checked_add(splice.len).is_some_and(|end| end <= disk.size);
+            assert!(fits, "behind the end: {splice:?}");
+            let is_short = |bad: &Bad| matches!(bad.fault, Fault::Short(_));
+            let whole = world.faults.short == 0 && !world.faults.bad.iter().any(is_short);
+            if let Some(what) = against(disk, splice, whole) {
+                panic!("{what} the device below with {:?}: {splice:?}", disk.limits);
+            }
+        }
+        To::Zero => assert_eq!(splice.op, Op::Read, "only reads need zeros"),
+    }
+    if !splice.op.has_pages() {
+        assert!(splice.parts.is_empty(), "{splice:?}");
+        assert_eq!(splice.len == 0, splice.op == Op::Flush, "{splice:?}");
+        return;
+    }
+    assert!((1..=MAX_PARTS).contains(&splice.parts.len()), "{splice:?}");
+    assert!(splice.parts.iter().all(|part| part.len > 0), "{splice:?}");
+    let sum: u64 = splice.parts.iter().map(|part| u64::from(part.len)).sum();
+    assert_eq!(sum, splice.len, "{splice:?}");
 }

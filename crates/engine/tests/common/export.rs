@@ -113,6 +113,12 @@ pub struct FakeExport {
     pub stays_open: bool,
     /// Requests may overlap others that are under way; what reads bring is not looked at then.
     pub overlaps: bool,
+    /// Ends are sent ahead where the engine wants it.
+    pub ahead: bool,
+    /// Tags whose end is ahead, and tags whose end will come back cancelled.
+    out: Vec<u16>,
+    broken: Vec<u16>,
+    ring: Option<FakeRing>,
     lane: u16,
     plan: VecDeque<Ask>,
     slots: Vec<Option<(usize, Io)>>,
@@ -136,6 +142,10 @@ impl FakeExport {
         FakeExport {
             stays_open: false,
             overlaps: false,
+            ahead: false,
+            out: Vec::with_capacity(usize::from(depth)),
+            broken: Vec::with_capacity(usize::from(depth)),
+            ring: None,
             lane: u16::MAX,
             plan: plan.into(),
             slots: vec![None; usize::from(depth)],
@@ -176,6 +186,7 @@ impl Export<FakeRing> for FakeExport {
 
     fn arm(&mut self, ring: &mut FakeRing, lane: u16) -> Result<()> {
         self.lane = lane;
+        self.ring = Some(ring.clone());
         for tag in 0..self.depth() {
             ring.fetch(lane, u32::from(tag), 0);
         }
@@ -184,6 +195,13 @@ impl Export<FakeRing> for FakeExport {
 
     fn event(&mut self, ring: &mut FakeRing, got: Completion, inbox: &mut Inbox) -> Result<()> {
         let tag = u16::try_from(got.index).unwrap();
+        if got.result != 0 {
+            assert_eq!(got.result, -Errno::ECANCELED.raw());
+            let place = self.broken.iter().position(|broken| *broken == tag);
+            self.broken.swap_remove(place.expect("only what was taken back is cancelled"));
+            return Ok(());
+        }
+        assert!(!self.out.contains(&tag), "a request comes before the last one is over");
         let Some(ask) = self.plan.front().copied() else { return Ok(()) };
         let mut world = ring.world.lock().unwrap();
         if ask.at > world.now {
@@ -210,6 +228,50 @@ impl Export<FakeRing> for FakeExport {
     }
 
     fn finish(&mut self, ring: &mut FakeRing, tag: u16, io: &Io, result: Result<(), Errno>) {
+        assert!(!self.out.contains(&tag), "tag {tag} has its end ahead");
+        self.ended(ring, tag, io, result);
+        ring.fetch(self.lane, u32::from(tag), 0);
+    }
+
+    fn goes_ahead(&self) -> bool {
+        self.ahead
+    }
+
+    fn may_finish_ahead(&self, _tag: u16) -> bool {
+        self.ahead
+    }
+
+    fn finish_ahead(&mut self, ring: &mut FakeRing, tag: u16, io: &Io) {
+        assert_eq!(self.slots[usize::from(tag)].map(|(_, io)| io), Some(*io));
+        self.out.push(tag);
+        ring.behind(self.lane, u32::from(tag));
+    }
+
+    fn went_ahead(&mut self, tag: u16) {
+        self.came_back(tag);
+        let (ring, (_, io)) = (self.ring.clone().unwrap(), self.slots[usize::from(tag)].unwrap());
+        self.ended(&ring, tag, &io, Ok(()));
+    }
+
+    fn take_back(&mut self, tag: u16) {
+        self.came_back(tag);
+        self.broken.push(tag);
+    }
+
+    fn is_closed(&self) -> bool {
+        !self.stays_open && self.plan.is_empty()
+    }
+
+    fn flush(&mut self, _: &mut FakeRing) {}
+}
+
+impl FakeExport {
+    fn came_back(&mut self, tag: u16) {
+        let place = self.out.iter().position(|out| *out == tag);
+        self.out.swap_remove(place.expect("its end is ahead"));
+    }
+
+    fn ended(&mut self, ring: &FakeRing, tag: u16, io: &Io, result: Result<(), Errno>) {
         let slot = self.slots[usize::from(tag)].take();
         let (seq, asked) = slot.expect("a tag is finished once");
         assert_eq!(asked, *io);
@@ -221,15 +283,8 @@ impl Export<FakeRing> for FakeExport {
         let done = Done { lane: self.lane, tag, seq, io: *io, result, at: world.now };
         self.done.lock().unwrap().push(done);
         drop(world);
-        ring.fetch(self.lane, u32::from(tag), 0);
         for tag in self.idle.drain(..) {
             ring.fetch(self.lane, u32::from(tag), 0);
         }
     }
-
-    fn is_closed(&self) -> bool {
-        !self.stays_open && self.plan.is_empty()
-    }
-
-    fn flush(&mut self, _: &mut FakeRing) {}
 }

@@ -34,6 +34,8 @@ pub struct Setup {
     pub open: bool,
     /// Requests may overlap one another.
     pub overlaps: bool,
+    /// Ends of requests that come alone are sent ahead.
+    pub ahead: bool,
     /// The stack as it is served, if a test wants to hold on to it.
     pub served: Option<Arc<Served>>,
 }
@@ -58,6 +60,7 @@ pub fn setup(tree: Tree, disk: Limits, plan: Vec<Ask>) -> Setup {
         stuck: (0, Box::new(|_| ())),
         open: false,
         overlaps: false,
+        ahead: false,
         served: None,
     }
 }
@@ -80,6 +83,8 @@ pub struct Outcome {
     /// Timers and splices that were still due at the end.
     pub left: usize,
     pub now: u64,
+    /// How often the end of a request was sent ahead.
+    pub ahead: u64,
 }
 
 impl Setup {
@@ -92,6 +97,7 @@ impl Setup {
     pub fn bench(self) -> Bench {
         let count = self.stack.backend_count();
         let mut world = World::new(self.seed, self.faults, self.flights);
+        world.ahead.can = self.ahead;
         let done: Dones = Arc::new(Mutex::new(Vec::with_capacity(1 << 16)));
         let mut exports = Vec::new();
         for plan in self.plans {
@@ -108,6 +114,7 @@ impl Setup {
         let lanes = exports.into_iter().map(|(base, mut export)| {
             export.stays_open = self.open;
             export.overlaps = self.overlaps;
+            export.ahead = self.ahead;
             let file = |index| FileId(u16::try_from(base).unwrap() + index);
             let quiet = || Served::quietly(self.stack.clone());
             let served = self.served.clone().unwrap_or_else(quiet);
@@ -139,7 +146,8 @@ impl Bench {
         let log = std::mem::take(&mut world.log);
         let done = std::mem::take(&mut *self.done.lock().unwrap());
         let (left, now) = (world.due_count(), world.now);
-        Outcome { done, log, counts: self.shared.read(), left, now }
+        let ahead = world.ahead.count;
+        Outcome { done, log, counts: self.shared.read(), left, now, ahead }
     }
 }
 

@@ -434,7 +434,15 @@ fn shape(options: &Options, (path, queues): (DataPath, u16)) -> Result<Shape> {
     let slots = path == DataPath::ZeroCopy;
     let memory = LaneMemory { depth, bytes: MAX_WRITE, slots, locked: false };
     let (threads, stuck_seconds) = (threads.min(queues), options.stuck_seconds);
-    Ok(Shape { queues, threads, is_shared: false, is_wide, memory, stuck_seconds })
+    Ok(Shape {
+        queues,
+        threads,
+        is_shared: false,
+        is_wide,
+        low_depth: false,
+        memory,
+        stuck_seconds,
+    })
 }
 
 fn make_entries(

@@ -162,8 +162,15 @@ fn shape(options: &Options, connections: u16, threads: u16) -> Shape {
     let depth = options.depth.max(1) + 1;
     let memory = LaneMemory { depth, bytes: MAX_PAYLOAD, slots: false, locked: false };
     let stuck_seconds = options.stuck_seconds;
-    let (is_shared, is_wide) = (false, false);
-    Shape { queues: connections, threads, is_shared, is_wide, memory, stuck_seconds }
+    Shape {
+        queues: connections,
+        threads,
+        is_shared: false,
+        is_wide: false,
+        low_depth: false,
+        memory,
+        stuck_seconds,
+    }
 }
 
 fn make(post: &Arc<Post>, limits: Limits, depth: u16) -> Box<crate::threads::MakeQueue> {

@@ -46,6 +46,9 @@ pub struct Extra {
     pub dies_fetching: bool,
     /// Whether every thread serves some tags of every queue, as many threads as are asked for.
     pub per_io: bool,
+    /// Whether requests that come one at a time are served with fewer calls, at the price of some
+    /// work where a request is of several pieces (`DataPath::AutoRegister`, not in batches).
+    pub low_depth: bool,
     /// Whether all slots are taken, so that every request has to fall back to a copy.
     pub no_slots: bool,
     /// What else is done to the ring of each queue's thread, for tests.

@@ -292,6 +292,12 @@ impl Device {
         self.made.info.flags & F_BATCH_IO != 0
     }
 
+    /// Whether it is served as one whose requests come one at a time.
+    #[must_use]
+    pub fn is_low_depth(&self) -> bool {
+        is_low_depth(&self.made.extra, &self.made.info, self.made.data_path)
+    }
+
     /// Queues and their depth, as the kernel made them.
     #[must_use]
     pub fn queues(&self) -> (u16, u16) {
@@ -450,7 +456,13 @@ fn shape((options, extra): (&Options, &Extra), info: &DevInfo, path: DataPath) -
         is_wide: false,
         memory,
         stuck_seconds: options.stuck_seconds,
+        low_depth: is_low_depth(extra, info, path),
     }
+}
+
+/// Whether it is served as one whose requests come one at a time.
+fn is_low_depth(extra: &Extra, info: &DevInfo, path: DataPath) -> bool {
+    extra.low_depth && path == DataPath::AutoRegister && info.flags & F_BATCH_IO == 0
 }
 
 /// Opens the character device, which udev may still be naming, or a server before us still closing.

@@ -61,6 +61,20 @@ struct Tag {
     /// Bytes that have been pulled or pushed.
     moved: u32,
     is_dead: bool,
+    ahead: Ahead,
+}
+
+/// Where the commit is that was sent ahead, linked behind the splice of its request.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Ahead {
+    /// There is none, or it is on its way like any other.
+    No,
+    /// The splice is out.
+    Out,
+    /// The splice is out, and the commit came back cancelled already.
+    Cancelled,
+    /// The splice was not done whole. The commit will come back cancelled, which means nothing.
+    Broken,
 }
 
 /// One queue.
@@ -74,6 +88,8 @@ pub(crate) struct Queue {
     odd: u16,
     dead: u16,
     direct: Option<Direct>,
+    /// Whether commits can be sent ahead.
+    goes_ahead: bool,
 }
 
 /// How requests whose pages are in their slots are committed, where the kernel puts them there.
@@ -85,9 +101,20 @@ struct Direct {
 impl Queue {
     pub(crate) fn new(config: QueueConfig, file: FileId, descriptors: Descriptors) -> Queue {
         let io = Io::new(Op::Flush, 0, 0);
-        let tag = Tag { io, in_slot: false, is_odd: false, moved: 0, is_dead: false };
+        let tag =
+            Tag { io, in_slot: false, is_odd: false, moved: 0, is_dead: false, ahead: Ahead::No };
         let tags = vec![tag; usize::from(config.depth)].into();
-        Queue { config, lane: 0, file, descriptors, tags, odd: 0, dead: 0, direct: None }
+        Queue {
+            config,
+            lane: 0,
+            file,
+            descriptors,
+            tags,
+            odd: 0,
+            dead: 0,
+            direct: None,
+            goes_ahead: false,
+        }
     }
 
     #[inline]
@@ -152,8 +179,8 @@ impl Queue {
             DataPath::Register => true,
             DataPath::UserCopy | DataPath::Copy => false,
         };
-        self.tags[usize::from(tag)] =
-            Tag { io, in_slot: in_slot && has_pages, is_odd: false, moved: 0, is_dead: false };
+        let state = &mut self.tags[usize::from(tag)];
+        (state.io, state.in_slot, state.moved) = (io, in_slot && has_pages, 0);
         match path {
             _ if !has_pages => self.hand_over(ring, tag, inbox),
             DataPath::Register => {
@@ -230,6 +257,9 @@ impl Queue {
             self.fetched(ring, tag, inbox);
             return Ok(());
         }
+        if result == -Errno::ECANCELED.raw() && self.is_cancelled(tag) {
+            return Ok(());
+        }
         if result == RES_NEED_GET_DATA {
             // A write; its data comes into our memory now, which the command names as any fetch.
             self.fetch(ring, io::NEED_GET_DATA, tag, 0);
@@ -245,6 +275,27 @@ impl Queue {
             self.dead += 1;
         }
         Ok(())
+    }
+
+    /// Whether a commit that came back cancelled was linked behind a splice, which has or will have
+    /// failed then.
+    fn is_cancelled(&mut self, tag: u16) -> bool {
+        let ahead = &mut self.tags[usize::from(tag)].ahead;
+        match *ahead {
+            Ahead::Out => *ahead = Ahead::Cancelled,
+            Ahead::Broken => *ahead = Ahead::No,
+            Ahead::No | Ahead::Cancelled => return false,
+        }
+        true
+    }
+
+    /// Commits a direct request that is done whole.
+    #[inline]
+    fn commit_direct(&self, ring: &mut Uring, tag: u16, io: &Io) {
+        let Some(Direct { commit, slots }) = &self.direct else { return };
+        let result = u32::try_from(io.extent.len).unwrap_or(0);
+        let slot = u64::from(slots.index(tag));
+        ring.send(commit, index(kind::FETCH, tag), (slot, payload_of(tag, result)));
     }
 
     /// Takes an event that does not bring a request with its pages in place.
@@ -366,6 +417,7 @@ impl Export<Uring> for Queue {
             };
             let commit = ring.prepare(lane, self.file, &command);
             self.direct = Some(Direct { commit, slots: ring.slots(lane) });
+            self.goes_ahead = ring.can_go_ahead();
         }
         for tag in 0..self.config.depth {
             self.fetch(ring, io::FETCH_REQ, tag, 0);
@@ -388,12 +440,36 @@ impl Export<Uring> for Queue {
 
     fn finish(&mut self, ring: &mut Uring, tag: u16, io: &Io, result: Result<(), Errno>) {
         let is_direct = result.is_ok() && (self.odd == 0 || !self.tags[usize::from(tag)].is_odd);
-        let (true, Some(Direct { commit, slots })) = (is_direct, &self.direct) else {
+        if !is_direct || self.direct.is_none() {
             return self.other_finish(ring, tag, io, result);
-        };
-        let result = u32::try_from(io.extent.len).unwrap_or(0);
-        let slot = u64::from(slots.index(tag));
-        ring.send(commit, index(kind::FETCH, tag), (slot, payload_of(tag, result)));
+        }
+        self.commit_direct(ring, tag, io);
+    }
+
+    fn goes_ahead(&self) -> bool {
+        self.goes_ahead
+    }
+
+    fn may_finish_ahead(&self, tag: u16) -> bool {
+        // One that was broken and not heard of since would be taken for the next.
+        let state = &self.tags[usize::from(tag)];
+        self.goes_ahead && !state.is_odd && state.ahead == Ahead::No
+    }
+
+    fn finish_ahead(&mut self, ring: &mut Uring, tag: u16, io: &Io) {
+        self.tags[usize::from(tag)].ahead = Ahead::Out;
+        self.commit_direct(ring, tag, io);
+    }
+
+    fn went_ahead(&mut self, tag: u16) {
+        let before = std::mem::replace(&mut self.tags[usize::from(tag)].ahead, Ahead::No);
+        // The kernel has told both: the client's data would be there, and it would never hear so.
+        assert!(before == Ahead::Out, "tag {tag}: a commit was cancelled behind a whole splice");
+    }
+
+    fn take_back(&mut self, tag: u16) {
+        let ahead = &mut self.tags[usize::from(tag)].ahead;
+        *ahead = if *ahead == Ahead::Cancelled { Ahead::No } else { Ahead::Broken };
     }
 
     fn is_closed(&self) -> bool {
@@ -449,10 +525,14 @@ mod tests {
 
     /// A queue of two tags without a driver: nothing is submitted. Its descriptors say these.
     fn two_tags(ops: [u32; 2]) -> (Queue, Uring, Inbox) {
+        two_tags_on(Uring::new, ops)
+    }
+
+    fn two_tags_on(make: fn(&Config) -> Result<Uring>, ops: [u32; 2]) -> (Queue, Uring, Inbox) {
         let (depth, bytes) = (2, 4096);
         let memory = LaneMemory { depth, bytes, slots: true, locked: false };
         let config = Config { flights: 64, files: 1, lanes: vec![memory], inner: 0 };
-        let mut ring = Uring::new(&config).unwrap();
+        let mut ring = make(&config).unwrap();
         let fd = memfd_create("descriptors", MemfdFlags::CLOEXEC).unwrap();
         let mut page = ops.map(|flags| descriptor(flags).as_bytes().to_vec()).concat();
         page.resize(4096, 0);
@@ -490,6 +570,59 @@ mod tests {
         }
         // Two fetches; twice a pull and two commits.
         assert_eq!(ring.counts().sqes, 2 + 2 * 3);
+    }
+
+    #[test]
+    fn a_commit_that_is_cancelled_behind_a_splice_means_nothing_and_any_other_is_an_error() {
+        let make = || two_tags_on(Uring::for_low_depth, [op::READ, op::WRITE]);
+        let io = request(&descriptor(op::READ)).unwrap();
+        let done = |result| Completion { index: index(kind::FETCH, 0), result, flags: 0 };
+        let cancelled = done(-Errno::ECANCELED.raw());
+        // Whether the splice is heard of before its commit or after.
+        for before in [true, false] {
+            let (mut queue, mut ring, mut inbox) = make();
+            for _ in 0..3 {
+                inbox.clear();
+                queue.event(&mut ring, done(0), &mut inbox).unwrap();
+                assert!(queue.may_finish_ahead(0) && inbox.requests().len() == 1);
+                let sqes = ring.counts().sqes;
+                queue.finish_ahead(&mut ring, 0, &io);
+                if before {
+                    queue.take_back(0);
+                    assert!(!queue.may_finish_ahead(0), "the next would be taken for this one");
+                }
+                queue.event(&mut ring, cancelled, &mut inbox).unwrap();
+                if !before {
+                    queue.take_back(0);
+                }
+                assert!(queue.may_finish_ahead(0) && queue.dead == 0);
+                queue.finish(&mut ring, 0, &io, Ok(()));
+                assert_eq!(ring.counts().sqes, sqes + 2, "sent ahead, and sent");
+            }
+            assert!(queue.event(&mut ring, cancelled, &mut inbox).is_err(), "not ahead any more");
+        }
+        let (mut queue, mut ring, mut inbox) = make();
+        queue.event(&mut ring, done(0), &mut inbox).unwrap();
+        queue.finish_ahead(&mut ring, 0, &io);
+        queue.went_ahead(0);
+        assert!(queue.event(&mut ring, cancelled, &mut inbox).is_err());
+        // A queue whose disk is stopped dies as ever.
+        queue.event(&mut ring, done(-Errno::ENODEV.raw()), &mut inbox).unwrap();
+        assert_eq!(queue.dead, 1);
+    }
+
+    #[test]
+    fn only_direct_requests_of_rings_made_for_it_have_their_commit_sent_ahead() {
+        let (queue, ..) = two_tags([op::READ, op::WRITE]);
+        assert!(!queue.goes_ahead() && !queue.may_finish_ahead(0));
+        let ops = [op::FLUSH, op::WRITE];
+        let (mut queue, mut ring, mut inbox) = two_tags_on(Uring::for_low_depth, ops);
+        assert!(queue.goes_ahead());
+        for tag in 0..2 {
+            let come = Completion { index: index(kind::FETCH, tag), result: 0, flags: 0 };
+            queue.event(&mut ring, come, &mut inbox).unwrap();
+        }
+        assert!(!queue.may_finish_ahead(0) && queue.may_finish_ahead(1));
     }
 
     #[test]
