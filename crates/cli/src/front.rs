@@ -32,7 +32,7 @@ pub enum Suspended {
 }
 
 impl Suspended {
-    /// A disk whose server is gone, by what that one wrote of it. `kept` is what keeps it over FUSE.
+    /// A disk whose server is gone, by what that one wrote of it. `kept` keeps it over FUSE.
     ///
     /// # Errors
     /// If there is no such disk any more, or not enough is known of it.

@@ -57,7 +57,7 @@ pub fn start() -> Result<Guard> {
             protect::guard();
             let mut kept = Vec::new();
             if let Some(name) = watch(reader, answer, &mut kept) {
-                succeed(&name, kept);
+                succeed(&name, &kept);
             }
             std::process::exit(0);
         }
@@ -193,7 +193,7 @@ fn worth(mut claim: Claim, mut disk: Disk) -> Option<String> {
 
 /// Becomes the server. The claim on the name is taken anew: the next guard, a copy of this process,
 /// must not have it.
-fn succeed(name: &str, kept: Vec<OwnedFd>) {
+fn succeed(name: &str, kept: &[OwnedFd]) {
     let _ = server::silence(Some(name));
     let _ = std::env::set_current_dir("/");
     // Whatever becomes of that, this process keeps what it has.

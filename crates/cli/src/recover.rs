@@ -62,8 +62,8 @@ fn each(wanted: Vec<Found>, mut each: impl FnMut(&Found) -> Result<()>) -> Resul
     Err(Error::new(ErrorKind::Busy, failed.join(", "), "not done"))
 }
 
-/// The server's process: takes over what a dead one left. `kept` is what its guard had to keep; with
-/// none a person wants this, so that what went wrong before does not count.
+/// The server's process: takes over what a dead one left. `kept` is what its guard had to keep;
+/// with none a person wants this, so that what went wrong before does not count.
 ///
 /// # Errors
 /// If the kernel does not have the disk any more, another process serves it, or it cannot be.

@@ -5,9 +5,9 @@
 //! NAME.log what it had to say.
 
 use std::fs::{DirBuilder, File, OpenOptions};
-use std::io::{Read, Seek, Write};
+use std::io::{Read, Seek};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -275,17 +275,17 @@ impl Claim {
         serde_json::from_str(&text).ok()
     }
 
-    /// Writes what the disk is.
+    /// Writes what the disk is: over what stood there, in one piece, with blanks behind it. Whoever
+    /// is killed meanwhile must not leave half of it, or the next does not know what to serve.
     ///
     /// # Errors
     /// If the file cannot be written.
     pub fn write(&mut self, disk: &Disk) -> Result<()> {
-        let text = serde_json::to_string_pretty(disk).unwrap_or_default();
-        let done = self
-            .file
-            .rewind()
-            .and_then(|()| self.file.set_len(0))
-            .and_then(|()| self.file.write_all(text.as_bytes()));
+        let text = serde_json::to_string(disk).unwrap_or_default();
+        let done = self.file.metadata().and_then(|before| {
+            let len = usize::try_from(before.len()).unwrap_or(0).max(text.len());
+            self.file.write_all_at(format!("{text:len$}").as_bytes(), 0)
+        });
         done.map_err(|error| Error::os(path(&self.name, "json").display().to_string(), &error))
     }
 

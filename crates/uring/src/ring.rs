@@ -9,11 +9,12 @@ mod helped;
 mod kept;
 mod slots;
 pub(crate) mod socket;
+mod waits;
 
 pub use fuse::{FUSE_OP_AT, FuseEntry, FusePayload};
 pub use slots::Slots;
 
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -28,9 +29,7 @@ use crate::files::{FileKind, RingFile, Slot};
 use crate::setup::{self, Cqe};
 use crate::splice::{DATA_AT, Flight, ZEROES_LEN, simple, simple_entry};
 use crate::submit::Queues;
-use crate::uapi::{
-    OP_ASYNC_CANCEL, OP_POLL_ADD, OP_READ, OP_TIMEOUT, OP_URING_CMD, OP_WRITE, SQE_FIXED_FILE, Sqe,
-};
+use crate::uapi::{OP_READ, OP_TIMEOUT, OP_URING_CMD, OP_WRITE, SQE_FIXED_FILE, Sqe};
 
 /// What memory a lane's requests have.
 #[derive(Clone, Copy, Debug)]
@@ -290,53 +289,6 @@ impl Uring {
         let fd = i32::from(file.0);
         let flags = SQE_FIXED_FILE;
         self.queues.push(Sqe { opcode, fd, flags, off, addr, len, user_data, ..Sqe::default() });
-    }
-
-    /// Waits until `file` is readable, once.
-    pub fn poll(&mut self, (lane, index): (u16, u32), file: FileId) {
-        self.queues.push(Sqe {
-            opcode: OP_POLL_ADD,
-            fd: i32::from(file.0),
-            flags: SQE_FIXED_FILE,
-            op_flags: u32::try_from(libc::POLLIN).unwrap_or(1),
-            user_data: KIND_EXPORT | u64::from(lane) << 32 | u64::from(index),
-            ..Sqe::default()
-        });
-    }
-
-    /// As [`Uring::poll`], of a file that is not among the ring's: such a wait may be left alone when
-    /// the ring goes. The file must be open as long as the ring.
-    pub fn poll_other(&mut self, (lane, index): (u16, u32), file: BorrowedFd<'_>) {
-        self.queues.push(Sqe {
-            opcode: OP_POLL_ADD,
-            fd: file.as_raw_fd(),
-            op_flags: u32::try_from(libc::POLLIN).unwrap_or(1),
-            user_data: KIND_EXPORT | u64::from(lane) << 32 | u64::from(index),
-            ..Sqe::default()
-        });
-    }
-
-    /// As [`Uring::cancel`], for a [`Uring::poll`].
-    pub fn cancel_poll(&mut self, (lane, index): (u16, u32), which: u32) {
-        self.queues.push(Sqe {
-            opcode: OP_ASYNC_CANCEL,
-            fd: -1,
-            addr: KIND_EXPORT | u64::from(lane) << 32 | u64::from(which),
-            user_data: KIND_EXPORT | u64::from(lane) << 32 | u64::from(index),
-            ..Sqe::default()
-        });
-    }
-
-    /// Asks for an early end of the lane's [`Uring::read`] or [`Uring::write`] with the index
-    /// `which`. It completes once in any case: with `ECANCELED` if this was in time.
-    pub fn cancel(&mut self, (lane, index): (u16, u32), which: u32) {
-        self.queues.push(Sqe {
-            opcode: OP_ASYNC_CANCEL,
-            fd: -1,
-            addr: KIND_EXPORT_LENT | u64::from(lane) << 32 | u64::from(which),
-            user_data: KIND_EXPORT | u64::from(lane) << 32 | u64::from(index),
-            ..Sqe::default()
-        });
     }
 
     /// Sends a command to a character device. With [`Command::lend`], the low half of `index` must

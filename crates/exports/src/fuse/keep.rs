@@ -1,8 +1,8 @@
 //! Answers for a disk over FUSE without a server: what keeps it, and how the next one takes over.
 //!
-//! The kernel ends a connection with the last descriptor of it, and what was read from one with that
-//! one. So somebody else has all of them, too: a guard. Requests that come wait in the kernel; those
-//! that had been read and not answered are asked for again (`FUSE_NOTIFY_RESEND`, Linux 6.9).
+//! The kernel ends a connection with the last descriptor of it, and what was read from one with
+//! that one. So somebody else has all of them, too: a guard. Requests that come wait in the kernel;
+//! those that had been read and not answered are asked for again (`FUSE_NOTIFY_RESEND`, Linux 6.9).
 //!
 //! A dead server's rings may have writes in flight, which must not land after one of its successor.
 //! The kernel says nothing of that here, so a lock does: whoever serves has it, each ring has it

@@ -13,10 +13,10 @@
 //! there are. A parked read is also the wait for the next request: a poll is needed only on kernels
 //! that answer EAGAIN instead of parking.
 //!
-//! A queue of a disk that outlives its server can be stopped: it asks for nothing more, and is closed
-//! when all that it was asked has an answer. And it reads into resident memory only. A process that
-//! is being killed cannot make memory resident any more: a request that the kernel was just handing
-//! over then would fail, as what cannot be copied to its reader does.
+//! A queue of a disk that outlives its server can be stopped: it asks for nothing more, and is
+//! closed when all that it was asked has an answer. And it reads into resident memory only. A
+//! process that is being killed cannot make memory resident any more: a request that the kernel was
+//! just handing over then would fail, as what cannot be copied to its reader does.
 //!
 //! After a burst the window is wide, and each parked read keeps the memory that its tag had for the
 //! requests before. So when there have been no requests for a while all but one are cancelled.
@@ -198,8 +198,8 @@ impl Queue {
         Ok(())
     }
 
-    /// Cancels all reads that are out but for `kept` of them. One that brings a request all the same
-    /// brings it as ever.
+    /// Cancels all reads that are out but for `kept` of them. One that brings a request all the
+    /// same brings it as ever.
     fn cancel_reads(&mut self, ring: &mut Uring, kept: usize) {
         let reading = |tag: &u16| self.tags[usize::from(*tag)].reading;
         let all = 0..u16::try_from(self.tags.len()).unwrap_or(u16::MAX);
