@@ -13,7 +13,7 @@ mod watch;
 
 pub use many::{Events, Load, Save, Serve};
 pub use transfer::{Bench, Compare, Copy, Map, Progress, Requests, RwChoice};
-pub use watch::{Metrics, SortChoice, Top, UdevInfo};
+pub use watch::{Explain, Metrics, OpChoice, SortChoice, Top, UdevInfo};
 
 use crate::sandbox::Choice;
 
@@ -521,46 +521,6 @@ pub struct Tell {
     /// How long to wait for the answer.
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     pub timeout: u64,
-}
-
-/// `--op` of `explain`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum OpChoice {
-    /// Pages are filled.
-    Read,
-    /// Pages are drained.
-    Write,
-    /// Room is given back.
-    Discard,
-    /// A range is zeroed.
-    WriteZeroes,
-    /// Everything is made durable.
-    Flush,
-}
-
-#[derive(Args, Clone, Debug)]
-pub struct Explain {
-    /// A stack, or the name of a disk that is served.
-    pub stack: String,
-    /// As for add.
-    #[arg(long, value_enum, default_value = "auto")]
-    pub export: Export,
-    /// As for add.
-    #[arg(long, value_enum, default_value = "auto")]
-    pub data_path: PathChoice,
-    /// What the request asks for.
-    #[arg(long, value_enum, default_value = "write")]
-    pub op: OpChoice,
-    /// Its first byte.
-    #[arg(long, value_name = "SIZE", default_value = "0",
-        value_parser = devsplice_core::size::parse_size)]
-    pub at: u64,
-    /// Its length [default: 256k, or what the disk has].
-    #[arg(long, value_name = "SIZE", value_parser = devsplice_core::size::parse_size)]
-    pub len: Option<u64>,
-    /// Print JSON.
-    #[arg(long)]
-    pub json: bool,
 }
 
 #[derive(Args, Clone, Debug)]

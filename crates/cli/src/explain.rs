@@ -2,7 +2,7 @@
 
 use devsplice_backends::{Access, Opened};
 use devsplice_core::size::show_size;
-use devsplice_core::{Error, Io, Limits, Op, Place, Result, Stack, Stop};
+use devsplice_core::{Error, Io, Op, Place, Result, Stack, Stop};
 use devsplice_exports::fuse;
 use devsplice_exports::ublk::{self, DataPath};
 use devsplice_spec::{Kind, Plan};
@@ -36,7 +36,7 @@ pub fn run(explain: &Explain) -> Result<()> {
     let assembled = assemble(&plan, Access::Look)?;
     let way = match &running {
         Some(found) => way_of(&found.disk),
-        None => choose(explain, assembled.stack.limits())?,
+        None => choose(explain)?,
     };
     let io = request(explain, &assembled.stack)?;
     let value = describe(&plan, &assembled, &way, io);
@@ -67,7 +67,7 @@ fn over_fuse(path: fuse::DataPath, why: String) -> Way {
 }
 
 /// What `add` would choose. Without the rights to ask the kernel, what the newest would do.
-fn choose(explain: &Explain, limits: &Limits) -> Result<Way> {
+fn choose(explain: &Explain) -> Result<Way> {
     let best = explain.data_path.forced();
     let (export, why) = match front::choose(explain.export, explain.data_path) {
         Ok(choice) => choice,
@@ -78,8 +78,7 @@ fn choose(explain: &Explain, limits: &Limits) -> Result<Way> {
         }
     };
     if export == Export::Fuse {
-        let best = explain.data_path.fuse();
-        return Ok(over_fuse(best.unwrap_or_else(|| fuse::best(limits)), why));
+        return Ok(over_fuse(explain.data_path.fuse().unwrap_or(fuse::BEST), why));
     }
     let offered = ublk::Control::open().map(|control| DataPath::offered(control.features()));
     let path = match (best, offered) {

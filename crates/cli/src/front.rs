@@ -1,13 +1,17 @@
 //! Answers for the choice of a front end, and for treating them alike.
 
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
+use std::sync::Arc;
 
 use devsplice_core::{Error, ErrorKind, Result};
 use devsplice_engine::Counts;
 use devsplice_exports::threads::{Crew, OnMade, Service};
+use devsplice_exports::ublk::Fit;
 use devsplice_exports::{fuse, nbd, ublk};
 
 use crate::args::{Add, Export, PathChoice, Switch};
+use crate::state::{Claim, Disk};
 
 /// A disk of either kind.
 pub enum Front {
@@ -17,6 +21,72 @@ pub enum Front {
     Fuse(Box<fuse::Device>),
     /// Clients come by NBD.
     Nbd(Box<nbd::Device>),
+}
+
+/// A disk of either kind that nobody serves.
+pub enum Suspended {
+    /// /dev/ublkbN.
+    Ublk(Box<ublk::Suspended>),
+    /// /dev/loopN over a file of ours.
+    Fuse(Box<fuse::Suspended>),
+}
+
+impl Suspended {
+    /// A disk whose server is gone, by what that one wrote of it. `kept` keeps it over FUSE.
+    ///
+    /// # Errors
+    /// If there is no such disk any more, or not enough is known of it.
+    pub fn find(left: &Disk, claim: &Claim, kept: Option<fuse::Kept>) -> Result<Suspended> {
+        let add = left.made_with.as_ref();
+        let add = add.ok_or_else(|| Error::invalid(&left.name, "its options are lost"))?;
+        if let Some(id) = left.ublk_id {
+            // Queues and their depth are as they were; the kernel knows them.
+            let options = options(add, 0, add.threads.unwrap_or(0));
+            let suspended = ublk::Suspended::find_with(id, &options, extra(add))?;
+            return Ok(Suspended::Ublk(Box::new(suspended)));
+        }
+        let gone = || Error::new(ErrorKind::NotFound, &left.name, "nobody keeps it any more");
+        let kept = kept.ok_or_else(gone)?;
+        let queues = u16::try_from(kept.fuse.len()).unwrap_or(1);
+        let options = fuse_options(add, (&left.name, queues), claim.lock()?)?;
+        Ok(Suspended::Fuse(Box::new(fuse::Suspended::find(kept, options))))
+    }
+
+    /// The descriptors that keep it, and what its users were told of it, over FUSE.
+    pub fn kept(&self) -> Option<(Vec<i32>, &str)> {
+        let Suspended::Fuse(suspended) = self else { return None };
+        let kept = suspended.kept();
+        Some((kept.fuse.iter().map(AsRawFd::as_raw_fd).collect(), &kept.told))
+    }
+
+    /// Serves it again.
+    ///
+    /// # Errors
+    /// As the front end says. It is still suspended then.
+    pub fn resume(self, service: Service, fit: Fit) -> Result<Front, (Suspended, Error)> {
+        match self {
+            Suspended::Ublk(suspended) => match suspended.resume(service, fit) {
+                Ok(device) => Ok(Front::Ublk(Box::new(device))),
+                Err((suspended, error)) => Err((Suspended::Ublk(suspended), error)),
+            },
+            // Another size is another file for the loop device: it is refused as any difference.
+            Suspended::Fuse(suspended) => match suspended.resume(service) {
+                Ok(device) => Ok(Front::Fuse(Box::new(device))),
+                Err((suspended, error)) => Err((Suspended::Fuse(suspended), error)),
+            },
+        }
+    }
+
+    /// Removes it; what the kernel holds fails.
+    ///
+    /// # Errors
+    /// As the front end says.
+    pub fn remove(self) -> Result<()> {
+        match self {
+            Suspended::Ublk(suspended) => suspended.remove(),
+            Suspended::Fuse(suspended) => suspended.remove(),
+        }
+    }
 }
 
 /// Most queues that are made unasked.
@@ -129,7 +199,7 @@ impl Front {
     /// As the front end says.
     pub fn attach(
         add: &Add,
-        name: &str,
+        (name, lock): (&str, Arc<OwnedFd>),
         export: Export,
         service: Service,
         on_made: OnMade<'_>,
@@ -146,27 +216,11 @@ impl Front {
         let queues = add.queues.unwrap_or_else(|| u16::try_from(cpus.min(most)).unwrap_or(1));
         let threads = add.threads.unwrap_or(queues);
         if export == Export::Fuse {
-            if add.recovery.forced().is_some_and(|one| one != ublk::Recovery::Off) {
-                let reason = "a disk over FUSE goes with its server";
-                return Err(Error::new(ErrorKind::Unsupported, "--recovery", reason)
-                    .next("leave it out, or --export ublk"));
-            }
             if add.batch.forced() == Some(true) {
                 return Err(Error::invalid("--batch", "is ublk's; FUSE has none")
                     .next("leave it out, or --export ublk"));
             }
-            let options = fuse::Options {
-                name: name.to_owned(),
-                data_path: add.data_path.fuse(),
-                queues,
-                threads: add.threads.unwrap_or(0),
-                depth: add.depth,
-                read_only: add.read_only,
-                part_scan: !add.no_part_scan,
-                stuck_seconds: add.stuck_after,
-                keep: None,
-                must_keep: false,
-            };
+            let options = fuse_options(add, (name, queues), lock)?;
             let device = fuse::Device::attach(&options, service, on_made)?;
             return Ok(Front::Fuse(Box::new(device)));
         }
@@ -197,7 +251,9 @@ impl Front {
     pub fn recovery(&self) -> &'static str {
         match self {
             Front::Ublk(device) => device.recovery().name(),
-            Front::Fuse(_) | Front::Nbd(_) => ublk::Recovery::Off.name(),
+            Front::Fuse(device) if device.kept().is_empty() => ublk::Recovery::Off.name(),
+            Front::Nbd(_) => ublk::Recovery::Off.name(),
+            Front::Fuse(_) => ublk::Recovery::Reissue.name(),
         }
     }
 
@@ -208,8 +264,9 @@ impl Front {
     pub fn can_be_suspended(&self) -> Result<()> {
         match self {
             Front::Ublk(device) => device.can_be_suspended(),
+            Front::Fuse(device) if !device.kept().is_empty() => Ok(()),
             Front::Fuse(_) | Front::Nbd(_) => {
-                let reason = "only a disk over ublk can be suspended";
+                let reason = "goes with its server, so it cannot be suspended";
                 Err(Error::new(ErrorKind::Unsupported, self.path(), reason))
             }
         }
@@ -220,15 +277,39 @@ impl Front {
     /// # Errors
     /// If this disk cannot be suspended (it is as before then), or what is in flight does not come
     /// back (nothing can be done with it then but to end).
-    pub fn suspend(self) -> Result<ublk::Suspended, (Option<Front>, Error)> {
+    pub fn suspend(self) -> Result<Suspended, (Option<Front>, Error)> {
         match self {
-            Front::Ublk(device) => {
-                device.suspend().map_err(|(back, error)| (back.map(Front::Ublk), error))
-            }
-            Front::Fuse(_) | Front::Nbd(_) => match self.can_be_suspended() {
-                Ok(()) => Err((Some(self), Error::invalid("front end", "cannot be suspended"))),
-                Err(error) => Err((Some(self), error)),
+            Front::Ublk(device) => match device.suspend() {
+                Ok(suspended) => Ok(Suspended::Ublk(Box::new(suspended))),
+                Err((back, error)) => Err((back.map(Front::Ublk), error)),
             },
+            Front::Fuse(device) => match device.suspend() {
+                Ok(suspended) => Ok(Suspended::Fuse(Box::new(suspended))),
+                Err((back, error)) => Err((back.map(Front::Fuse), error)),
+            },
+            Front::Nbd(_) => {
+                let reason = "a disk that is reached by NBD cannot be suspended";
+                let error = Error::new(ErrorKind::Unsupported, self.path(), reason);
+                Err((Some(self), error))
+            }
+        }
+    }
+
+    /// The descriptors that keep the disk while its server is replaced, and what its users were
+    /// told of it; none where the kernel keeps it, or nobody does.
+    pub fn kept(&self) -> (Vec<i32>, &str) {
+        match self {
+            Front::Ublk(_) | Front::Nbd(_) => (Vec::new(), ""),
+            Front::Fuse(device) => {
+                (device.kept().iter().map(AsRawFd::as_raw_fd).collect(), device.told())
+            }
+        }
+    }
+
+    /// The disk goes with its server after all.
+    pub fn forget(&mut self) {
+        if let Front::Fuse(device) = self {
+            device.forget();
         }
     }
 
@@ -276,6 +357,35 @@ impl Front {
             Front::Nbd(device) => device.detach(),
         }
     }
+}
+
+/// What a disk over FUSE is to be. `lock` is what whoever serves it has.
+///
+/// # Errors
+/// If it is to be recovered in a way that FUSE has not.
+pub fn fuse_options(
+    add: &Add,
+    (name, queues): (&str, u16),
+    lock: Arc<OwnedFd>,
+) -> Result<fuse::Options> {
+    let recovery = add.recovery.forced();
+    if matches!(recovery, Some(ublk::Recovery::Fail | ublk::Recovery::FailFast)) {
+        let reason = "over FUSE, what was in flight can be done again, not be made to fail";
+        return Err(Error::new(ErrorKind::Unsupported, "--recovery", reason)
+            .next("--recovery reissue or off, or --export ublk"));
+    }
+    Ok(fuse::Options {
+        name: name.to_owned(),
+        data_path: add.data_path.fuse(),
+        queues,
+        threads: add.threads.unwrap_or(0),
+        depth: add.depth,
+        read_only: add.read_only,
+        part_scan: !add.no_part_scan,
+        stuck_seconds: add.stuck_after,
+        keep: (recovery != Some(ublk::Recovery::Off)).then_some(lock),
+        must_keep: recovery == Some(ublk::Recovery::Reissue),
+    })
 }
 
 /// What else is asked of the driver.

@@ -2,21 +2,33 @@
 //! takes the server's place where the kernel keeps the disk; else it clears up the device, the link
 //! and the state.
 
-use std::io::{PipeReader, PipeWriter, Read, Write};
+use std::io::{BufRead, BufReader, PipeReader, PipeWriter, Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use devsplice_core::{Error, ErrorKind, Result};
 use devsplice_exports::{fuse, ublk};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use crate::protect;
 use crate::server::{self, Server};
 use crate::servers::{self, Seat};
-use crate::state::{self, Claim, Disk};
+use crate::state::{self, Claim, Disk, Keeper};
+use crate::{keeper, protect};
 
 /// The server's end: its end tells the guard.
-pub struct Guard {
-    pipe: PipeWriter,
+pub struct Guard(Voice);
+
+/// What the server has to say to its guard, from wherever in it.
+#[derive(Clone)]
+pub struct Voice {
+    pipes: Arc<Mutex<Option<Pipes>>>,
     pid: i32,
+}
+
+struct Pipes {
+    say: PipeWriter,
+    answers: PipeReader,
 }
 
 /// How long a dead server's device may take to go.
@@ -31,6 +43,12 @@ const MOST_RESTARTS: u32 = 10;
 
 /// What the server says before it goes in good order.
 const FAREWELL: &str = "bye";
+/// What it says before the numbers of descriptors that the guard is to have as well.
+const KEEP: &str = "keep ";
+/// How long the guard may take to have them.
+const KEEP_LIMIT: Timespec = Timespec { tv_sec: 5, tv_nsec: 0 };
+/// How often it is looked whether a disk has to be kept still.
+const STAY: Duration = Duration::from_millis(100);
 /// What it says before it leaves the disk to another program.
 const HANDOVER: &str = "handover";
 
@@ -42,13 +60,18 @@ const HANDOVER: &str = "handover";
 pub fn start() -> Result<Guard> {
     let os = |error| Error::os("guard process", &error);
     let (reader, writer) = std::io::pipe().map_err(os)?;
+    let (answers, answer) = std::io::pipe().map_err(os)?;
     match fork::fork().map_err(os)? {
-        fork::Fork::Parent(pid) => Ok(Guard { pipe: writer, pid }),
+        fork::Fork::Parent(pid) => {
+            let pipes = Arc::new(Mutex::new(Some(Pipes { say: writer, answers })));
+            Ok(Guard(Voice { pipes, pid }))
+        }
         fork::Fork::Child => {
-            drop(writer);
+            drop((writer, answers));
             protect::guard();
-            match watch(reader) {
-                Some(Heir::Disk(name)) => succeed(&name),
+            let mut kept = Vec::new();
+            match watch(reader, answer, &mut kept) {
+                Some(Heir::Disk(name)) => succeed(&name, &kept),
                 Some(Heir::Server(name)) => succeed_server(&name),
                 None => {}
             }
@@ -66,19 +89,19 @@ enum Heir {
 }
 
 /// Waits for the server's end. Without a farewell, what is to be served by this process from now
-/// on, if the kernel has kept it; otherwise what was left is cleaned up.
-fn watch(mut reader: PipeReader) -> Option<Heir> {
+/// on, if it has been kept; otherwise what was left is cleaned up. `kept` is what this process had
+/// to keep for that.
+fn watch(reader: PipeReader, answer: PipeWriter, kept: &mut Vec<OwnedFd>) -> Option<Heir> {
     // The server's signals (a terminal's ^C reaches the whole group) are not for the guard.
     let _ = rustix::process::setsid();
     let _ = server::silence(None);
     let server = rustix::process::getppid().map_or(0, |pid| pid.as_raw_nonzero().get());
     let server = u32::try_from(server).unwrap_or(0);
-    let mut said = String::new();
-    let _ = reader.read_to_string(&mut said);
-    let mut lines = said.lines();
+    let said = listen(reader, answer, server, kept);
+    let mut lines = said.iter().map(String::as_str);
     let name = lines.next()?;
     match (name.strip_prefix('@'), lines.next()) {
-        (None, None) => orphaned(name).map(Heir::Disk),
+        (None, None) => orphaned(name, !kept.is_empty()).map(Heir::Disk),
         (None, Some(HANDOVER)) => abandoned(name, server).map(Heir::Disk),
         (Some(name), None) => orphaned_server(name).map(Heir::Server),
         (Some(name), Some(HANDOVER)) => abandoned_server(name, server).map(Heir::Server),
@@ -86,14 +109,19 @@ fn watch(mut reader: PipeReader) -> Option<Heir> {
     }
 }
 
-/// A disk whose server has died.
-fn orphaned(name: &str) -> Option<String> {
-    // The lock goes with the last descriptor, a moment after the pipe.
+/// A disk whose server has died; `is_kept_here` if this process keeps it.
+fn orphaned(name: &str, is_kept_here: bool) -> Option<String> {
+    // The lock goes with the last descriptor, a moment after the pipe. Where this process keeps the
+    // disk it waits as long as it takes: what the server had in flight may be stuck below.
     let end = Instant::now() + PATIENCE;
-    while Instant::now() < end {
+    while Instant::now() < end || is_kept_here {
         match Claim::hold(name) {
             Ok(Some((claim, Some(disk)))) if is_kept(&disk) && !state::is_doomed(name) => {
-                return worth(claim, disk);
+                let served = worth(claim, disk);
+                if served.is_none() && is_kept_here {
+                    stay(name);
+                }
+                return served;
             }
             Ok(Some((claim, left))) => {
                 // It is ours until it is removed.
@@ -176,6 +204,34 @@ fn abandoned_server(name: &str, server: u32) -> Option<String> {
     None
 }
 
+/// Reads what the server says until its end, and keeps what it is told to keep.
+fn listen(
+    reader: PipeReader,
+    mut answer: PipeWriter,
+    server: u32,
+    kept: &mut Vec<OwnedFd>,
+) -> Vec<String> {
+    let mut said = Vec::new();
+    for line in BufReader::new(reader).lines().map_while(std::result::Result::ok) {
+        let Some(fds) = line.strip_prefix(KEEP) else {
+            said.push(line);
+            continue;
+        };
+        *kept = keeper::pull(server, &keeper::unlist(fds)).unwrap_or_default();
+        let numbers: Vec<_> = kept.iter().map(AsRawFd::as_raw_fd).collect();
+        let _ = answer.write_all(format!("{}\n", keeper::list(&numbers)).as_bytes());
+    }
+    said
+}
+
+/// Keeps a disk that is not to be served for now, until somebody else does or it is removed.
+fn stay(name: &str) {
+    let is_ours = |disk: Disk| disk.keeper.is_some_and(|one| one.pid == std::process::id());
+    while state::peek(name).is_none_or(is_ours) && state::path(name, "json").exists() {
+        std::thread::sleep(STAY);
+    }
+}
+
 /// A disk that process `server` handed to another program which has not taken it.
 fn abandoned(name: &str, server: u32) -> Option<String> {
     let (end, mut free_since) = (Instant::now() + SUCCESSION, None);
@@ -233,49 +289,98 @@ fn worth(mut claim: Claim, mut disk: Disk) -> Option<String> {
 
 /// Becomes the server. The claim on the name is taken anew: the next guard, a copy of this process,
 /// must not have it.
-fn succeed(name: &str) {
+fn succeed(name: &str, kept: &[OwnedFd]) {
     let _ = server::silence(Some(&state::path(name, "log")));
-    become_server(name, || crate::recover::again(name, false));
+    // Whatever becomes of that, this process keeps what it has.
+    let copies = kept.iter().filter_map(|fd| fd.try_clone().ok()).collect();
+    become_server(name, || crate::recover::again(name, Some(copies)));
+    if !kept.is_empty() {
+        stay(name);
+    }
+    std::process::exit(1);
 }
 
 /// The same for a server of many.
 fn succeed_server(name: &str) {
     let _ = server::silence(Some(&state::server_file(name, "log")));
     become_server(name, || crate::recover::again_many(name, None, "restarted"));
+    std::process::exit(1);
 }
 
+/// Serves, and ends with that. Returns where it cannot.
 fn become_server(name: &str, start: impl FnOnce() -> Result<Server>) {
     let _ = std::env::set_current_dir("/");
     match start().and_then(Server::run) {
         Ok(()) => std::process::exit(0),
         Err(error) => {
             eprintln!("devsplice: {error}; devsplice recover {name} tries again");
-            std::process::exit(1);
         }
+    }
+}
+
+impl Voice {
+    fn pipes(&self) -> MutexGuard<'_, Option<Pipes>> {
+        self.pipes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn say(&self, line: &str) {
+        if let Some(pipes) = &mut *self.pipes() {
+            let _ = pipes.say.write_all(format!("{line}\n").as_bytes());
+        }
+    }
+
+    /// Has the guard keep descriptors of this process, so that they outlive it.
+    ///
+    /// # Errors
+    /// If it cannot.
+    pub fn keep(&self, fds: &[i32], told: &str) -> Result<Keeper> {
+        let failed = |reason: &str| Error::new(ErrorKind::Os, "the guard", reason);
+        let os = |error| Error::os("the guard", &error);
+        let mut pipes = self.pipes();
+        let Some(Pipes { say, answers }) = &mut *pipes else { return Err(failed("is gone")) };
+        say.write_all(format!("{KEEP}{}\n", keeper::list(fds)).as_bytes()).map_err(os)?;
+        let mut waits = [PollFd::new(&*answers, PollFlags::IN)];
+        if poll(&mut waits, Some(&KEEP_LIMIT)).is_ok_and(|count| count == 0) {
+            return Err(failed("does not answer"));
+        }
+        let mut text = [0; 4096];
+        let len = answers.read(&mut text).map_err(os)?;
+        let fds_there = keeper::unlist(&String::from_utf8_lossy(&text[..len]));
+        if fds_there.len() != fds.len() {
+            return Err(failed("cannot have descriptors of the server"));
+        }
+        let pid = u32::try_from(self.pid).unwrap_or(0);
+        Ok(Keeper { pid, fds: fds_there, told: told.to_owned() })
     }
 }
 
 impl Guard {
     /// Its process.
     pub fn pid(&self) -> i32 {
-        self.pid
+        self.0.pid
     }
 
-    /// Names the disk that is to be cleaned up after.
+    /// For those that have something to be kept.
+    pub fn voice(&self) -> Voice {
+        self.0.clone()
+    }
+
+    /// Names what is to be cleaned up after.
     pub fn name(&mut self, name: &str) {
-        let _ = self.pipe.write_all(format!("{name}\n").as_bytes());
+        self.0.say(name);
     }
 
     /// Tells the guard that another program is to serve the disk. It stays until that one does.
-    pub fn hand_over(mut self) {
-        let _ = self.pipe.write_all(format!("{HANDOVER}\n").as_bytes());
+    pub fn hand_over(self) {
+        self.0.say(HANDOVER);
+        self.0.pipes().take();
     }
 
     /// Tells the guard that all is cleaned up, and waits for it to go.
-    pub fn dismiss(mut self) {
-        let _ = self.pipe.write_all(format!("{FAREWELL}\n{FAREWELL}\n").as_bytes());
-        drop(self.pipe);
-        let _ = fork::waitpid(self.pid);
+    pub fn dismiss(self) {
+        self.0.say(&format!("{FAREWELL}\n{FAREWELL}"));
+        self.0.pipes().take();
+        let _ = fork::waitpid(self.0.pid);
     }
 }
 
@@ -304,7 +409,10 @@ pub fn claim_kept(name: &str) -> Result<(Claim, Disk)> {
 
 /// Whether the kernel keeps the disk of a dead server for the next one.
 pub fn is_kept(disk: &Disk) -> bool {
-    let Some(id) = disk.ublk_id.filter(|_| disk.outlives_server()) else { return false };
+    if !disk.outlives_server() {
+        return false;
+    }
+    let Some(id) = disk.ublk_id else { return keeper::of(disk).is_some() };
     let Ok(mut control) = ublk::Control::open() else { return false };
     // It becomes quiesced when the dead process has let go of everything, so it may still be live.
     matches!(control.server(id), Ok((pid, state)) if state != "dead"

@@ -14,9 +14,11 @@ use serde_json::{Value, json};
 
 use crate::args::Add;
 use crate::events::Bus;
+use crate::front::Front;
+use crate::guard::Voice;
 use crate::hosted::{Hosted, Wish, stuck_text};
 use crate::listen::News;
-use crate::state::{self, Claim, Disk};
+use crate::state::{self, Claim, Disk, Keeper};
 use crate::{front, guard};
 
 /// Disks that are removed at a time where all are.
@@ -30,6 +32,8 @@ pub struct Common {
     pub pool: Option<Arc<Pool>>,
     /// What happens.
     pub bus: Bus,
+    /// Who keeps what has to outlive this process, of a server of one disk.
+    voice: Option<Voice>,
     news: Sender<News>,
     crews: AtomicU32,
 }
@@ -64,6 +68,34 @@ impl Line {
                 .map_err(|error| Error::os(link.display().to_string(), &error))?;
         }
         Ok(())
+    }
+
+    /// Has the guard keep descriptors of this process, so that they outlive it.
+    ///
+    /// # Errors
+    /// If it cannot.
+    pub fn keep(&self, fds: &[i32], told: &str) -> Result<Keeper> {
+        let none = || Error::new(ErrorKind::Unsupported, "a server of many", "keeps no FUSE disk");
+        self.common.voice.as_ref().ok_or_else(none)?.keep(fds, told)
+    }
+
+    /// Has the guard keep what keeps the disk, and writes down that it does. Where it cannot, the
+    /// disk goes with its server.
+    pub fn entrust(&self, front: &mut Front, disk: &mut Disk) {
+        let (fds, told) = front.kept();
+        if fds.is_empty() {
+            disk.keeper = None;
+            return;
+        }
+        match self.keep(&fds, told) {
+            Ok(keeper) => disk.keeper = Some(keeper),
+            Err(error) => {
+                front.forget();
+                disk.keeper = None;
+                disk.recovery = front.recovery().to_owned();
+                disk.warnings.push(format!("the disk goes with its server: {error}"));
+            }
+        }
     }
 
     /// These threads serve the disk from now on.
@@ -109,10 +141,14 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Hall {
     /// Without disks. `server` is what it is called and who works there, if it is for many.
-    pub fn new(server: Option<(String, Arc<Pool>)>, news: Sender<News>) -> Hall {
+    pub fn new(
+        server: Option<(String, Arc<Pool>)>,
+        voice: Option<Voice>,
+        news: Sender<News>,
+    ) -> Hall {
         let (server, pool) = server.unzip();
         let crews = AtomicU32::new(0);
-        let common = Arc::new(Common { server, pool, bus: Bus::default(), news, crews });
+        let common = Arc::new(Common { server, pool, bus: Bus::default(), voice, news, crews });
         Hall { common, slots: Mutex::default(), closed: Mutex::default() }
     }
 
@@ -155,7 +191,7 @@ impl Hall {
     /// If the kernel does not keep it, or another process has it.
     pub fn recover(&self, name: &str, why: &str) -> Result<Disk> {
         let (claim, left) = guard::claim_kept(name)?;
-        let hosted = Hosted::take_over(claim, &left, self.line())?;
+        let hosted = Hosted::take_over(claim, &left, None, self.line())?;
         let disk = hosted.disk().clone();
         hosted.line.tell(why, &format!("process {} instead of {}", disk.pid, left.pid));
         self.insert(hosted);

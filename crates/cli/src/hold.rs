@@ -13,7 +13,6 @@ use serde_json::{Value, json};
 use crate::adopt;
 use crate::args::{Resize, Swap};
 use crate::assemble::{CATALOG, assemble};
-use crate::front::Front;
 use crate::hosted::{self, Hosted, Phase};
 use crate::{client, say, state};
 
@@ -90,7 +89,7 @@ impl Hosted {
         self.line.pause();
         match front.suspend() {
             Ok(suspended) => {
-                self.phase = Phase::Held(Box::new(suspended));
+                self.phase = Phase::Held(suspended);
                 Ok(())
             }
             Err((Some(front), error)) => {
@@ -124,8 +123,8 @@ impl Hosted {
             }
         };
         match suspended.resume(service, fit) {
-            Ok(device) => {
-                let front = Front::Ublk(Box::new(device));
+            Ok(mut front) => {
+                self.line.entrust(&mut front, &mut disk);
                 disk.warnings.extend(front.crew().warnings.iter().cloned());
                 disk.quiesced = false;
                 self.line.serve(front.crew());

@@ -8,14 +8,14 @@ use devsplice_core::{Error, ErrorKind, Result};
 use devsplice_engine::{Served, Stuck};
 use devsplice_exports::host;
 use devsplice_exports::threads::{Pool, Service};
-use devsplice_exports::ublk::{self, Suspended};
+use devsplice_exports::{fuse, ublk};
 use devsplice_spec::{Kind, Plan};
 use serde_json::{Value, json};
 
 use crate::adopt;
 use crate::args::{Add, Export, RecoveryChoice};
 use crate::assemble::assemble_with;
-use crate::front::{self, Front};
+use crate::front::{Front, Suspended};
 use crate::hall::Line;
 use crate::sandbox::{self, Choice};
 use crate::state::{self, Claim, Disk};
@@ -31,7 +31,7 @@ pub(crate) enum Phase {
     /// It is.
     Up(Front),
     /// The kernel holds its requests.
-    Held(Box<Suspended>),
+    Held(Suspended),
     /// On the way from one to the other.
     Between,
 }
@@ -62,7 +62,8 @@ impl Hosted {
     /// Whatever stands in the way.
     pub fn begin(wish: Wish<'_>, claim: Claim, line: Line) -> Result<Hosted> {
         let Wish { add, plan, choice: (export, why) } = wish;
-        let add = match lasting(add, plan) {
+        let is_kept = export != Export::Fuse || line.server().is_none();
+        let add = match lasting(add, plan, is_kept) {
             Ok(add) => add,
             Err(error) => {
                 claim.remove();
@@ -83,6 +84,7 @@ impl Hosted {
         let made = Hosted::make(plan, disk, claim, line, |service, disk, claim| {
             // From now on somebody would have to clear up if this process died: so that is written
             // before the disk is there, which may take as long as a look for partitions does.
+            let lock = claim.lock()?;
             let mut on_made = |number| {
                 match export {
                     Export::Fuse => disk.fuse_connection = Some(number),
@@ -91,7 +93,7 @@ impl Hosted {
                 }
                 let _ = claim.write(disk);
             };
-            Front::attach(&add, &name, export, service, &mut on_made)
+            Front::attach(&add, (&name, lock), export, service, &mut on_made)
         });
         made.map_err(|(claim, error)| {
             claim.remove();
@@ -100,12 +102,17 @@ impl Hosted {
     }
 
     /// Serves a disk again whose server is gone. `left` is what that one wrote of it, `claim` the
-    /// right to it.
+    /// right to it, `kept` what keeps it over FUSE.
     ///
     /// # Errors
     /// If it cannot be taken over; the disk is then as it was, and so is what is known of it.
-    pub fn take_over(claim: Claim, left: &Disk, line: Line) -> Result<Hosted> {
-        Hosted::follow(claim, left, line, |mut claim| drop(claim.write(left)))
+    pub fn take_over(
+        claim: Claim,
+        left: &Disk,
+        kept: Option<fuse::Kept>,
+        line: Line,
+    ) -> Result<Hosted> {
+        Hosted::follow(claim, (left, kept), line, |mut claim| drop(claim.write(left)))
     }
 
     /// Serves a disk that another tool has made: `disk` is what one of ours would have written.
@@ -113,32 +120,39 @@ impl Hosted {
     /// # Errors
     /// If it cannot be taken over; it is as it was then.
     pub fn adopt(claim: Claim, disk: &Disk, line: Line) -> Result<Hosted> {
-        Hosted::follow(claim, disk, line, Claim::remove)
+        Hosted::follow(claim, (disk, None), line, Claim::remove)
     }
 
     /// Takes over; `back_out` is what becomes of the claim if that fails.
     fn follow(
         claim: Claim,
-        left: &Disk,
+        (left, kept): (&Disk, Option<fuse::Kept>),
         line: Line,
         back_out: impl FnOnce(Claim),
     ) -> Result<Hosted> {
-        let plan = left.plan()?;
-        let id = left.ublk_id.ok_or_else(|| Error::invalid(&left.name, "is no ublk disk"))?;
-        let add = left.made_with.as_ref();
-        let add = add.ok_or_else(|| Error::invalid(&left.name, "its options are lost"))?;
-        // Queues and their depth are as they were; the kernel knows them.
-        let (options, extra) =
-            (front::options(add, 0, add.threads.unwrap_or(0)), front::extra(add));
         let mut disk = left.clone();
         disk.quiesced = false;
         disk.server = line.server().map(str::to_owned);
+        let found = (|| {
+            let (plan, suspended) = (left.plan()?, Suspended::find(left, &claim, kept)?);
+            // Before anything else: what has kept the disk so far may be this very process.
+            disk.keeper = match suspended.kept() {
+                Some((fds, told)) => Some(line.keep(&fds, told)?),
+                None => None,
+            };
+            Ok((plan, suspended))
+        })();
+        let (plan, suspended) = match found {
+            Ok(found) => found,
+            Err(error) => {
+                back_out(claim);
+                return Err(error);
+            }
+        };
         let made = Hosted::make(&plan, disk, claim, line, |service, disk, claim| {
-            let suspended = Suspended::find_with(id, &options, extra)?;
             // Whoever comes after this process has to know it.
             claim.write(disk)?;
-            let resumed = suspended.resume(service, adopt::fit(disk));
-            resumed.map(|device| Front::Ublk(Box::new(device))).map_err(|(_, error)| error)
+            suspended.resume(service, adopt::fit(disk)).map_err(|(_, error)| error)
         });
         made.map_err(|(claim, error)| {
             back_out(claim);
@@ -163,10 +177,11 @@ impl Hosted {
                 sandbox::process(disk.made_with.as_ref().map_or(Choice::On, |add| add.sandbox));
                 attach(service, &mut disk, &mut claim)
             });
-        let front = match made {
+        let mut front = match made {
             Ok(front) => front,
             Err(error) => return Err((claim, error)),
         };
+        line.entrust(&mut front, &mut disk);
         disk.warnings.extend(front.crew().warnings.iter().cloned());
         disk.warnings.extend(protect::warnings().into_iter().chain(sandbox::warnings()));
         disk.device = front.path().to_owned();
@@ -303,11 +318,18 @@ impl Hosted {
     }
 }
 
-/// The options, with a recovery that this stack can have.
-fn lasting(add: &Add, plan: &Plan) -> Result<Add> {
+/// The options, with a recovery that this stack can have; `is_kept` if somebody keeps such a disk.
+fn lasting(add: &Add, plan: &Plan, is_kept: bool) -> Result<Add> {
     let mut add = add.clone();
     if add.recovery.forced() == Some(ublk::Recovery::Off) {
         return Ok(add);
+    }
+    if !is_kept {
+        if add.recovery != RecoveryChoice::Auto {
+            let reason = "a disk over FUSE goes with a server of many";
+            return Err(Error::invalid("--recovery", reason).next("leave out --server"));
+        }
+        add.recovery = RecoveryChoice::Off;
     }
     if let Some(place) = passing(plan) {
         if add.recovery != RecoveryChoice::Auto {

@@ -22,6 +22,7 @@ mod hall;
 mod hold;
 mod hosted;
 mod info;
+mod keeper;
 mod launch;
 mod list;
 mod listen;

@@ -1,6 +1,7 @@
 //! Answers for `devsplice recover` and `devsplice upgrade`: a server that goes on where another one
 //! ended, or ends for it.
 
+use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::time::{Duration, Instant};
 
@@ -14,7 +15,7 @@ use crate::launch::{self, launch};
 use crate::server::Server;
 use crate::servers::{self, Seat};
 use crate::state::{Claim, Disk, Found};
-use crate::{client, guard, say, state};
+use crate::{client, guard, keeper, say, state};
 
 /// How long a server may take to finish what is in flight.
 const HAND_OVER: Duration = Duration::from_secs(150);
@@ -55,7 +56,7 @@ fn back(left: &Disk) -> Result<Disk> {
         return launch::disk(&json!({ "disk": disk }));
     }
     let report = launch(|| {
-        let server = again(&left.name, true)?;
+        let server = again(&left.name, None)?;
         let disk = server.disk()?;
         Ok((server, json!({ "disk": disk })))
     })?;
@@ -80,19 +81,23 @@ fn each(wanted: Vec<Found>, mut each: impl FnMut(&Found) -> Result<()>) -> Resul
     Err(Error::new(ErrorKind::Busy, failed.join(", "), "not done"))
 }
 
-/// The server's process: takes over what a dead one left. `is_wanted` is whether a person wants
-/// that, so that what went wrong before does not count.
+/// The server's process: takes over what a dead one left. `kept` is what its guard had to keep;
+/// with none a person wants this, so that what went wrong before does not count.
 ///
 /// # Errors
 /// If the kernel does not have the disk any more, another process serves it, or it cannot be.
-pub fn again(name: &str, is_wanted: bool) -> Result<Server> {
+pub fn again(name: &str, kept: Option<Vec<OwnedFd>>) -> Result<Server> {
     let guard = guard::start()?;
     match guard::claim_kept(name) {
         Ok((claim, mut left)) => {
-            if is_wanted {
-                left.restarts = 0;
-            }
-            Server::take_over(claim, &left, guard, "restarted")
+            let kept = match kept {
+                Some(kept) => keeper::with(&left, kept),
+                None => {
+                    left.restarts = 0;
+                    keeper::of(&left)
+                }
+            };
+            Server::take_over(claim, &left, guard, kept, "restarted")
         }
         Err(error) => {
             guard.dismiss();
@@ -249,6 +254,8 @@ fn succeed(found: &Found) -> Result<(Server, launch::Report)> {
     look(found)?;
     let name = &found.disk.name;
     let guard = guard::start()?;
+    // From the old guard, which is there until this process has taken over.
+    let kept = keeper::of(&found.disk);
     let start = Instant::now();
     let taken =
         client::call(name, "hand-over", &json!({}), HAND_OVER).and_then(|_| {
@@ -262,7 +269,7 @@ fn succeed(found: &Found) -> Result<(Server, launch::Report)> {
         });
     match taken {
         Ok((claim, left)) => {
-            let server = Server::take_over(claim, &left, guard, "upgraded")?;
+            let server = Server::take_over(claim, &left, guard, kept, "upgraded")?;
             let moved = moved(name, (left.pid, std::process::id()), start);
             Ok((server, json!({ "moved": [moved] })))
         }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 
 use devsplice_core::{Error, ErrorKind, Result};
+use devsplice_exports::fuse;
 use devsplice_exports::threads::Pool;
 use devsplice_spec::Plan;
 use rustix::fs::{Mode, OFlags};
@@ -60,13 +61,19 @@ impl Server {
     }
 
     /// Serves a disk again whose server is gone. `left` is what that one wrote of it, `claim` the
-    /// right to it; `why` is the event.
+    /// right to it, `kept` what keeps it over FUSE; `why` is the event.
     ///
     /// # Errors
     /// If it cannot be taken over; the disk is then as it was, and so is what is known of it.
-    pub fn take_over(claim: Claim, left: &Disk, guard: Guard, why: &str) -> Result<Server> {
+    pub fn take_over(
+        claim: Claim,
+        left: &Disk,
+        guard: Guard,
+        kept: Option<fuse::Kept>,
+        why: &str,
+    ) -> Result<Server> {
         Server::alone(claim, guard, why, |claim, hall, ready| {
-            ready.and_then(|()| Hosted::take_over(claim, left, hall.line()))
+            ready.and_then(|()| Hosted::take_over(claim, left, kept, hall.line()))
         })
     }
 
@@ -99,7 +106,7 @@ impl Server {
             let _ = std::fs::remove_file(&log);
         }
         let (out, news) = channel();
-        let hall = Arc::new(Hall::new(None, out.clone()));
+        let hall = Arc::new(Hall::new(None, Some(guard.voice()), out.clone()));
         let (ears, ready) = match Ears::open(&socket) {
             Ok(ears) => (Some(ears), Ok(())),
             Err(error) => (None, Err(error)),
@@ -151,7 +158,7 @@ impl Server {
         };
         let (out, news) = channel();
         let log = state::server_file(&name, "log");
-        let hall = Arc::new(Hall::new(Some((name, pool)), out.clone()));
+        let hall = Arc::new(Hall::new(Some((name, pool)), None, out.clone()));
         ears.listen(&hall, &out);
         notify::ready(
             &state::server_file(&seat.about.name, "sock").display().to_string(),

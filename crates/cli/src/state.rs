@@ -6,9 +6,11 @@
 //! has: @SERVER.sock and @SERVER.log; @SERVER.server says who it is.
 
 use std::fs::{DirBuilder, File, OpenOptions};
-use std::io::{Read, Seek, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::io::{Read, Seek};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use devsplice_core::{Error, ErrorKind, Result};
 use devsplice_spec::Plan;
@@ -47,6 +49,9 @@ pub struct Disk {
     /// Number of the FUSE connection.
     #[serde(default)]
     pub fuse_connection: Option<u32>,
+    /// Who keeps its FUSE connection while its server is replaced.
+    #[serde(default)]
+    pub keeper: Option<Keeper>,
     /// The process that serves it.
     pub pid: u32,
     /// Bytes.
@@ -84,6 +89,17 @@ pub struct Disk {
     pub warnings: Vec<String>,
 }
 
+/// A process that has all descriptors of a FUSE connection.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Keeper {
+    /// Its number.
+    pub pid: u32,
+    /// The descriptors' numbers there.
+    pub fds: Vec<i32>,
+    /// What the disk's users were told of it.
+    pub told: String,
+}
+
 /// Milliseconds after which a server's death is not the start's fault.
 pub const SETTLED_MS: u64 = 1000;
 
@@ -98,14 +114,15 @@ impl Disk {
 
     /// Whether the kernel keeps it when its server dies.
     pub fn outlives_server(&self) -> bool {
-        self.ublk_id.is_some() && !matches!(self.recovery.as_str(), "" | "off")
+        (self.ublk_id.is_some() || self.keeper.is_some())
+            && !matches!(self.recovery.as_str(), "" | "off")
     }
 
     /// What of it people may want to read.
     pub fn shown(&self) -> Value {
         let mut value = serde_json::to_value(self).unwrap_or_default();
         if let Some(fields) = value.as_object_mut() {
-            for own in ["made_with", "labels"] {
+            for own in ["made_with", "labels", "keeper"] {
                 fields.remove(own);
             }
         }
@@ -255,6 +272,15 @@ impl Claim {
         Ok(None)
     }
 
+    /// The lock itself: it is held until the last copy of this is closed.
+    ///
+    /// # Errors
+    /// If there can be no further descriptor.
+    pub fn lock(&self) -> Result<Arc<OwnedFd>> {
+        let os = |error| Error::os(path(&self.name, "json").display().to_string(), &error);
+        self.file.try_clone().map(|file| Arc::new(file.into())).map_err(os)
+    }
+
     fn read(&mut self) -> Option<Disk> {
         let mut text = String::new();
         self.file.rewind().ok()?;
@@ -262,17 +288,17 @@ impl Claim {
         serde_json::from_str(&text).ok()
     }
 
-    /// Writes what the disk is.
+    /// Writes what the disk is: over what stood there, in one piece, with blanks behind it. Whoever
+    /// is killed meanwhile must not leave half of it, or the next does not know what to serve.
     ///
     /// # Errors
     /// If the file cannot be written.
     pub fn write(&mut self, disk: &Disk) -> Result<()> {
-        let text = serde_json::to_string_pretty(disk).unwrap_or_default();
-        let done = self
-            .file
-            .rewind()
-            .and_then(|()| self.file.set_len(0))
-            .and_then(|()| self.file.write_all(text.as_bytes()));
+        let text = serde_json::to_string(disk).unwrap_or_default();
+        let done = self.file.metadata().and_then(|before| {
+            let len = usize::try_from(before.len()).unwrap_or(0).max(text.len());
+            self.file.write_all_at(format!("{text:len$}").as_bytes(), 0)
+        });
         done.map_err(|error| Error::os(path(&self.name, "json").display().to_string(), &error))
     }
 
@@ -350,6 +376,11 @@ pub fn all() -> Result<Vec<Found>> {
     }
     found.sort_by(|a, b| a.disk.name.cmp(&b.disk.name));
     Ok(found)
+}
+
+/// What the state file of `name` says, whoever has it.
+pub fn peek(name: &str) -> Option<Disk> {
+    serde_json::from_str(&std::fs::read_to_string(path(name, "json")).ok()?).ok()
 }
 
 fn look(path: &std::path::Path) -> Option<Found> {

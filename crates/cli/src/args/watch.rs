@@ -1,6 +1,8 @@
-//! Answers for the command line of what looks at all disks.
+//! Answers for the command line of what looks at disks and changes nothing.
 
 use clap::{Args, ValueEnum};
+
+use super::{Export, PathChoice};
 
 #[derive(Args, Clone, Debug)]
 pub struct Metrics {
@@ -55,4 +57,44 @@ pub struct Top {
 pub struct UdevInfo {
     /// A node of a whole disk, such as /dev/ublkb0.
     pub device: String,
+}
+
+/// `--op` of `explain`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum OpChoice {
+    /// Pages are filled.
+    Read,
+    /// Pages are drained.
+    Write,
+    /// Room is given back.
+    Discard,
+    /// A range is zeroed.
+    WriteZeroes,
+    /// Everything is made durable.
+    Flush,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct Explain {
+    /// A stack, or the name of a disk that is served.
+    pub stack: String,
+    /// As for add.
+    #[arg(long, value_enum, default_value = "auto")]
+    pub export: Export,
+    /// As for add.
+    #[arg(long, value_enum, default_value = "auto")]
+    pub data_path: PathChoice,
+    /// What the request asks for.
+    #[arg(long, value_enum, default_value = "write")]
+    pub op: OpChoice,
+    /// Its first byte.
+    #[arg(long, value_name = "SIZE", default_value = "0",
+        value_parser = devsplice_core::size::parse_size)]
+    pub at: u64,
+    /// Its length [default: 256k, or what the disk has].
+    #[arg(long, value_name = "SIZE", value_parser = devsplice_core::size::parse_size)]
+    pub len: Option<u64>,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
 }

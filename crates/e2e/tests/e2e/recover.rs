@@ -5,7 +5,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use devsplice_e2e::{
-    Disk, Group, Kind, MIB, Outcome, Process, Room, call, engines, need, verify, wait_until,
+    Disk, Group, Kind, MIB, Mode, Outcome, Process, Room, call, engines, mode, need, verify,
+    wait_until,
 };
 use rustix::process::Signal;
 
@@ -20,8 +21,29 @@ pub fn add(group: &mut Group, kind: Kind, is_home: bool) {
     if is_home || !kind.is_ublk() {
         group.alone("kept_gc_removes_what_nobody_misses_and_keeps_the_rest", move || gc(kind));
     }
-    if !kind.is_ublk() {
-        group.add("kept_a_disk_over_fuse_says_that_it_cannot_be_kept", move || not_kept(kind));
+    if matches!(kind, Kind::FuseUring(_)) {
+        group.add("kept_a_disk_over_io_uring_says_that_it_cannot_be_kept", move || not_kept(kind));
+        return;
+    }
+    if kind == Kind::Fuse {
+        group.add("kept_fio_verify_does_not_notice_that_servers_are_killed", move || {
+            asks_again().and_then(|()| kills(kind))
+        });
+        group.add("kept_fio_verify_does_not_notice_upgrades", move || {
+            asks_again().and_then(|()| upgrades(kind))
+        });
+        group.add("kept_a_program_that_does_not_start_upgrades_nothing", move || {
+            asks_again().and_then(|()| bad_upgrade(kind))
+        });
+        group.add("kept_a_server_that_keeps_dying_is_let_be", move || {
+            asks_again().and_then(|()| dying(kind))
+        });
+        group.add("kept_quiesce_holds_requests_and_resume_lets_them_go", move || {
+            asks_again().and_then(|()| quiesce(kind))
+        });
+        group.add("kept_by_its_guard_alone_over_fuse", move || {
+            asks_again().and_then(|()| by_guard(kind))
+        });
         return;
     }
     group.add("kept_fio_verify_does_not_notice_that_servers_are_killed", move || kills(kind));
@@ -140,6 +162,9 @@ fn upgrades(kind: Kind) -> Outcome {
     let (middle, worst) = (pauses[pauses.len() / 2], pauses[pauses.len() - 1]);
     println!("pause of an upgrade under load: median {middle:.1} ms, worst {worst:.1} ms");
     assert!(worst <= 1000.0, "an upgrade paused for {worst} ms");
+    if mode() == Mode::Native {
+        assert!(middle <= 100.0, "upgrades paused for {middle} ms");
+    }
     let _ = disk.del(&[]).ok();
     disk.is_gone_within(5);
     Ok(())
@@ -325,7 +350,14 @@ fn quiesce(kind: Kind) -> Outcome {
     let _ = tell("quiesce");
     let (old, guard) = (disk.server(), disk.guard());
     old.signal(Signal::KILL);
-    guard.ends_within(20);
+    if kind.is_ublk() {
+        guard.ends_within(20);
+    } else {
+        // Nobody else keeps it.
+        old.ends_within(20);
+        wait_until(10, "it waits", || state(&room, &disk) == "waiting");
+        assert!(guard.lives());
+    }
     assert_eq!(state(&room, &disk), "waiting");
     room.devsplice(["recover", &disk.name]).ok();
     let _ = disk.del(&[]).ok();
@@ -444,13 +476,63 @@ fn not_kept(kind: Kind) -> Outcome {
     let room = Room::new();
     let file = room.file("a", 4 * MIB);
     let refused = ["--recovery", "reissue"];
-    room.add_refused(kind, &file, &refused, &["a disk over FUSE goes with its server"]);
+    room.add_refused(kind, &file, &refused, &["io_uring are not sent again"]);
     let disk = room.add(kind, &file, &["--no-part-scan"]);
     for word in ["quiesce", "upgrade"] {
         let said = room.refusal([word, &disk.name]);
-        assert!(said.contains("FUSE") || said.contains("goes with its server"), "{said}");
+        assert!(said.contains("goes with its server") || said.contains("to go with"), "{said}");
     }
-    disk.remove();
+    disk.server().signal(Signal::KILL);
+    disk.is_gone_within(10);
+    Ok(())
+}
+
+/// FUSE sends requests again since Linux 6.9.
+fn asks_again() -> Outcome {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let mut parts = release.split(['.', '-']).map_while(|part| part.parse::<u32>().ok());
+    let version = (parts.next().unwrap_or(0), parts.next().unwrap_or(0));
+    need(version >= (6, 9), "FUSE sends no request again before Linux 6.9")
+}
+
+/// A disk over FUSE, its guard, and what can go wrong.
+fn by_guard(kind: Kind) -> Outcome {
+    let room = Room::new();
+    let file = room.full_file("a", 8 * MIB, 0x5a);
+    let disk = room.add(kind, &file, &["--no-part-scan"]);
+    for policy in ["fail", "fail-fast"] {
+        room.add_refused(kind, &room.file("b", MIB), &["--recovery", policy], &["over FUSE"]);
+    }
+    // The stack is another one when the server dies: nothing is served, and nothing lost.
+    let resize = |size| std::fs::File::options().write(true).open(&file).unwrap().set_len(size);
+    resize(4 * MIB).unwrap();
+    let old = server(&disk);
+    old.signal(Signal::KILL);
+    old.ends_within(20);
+    wait_until(20, "the guard's failure", || disk.log().contains("tries again"));
+    assert!(disk.log().contains("the stack size"), "{}", disk.log());
+    assert_eq!(state(&room, &disk), "waiting");
+    let into = room.path("copy");
+    let dd = [format!("if={}", disk.node.display()), format!("of={into}"), "bs=64k".into()];
+    let mut reader = call("dd", dd).start();
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(!reader.is_over(), "a read has ended without a server");
+    resize(8 * MIB).unwrap();
+    // What was cut off reads as zeros; that is what there is.
+    room.devsplice(["recover", &disk.name]).ok();
+    assert_eq!(reader.finish().code, Some(0));
+    assert!(std::fs::read(into).unwrap() == std::fs::read(&file).unwrap());
+    // Without a guard the connection ends with the server: plainly gone, with errors, not wedged.
+    let (old, info) = (server(&disk), disk.info());
+    let guard = Process(old.children().first().copied().unwrap_or(0));
+    guard.signal(Signal::KILL);
+    wait_until(5, "the end of the guard", || !guard.lives());
+    old.signal(Signal::KILL);
+    old.ends_within(10);
+    let refused = room.refusal(["recover", &disk.name]);
+    assert!(refused.contains("does not have it any more"), "{info}: {refused}");
+    let _ = disk.del(&["--force"]);
+    disk.is_gone_within(10);
     Ok(())
 }
 

@@ -16,7 +16,9 @@ use devsplice_e2e::{
 };
 
 pub fn add(group: &mut Group, kind: Kind) {
-    for system in ["ext4", "xfs", "btrfs"] {
+    // Linux 7.3 crashes where XFS sends slab memory without a copy (`fuse::CAUTION`).
+    let is_safe = |system: &&str| !(matches!(kind, Kind::FuseUring(_)) && **system == *"xfs");
+    for system in ["ext4", "xfs", "btrfs"].into_iter().filter(is_safe) {
         let name = format!("{system}_survives_a_crash_at_every_flush");
         group.add(&name, move || crashes(kind, system));
     }

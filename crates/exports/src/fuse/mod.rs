@@ -97,15 +97,16 @@ pub fn offered() -> Vec<DataPath> {
     DataPath::ALL.into_iter().filter(has).collect()
 }
 
-/// The data path that a disk with these limits would get unasked, over files and block devices.
-#[must_use]
-pub fn best(limits: &Limits) -> DataPath {
-    let fits = takes_any_pages(limits, false).is_ok();
-    if fits && connect(DataPath::ZeroCopy, ("devsplice-probe", 1), limits, false).is_ok() {
-        return DataPath::ZeroCopy;
-    }
-    DataPath::Copy
-}
+/// The data path that a disk gets unasked. What comes by io_uring goes with its server, and copying
+/// by it is not worth that; without a copy, see [`CAUTION`].
+pub const BEST: DataPath = DataPath::Copy;
+
+/// What whoever asks for [`DataPath::ZeroCopy`] has to know. The kernel takes a reference to each
+/// page of a request and drops it at the commit (fs/fuse/dev_uring.c, `fuse_zero_copy_release`).
+/// Slab memory, from which XFS takes some of its metadata and its log, has no references to count
+/// since Linux 6.15: the first one dropped frees the page under its owner.
+pub const CAUTION: &str = "fuse-zero-copy: Linux 7.3 frees memory of file systems that write from \
+                           slab memory (XFS does), and crashes; not for these";
 
 /// What device to make.
 #[derive(Clone, Debug)]
@@ -206,6 +207,9 @@ impl Device {
         match bounded("attaching", Some(&fd), ATTACH_LIMIT, attach) {
             Ok((path, warning)) => {
                 crew.warnings.extend(warning);
+                if data_path == DataPath::ZeroCopy {
+                    crew.warnings.push(CAUTION.to_owned());
+                }
                 let keep = lasting.map(|Lasting { stop, .. }| Keep {
                     kept: Kept { fuse: kept, number, told: told.clone(), path: path.clone() },
                     options: options.clone(),
@@ -371,14 +375,7 @@ fn choose(options: &Options, service: &Service, read_only: bool) -> Result<Made>
         }
         return connect(path, name, limits, read_only);
     }
-    // Copying by io_uring is not better than copying from /dev/fuse, and cannot be taken over.
-    if !options.must_keep
-        && takes_any_pages(limits, needs_memory).is_ok()
-        && let Ok(made) = connect(DataPath::ZeroCopy, name, limits, read_only)
-    {
-        return Ok(made);
-    }
-    connect(DataPath::Copy, name, limits, read_only)
+    connect(BEST, name, limits, read_only)
 }
 
 /// Whether the stack can do with whatever pages the users of a loop device come with.
