@@ -180,7 +180,7 @@ fn usage() -> Outcome {
         &["add", "mem:1M", "--depth", "0"],
         &["add", "mem:1M", "--depth", "9999"],
         &["add", "mem:1M", "--queues", "0"],
-        &["add", "mem:1M", "--export", "nbd"],
+        &["add", "mem:1M", "--export", "nvme"],
         &["add", "mem:1M", "--data-path", "teleport"],
         &["del"],
         &["del", "x", "--all"],

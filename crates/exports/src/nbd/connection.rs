@@ -175,11 +175,12 @@ impl Connection {
         }
         if post.is_stopping() {
             self.lose(None);
-            self.settle(ring);
         } else {
             self.listen(ring);
         }
         self.take(ring, inbox);
+        // An answer may have been the last thing that was out for a client who has gone.
+        self.settle(ring);
     }
 
     /// Takes a client in.
