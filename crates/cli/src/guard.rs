@@ -31,6 +31,8 @@ struct Pipes {
     answers: PipeReader,
 }
 
+/// How long the rings of a dead server may hold its lock.
+const LINGER: Duration = Duration::from_secs(2);
 /// How long a dead server's device may take to go.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -390,7 +392,15 @@ impl Guard {
 /// If the kernel does not have it any more, or another process serves it.
 pub fn claim_kept(name: &str) -> Result<(Claim, Disk)> {
     let busy = |reason: &str| Error::new(ErrorKind::Busy, name, reason);
-    match Claim::hold(name)? {
+    // A dead server's rings hold it for a moment longer than the server lived.
+    let end = Instant::now() + LINGER;
+    let held = loop {
+        match Claim::hold(name)? {
+            None if Instant::now() < end => std::thread::sleep(Duration::from_millis(5)),
+            held => break held,
+        }
+    };
+    match held {
         Some((claim, Some(left))) if is_kept(&left) => Ok((claim, left)),
         Some((_, Some(left))) => {
             let reason = match left.outlives_server() {

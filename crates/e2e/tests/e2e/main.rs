@@ -90,12 +90,14 @@ fn groups() -> Vec<Group> {
         }
         let mut group = Group::of(kind);
         verify::add(&mut group, kind);
-        contract::add(&mut group, kind);
-        let is_best_of_fuse = kind == Kind::FuseUring(FUSE_PATHS[0]);
-        if is_best_of_fuse {
-            replay::add(&mut group, kind);
+        if kind == Kind::FuseUring(FUSE_PATHS[0]) {
+            // No removal by force: Linux 7.3 then ends requests whose pages are still filled, and
+            // the memory of whoever tests is overwritten (docs/decisions/014.md).
+            groups.push(group);
+            continue;
         }
-        if kind == home || kind == Kind::Fuse || is_best_of_fuse {
+        contract::add(&mut group, kind);
+        if kind == home || kind == Kind::Fuse {
             life::add(&mut group, kind);
             layers::add(&mut group, kind);
             mirror::add(&mut group, kind);
