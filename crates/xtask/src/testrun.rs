@@ -14,8 +14,18 @@ use kernels::Kernel;
 use parse::Counts;
 
 /// Programs that end-to-end tests start; without one of them its tests skip themselves.
-const TOOLS: &[&str] =
-    &["fio", "mkfs.btrfs", "mkfs.ext4", "mkfs.xfs", "sfdisk", "sgdisk", "losetup", "valgrind"];
+const TOOLS: &[&str] = &[
+    "fio",
+    "mkfs.btrfs",
+    "mkfs.ext4",
+    "mkfs.xfs",
+    "nbdcopy",
+    "qemu-img",
+    "sfdisk",
+    "sgdisk",
+    "losetup",
+    "valgrind",
+];
 
 /// Seeds of the simulator: some 20 s on two cores, and a tenth of that.
 const SEEDS: &str = "100000";
