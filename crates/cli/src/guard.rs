@@ -60,6 +60,14 @@ const HANDOVER: &str = "handover";
 /// # Errors
 /// If there can be no further process.
 pub fn start() -> Result<Guard> {
+    start_with(&[])
+}
+
+/// As [`start`], of a process that keeps a disk: the guard keeps it from its first moment.
+///
+/// # Errors
+/// As there.
+pub fn start_with(inherited: &[OwnedFd]) -> Result<Guard> {
     let os = |error| Error::os("guard process", &error);
     let (reader, writer) = std::io::pipe().map_err(os)?;
     let (answers, answer) = std::io::pipe().map_err(os)?;
@@ -71,7 +79,7 @@ pub fn start() -> Result<Guard> {
         fork::Fork::Child => {
             drop((writer, answers));
             protect::guard();
-            let mut kept = Vec::new();
+            let mut kept: Vec<_> = inherited.iter().filter_map(|fd| fd.try_clone().ok()).collect();
             match watch(reader, answer, &mut kept) {
                 Some(Heir::Disk(name)) => succeed(&name, &kept),
                 Some(Heir::Server(name)) => succeed_server(&name),
@@ -118,7 +126,10 @@ fn orphaned(name: &str, is_kept_here: bool) -> Option<String> {
     let end = Instant::now() + PATIENCE;
     while Instant::now() < end || is_kept_here {
         match Claim::hold(name) {
-            Ok(Some((claim, Some(disk)))) if is_kept(&disk) && !state::is_doomed(name) => {
+            Ok(Some((claim, Some(disk))))
+                if (is_kept(&disk) || is_kept_here && disk.outlives_server())
+                    && !state::is_doomed(name) =>
+            {
                 let served = worth(claim, disk);
                 if served.is_none() && is_kept_here {
                     stay(name);
@@ -386,11 +397,12 @@ impl Guard {
     }
 }
 
-/// The right to a disk that the kernel keeps, and what its last server wrote of it.
+/// The right to a disk that the kernel keeps, or this process does, and what its last server wrote
+/// of it.
 ///
 /// # Errors
 /// If the kernel does not have it any more, or another process serves it.
-pub fn claim_kept(name: &str) -> Result<(Claim, Disk)> {
+pub fn claim_kept(name: &str, is_kept_here: bool) -> Result<(Claim, Disk)> {
     let busy = |reason: &str| Error::new(ErrorKind::Busy, name, reason);
     // A dead server's rings hold it for a moment longer than the server lived.
     let end = Instant::now() + LINGER;
@@ -401,7 +413,9 @@ pub fn claim_kept(name: &str) -> Result<(Claim, Disk)> {
         }
     };
     match held {
-        Some((claim, Some(left))) if is_kept(&left) => Ok((claim, left)),
+        Some((claim, Some(left))) if is_kept(&left) || is_kept_here && left.outlives_server() => {
+            Ok((claim, left))
+        }
         Some((_, Some(left))) => {
             let reason = match left.outlives_server() {
                 true => "the kernel does not have it any more",

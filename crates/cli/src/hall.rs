@@ -190,7 +190,7 @@ impl Hall {
     /// # Errors
     /// If the kernel does not keep it, or another process has it.
     pub fn recover(&self, name: &str, why: &str) -> Result<Disk> {
-        let (claim, left) = guard::claim_kept(name)?;
+        let (claim, left) = guard::claim_kept(name, false)?;
         let hosted = Hosted::take_over(claim, &left, None, self.line())?;
         let disk = hosted.disk().clone();
         hosted.line.tell(why, &format!("process {} instead of {}", disk.pid, left.pid));

@@ -87,8 +87,8 @@ fn each(wanted: Vec<Found>, mut each: impl FnMut(&Found) -> Result<()>) -> Resul
 /// # Errors
 /// If the kernel does not have the disk any more, another process serves it, or it cannot be.
 pub fn again(name: &str, kept: Option<Vec<OwnedFd>>) -> Result<Server> {
-    let guard = guard::start()?;
-    match guard::claim_kept(name) {
+    let guard = guard::start_with(kept.as_deref().unwrap_or_default())?;
+    match guard::claim_kept(name, kept.as_ref().is_some_and(|kept| !kept.is_empty())) {
         Ok((claim, mut left)) => {
             let kept = match kept {
                 Some(kept) => keeper::with(&left, kept),

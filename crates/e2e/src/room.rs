@@ -114,12 +114,21 @@ impl Room {
         self.later("umount", &["-q", "-l", &at]);
     }
 
-    /// Unmounts.
+    /// Unmounts. On a busy machine somebody may be looking at the mount just then: it is tried for
+    /// a while.
     ///
     /// # Panics
     /// If that fails.
     pub fn unmount(&self, at: &Path) {
-        let _ = call("umount", [at]).limit(60).ok();
+        let end = std::time::Instant::now() + std::time::Duration::from_secs(5);
+        loop {
+            let ran = call("umount", [at]).limit(60).run();
+            if ran.code == Some(0) || std::time::Instant::now() > end {
+                let _ = ran.ok();
+                return;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(100));
+        }
     }
 
     /// Calls a program when the test is over; what becomes of it does not matter.

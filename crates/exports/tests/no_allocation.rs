@@ -9,6 +9,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Barrier, RwLock};
 use std::thread;
+use std::time::Duration;
 
 use devsplice_core::{Args, Errno, Limits, Stack, StackBuilder};
 use devsplice_exports::threads::{Bottom, Crew, Service};
@@ -174,6 +175,8 @@ fn nbd_client(path: &str, index: u64, barrier: &Barrier) {
         }
     };
     pass(2000);
+    // The thread that has greeted the clients may have its own to put away still.
+    thread::sleep(Duration::from_secs(1));
     barrier.wait(); // warm
     barrier.wait(); // go
     pass(ROUNDS);
