@@ -230,7 +230,10 @@ fn listen(
             said.push(line);
             continue;
         };
-        *kept = keeper::pull(server, &keeper::unlist(fds)).unwrap_or_default();
+        // From a server that dies meanwhile there is nothing to be had: what there is is kept on.
+        if let Ok(pulled) = keeper::pull(server, &keeper::unlist(fds)) {
+            *kept = pulled;
+        }
         let numbers: Vec<_> = kept.iter().map(AsRawFd::as_raw_fd).collect();
         let _ = answer.write_all(format!("{}\n", keeper::list(&numbers)).as_bytes());
     }

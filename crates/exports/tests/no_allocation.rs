@@ -9,7 +9,6 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Barrier, RwLock};
 use std::thread;
-use std::time::Duration;
 
 use devsplice_core::{Args, Errno, Limits, Stack, StackBuilder};
 use devsplice_exports::threads::{Bottom, Crew, Service};
@@ -27,6 +26,10 @@ static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
 const SIZE: u64 = 64 << 20;
 const THREADS: u64 = 4;
 const ROUNDS: u64 = 2000;
+/// How often it is looked. The whole process is counted: another thread than those of the data path
+/// may do something once, as the one that greets NBD's clients does. What allocates for requests
+/// does so in each.
+const WINDOWS: usize = 3;
 /// A leg of bytes: helper threads copy from and to it.
 struct Leg(RwLock<Vec<u8>>);
 
@@ -103,13 +106,17 @@ fn flow_of(path: &str, crew: &Crew, client: impl Fn(u64, &Barrier) + Clone + Sen
         })
         .collect();
     barrier.wait(); // warm
-    let region = Region::new(ALLOCATOR);
     let before = crew.counts();
-    barrier.wait(); // go
-    barrier.wait(); // done
-    let change = region.change();
+    let mut changes = Vec::with_capacity(WINDOWS);
+    for _ in 0..WINDOWS {
+        let region = Region::new(ALLOCATOR);
+        barrier.wait(); // go
+        barrier.wait(); // done
+        let change = region.change();
+        changes.push((change.allocations, change.reallocations));
+    }
     let after = crew.counts();
-    assert_eq!((change.allocations, change.reallocations), (0, 0), "{path}: {change:?}");
+    assert!(changes.contains(&(0, 0)), "{path}: {changes:?}");
     assert!(after.requests - before.requests >= THREADS * ROUNDS, "{path}: {after:?}");
     assert!(after.pieces - before.pieces > after.requests - before.requests, "pieces are split");
     for thread in threads {
@@ -135,9 +142,11 @@ fn client(disk: &OwnedFd, index: u64, barrier: &Barrier) {
     };
     pass(200);
     barrier.wait(); // warm
-    barrier.wait(); // go
-    pass(ROUNDS);
-    barrier.wait(); // done
+    for _ in 0..WINDOWS {
+        barrier.wait(); // go
+        pass(ROUNDS);
+        barrier.wait(); // done
+    }
 }
 
 /// A client of NBD: several requests at a time, of which each has its answer before the next.
@@ -175,12 +184,12 @@ fn nbd_client(path: &str, index: u64, barrier: &Barrier) {
         }
     };
     pass(2000);
-    // The thread that has greeted the clients may have its own to put away still.
-    thread::sleep(Duration::from_secs(1));
     barrier.wait(); // warm
-    barrier.wait(); // go
-    pass(ROUNDS);
-    barrier.wait(); // done
+    for _ in 0..WINDOWS {
+        barrier.wait(); // go
+        pass(ROUNDS);
+        barrier.wait(); // done
+    }
 }
 
 fn on_nbd(with_bytes: bool) {
