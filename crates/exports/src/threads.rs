@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
 use std::thread::JoinHandle;
 
 use devsplice_core::{Error, ErrorKind, Result, Stack};
-use devsplice_engine::{Counts, Export, Lane, Served, Shared, Stuck, Worker};
+use devsplice_engine::{Counts, Export, FileId, Lane, Served, Shared, Stuck, Worker};
 use devsplice_uring::{Brief, Bytes, Config, FileKind, LaneMemory, RingFile, Uring};
 use rustix::thread::{CpuSet, sched_setaffinity};
 
@@ -30,6 +30,20 @@ impl Bottom {
     #[must_use]
     pub fn needs_memory(&self) -> bool {
         matches!(self, Bottom::Bytes(_))
+    }
+
+    /// Gives a ring its own hold of it; what the ring calls it.
+    ///
+    /// # Errors
+    /// If there is no further descriptor, or the ring has no room.
+    pub(crate) fn add_to(&self, ring: &mut Uring) -> Result<FileId> {
+        match self {
+            Bottom::File { fd, kind } => {
+                let fd = fd.try_clone().map_err(|error| Error::os("a file's copy", &error))?;
+                ring.add_file(RingFile { fd, kind: *kind })
+            }
+            Bottom::Bytes(bytes) => ring.add_bytes(Arc::clone(bytes)),
+        }
     }
 }
 
@@ -365,13 +379,7 @@ impl Part {
         let brief = pool.as_ref().map(|_| ring.be_brief()).transpose()?;
         let mut bottoms = Vec::new();
         for bottom in opened {
-            bottoms.push(match bottom {
-                Bottom::File { fd, kind } => {
-                    let fd = fd.try_clone().map_err(|error| Error::os("a file's copy", &error))?;
-                    ring.add_file(RingFile { fd, kind: *kind })?
-                }
-                Bottom::Bytes(bytes) => ring.add_bytes(Arc::clone(bytes))?,
-            });
+            bottoms.push(bottom.add_to(&mut ring)?);
         }
         let mut lanes = Vec::new();
         for queue in queues {

@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use devsplice_core::{Errno, Error, ErrorKind, Io, Result, Stack};
 use devsplice_engine::{Completion, Counts, Export, Inbox, Lane, Request, Served, Shared, Worker};
-use devsplice_uring::{Config, LaneMemory, RingFile, Uring};
+use devsplice_uring::{Config, LaneMemory, Uring};
 
 use crate::threads::Bottom;
 
@@ -135,13 +135,7 @@ fn serve(
     for side in sides {
         let mut files = Vec::new();
         for bottom in &side.bottoms {
-            files.push(match bottom {
-                Bottom::File { fd, kind } => {
-                    let fd = fd.try_clone().map_err(|error| Error::os("a file's copy", &error))?;
-                    ring.add_file(RingFile { fd, kind: *kind })?
-                }
-                Bottom::Bytes(bytes) => ring.add_bytes(Arc::clone(bytes))?,
-            });
+            files.push(bottom.add_to(&mut ring)?);
         }
         let queue = Queue { lane: 0, depth: size.depth, desk: Arc::clone(&desk) };
         made.push(Lane::new(Box::new(queue), Arc::clone(&side.served), files.into()));
