@@ -133,10 +133,7 @@ type Asks = fn(&More) -> bool;
 
 /// What is not supported yet: whether a device asks for it, and what it is. Whoever adds one of
 /// them takes its line out and tells the device in [`Wish::options`] or [`Wish::extra`].
-const MISSING: &[(Asks, &str)] = &[
-    (|more| more.rotates, "--rotate_auto_buf"),
-    (|more| more.unprivileged, "UBLK_F_UNPRIVILEGED_DEV"),
-];
+const MISSING: &[(Asks, &str)] = &[(|more| more.unprivileged, "UBLK_F_UNPRIVILEGED_DEV")];
 
 /// Bytes of a device that has nothing below.
 const NULL_SIZE: u64 = 250 << 30;
@@ -201,6 +198,7 @@ impl Wish {
                 .option("die_during_fetch")
                 .is_ok_and(|die| die.unwrap_or(0_u64) > 0),
             per_io: self.more.per_io,
+            rotates: self.more.rotates,
             no_slots: self.copy == CopyMode::Fallback,
             ..Extra::default()
         }
@@ -367,13 +365,9 @@ mod tests {
     #[test]
     fn what_is_not_there_is_said() {
         assert!(Wish::default().check().is_ok());
-        for more in [
-            More { rotates: true, ..More::default() },
-            More { unprivileged: true, ..More::default() },
-        ] {
-            let error = Wish { more, ..Wish::default() }.check().unwrap_err();
-            assert!(error.to_string().contains("not supported by devsplice yet"), "{error}");
-        }
+        let more = More { unprivileged: true, ..More::default() };
+        let error = Wish { more, ..Wish::default() }.check().unwrap_err();
+        assert!(error.to_string().contains("not supported by devsplice yet"), "{error}");
     }
 
     #[test]

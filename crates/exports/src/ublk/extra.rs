@@ -11,8 +11,8 @@ use rustix::process::Signal;
 use super::DataPath;
 use super::integrity::Integrity;
 use super::uapi::{
-    DevInfo, F_INTEGRITY, F_IO_DESC_SIZE, F_NEED_GET_DATA, F_PER_IO_DAEMON, F_SHMEM_ZC, IoDesc,
-    PARAM_DMA_ALIGN, PARAM_SEGMENT, Params,
+    DevInfo, F_BATCH_IO, F_INTEGRITY, F_IO_DESC_SIZE, F_NEED_GET_DATA, F_PER_IO_DAEMON, F_SHMEM_ZC,
+    IoDesc, PARAM_DMA_ALIGN, PARAM_SEGMENT, Params,
 };
 
 /// What memory the requests of a device have, whatever lies below.
@@ -49,6 +49,8 @@ pub struct Extra {
     /// Whether requests that come one at a time are served with fewer calls, at the price of some
     /// work where a request is of several pieces (`DataPath::AutoRegister`, not in batches).
     pub low_depth: bool,
+    /// Whether each tag has two slots that take turns (`DataPath::AutoRegister` in batches alone).
+    pub rotates: bool,
     /// Whether all slots are taken, so that every request has to fall back to a copy.
     pub no_slots: bool,
     /// What else is done to the ring of each queue's thread, for tests.
@@ -85,6 +87,9 @@ impl Extra {
         }
         if self.no_slots && path != DataPath::AutoRegister {
             return Err(Error::invalid("ublk", format!("the {path} path needs its slots")));
+        }
+        if self.rotates && (path != DataPath::AutoRegister || info.flags & F_BATCH_IO == 0) {
+            return Err(Error::invalid("ublk", "slots take turns on auto-register in batches"));
         }
         info.flags |= self.flags();
         info.io_desc_size = self.descriptor_bytes.unwrap_or(0);
@@ -305,6 +310,11 @@ mod tests {
         let no_slots = Extra { no_slots: true, ..Extra::default() };
         assert!(no_slots.wish(&mut info, DataPath::AutoRegister).is_ok());
         assert!(no_slots.wish(&mut info, DataPath::Copy).is_err());
+        let rotating = Extra { rotates: true, ..Extra::default() };
+        assert!(rotating.wish(&mut info, DataPath::AutoRegister).is_err());
+        info.flags |= F_BATCH_IO;
+        assert!(rotating.wish(&mut info, DataPath::AutoRegister).is_ok());
+        assert!(rotating.wish(&mut info, DataPath::UserCopy).is_err());
         for path in [DataPath::AutoRegister, DataPath::Register, DataPath::UserCopy] {
             assert!(extra.wish(&mut info, path).is_err());
         }

@@ -411,6 +411,10 @@ fn choose_batch(
     // Where the kernel copies, it does so to memory of the thread that committed last.
     let may_share = path != DataPath::Copy && !extra.per_io;
     let is_shared = options.threads > options.queues && may_share;
+    if extra.rotates && is_shared {
+        // The turn of a tag would have to be known to all threads that it may come to.
+        return Err(Error::invalid("ublk", "slots take turns where a queue has one thread"));
+    }
     match options.batch {
         Some(true) if !is_offered => {
             let reason = "this kernel's ublk has none (they came with 7.0)";
@@ -460,9 +464,10 @@ fn shape((options, extra): (&Options, &Extra), info: &DevInfo, path: DataPath) -
     };
     let room = extra.integrity.as_ref().map_or(0, |kept| kept.room(MAX_IO, SECTOR));
     let threads = options.threads.clamp(1, most);
+    let depth = info.queue_depth.div_ceil(if extra.per_io { threads } else { 1 });
     // Zero-copy paths have memory for the requests that fall back; untouched, it costs nothing.
     let memory = LaneMemory {
-        depth: info.queue_depth.div_ceil(if extra.per_io { threads } else { 1 }),
+        depth: if extra.rotates { depth.saturating_mul(2) } else { depth },
         bytes: max_io(info, path) + room,
         slots,
         locked: path == DataPath::Copy,
@@ -531,7 +536,7 @@ fn queue_maker(
         let config = QueueConfig { queue, depth, path, encoded, part };
         let made: Box<dyn Export<Uring>> = if is_batched {
             let is_first = !begun[usize::from(queue)].swap(true, Ordering::Relaxed);
-            let part = batch::Part { is_first, is_shared };
+            let part = batch::Part { is_first, is_shared, rotates: extra.rotates };
             Box::new(BatchQueue::new(config, part, file, descriptors))
         } else {
             Box::new(Queue::new(config, file, descriptors).with_zones(zones.clone()))
@@ -634,6 +639,10 @@ mod tests {
         assert_eq!(choose(None, 3, auto, 0).unwrap(), 0);
         assert_eq!(choose(Some(false), 3, auto, F_BATCH_IO).unwrap(), 0);
         assert_eq!(choose(Some(true), 1, DataPath::Copy, F_BATCH_IO).unwrap(), F_BATCH_IO);
+        let rotating = Extra { rotates: true, ..Extra::default() };
+        let rotating =
+            |threads| choose_batch((&options(Some(true), threads), &rotating), auto, F_BATCH_IO);
+        assert!(rotating(2).is_ok() && rotating(3).is_err());
         let error = choose(Some(true), 1, auto, !F_BATCH_IO).unwrap_err().to_string();
         assert!(error.contains("7.0") && error.contains("auto"), "{error}");
     }
