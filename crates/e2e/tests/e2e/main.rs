@@ -26,6 +26,7 @@ mod reach;
 mod recover;
 mod replay;
 mod rpc;
+mod ublk;
 mod verify;
 mod zoned;
 
@@ -108,6 +109,9 @@ fn groups() -> Vec<Group> {
             reach::add_once(&mut group, kind);
             if kind == home {
                 dialect::add(&mut group, kind);
+                if kind.is_ublk() {
+                    ublk::add(&mut group);
+                }
                 many::add(&mut group, kind);
                 rpc::add(&mut group, kind);
                 adopt::add(&mut group, kind);

@@ -127,8 +127,8 @@ mod tests {
             if self.path != DataPath::AutoRegister {
                 return;
             }
-            let last =
-                std::mem::replace(&mut self.slots[usize::from(element.tag)], { element.buf_index });
+            let slot = &mut self.slots[usize::from(element.tag)];
+            let last = std::mem::replace(slot, element.buf_index);
             let both = [100 + element.tag, 100 + element.tag + DEPTH];
             assert!(both[..1 + usize::from(self.rotates)].contains(&element.buf_index));
             assert_eq!(last == element.buf_index, !self.rotates && last != 0);
