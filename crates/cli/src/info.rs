@@ -50,6 +50,10 @@ fn show(value: &Value) {
     if !features.is_empty() {
         say!("features    {}", features.join(", "));
     }
+    if let Some(file) = value["shared_memory"].as_str() {
+        let path = text("data_path");
+        say!("shared      {file}: the driver knows requests from there; data moves by {path}");
+    }
     say!("recovery    {}", text("recovery"));
     say!("serial      {}", text("serial"));
     say!("stack       {}", text("stack"));

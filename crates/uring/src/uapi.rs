@@ -93,3 +93,5 @@ pub(crate) const FALLOC_ZERO_RANGE: u32 = 16;
 
 pub(crate) const ENTER_GETEVENTS: u32 = 1;
 pub(crate) const ENTER_REGISTERED_RING: u32 = 1 << 4;
+/// `IORING_ENTER_NO_IOWAIT` (since 6.15).
+pub(crate) const ENTER_NO_IOWAIT: u32 = 1 << 7;

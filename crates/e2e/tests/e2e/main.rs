@@ -27,6 +27,7 @@ mod recover;
 mod remote;
 mod replay;
 mod rpc;
+mod ublk;
 mod verify;
 mod zoned;
 
@@ -113,6 +114,9 @@ fn groups() -> Vec<Group> {
             reach::add_once(&mut group, kind);
             if kind == home {
                 dialect::add(&mut group, kind);
+                if kind.is_ublk() {
+                    ublk::add(&mut group);
+                }
                 many::add(&mut group, kind);
                 rpc::add(&mut group, kind);
                 adopt::add(&mut group, kind);
