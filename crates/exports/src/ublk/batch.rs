@@ -217,10 +217,9 @@ impl BatchQueue {
         let Completion { result, flags, .. } = event;
         if flags & CQE_BUFFER != 0 {
             let buffer = u16::try_from(flags >> 16).unwrap_or(u16::MAX);
-            let bytes = u32::try_from(result).unwrap_or(0);
-            for place in 0..u16::try_from(bytes / 2).unwrap_or(u16::MAX) {
-                let tag = ring.tag(self.lane, buffer, place);
-                self.arrived(ring, tag, inbox)?;
+            let count = usize::try_from(result).unwrap_or(0) / 2;
+            for tag in &ring.tags(self.lane, buffer, count)[..count] {
+                self.arrived(ring, *tag, inbox)?;
             }
             if self.part.is_shared {
                 self.kept |= 1 << buffer;

@@ -3,13 +3,13 @@
 
 use devsplice_core::Result;
 use devsplice_engine::{FileId, Pages};
-use devsplice_uring::{Buffers, Command, Uring};
+use devsplice_uring::{Buffers, Command, MOST_TAGS, Uring};
 
 /// Each method as [`Uring`] has it.
 pub(crate) trait Wire {
     fn make_batch(&mut self, lane: u16, sizes: (u16, usize), buffers: Buffers) -> Result<()>;
     fn fetch_tags(&mut self, at: (u16, u32), file: FileId, command: &Command);
-    fn tag(&mut self, lane: u16, buffer: u16, place: u16) -> u16;
+    fn tags(&mut self, lane: u16, buffer: u16, count: usize) -> [u16; MOST_TAGS];
     fn give_buffer(&mut self, lane: u16, buffer: u16);
     fn list(&mut self, lane: u16, words: [u64; 2]);
     fn send_list(&mut self, at: (u16, u32), file: FileId, command: &Command);
@@ -32,7 +32,9 @@ impl Wire for Uring {
     fn fetch_tags(&mut self, at: (u16, u32), file: FileId, command: &Command) {
         self.fetch_tags(at, file, command);
     }
-    fn tag(&mut self, lane: u16, buffer: u16, place: u16) -> u16 { self.tag(lane, buffer, place) }
+    fn tags(&mut self, lane: u16, buffer: u16, count: usize) -> [u16; MOST_TAGS] {
+        self.tags(lane, buffer, count)
+    }
     fn give_buffer(&mut self, lane: u16, buffer: u16) { self.give_buffer(lane, buffer); }
     fn list(&mut self, lane: u16, words: [u64; 2]) { self.list(lane, words); }
     fn send_list(&mut self, at: (u16, u32), file: FileId, command: &Command) {
