@@ -113,7 +113,7 @@ impl Batch {
         // SAFETY: all of the buffer, aligned; zeros where the kernel has written nothing. It has
         // written what counts before the completion that named the buffer, and does not write it
         // again before `give`, which its lane calls later.
-        unsafe { place.cast::<[u16; MOST_TAGS]>().read_volatile() }
+        unsafe { place.cast::<[u16; MOST_TAGS]>().read() }
     }
 
     /// Adds an element: its first words, as many as it has.
