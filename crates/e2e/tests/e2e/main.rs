@@ -26,6 +26,7 @@ mod reach;
 mod recover;
 mod replay;
 mod rpc;
+mod tls;
 mod verify;
 mod zoned;
 
@@ -82,7 +83,9 @@ fn groups() -> Vec<Group> {
     copy::add(&mut copies, home);
     let mut nbd = Group::new("nbd", Ok(()));
     nbd::add(&mut nbd);
-    let mut groups = vec![cli, bad, copies, nbd];
+    let mut tls = Group::new("tls", Ok(()));
+    tls::add(&mut tls);
+    let mut groups = vec![cli, bad, copies, nbd, tls];
     let fuse = [Kind::Fuse].into_iter().chain(FUSE_PATHS.map(Kind::FuseUring));
     for kind in fuse.chain(PATHS.map(Kind::Ublk)) {
         if mode() == Mode::Native && kind.is_ublk() && kind.gate().is_err() {

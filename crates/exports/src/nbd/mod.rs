@@ -8,11 +8,14 @@
 mod connection;
 mod extents;
 mod greet;
+mod guest;
 mod listen;
 mod outbox;
 mod post;
 
+pub use devsplice_nbd::server::Tls;
 pub use devsplice_nbd::uri::Uri;
+pub use devsplice_tls::{Certificates, Server};
 pub use listen::Rule;
 
 use std::sync::Arc;
@@ -37,6 +40,26 @@ const END_LIMIT: Duration = Duration::from_secs(10);
 /// What clients are told to prefer, where the stack has no wish: a page.
 const PREFERRED: u32 = 4096;
 
+/// TLS, where it is spoken.
+#[derive(Clone, Debug)]
+pub struct Secure {
+    /// To whom; not `Off`.
+    pub policy: Tls,
+    /// What is shown, and who is let in.
+    pub server: Server,
+}
+
+impl Secure {
+    fn features(&self) -> Vec<&'static str> {
+        let policy = match self.policy {
+            Tls::Required => "tls-require",
+            Tls::Off | Tls::Offered => "tls-on",
+        };
+        let verify = self.server.verifies().then_some("tls-verify-peer");
+        std::iter::once(policy).chain(verify).collect()
+    }
+}
+
 /// What to serve, where, to whom.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -58,6 +81,8 @@ pub struct Options {
     pub depth: u16,
     /// Seconds after which a request is reported as stuck; 0 for never.
     pub stuck_seconds: u32,
+    /// TLS, where it is spoken.
+    pub secure: Option<Secure>,
 }
 
 /// A disk that clients can connect to.
@@ -66,6 +91,7 @@ pub struct Device {
     crew: Crew,
     post: Arc<Post>,
     greeter: Option<JoinHandle<()>>,
+    features: Vec<&'static str>,
 }
 
 impl Device {
@@ -98,13 +124,15 @@ impl Device {
             offer: offer(options, &limits),
             rules: options.allow.clone(),
             writable: options.writable,
+            secure: options.secure.clone(),
         };
         let greeter = std::thread::Builder::new()
             .name("nbd/greet".to_owned())
             .stack_size(256 << 10)
             .spawn(move || host.run(&listeners))
             .map_err(|error| Error::os("the thread that greets clients", &error))?;
-        Ok(Device { uris, crew, post, greeter: Some(greeter) })
+        let features = options.secure.as_ref().map_or(Vec::new(), Secure::features);
+        Ok(Device { uris, crew, post, greeter: Some(greeter), features })
     }
 
     /// Where it is reached: the first of its addresses.
@@ -118,6 +146,18 @@ impl Device {
     #[must_use]
     pub fn uris(&self) -> &[String] {
         &self.uris
+    }
+
+    /// What it has beyond what all have, in words.
+    #[must_use]
+    pub fn features(&self) -> Vec<&'static str> {
+        self.features.clone()
+    }
+
+    /// Connections whose bytes a thread of this process encrypts and decrypts, with two copies more.
+    #[must_use]
+    pub fn relays(&self) -> usize {
+        self.post.relays()
     }
 
     /// The threads that serve it.

@@ -13,7 +13,8 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("uring", &["core", "engine"]),
     ("nbd", &["core"]),
     ("backends", &["core", "engine", "uring", "nbd"]),
-    ("exports", &["core", "engine", "uring", "nbd"]),
+    ("tls", &["core", "uring"]),
+    ("exports", &["core", "engine", "uring", "nbd", "tls"]),
     ("sim", &["core", "engine", "layers"]),
     ("contract", &["core", "engine", "uring"]),
 ];
