@@ -43,8 +43,9 @@ pub struct Agreed {
 pub enum Outcome {
     /// It goes on.
     Open,
-    /// The server has said that TLS begins. What is not consumed of its bytes was sent too early, by
-    /// whoever can write to the network, and must not be used. [`Handshake::secured`] goes on inside.
+    /// The server has said that TLS begins. What is not consumed of its bytes was sent too early,
+    /// by whoever can write to the network, and must not be used. [`Handshake::secured`] goes on
+    /// inside.
     Secure,
     /// The export is there.
     Chosen(Agreed),

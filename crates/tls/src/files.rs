@@ -23,7 +23,7 @@ use crate::{ClientSide, Handshake, ServerSide};
 /// Most bytes of a file of certificates.
 const MAX_FILE: u64 = 4 << 20;
 
-/// A directory with `ca-cert.pem`, and `ca-crl.pem` where certificates have been revoked; for a server
+/// A directory with `ca-cert.pem`, and `ca-crl.pem` where some have been revoked; for a server
 /// `server-cert.pem` and `server-key.pem`, for a client that shows who it is `client-cert.pem` and
 /// `client-key.pem`.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -94,6 +94,15 @@ impl<S: Side> Handshake<S> {
         Error::new(ErrorKind::Os, "TLS", format!("{} {reason}", self.theirs))
     }
 
+    fn gone(&self) -> Error {
+        // GnuTLS says nothing when a certificate is not to its liking.
+        let why = match self.received {
+            0 => "",
+            _ => " (it may not trust the certificate that it was shown)",
+        };
+        self.lost(&format!("has gone in the middle of a handshake{why}"))
+    }
+
     /// Goes on as far as that is possible without waiting.
     ///
     /// # Errors
@@ -187,7 +196,7 @@ impl<S: Side> Handshake<S> {
                 Ok(count) => drop(self.outgoing.drain(..count)),
                 Err(Errno::AGAIN) => return Ok(false),
                 Err(Errno::INTR) => {}
-                Err(_) => return Err(self.lost("has gone in the middle of a handshake")),
+                Err(_) => return Err(self.gone()),
             }
         }
         Ok(true)
@@ -210,7 +219,7 @@ impl<S: Side> Handshake<S> {
             let mut room = [0; MAX_RECORD];
             let room = &mut room[..wanted - there];
             match rustix::net::recv(&self.socket, &mut *room, RecvFlags::DONTWAIT) {
-                Ok((_, 0)) => return Err(self.lost("has gone in the middle of a handshake")),
+                Ok((_, 0)) => return Err(self.gone()),
                 Ok((_, count)) => {
                     self.received += count;
                     if self.received > MAX_BYTES {
@@ -220,7 +229,7 @@ impl<S: Side> Handshake<S> {
                 }
                 Err(Errno::AGAIN) => return Ok(false),
                 Err(Errno::INTR) => {}
-                Err(_) => return Err(self.lost("has gone in the middle of a handshake")),
+                Err(_) => return Err(self.gone()),
             }
         }
     }

@@ -1,9 +1,8 @@
 //! Answers for TLS around a socket: the handshake, and what comes after it. Whoever uses it has a
 //! socket before and a socket afterwards, from which plain bytes come and to which they go.
 //!
-//! rustls does the handshake ([`Handshake`]). Then either the kernel takes over (`kernel`: kTLS), so
-//! that the socket is as good as any for io_uring, or a thread of ours does (`relay`), between the
-//! real socket and one end of a pair whose other end is the caller's.
+//! rustls does the handshake ([`Handshake`]). Then a thread takes over (`relay`), between the real
+//! socket and one end of a pair whose other end is the caller's.
 #![forbid(unsafe_code)]
 
 mod files;

@@ -2,8 +2,8 @@
 
 use rustls::{AlertDescription, CertificateError, Error, InvalidMessage};
 
-/// Why a connection could not be made, or could not go on. `theirs` is what the peer is called: "the
-/// client", "the server".
+/// Why a connection could not be made, or could not go on. `theirs` is what the peer is called:
+/// "the client", "the server".
 pub(crate) fn reason(error: &Error, theirs: &str) -> String {
     match error {
         Error::InvalidCertificate(what) => format!("{theirs}'s certificate {}", certificate(what)),

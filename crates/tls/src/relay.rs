@@ -1,9 +1,9 @@
 //! Answers for TLS by a thread of this process, where the kernel has none: it moves bytes between
 //! the real socket, where they are encrypted, and one end of a pair, where they are not.
 //!
-//! Each way has one buffer. Nothing is read for a way while its buffer has something, so a peer that
-//! does not take is not read for, either, and nothing grows. The end of one way is carried over as
-//! the end of that way; an error ends both.
+//! Each way has one buffer. Nothing is read for a way while its buffer has something, so a peer
+//! that does not take is not read for, either, and nothing grows. The end of one way is carried
+//! over as the end of that way; an error ends both.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -26,7 +26,7 @@ const PLAIN: usize = 64 << 10;
 const OVERHEAD: usize = 4 << 10;
 /// Encrypted bytes that are taken at a time.
 const CIPHER: usize = 4 * MAX_RECORD;
-/// Encrypted bytes that may wait when more are taken from a peer, whose records may ask for answers.
+/// Encrypted bytes that may wait when more is taken from a peer: its records may ask for answers.
 const MAX_WAITING: usize = 2 * (PLAIN + OVERHEAD);
 /// How long a peer may take to hear that it is over, and to go.
 const LINGER: Duration = Duration::from_secs(10);

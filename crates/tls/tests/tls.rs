@@ -1,5 +1,5 @@
-//! Answers for TLS from socket to socket: what goes in comes out, each end is carried over, and what
-//! is wrong with whom is said.
+//! Answers for TLS from socket to socket: what goes in comes out, each end is carried over, and
+//! what is wrong with whom is said.
 #![allow(clippy::unwrap_used)]
 
 mod authority;

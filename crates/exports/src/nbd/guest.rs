@@ -125,8 +125,7 @@ impl Guest {
 
     /// It has left.
     fn gone(&self) -> Step {
-        let refused = self.handshake.was_refused_without_tls();
-        Step::Gone(refused.then(|| "wants no TLS, which is required (--tls)".to_owned()))
+        Step::Gone(self.handshake.refused().map(|what| format!("{what} (--tls)")))
     }
 
     /// The client has been told that TLS begins.

@@ -154,7 +154,7 @@ impl Device {
         self.features.clone()
     }
 
-    /// Connections whose bytes a thread of this process encrypts and decrypts, with two copies more.
+    /// Connections whose bytes a thread of this process encrypts, with two copies more.
     #[must_use]
     pub fn relays(&self) -> usize {
         self.post.relays()

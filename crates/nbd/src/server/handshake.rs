@@ -100,8 +100,8 @@ pub struct Handshake {
     allocation: Option<Vec<u8>>,
     tls: Tls,
     is_secure: bool,
-    /// TLS was wanted of who has not asked for it.
-    refused: bool,
+    /// What was refused because of TLS, in words that go on from "the client".
+    refused: Option<&'static str>,
 }
 
 impl Handshake {
@@ -124,7 +124,7 @@ impl Handshake {
             allocation: None,
             tls: Tls::Off,
             is_secure: false,
-            refused: false,
+            refused: None,
         }
     }
 
@@ -144,14 +144,15 @@ impl Handshake {
         assert!(self.outcome == Outcome::Secure && self.output.is_empty(), "nobody asked for TLS");
         self.outcome = Outcome::Open;
         self.is_secure = true;
+        self.refused = None;
         self.mode = Mode::Simple;
         self.allocation = None;
     }
 
-    /// Whether the client asked for something without TLS, which it would have needed for that.
+    /// What was refused because of TLS, in words that go on from "the client"; why it may have left.
     #[must_use]
-    pub fn was_refused_without_tls(&self) -> bool {
-        self.refused && !self.is_secure
+    pub fn refused(&self) -> Option<&'static str> {
+        self.refused
     }
 
     /// How it stands. A connection is closed only when [`Handshake::output`] is sent.
@@ -278,7 +279,7 @@ impl Handshake {
     fn option(&mut self, option: u32, data: &[u8]) {
         let is_open = self.tls != Tls::Required || self.is_secure;
         if !is_open && !matches!(option, option::STARTTLS | option::ABORT) {
-            self.refused = true;
+            self.refused = Some("wants no TLS, which is required");
             if option == option::EXPORT_NAME {
                 // It has no way to be refused.
                 self.outcome = Outcome::Closed;
@@ -320,7 +321,10 @@ impl Handshake {
         let (kind, text) = match self.tls {
             _ if !data.is_empty() => (reply::INVALID, "STARTTLS has no data"),
             _ if self.is_secure => (reply::INVALID, "TLS has begun already"),
-            Tls::Off => (reply::POLICY, "this server speaks no TLS"),
+            Tls::Off => {
+                self.refused = Some("wants TLS, which is not spoken here");
+                (reply::POLICY, "this server speaks no TLS")
+            }
             Tls::Offered | Tls::Required => {
                 self.outcome = Outcome::Secure;
                 (reply::ACK, "")
