@@ -104,7 +104,8 @@ fn greet(socket: BorrowedFd<'_>, export: &str) -> Result<Agreed> {
             handshake.sent(count);
         }
         match handshake.outcome() {
-            Outcome::Open => {}
+            // TLS is not asked for yet, so it is not agreed on.
+            Outcome::Open | Outcome::Secure => {}
             Outcome::Chosen(agreed) => {
                 limit(socket, None).map_err(failed)?;
                 return Ok(agreed.clone());
