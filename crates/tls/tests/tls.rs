@@ -17,12 +17,12 @@ use devsplice_core::Result;
 use devsplice_tls::{Certificates, Client, Handshake, Secured, Server, Side};
 
 /// A directory with all that a server and a client need.
-pub struct Room {
-    pub dir: PathBuf,
+struct Room {
+    dir: PathBuf,
 }
 
 impl Room {
-    pub fn new(name: &str) -> Room {
+    fn new(name: &str) -> Room {
         Room::with(name, |dir| {
             let authority = Authority::new(name);
             authority.server(dir, "localhost", (-1, 10));
@@ -30,7 +30,7 @@ impl Room {
         })
     }
 
-    pub fn with(name: &str, fill: impl FnOnce(&Path)) -> Room {
+    fn with(name: &str, fill: impl FnOnce(&Path)) -> Room {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let (id, number) = (std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
         let dir = std::env::temp_dir().join(format!("devsplice-tls-{name}-{id}-{number}"));
@@ -39,11 +39,11 @@ impl Room {
         Room { dir }
     }
 
-    pub fn server(&self, verify: bool) -> Server {
+    fn server(&self, verify: bool) -> Server {
         Server::new(Certificates(self.dir.clone()), verify).unwrap()
     }
 
-    pub fn client(&self) -> Client {
+    fn client(&self) -> Client {
         Client {
             certificates: Some(Certificates(self.dir.clone())),
             verify: true,
