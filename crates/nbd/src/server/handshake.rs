@@ -149,7 +149,7 @@ impl Handshake {
         self.allocation = None;
     }
 
-    /// What was refused because of TLS, in words that go on from "the client"; why it may have left.
+    /// What was refused because of TLS, in words that go on from "the client": why it has left.
     #[must_use]
     pub fn refused(&self) -> Option<&'static str> {
         self.refused
