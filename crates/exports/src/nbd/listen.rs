@@ -136,7 +136,8 @@ impl Listener {
         }
     }
 
-    /// Where it listens, and whether all have to speak TLS there: the port is the one that it has got if none was asked for.
+    /// Where it listens, and whether all have to speak TLS there: the port is the one that it has
+    /// got if none was asked for.
     pub(super) fn uri(&self, export: &str, is_secure: bool) -> Uri {
         let export = export.to_owned();
         let place = match self {
