@@ -10,7 +10,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use authority::Authority;
-use devsplice_e2e::{Call, Group, MIB, Outcome, Ran, Room, call, need_tool, wait_until};
+use devsplice_e2e::{Call, Group, MIB, Outcome, Ran, Room, Running, call, need_tool, wait_until};
 use serde_json::Value;
 
 pub fn add(group: &mut Group) {
@@ -21,6 +21,8 @@ pub fn add(group: &mut Group) {
     group.add("what_is_sent_behind_starttls_ends_the_connection", injected);
     group.add("clients_without_tls_are_served_where_it_is_offered", offered);
     group.add("renewed_certificates_need_no_restart", renewed);
+    group.add("a_servers_disk_is_read_and_written_inside_tls", client);
+    group.add("a_server_that_is_not_who_it_should_be_is_refused_by_reason", strangers);
     group.add("options_of_tls_that_make_no_sense_are_refused_by_name", options);
 }
 
@@ -290,6 +292,83 @@ fn renewed() -> Outcome {
     let _ = certificates(&room, "pki");
     let _ = tool(&room, "nbdinfo", &[&secret.tcp(&files)]).ok();
     secret.remove();
+    Ok(())
+}
+
+/// nbdkit, which does TLS by GnuTLS.
+struct Kit<'a> {
+    room: &'a Room,
+    running: Option<Running>,
+}
+
+impl<'a> Kit<'a> {
+    fn new(room: &'a Room, options: &[&str]) -> Kit<'a> {
+        let mut kit = Kit { room, running: None };
+        kit.start(options);
+        kit
+    }
+
+    fn start(&mut self, options: &[&str]) {
+        let socket = self.room.path("kit.sock");
+        let _ = std::fs::remove_file(&socket);
+        let arguments = [&["-f", "-U", &socket][..], options].concat();
+        let kit = call("nbdkit", arguments).dir(&self.room.dir).limit(300);
+        self.running = Some(kit.start());
+        wait_until(20, "nbdkit listens", || Path::new(&socket).exists());
+    }
+
+    fn uri(&self, certificates: &str) -> String {
+        let socket = self.room.path("kit.sock");
+        format!("nbds+unix:///?socket={socket}&tls-certificates={certificates}")
+    }
+}
+
+fn client() -> Outcome {
+    need_tool("nbdkit")?;
+    let room = Room::new();
+    let files = certificates(&room, "pki");
+    let image = room.path("image");
+    let words = (0..4 * MIB as u32).flat_map(u32::to_le_bytes);
+    std::fs::write(&image, words.collect::<Vec<_>>()).unwrap();
+    let tls = format!("--tls-certificates={files}");
+    let kit = Kit::new(&room, &["--tls=require", &tls, "--tls-verify-peer", "memory", "16M"]);
+    let copy = |from: &str, to: &str| room.devsplice(["copy", from, to, "--verify"]).ok();
+    let _ = copy(&image, &kit.uri(&files));
+    let _ = copy(&kit.uri(&files), &room.path("back"));
+    assert!(std::fs::read(room.path("back")).unwrap() == std::fs::read(&image).unwrap());
+    // Ours against ours, over TCP, through a layer, and at depth.
+    let secret = Secret::new(&room, "mem:16M", &["--tls-certificates", &files]);
+    let _ = copy(&image, &secret.tcp(&files));
+    let _ = room.devsplice(["compare", &image, &secret.tcp(&files)]).ok();
+    secret.remove();
+    Ok(())
+}
+
+fn strangers() -> Outcome {
+    need_tool("nbdkit")?;
+    let room = Room::new();
+    let (files, other) = (certificates(&room, "pki"), certificates(&room, "other"));
+    let secret = Secret::new(&room, "mem:1M", &["--tls-certificates", &files, "--tls-verify-peer"]);
+    let nobody = room.path("nobody");
+    std::fs::create_dir_all(&nobody).unwrap();
+    std::fs::copy(format!("{files}/ca-cert.pem"), format!("{nobody}/ca-cert.pem")).unwrap();
+    let named = format!("{}&tls-hostname=elsewhere.example", secret.tcp(&files));
+    for (uri, words) in [
+        (secret.tcp(&other), "the server's certificate is by no authority"),
+        (named, "the server's certificate is not for elsewhere.example"),
+        (secret.plain(), "the server wants TLS"),
+        (secret.tcp(&nobody), ""),
+    ] {
+        let refused = room.devsplice(["map", &uri]).run().ended_with(1);
+        assert!(refused.err.contains(words), "{uri}: {}", refused.err);
+    }
+    assert!(secret.log().contains("the client has shown no certificate"), "{}", secret.log());
+    let any = format!("{}&tls-verify-peer=false", secret.tcp(&files));
+    let _ = room.devsplice(["map", &any]).ok();
+    secret.remove();
+    let kit = Kit::new(&room, &["--tls=off", "memory", "1M"]);
+    let refused = room.devsplice(["map", &kit.uri(&files)]).run().ended_with(1);
+    assert!(refused.err.contains("speaks no TLS"), "{}", refused.err);
     Ok(())
 }
 

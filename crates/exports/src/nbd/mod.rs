@@ -101,14 +101,21 @@ impl Device {
     /// If an address cannot be had; or as the stack, io_uring or memory refuse.
     pub fn attach(options: &Options, service: Service) -> Result<Device> {
         let mut listeners = Vec::new();
+        let is_secure = options.secure.as_ref().is_some_and(|one| one.policy == Tls::Required);
         for uri in &options.listen {
+            if uri.tls.is_some() {
+                let reason = "an address to listen at does not say whether TLS is spoken";
+                return Err(Error::invalid(uri.to_string(), reason)
+                    .next("write nbd://, and --tls require --tls-certificates DIR"));
+            }
             listeners.extend(Listener::open(&uri.place, &options.allow)?);
         }
         if listeners.is_empty() {
             return Err(Error::invalid("--listen", "no address to serve NBD at")
                 .next("--listen unix:/run/disk.sock, or --listen nbd://127.0.0.1"));
         }
-        let uris = listeners.iter().map(|one| one.uri(&options.name).to_string()).collect();
+        let uris =
+            listeners.iter().map(|one| one.uri(&options.name, is_secure).to_string()).collect();
         let limits = *service.stack.limits();
         let threads = options.threads.clamp(1, options.connections.max(1));
         let connections = options.connections.max(1);
