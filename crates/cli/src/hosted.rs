@@ -9,7 +9,8 @@ use devsplice_engine::{Served, Stuck};
 use devsplice_exports::host;
 use devsplice_exports::threads::{Pool, Service};
 use devsplice_exports::{fuse, ublk};
-use devsplice_spec::{Kind, Plan};
+use devsplice_spec::{Kind, Place, Plan};
+use devsplice_uring::{Remote, Standing};
 use serde_json::{Value, json};
 
 use crate::adopt;
@@ -286,6 +287,9 @@ impl Hosted {
         }
         info["threads"] = json!(crew.thread_count());
         info["counts"] = Value::Object(counts);
+        if !crew.remotes.is_empty() {
+            info["servers"] = crew.remotes.iter().map(server).collect();
+        }
         info["layers"] = tell::layers(&crew.served.stack);
         info["events"] = json!(crew.served.events());
         info
@@ -354,11 +358,11 @@ fn lasting(add: &Add, plan: &Plan, is_kept: bool) -> Result<Add> {
 
 /// A bottom whose content goes with its process.
 pub(crate) fn passing(plan: &Plan) -> Option<&str> {
-    let is_passing = |kind: Kind| match kind {
-        Kind::Source(source) => !devsplice_backends::outlives_process(source.name),
+    let is_passing = |place: &Place| match place.kind {
+        Kind::Source(source) => !devsplice_backends::outlives_process(source.name, &place.args),
         Kind::Layer(_) => false,
     };
-    plan.places.iter().find(|place| is_passing(place.kind)).map(|place| place.label.as_str())
+    plan.places.iter().find(|place| is_passing(place)).map(|place| place.label.as_str())
 }
 
 /// Opens a stack to serve it, and writes down what the disk is with it.
@@ -379,6 +383,17 @@ pub(crate) fn open(plan: &Plan, disk: &mut Disk, pool: Option<Arc<Pool>>) -> Res
 
 fn report_stuck(stuck: &Stuck) {
     eprintln!("devsplice: {}", stuck_text(stuck));
+}
+
+/// How things stand with a server below.
+fn server(remote: &Arc<dyn Remote>) -> Value {
+    let Standing { connections, reconnects, last_error } = remote.standing();
+    json!({
+        "uri": remote.name(),
+        "connections": connections,
+        "reconnects": reconnects,
+        "last_error": last_error,
+    })
 }
 
 /// A stuck request in words.

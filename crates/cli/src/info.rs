@@ -66,6 +66,16 @@ fn show(value: &Value) {
             say!("{what:11} {}: {word}", name.replace('_', " "));
         }
     }
+    for server in value["servers"].as_array().into_iter().flatten() {
+        let text = |key: &str| server[key].as_str().unwrap_or("none");
+        say!(
+            "server      {}: {} connections, {} reconnects, last error: {}",
+            text("uri"),
+            server["connections"],
+            server["reconnects"],
+            text("last_error")
+        );
+    }
     tell::show(value);
     let Some(counts) = value["counts"].as_object() else { return };
     let of = |key: &str| counts.get(key).and_then(Value::as_u64).unwrap_or(0);

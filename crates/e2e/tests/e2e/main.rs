@@ -24,6 +24,7 @@ mod ops;
 mod protect;
 mod reach;
 mod recover;
+mod remote;
 mod replay;
 mod rpc;
 mod ublk;
@@ -83,6 +84,7 @@ fn groups() -> Vec<Group> {
     copy::add(&mut copies, home);
     let mut nbd = Group::new("nbd", Ok(()));
     nbd::add(&mut nbd);
+    remote::add_copies(&mut nbd);
     let mut groups = vec![cli, bad, copies, nbd];
     let fuse = [Kind::Fuse].into_iter().chain(FUSE_PATHS.map(Kind::FuseUring));
     for kind in fuse.chain(PATHS.map(Kind::Ublk)) {
@@ -91,6 +93,9 @@ fn groups() -> Vec<Group> {
         }
         let mut group = Group::of(kind);
         verify::add(&mut group, kind);
+        if kind == home || matches!(kind, Kind::Fuse | Kind::FuseUring(_)) {
+            remote::add(&mut group, kind);
+        }
         if kind == Kind::FuseUring(FUSE_PATHS[0]) {
             // No removal by force: Linux 7.3 then ends requests whose pages are still filled, and
             // the memory of whoever tests is overwritten (docs/decisions/014.md).
