@@ -76,6 +76,7 @@ impl Arena {
     ///
     /// # Panics
     /// As [`Arena::address`].
+    #[inline]
     pub(crate) fn place(&self, slot: usize, at: usize, len: usize) -> NonNull<u8> {
         let _ = self.address(slot, at, len);
         // SAFETY: within the mapping: `address` has just asserted that the range is in its slot.
@@ -113,6 +114,7 @@ impl Arena {
     ///
     /// # Panics
     /// If one does.
+    #[inline]
     pub(crate) fn bytes(&mut self, slot: usize) -> &mut [u8] {
         assert_eq!(self.lent[slot], 0, "slot {slot} is in the kernel's hands");
         // SAFETY: `slot` is below the number of slots (indexed above), so the offset is inside the

@@ -24,7 +24,7 @@ pub mod vsock;
 
 pub use bytes::Bytes;
 pub use files::{FileKind, RingFile};
-pub use ring::batch::Buffers;
+pub use ring::batch::{Buffers, MOST_TAGS};
 pub use ring::socket::{MAX_OUTGOING, Outgoing, Wait};
 pub use ring::{
     Brief, Command, Config, FUSE_OP_AT, FuseEntry, FusePayload, LaneMemory, Line, Link, Patience,

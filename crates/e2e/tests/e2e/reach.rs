@@ -1,7 +1,7 @@
 //! Answers for what a disk costs: nothing while it idles, little memory, no more time to make than
 //! the kernel's own loop device.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use devsplice_e2e::{
     Group, Kind, MIB, Outcome, Room, call, deep, engines, kernel_is, need_tool, skip,
@@ -38,24 +38,26 @@ fn idle(kind: Kind) -> Outcome {
         server.status_kib("VmHWM"),
         guard.status_kib("VmRSS")
     );
-    // io_uring's own workers live on for 5 s, and run once more to end. What requests have used is
-    // given back earlier.
-    std::thread::sleep(Duration::from_secs(8));
+    // What requests have used is given back after a second or two.
+    let start = Instant::now();
+    while resident() > MEMORY_KIB && start.elapsed() < Duration::from_secs(8) {
+        std::thread::sleep(Duration::from_millis(500));
+    }
     let after = resident();
-    eprintln!("{}: resident {after} KiB after 8 s", kind.name());
+    eprintln!("{}: resident {after} KiB after {:.1?}", kind.name(), start.elapsed());
     // Each entry of FUSE's io_uring has memory lent to the kernel, which may fill it at any time.
     let keeps_memory = matches!(kind, Kind::FuseUring(_)) && after > MEMORY_KIB;
     let line = format!("{after} KiB are resident, the bound is {MEMORY_KIB}");
     assert!(keeps_memory || after <= MEMORY_KIB, "{line}");
-    // Ticks are samples; one can hit by chance. What uses CPU while idle does
-    // so in each of three windows.
+    // Ticks are samples; one can hit by chance, and io_uring's own workers live on for 5 s, and run
+    // once more to end. What uses CPU while idle does so in each of five windows.
     let ticks = || (server.ticks(), guard.ticks());
     let is_quiet = || {
         let before = ticks();
         std::thread::sleep(Duration::from_secs(3));
         ticks() == before
     };
-    assert!((0..3).any(|_| is_quiet()), "CPU was used while idle");
+    assert!((0..5).any(|_| is_quiet()), "CPU was used while idle");
     // The machine of these kinds has nothing else to do. Before 6.15 a thread cannot say so.
     let waits = kind.is_ublk() && kernel_is(6, 15) && !(0..50).any(|_| nobody_waits_for_a_disk());
     assert!(!waits, "an idle server is counted as one that waits for a disk");

@@ -13,7 +13,7 @@ mod tests {
         Worker,
     };
     use devsplice_uring::uapi::{CQE_BUFFER, CQE_MORE};
-    use devsplice_uring::{Buffers, Command};
+    use devsplice_uring::{Buffers, Command, MOST_TAGS};
     use rustix::fs::MemfdFlags;
     use zerocopy::{FromBytes, IntoBytes};
 
@@ -327,9 +327,11 @@ mod tests {
             self.armed = Some(at(index));
             self.kernel().row.push_back(self.number);
         }
-        fn tag(&mut self, _: u16, buffer: u16, place: u16) -> u16 {
+        fn tags(&mut self, _: u16, buffer: u16, count: usize) -> [u16; MOST_TAGS] {
             assert!(!self.free.contains(&buffer), "read after it was given back");
-            self.buffers[usize::from(buffer)][usize::from(place)]
+            let mut tags = [0; MOST_TAGS];
+            tags[..count].copy_from_slice(&self.buffers[usize::from(buffer)][..count]);
+            tags
         }
         fn give_buffer(&mut self, _: u16, buffer: u16) {
             assert!(!self.free.contains(&buffer) && buffer < BUFFERS);
