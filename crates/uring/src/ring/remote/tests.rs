@@ -259,7 +259,7 @@ impl Client {
         let base =
             if self.has_slots { PAGES[usize::from(tag) * ROOM..].as_ptr() as usize } else { 0 };
         let base = u32::try_from(base).unwrap();
-        let first = len / 2 & !511;
+        let first = (len / 2) & !511;
         let mut parts =
             vec![Part { at: base, len: first }, Part { at: base + first, len: len - first }];
         parts.retain(|part| part.len > 0);
