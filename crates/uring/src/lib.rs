@@ -5,6 +5,7 @@
 //! table or an arena that lives as long as the ring.
 
 mod arena;
+mod bell;
 pub mod blockctl;
 mod bytes;
 pub mod control;
@@ -21,8 +22,9 @@ mod submit;
 pub mod thread;
 pub mod uapi;
 
+pub use bell::Bell;
 pub use bytes::Bytes;
-pub use files::{FileKind, RingFile};
+pub use files::{FileKind, RingFile, zeroes};
 pub use ring::batch::Buffers;
 pub use ring::socket::{MAX_OUTGOING, Outgoing, Wait};
 pub use ring::{
