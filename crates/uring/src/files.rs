@@ -50,7 +50,7 @@ pub(crate) enum DiscardWay {
 /// A registered file.
 pub(crate) struct Slot {
     /// Keeps the file open; the kernel's table has its own reference.
-    pub(crate) _fd: OwnedFd,
+    pub(crate) fd: OwnedFd,
     /// Served by helpers instead; the file is what they ring with.
     pub(crate) bytes: Option<Arc<dyn Bytes>>,
     pub(crate) unmap: ZeroWay,
@@ -64,7 +64,7 @@ impl Slot {
             FileKind::Block => DiscardWay::Command,
             FileKind::Regular | FileKind::Other => DiscardWay::Punch,
         };
-        Slot { _fd: file.fd, bytes: None, unmap: ZeroWay::Punch, keep: ZeroWay::Range, discard }
+        Slot { fd: file.fd, bytes: None, unmap: ZeroWay::Punch, keep: ZeroWay::Range, discard }
     }
 
     pub(crate) fn zero_way(&self, unmap: bool) -> ZeroWay {

@@ -8,12 +8,15 @@ mod client;
 mod fuse;
 mod helped;
 mod kept;
+mod remote;
 mod slots;
 pub(crate) mod socket;
+mod transfers;
 mod waits;
 
 pub use brief::Brief;
 pub use fuse::{FUSE_OP_AT, FuseEntry, FusePayload};
+pub use remote::{Line, Link, Patience, Remote, Standing};
 pub use slots::Slots;
 
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -32,7 +35,7 @@ use crate::files::{FileKind, RingFile, Slot};
 use crate::setup::{self, Cqe};
 use crate::splice::{DATA_AT, Flight, ZEROES_LEN, simple, simple_entry};
 use crate::submit::Queues;
-use crate::uapi::{OP_READ, OP_TIMEOUT, OP_URING_CMD, OP_WRITE, SQE_FIXED_FILE, Sqe};
+use crate::uapi::{OP_TIMEOUT, OP_URING_CMD, SQE_FIXED_FILE, Sqe};
 
 /// What memory a lane's requests have.
 #[derive(Clone, Copy, Debug)]
@@ -101,6 +104,8 @@ const KIND_SENT: u64 = 10 << KIND_SHIFT;
 const KIND_FUSE: u64 = 11 << KIND_SHIFT;
 /// Nobody wants to know.
 const KIND_NOTHING: u64 = 12 << KIND_SHIFT;
+/// Of a connection to a server.
+const KIND_REMOTE: u64 = 13 << KIND_SHIFT;
 const KIND_MASK: u64 = 0xff << KIND_SHIFT;
 
 /// Files of the ring itself: what reads as zeros.
@@ -109,7 +114,7 @@ const OWN_FILES: u16 = 1;
 /// `struct __kernel_timespec`.
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
-struct Timespec {
+pub(crate) struct Timespec {
     seconds: i64,
     nanoseconds: i64,
 }
@@ -123,6 +128,8 @@ pub struct Uring {
     pub(crate) queues: Queues,
     // Before the memory that they are lent.
     helpers: Option<Helpers>,
+    /// If there are places behind sockets.
+    remotes: Option<Box<remote::Remotes>>,
     files: Vec<Slot>,
     file_room: u16,
     flights: Box<[Flight]>,
@@ -198,6 +205,7 @@ impl Uring {
         let mut ring = Uring {
             queues,
             helpers: None,
+            remotes: None,
             files: Vec::with_capacity(usize::from(config.files + OWN_FILES)),
             file_room: config.files + OWN_FILES,
             flights: vec![Flight::IDLE; config.flights as usize].into(),
@@ -252,48 +260,6 @@ impl Uring {
             Some(arena) => arena,
             None => panic!("lane {lane} has no memory of its own"),
         }
-    }
-
-    /// Reads from `file` at `off` into bytes `at..at + len` of a tag's memory. The completion's
-    /// index is `index`, whose low half must be the tag.
-    pub fn read(
-        &mut self,
-        (lane, index): (u16, u32),
-        file: FileId,
-        off: u64,
-        range: (usize, usize),
-    ) {
-        self.move_memory(OP_READ, (lane, index), file, off, range);
-    }
-
-    /// Writes bytes `at..at + len` of a tag's memory to `file` at `off`; as [`Uring::read`].
-    pub fn write(
-        &mut self,
-        (lane, index): (u16, u32),
-        file: FileId,
-        off: u64,
-        range: (usize, usize),
-    ) {
-        self.move_memory(OP_WRITE, (lane, index), file, off, range);
-    }
-
-    fn move_memory(
-        &mut self,
-        opcode: u8,
-        (lane, index): (u16, u32),
-        file: FileId,
-        off: u64,
-        (at, len): (usize, usize),
-    ) {
-        let tag = tag_of(index);
-        let arena = self.arena(lane);
-        let addr = arena.address(tag, at, len);
-        arena.lend(tag);
-        let len = u32::try_from(len).unwrap_or(u32::MAX);
-        let user_data = KIND_EXPORT_LENT | u64::from(lane) << 32 | u64::from(index);
-        let fd = i32::from(file.0);
-        let flags = SQE_FIXED_FILE;
-        self.queues.push(Sqe { opcode, fd, flags, off, addr, len, user_data, ..Sqe::default() });
     }
 
     /// Sends a command to a character device. With [`Command::lend`], the low half of `index` must
@@ -365,6 +331,7 @@ impl Uring {
     /// Hands over what is queued, and waits for as many completions if none is known of.
     #[inline]
     fn enter_for(&mut self, most: u32) -> Result<()> {
+        let most = if self.remotes.is_some() && self.send_asked() { 0 } else { most };
         if self.brief.is_some() {
             return self.enter_briefly(most > 0);
         }
@@ -393,8 +360,13 @@ impl Uring {
         }
     }
 
-    /// What helpers of byte backends have done.
+    /// What helpers of byte backends and servers have done.
     fn helped_event(&mut self) -> Option<Event> {
+        if self.remotes.is_some()
+            && let Some((key, result)) = self.landed_far()
+        {
+            return Some(Event::Splice { key, result });
+        }
         if self.helpers.is_some() { self.landed() } else { None }
     }
 
@@ -426,6 +398,10 @@ impl Uring {
             KIND_SENT => self.sent(lane),
             KIND_FUSE => self.fuse_completed(lane, index),
             KIND_NOTHING => return None,
+            KIND_REMOTE => {
+                self.remote_event((lane, index), result);
+                return None;
+            }
             KIND_TAGS | KIND_LIST => self.batch_completed(kind, lane, flags),
             _ => self.arena(lane).give_back(tag_of(index)),
         }
@@ -464,6 +440,9 @@ fn tag_of(index: u32) -> usize {
 impl Ring for Uring {
     #[inline]
     fn splice(&mut self, key: u32, splice: &Splice<'_>) {
+        if Uring::is_remote(splice) {
+            return self.ask(key, &{ *splice });
+        }
         match simple(splice) {
             Some(what) => {
                 let user_data = KIND_SIMPLE | u64::from(key);
@@ -581,6 +560,7 @@ impl Ring for Uring {
 
 impl Drop for Uring {
     fn drop(&mut self) {
+        self.hang_up();
         // The kernel takes a closed ring apart at its leisure; until then the files in its table
         // stay open, and locked. So they are let go here.
         setup::drop_file_table(&self.queues.fd);
