@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use devsplice_core::size::show_size;
-use devsplice_core::{Error, Result};
+use devsplice_core::{Error, ErrorKind, Result};
 use devsplice_spec::Plan;
 use serde_json::json;
 
@@ -16,7 +16,7 @@ use crate::assemble::CATALOG;
 use crate::launch::{self, launch};
 use crate::server::Server;
 use crate::state::Disk;
-use crate::{client, front, guard, protect, say, servers, state};
+use crate::{client, front, guard, protect, recover, say, servers, state};
 
 /// How long a server may take to make a disk.
 const LIMIT: Duration = Duration::from_secs(90);
@@ -43,8 +43,27 @@ pub fn run(add: &Add) -> Result<ExitCode> {
         show(add, &server.disk()?);
         return server.run().map(|()| ExitCode::SUCCESS);
     }
-    show(add, &alone(add, &plan)?);
+    let disk = match waiting(add, &plan)? {
+        Some(left) => recover::back(&left)?,
+        None => alone(add, &plan)?,
+    };
+    show(add, &disk);
     Ok(ExitCode::SUCCESS)
+}
+
+/// The disk that is to be served again rather than made.
+fn waiting(add: &Add, plan: &Plan) -> Result<Option<Disk>> {
+    let Some(name) = add.name.as_deref().filter(|_| add.or_recover) else { return Ok(None) };
+    let left = match state::find(name) {
+        Ok(found) if !found.alive && guard::is_kept(&found.disk) => found.disk,
+        _ => return Ok(None),
+    };
+    if left.stack != plan.to_expression() {
+        let reason = format!("waits for a server with another stack, {}", left.stack);
+        return Err(Error::new(ErrorKind::Busy, name, reason)
+            .next(format!("devsplice recover {name}, then devsplice swap {name}")));
+    }
+    Ok(Some(left))
 }
 
 /// The options with paths that mean the same to a process that is elsewhere.

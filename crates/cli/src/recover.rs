@@ -50,7 +50,10 @@ pub fn recover(recover: &Recover) -> Result<()> {
 
 /// Has a disk served again: by the server of many that it was one of, if that runs, else by a
 /// process of its own.
-fn back(left: &Disk) -> Result<Disk> {
+///
+/// # Errors
+/// As [`again`].
+pub fn back(left: &Disk) -> Result<Disk> {
     let server = left.server.as_deref().filter(|server| servers::find(server).is_ok());
     if let Some(server) = server {
         let disk = client::call_server(server, "recover", &json!({ "disk": left.name }), TAKE)?;
