@@ -6,7 +6,8 @@ use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use devsplice_e2e::{
-    Group, Kind, MIB, Outcome, Process, Room, Server, Talk, call, engines, need, verify, wait_until,
+    Group, Kind, MIB, Mode, Outcome, Process, Room, Server, Talk, call, engines, mode, need,
+    verify, wait_until,
 };
 use devsplice_uring::loopctl;
 use rustix::process::Signal;
@@ -18,9 +19,11 @@ const THREADS: usize = 2;
 const OTHERS: usize = 6;
 /// Milliseconds that making a disk may take.
 const ATTACH_MS: f64 = 10.0;
-/// How many times what the kernel takes for a loop device, where that is more: the machine is
-/// emulated then, or has other things to do.
+/// How many times what the kernel takes for a loop device, where that is more: the machine has
+/// other things to do then.
 const ATTACH_LOOPS: f64 = 4.0;
+/// How many times as long it takes in an emulated machine, where all of it is instructions.
+const EMULATED: f64 = 10.0;
 
 pub fn add(group: &mut Group, kind: Kind) {
     let thousand = kind.is_ublk() && std::env::var_os("DEVSPLICE_E2E_FULL").is_some();
@@ -110,7 +113,8 @@ fn make(
          device {bare:.1} ms",
         kind.name()
     );
-    (disks, (middle, ATTACH_MS.max(bare * ATTACH_LOOPS)))
+    let slow = if mode() == Mode::Vm { EMULATED } else { 1.0 };
+    (disks, (middle, (ATTACH_MS * slow).max(bare * ATTACH_LOOPS)))
 }
 
 fn many(kind: Kind, count: usize) -> Outcome {
