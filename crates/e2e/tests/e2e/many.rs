@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use devsplice_e2e::{
     Group, Kind, MIB, Mode, Outcome, Process, Room, Server, Talk, call, engines, mode, need,
-    verify, wait_until,
+    need_tool, verify, wait_until,
 };
 use devsplice_uring::loopctl;
 use rustix::process::Signal;
@@ -34,6 +34,7 @@ pub fn add(group: &mut Group, kind: Kind) {
     }
     group.alone("many_a_busy_disk_keeps_no_other_waiting", move || fair(kind));
     group.add("many_a_mirror_among_other_disks", move || mirror(kind));
+    group.add("many_one_is_served_by_nbd_time_and_again", move || by_nbd(kind));
     group.alone("many_what_a_dead_server_has_left_is_removed_by_gc", move || left(kind));
     group.add("many_configurations_are_saved_and_loaded_whole", move || configuration(kind));
     if kind.is_ublk() {
@@ -239,6 +240,29 @@ fn mirror(kind: Kind) -> Outcome {
     let dropped = log.lines().find(|line| line.contains("leg at port 1 dropped"));
     assert!(dropped.is_some_and(|line| line.contains(&format!(" {name}: "))), "{log}");
     disk.remove();
+    server.end();
+    Ok(())
+}
+
+/// Each client is a letter to an I/O thread, and so is each question for what is where.
+fn by_nbd(kind: Kind) -> Outcome {
+    need_tool("nbdinfo")?;
+    let room = Room::new();
+    let server = Server::start(&room, &["--threads", "1"]);
+    let prefix = room.name();
+    let (_disks, _) = make(&room, kind, (&mut server.talk(), &prefix), 1);
+    let (name, file, socket) = (format!("{prefix}nbd"), room.file("a", 4 * MIB), room.path("sock"));
+    let listen = format!("unix:{socket}");
+    let add = ["add", &file, "--server", &server.name, "-n", &name, "--listen", &listen];
+    room.devsplice(add).ok();
+    let export = format!("nbd+unix:///{name}?socket={socket}");
+    for _ in 0..3 {
+        let size = call("nbdinfo", ["--size", &export]).limit(20).ok();
+        assert_eq!(size.trim(), (4 * MIB).to_string());
+        let map = call("nbdinfo", ["--map", &export]).limit(20).ok();
+        assert!(map.contains("hole"), "{map}");
+    }
+    room.devsplice(["del", &name]).ok();
     server.end();
     Ok(())
 }
