@@ -175,6 +175,7 @@ fn many(kind: Kind, count: usize) -> Outcome {
 /// Requests that come one at a time, while another disk of the same thread has all that it can do.
 fn fair(kind: Kind) -> Outcome {
     engines()?;
+    need(mode() == Mode::Native, "an emulated machine has no turns to spare for such a load")?;
     let room = Room::new();
     let server = Server::start(&room, &["--threads", "1"]);
     let add = |name: &str| {

@@ -267,7 +267,8 @@ const STEPS: &str = "
     systemctl reload devsplice@UNIT; echo reloaded $? $(systemctl is-active devsplice@UNIT)
     third=$(server); [ $third != $second ] && echo another
     main=$(systemctl show -p MainPID --value devsplice@UNIT); kill -9 $main $third
-    is_back() { now=$(server); [ -n \"$now\" ] && [ $now != $third ] && systemctl -q is-active devsplice@UNIT; }
+    is_up() { systemctl -q is-active devsplice@UNIT; }
+    is_back() { now=$(server); [ -n \"$now\" ] && [ $now != $third ] && is_up; }
     for i in $(seq 100); do is_back && break; sleep 0.1; done
     sleep 0.5; echo back $(systemctl is-active devsplice@UNIT)
     systemctl stop devsplice@UNIT; echo stopped $? $(systemctl is-active devsplice@UNIT)
