@@ -8,10 +8,11 @@ use std::time::Duration;
 
 use devsplice_core::size::show_size;
 use devsplice_core::{Error, ErrorKind, Result};
+use devsplice_exports::nbd;
 use devsplice_spec::Plan;
 use serde_json::json;
 
-use crate::args::{Add, Export};
+use crate::args::Add;
 use crate::assemble::CATALOG;
 use crate::launch::{self, launch};
 use crate::server::Server;
@@ -72,6 +73,12 @@ fn anchored(add: &Add, here: &Path) -> Add {
     if let Some(file) = &mut add.ublk.shared_memory {
         *file = here.join(&*file).to_string_lossy().into_owned();
     }
+    for address in &mut add.listen {
+        // What is none is refused where it is used.
+        if let Ok(uri) = nbd::Uri::parse(address) {
+            *address = uri.anchored(here).to_string();
+        }
+    }
     add
 }
 
@@ -102,12 +109,7 @@ pub fn join(add: &Add, plan: &Plan, server: &str) -> Result<Disk> {
 }
 
 fn start(add: &Add, plan: &Plan) -> Result<Server> {
-    // An address to listen at says what kind of disk is wanted.
-    let is_nbd = add.export == Export::Nbd || !add.listen.is_empty();
-    let choice = match is_nbd {
-        true => front::nbd(add)?,
-        false => front::choose_for(add)?,
-    };
+    let choice = front::choose_for(add)?;
     let guard = guard::start()?;
     Server::start(add, plan, choice, guard)
 }
