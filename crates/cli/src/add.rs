@@ -79,6 +79,9 @@ fn anchored(add: &Add, here: &Path) -> Add {
             *address = uri.anchored(here).to_string();
         }
     }
+    if let Some(dir) = &mut add.tls.tls_certificates {
+        *dir = here.join(&*dir);
+    }
     add
 }
 

@@ -186,7 +186,8 @@ fn fair(kind: Kind) -> Outcome {
     let (busy, other) = (add(&busy), add(&other));
     let node = |node: &std::path::Path| format!("--filename={}", node.display());
     let common = ["--direct=1", "--rw=randread", "--bs=4k", "--ioengine=io_uring"];
-    let deep = ["--name=deep", "--iodepth=32", "--numjobs=2", "--time_based", "--runtime=30"];
+    let deep =
+        ["--name=deep", "--iodepth=32", "--numjobs=2", "--thread", "--time_based", "--runtime=30"];
     let load: Vec<_> = common.iter().chain(&deep).map(|word| (*word).to_owned()).collect();
     let load = call("fio", load.into_iter().chain([node(&busy.node)])).limit(60).start();
     wait_until(20, "load", || busy.count("requests") > 1000);
