@@ -129,6 +129,7 @@ fn nbd_options(add: &Add, name: &str) -> Result<nbd::Options> {
         threads,
         depth: add.depth,
         stuck_seconds: add.stuck_after,
+        secure: add.tls.secure(&here)?,
     })
 }
 
@@ -137,6 +138,14 @@ fn nbd_options(add: &Add, name: &str) -> Result<nbd::Options> {
 /// # Errors
 /// As [`choose`]; and if it is asked for what only another has.
 pub fn choose_for(add: &Add) -> Result<(Export, String)> {
+    // An address to listen at says what kind of disk is wanted.
+    if add.export == Export::Nbd || !add.listen.is_empty() {
+        return nbd(add);
+    }
+    if let Some(option) = add.tls.first() {
+        return Err(Error::invalid(option, "is for disks that are reached by NBD")
+            .next("say where clients connect: --listen nbd://HOST:PORT"));
+    }
     let Some(option) = add.ublk.first() else { return choose(add.export, add.data_path) };
     if add.export == Export::Fuse || add.data_path.fuse().is_some() {
         return Err(Error::invalid(option, "is ublk's; FUSE has none")
@@ -355,7 +364,8 @@ impl Front {
     pub fn features(&self) -> Vec<&'static str> {
         match self {
             Front::Ublk(device) => device.features(),
-            Front::Fuse(_) | Front::Nbd(_) => Vec::new(),
+            Front::Nbd(device) => device.features(),
+            Front::Fuse(_) => Vec::new(),
         }
     }
 
@@ -372,6 +382,14 @@ impl Front {
         match self {
             Front::Ublk(_) | Front::Fuse(_) => None,
             Front::Nbd(device) => Some(device.clients()),
+        }
+    }
+
+    /// Clients that are reached over TLS by a thread of this process.
+    pub fn tls_relays(&self) -> usize {
+        match self {
+            Front::Ublk(_) | Front::Fuse(_) => 0,
+            Front::Nbd(device) => device.relays(),
         }
     }
 

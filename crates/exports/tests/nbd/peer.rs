@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use devsplice_core::{Limits, StackBuilder};
-use devsplice_exports::nbd::{Device, Options, Uri};
+use devsplice_exports::nbd::{Device, Options, Secure, Uri};
 use devsplice_exports::threads::{Bottom, Service};
 use devsplice_nbd::client::{Agreed, Handshake, Outcome, Wish};
 use devsplice_nbd::wire::{self, Reply, can, chunk, command};
@@ -41,6 +41,7 @@ pub struct Wishes {
     pub read_only: bool,
     pub connections: u16,
     pub depth: u16,
+    pub secure: Option<Secure>,
 }
 
 /// A server over a sparse file.
@@ -61,6 +62,7 @@ impl Host {
             read_only: false,
             connections: 8,
             depth: 64,
+            secure: None,
         };
         change(&mut wishes);
         let mut open = std::fs::File::options();
@@ -77,8 +79,8 @@ impl Host {
                 fd: OwnedFd::from(file.try_clone().unwrap()),
                 kind: FileKind::Regular,
             }],
-            on_stuck: |stuck| panic!("{stuck:?}"),
-            on_event: |text| eprintln!("{text}"),
+            on_stuck: Arc::new(|stuck| panic!("{stuck:?}")),
+            on_event: Arc::new(|text| eprintln!("{text}")),
             on_death: |error| panic!("{error}"),
         };
         let options = Options {
@@ -91,6 +93,7 @@ impl Host {
             threads: 2,
             depth: wishes.depth,
             stuck_seconds: 0,
+            secure: wishes.secure,
         };
         let device = Some(Device::attach(&options, service).unwrap());
         Host { device, file, dir }
@@ -177,7 +180,8 @@ impl Peer {
 
     fn greet(socket: OwnedFd, mode: Mode) -> Peer {
         let mut socket = std::fs::File::from(socket);
-        let mut handshake = Handshake::new(Wish { name: "disk".into(), mode, allocation: true });
+        let mut handshake =
+            Handshake::new(Wish { name: "disk".into(), mode, allocation: true, tls: false });
         while *handshake.outcome() == Outcome::Open {
             let count = handshake.output().len();
             socket.write_all(handshake.output()).unwrap();
