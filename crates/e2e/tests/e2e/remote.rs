@@ -166,7 +166,7 @@ fn frozen(kind: Kind) -> Outcome {
     let room = Room::new();
     let image = room.file("served.img", SIZE);
     let kit = Kit::new(&room, &["file", &image]);
-    let disk = room.add(kind, &kit.with("timeout=1s, on-loss=hold"), &[]);
+    let disk = room.add(kind, &kit.with("timeout=3s, on-loss=hold"), &[]);
     let mut running = fio(&room, &disk.node, 2);
     std::thread::sleep(std::time::Duration::from_millis(500));
     kit.process().signal(Signal::STOP);

@@ -136,15 +136,16 @@ impl Remotes {
         for index in 0..self.conns.len() {
             let conn = &self.conns[index];
             let Patience { answer, outage } = conn.remote.patience();
+            // Seconds are counted as they end, so one more than was meant is at least that.
             let now = self.tick;
             let since = |then: u32| now.wrapping_sub(then);
-            if conn.state == State::Up && conn.open > 0 && answer > 0 && since(conn.heard) >= answer
+            if conn.state == State::Up && conn.open > 0 && answer > 0 && since(conn.heard) > answer
             {
                 self.lose(ring, index, format!("it has not answered for {answer} s"));
             }
             let conn = &self.conns[index];
             if let (State::Down, Some(then), Some(outage)) = (conn.state, conn.down_since, outage)
-                && since(then) >= outage
+                && since(then) > outage
             {
                 self.fail(ring, index, &format!("has been away for {outage} s"));
             }
