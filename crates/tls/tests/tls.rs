@@ -271,6 +271,26 @@ fn a_client_that_may_not_come_in_is_told_why() {
 }
 
 #[test]
+fn what_is_revoked_is_refused_on_either_side_and_nothing_else_is() {
+    for (serial, theirs, ours) in [
+        (8, "the client's certificate has been revoked", "the server says"),
+        (7, "the client says", "the server's certificate has been revoked"),
+    ] {
+        let authority = Authority::new("revoked");
+        let room = Room::with("revoked", |dir| {
+            authority.server(dir, "localhost", (-1, 10));
+            authority.client(dir, "somebody", (-1, 10));
+            authority.revoke(dir, 99);
+        });
+        let (server, client) = meet(&room.server(true), &room.client());
+        assert!(server.is_ok() && client.is_ok(), "{:?} {:?}", server.err(), client.err());
+        authority.revoke(&room.dir, serial);
+        let said = words(&room.server(true), &room.client());
+        assert_words(&said, theirs, ours);
+    }
+}
+
+#[test]
 fn who_speaks_no_tls_is_told_so_at_once() {
     let room = Room::new("plain");
     for garbage in [&b"IHAVEOPT"[..], &[0x16, 3, 1, 0xff, 0xff, 0], &[0x17, 3, 3, 0, 1, 0]] {

@@ -3,8 +3,9 @@
 use std::path::Path;
 
 use rcgen::{
-    BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa,
-    KeyPair, KeyUsagePurpose,
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, CertifiedIssuer, DnType,
+    ExtendedKeyUsagePurpose, IsCa, KeyIdMethod, KeyPair, KeyUsagePurpose, RevokedCertParams,
+    SerialNumber,
 };
 
 /// Who signs.
@@ -22,6 +23,27 @@ impl Authority {
         Authority(CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap())
     }
 
+    /// Takes back what has this serial number.
+    #[allow(dead_code)] // Not all who include this do.
+    pub fn revoke(&self, dir: &Path, serial: u64) {
+        let now = time::OffsetDateTime::now_utc();
+        let list = CertificateRevocationListParams {
+            this_update: now - time::Duration::days(1),
+            next_update: now + time::Duration::days(10),
+            crl_number: SerialNumber::from(1),
+            issuing_distribution_point: None,
+            revoked_certs: vec![RevokedCertParams {
+                serial_number: SerialNumber::from(serial),
+                revocation_time: now - time::Duration::hours(1),
+                reason_code: None,
+                invalidity_date: None,
+            }],
+            key_identifier_method: KeyIdMethod::Sha256,
+        };
+        let list = list.signed_by(&self.0).unwrap();
+        std::fs::write(dir.join("ca-crl.pem"), list.pem().unwrap()).unwrap();
+    }
+
     fn sign(&self, (dir, what): (&Path, &str), name: &str, days: Days) {
         let key = KeyPair::generate().unwrap();
         let mut params =
@@ -31,6 +53,7 @@ impl Authority {
             "server" => ExtendedKeyUsagePurpose::ServerAuth,
             _ => ExtendedKeyUsagePurpose::ClientAuth,
         }];
+        params.serial_number = Some(SerialNumber::from(if what == "server" { 7 } else { 8 }));
         let now = time::OffsetDateTime::now_utc();
         params.not_before = now + time::Duration::days(days.0);
         params.not_after = now + time::Duration::days(days.1);
