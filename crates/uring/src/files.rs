@@ -5,6 +5,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use crate::bytes::Bytes;
+use crate::ring::in_place::is_in_memory;
 
 /// What a file is, as far as moving data is concerned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,7 +48,9 @@ pub(crate) enum DiscardWay {
 /// A registered file.
 pub(crate) struct Slot {
     /// Keeps the file open; the kernel's table has its own reference.
-    pub(crate) _fd: OwnedFd,
+    pub(crate) fd: OwnedFd,
+    /// It lies in memory and nowhere else.
+    pub(crate) is_in_memory: bool,
     /// Served by helpers instead; the file is what they ring with.
     pub(crate) bytes: Option<Arc<dyn Bytes>>,
     pub(crate) unmap: ZeroWay,
@@ -61,7 +64,14 @@ impl Slot {
             FileKind::Block => DiscardWay::Command,
             FileKind::Regular | FileKind::Other => DiscardWay::Punch,
         };
-        Slot { _fd: file.fd, bytes: None, unmap: ZeroWay::Punch, keep: ZeroWay::Range, discard }
+        Slot {
+            is_in_memory: file.kind == FileKind::Regular && is_in_memory(&file.fd),
+            fd: file.fd,
+            bytes: None,
+            unmap: ZeroWay::Punch,
+            keep: ZeroWay::Range,
+            discard,
+        }
     }
 
     pub(crate) fn zero_way(&self, unmap: bool) -> ZeroWay {

@@ -24,6 +24,7 @@ pub mod uapi;
 pub use bytes::Bytes;
 pub use files::{FileKind, RingFile};
 pub use ring::batch::Buffers;
+pub use ring::in_place::is_in_memory;
 pub use ring::socket::{MAX_OUTGOING, Outgoing, Wait};
 pub use ring::{
     Brief, Command, Config, FUSE_OP_AT, FuseEntry, FusePayload, LaneMemory, Prepared, Slots, Uring,

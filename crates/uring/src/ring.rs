@@ -7,7 +7,10 @@ mod brief;
 mod client;
 mod fuse;
 mod helped;
+pub(crate) mod in_place;
 mod kept;
+mod lent;
+mod memory;
 mod slots;
 pub(crate) mod socket;
 mod waits;
@@ -31,7 +34,7 @@ use crate::files::{FileKind, RingFile, Slot};
 use crate::setup::{self, Cqe};
 use crate::splice::{DATA_AT, Flight, ZEROES_LEN, simple, simple_entry};
 use crate::submit::Queues;
-use crate::uapi::{OP_READ, OP_TIMEOUT, OP_URING_CMD, OP_WRITE, SQE_FIXED_FILE, Sqe};
+use crate::uapi::{OP_TIMEOUT, OP_URING_CMD, SQE_FIXED_FILE, Sqe};
 
 /// What memory a lane's requests have.
 #[derive(Clone, Copy, Debug)]
@@ -139,6 +142,10 @@ pub struct Uring {
     messages: Vec<Option<Box<socket::Message>>>,
     /// For the lanes that FUSE uses.
     fuse: Vec<Option<fuse::Headers>>,
+    /// What the thread has carried out itself, if it does.
+    done: Option<in_place::Done>,
+    /// For the lanes whose replies may be sent from files.
+    loans: Vec<Option<lent::Loans>>,
     /// Rung by other threads.
     pub(crate) bell: Option<Arc<OwnedFd>>,
     /// If it shares its thread with other rings.
@@ -208,6 +215,8 @@ impl Uring {
             batches: Vec::new(),
             messages: std::iter::repeat_with(|| None).take(config.lanes.len()).collect(),
             fuse: Vec::new(),
+            done: None,
+            loans: Vec::new(),
             bell: None,
             brief: None,
             start: Instant::now(),
@@ -234,66 +243,6 @@ impl Uring {
             .map_err(|error| Error::os("registering a file with io_uring", &error))?;
         self.files.push(Slot::new(file));
         Ok(FileId(index))
-    }
-
-    /// A tag's memory: [`Uring::DATA_AT`] bytes for headers, then its data.
-    ///
-    /// # Panics
-    /// If an entry that names it is in the kernel's hands, or the lane has no memory.
-    pub fn memory(&mut self, lane: u16, tag: u16) -> &mut [u8] {
-        self.arena(lane).bytes(usize::from(tag))
-    }
-
-    /// Where the data starts in a tag's memory.
-    pub const DATA_AT: usize = DATA_AT;
-
-    fn arena(&mut self, lane: u16) -> &mut Arena {
-        match &mut self.arenas[usize::from(lane)] {
-            Some(arena) => arena,
-            None => panic!("lane {lane} has no memory of its own"),
-        }
-    }
-
-    /// Reads from `file` at `off` into bytes `at..at + len` of a tag's memory. The completion's
-    /// index is `index`, whose low half must be the tag.
-    pub fn read(
-        &mut self,
-        (lane, index): (u16, u32),
-        file: FileId,
-        off: u64,
-        range: (usize, usize),
-    ) {
-        self.move_memory(OP_READ, (lane, index), file, off, range);
-    }
-
-    /// Writes bytes `at..at + len` of a tag's memory to `file` at `off`; as [`Uring::read`].
-    pub fn write(
-        &mut self,
-        (lane, index): (u16, u32),
-        file: FileId,
-        off: u64,
-        range: (usize, usize),
-    ) {
-        self.move_memory(OP_WRITE, (lane, index), file, off, range);
-    }
-
-    fn move_memory(
-        &mut self,
-        opcode: u8,
-        (lane, index): (u16, u32),
-        file: FileId,
-        off: u64,
-        (at, len): (usize, usize),
-    ) {
-        let tag = tag_of(index);
-        let arena = self.arena(lane);
-        let addr = arena.address(tag, at, len);
-        arena.lend(tag);
-        let len = u32::try_from(len).unwrap_or(u32::MAX);
-        let user_data = KIND_EXPORT_LENT | u64::from(lane) << 32 | u64::from(index);
-        let fd = i32::from(file.0);
-        let flags = SQE_FIXED_FILE;
-        self.queues.push(Sqe { opcode, fd, flags, off, addr, len, user_data, ..Sqe::default() });
     }
 
     /// Sends a command to a character device. With [`Command::lend`], the low half of `index` must
@@ -368,6 +317,10 @@ impl Uring {
         if self.brief.is_some() {
             return self.enter_briefly(most > 0);
         }
+        if self.has_done() {
+            // To be reported first: what follows from it is handed over with the rest.
+            return Ok(());
+        }
         let want = if self.queues.has_completions() { 0 } else { most };
         self.enter_once(want)
     }
@@ -393,9 +346,10 @@ impl Uring {
         }
     }
 
-    /// What helpers of byte backends have done.
-    fn helped_event(&mut self) -> Option<Event> {
-        if self.helpers.is_some() { self.landed() } else { None }
+    /// What was done without the kernel's queues: by this thread, or by helpers of byte backends.
+    fn other_event(&mut self) -> Option<Event> {
+        let event = self.next_done();
+        if event.is_none() && self.helpers.is_some() { self.landed() } else { event }
     }
 
     /// What a completion means, if it means something to the engine.
@@ -507,7 +461,7 @@ impl Ring for Uring {
 
     fn next(&mut self) -> Option<Event> {
         loop {
-            let Some(cqe) = self.queues.next() else { return self.helped_event() };
+            let Some(cqe) = self.queues.next() else { return self.other_event() };
             if let Some(event) = self.event(cqe.user_data, cqe.result, cqe.flags) {
                 return Some(event);
             }
@@ -519,7 +473,7 @@ impl Ring for Uring {
         loop {
             let ring = to.ring();
             let Some(cqe) = ring.queues.next() else {
-                match ring.helped_event() {
+                match ring.other_event() {
                     None => return Ok(()),
                     Some(event) => to.take_other(event)?,
                 }
