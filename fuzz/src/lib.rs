@@ -9,11 +9,11 @@ use devsplice_core::prelude::*;
 use devsplice_core::size::{parse_duration_ns, parse_size, show_size};
 use devsplice_exports::fuse::node::{Answer, MAX_WRITE, Node};
 use devsplice_exports::fuse::wire;
-use devsplice_nbd::client::{self, Wish};
+use devsplice_nbd::client::{self, Asks, Said, Wish};
 use devsplice_nbd::limits::{MAX_OPTION, MAX_PAYLOAD, MAX_WAITING};
 use devsplice_nbd::server::{Ask, Handshake, Offer, Outcome, Refusal, Session};
 use devsplice_nbd::uri::Uri;
-use devsplice_nbd::wire::{Reply, can};
+use devsplice_nbd::wire::{Reply, can, command};
 use devsplice_nbd::{Mode, Request};
 use devsplice_spec::{Catalog, Plan};
 
@@ -281,5 +281,40 @@ pub fn nbd_uri(bytes: &[u8]) {
         let shown = uri.to_string();
         let again = Uri::parse(&shown).ok();
         assert_eq!(again.as_ref(), Some(&uri), "{text} became {shown}");
+    }
+}
+
+/// What a server of NBD says to what was asked: nothing is placed outside of it, nothing is taken
+/// that is not there, and it ends.
+pub fn nbd_answers(bytes: &[u8]) {
+    let Some((first, bytes)) = bytes.split_first() else { return };
+    let mode = [Mode::Simple, Mode::Structured, Mode::Extended][usize::from(first % 3)];
+    let (at, len) = (1 << 16, 6000);
+    let mut asks = Asks::new(4);
+    asks.restart(mode, Some(1));
+    for (key, command) in (0..).zip([command::READ, command::WRITE, command::BLOCK_STATUS]) {
+        asks.begin(key, &Request { flags: 0, command, cookie: 0, offset: at, length: len });
+    }
+    let (mut rest, mut open) = (bytes, 3);
+    loop {
+        let Ok((taken, said)) = asks.next(rest) else { return };
+        rest = &rest[taken..];
+        match said {
+            None if taken == 0 => {
+                assert!(asks.room(rest.len()) > 0);
+                return;
+            }
+            None => {}
+            Some(Said::Data { key: 0, at, len: count }) => {
+                assert!(u64::from(at) + u64::from(count) <= len);
+                rest = rest.get(count as usize..).unwrap_or_default();
+            }
+            Some(Said::Hole { key: 0, at, len: count }) => {
+                assert!(u64::from(at) + u64::from(count) <= len);
+            }
+            Some(Said::Done { .. }) => open -= 1,
+            Some(other) => panic!("{other:?}"),
+        }
+        assert!(open >= 0, "more answers than questions");
     }
 }

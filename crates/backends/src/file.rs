@@ -7,13 +7,14 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+use devsplice_core::layer::anchored_path;
 use devsplice_core::limits::{MAX_BLOCK, SECTOR};
 use devsplice_core::{Args, Dma, Error, ErrorKind, Key, Kind, Limits, Result, Source};
 use devsplice_uring::{FileKind, is_in_memory};
 use rustix::fs::{AtFlags, FileType, FlockOperation, Mode, OFlags, StatxFlags};
 
 use crate::sysfs::Device;
-use crate::{Access, Opened};
+use crate::{Access, Body, Opened};
 
 /// `file(path)`.
 pub const SOURCE: Source = Source {
@@ -26,6 +27,7 @@ pub const SOURCE: Source = Source {
         Key::optional("block", Kind::Size, "logical block (the smallest that the file takes)"),
     ],
     main_key: Some("path"),
+    anchored: Some(anchored_path),
 };
 
 /// How long a server that was killed may take to let its files go: the kernel closes the files of a
@@ -106,7 +108,7 @@ fn open_regular(wish: &Wish<'_>) -> Result<Opened> {
     let need = need.unwrap_or(DirectNeed { offset: SECTOR, memory: 1 });
     let size = size_of_file(&fd, wish)?;
     let limits = regular_limits(&fd, wish, need, size)?;
-    Ok(Opened { fd, kind: FileKind::Regular, limits, direct, warnings })
+    Ok(Opened { body: Body::File { fd, kind: FileKind::Regular, direct }, limits, warnings })
 }
 
 /// Opens a file that may grow up to `room` bytes as it is written, and how long it is by now. Its
@@ -128,7 +130,8 @@ pub(crate) fn open_growing(
     }
     let limits = regular_limits(&fd, &wish, need, room)?;
     let filled = u64::try_from(stat.st_size).unwrap_or(0);
-    Ok((Opened { fd, kind: FileKind::Regular, limits, direct, warnings }, filled))
+    let body = Body::File { fd, kind: FileKind::Regular, direct };
+    Ok((Opened { body, limits, warnings }, filled))
 }
 
 fn size_of_file(fd: &OwnedFd, wish: &Wish<'_>) -> Result<u64> {
@@ -328,7 +331,8 @@ fn open_block(wish: &Wish<'_>, rdev: u64) -> Result<Opened> {
         ..Limits::ideal(size)
     };
     let limits = limits.checked().map_err(|error| error.within(wish.path))?;
-    Ok(Opened { fd, kind: FileKind::Block, limits, direct, warnings: Vec::new() })
+    let body = Body::File { fd, kind: FileKind::Block, direct };
+    Ok(Opened { body, limits, warnings: Vec::new() })
 }
 
 fn dma(device: &Device) -> Dma {
@@ -387,7 +391,7 @@ mod tests {
             let opened = file(&[("path", &path), ("direct", direct)]);
             // No direct I/O in this directory; the other way is looked at.
             let Ok(opened) = opened else { continue };
-            let flags = rustix::fs::fcntl_getfl(&opened.fd).unwrap();
+            let flags = rustix::fs::fcntl_getfl(opened.body.file().unwrap()).unwrap();
             assert!(flags.contains(OFlags::NOATIME), "direct={direct}: {flags:?}");
             assert_eq!(flags.contains(OFlags::DIRECT), direct == "on");
         }

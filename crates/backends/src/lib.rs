@@ -3,25 +3,50 @@
 
 pub mod file;
 pub mod mem;
+pub mod nbd;
 mod sysfs;
 pub mod zones;
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 use devsplice_core::{Args, Errno, Error, Limits, Result, Source};
 use devsplice_uring::FileKind;
 
+/// Where the bytes of a bottom are.
+#[derive(Debug)]
+pub enum Body {
+    /// In a file or on a device.
+    File {
+        /// It.
+        fd: OwnedFd,
+        /// What it is, for the ring.
+        kind: FileKind,
+        /// Whether data bypasses the page cache.
+        direct: bool,
+    },
+    /// Behind an NBD server.
+    Server(Arc<nbd::Server>),
+}
+
+impl Body {
+    /// The file, if it is one.
+    #[must_use]
+    pub fn file(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Body::File { fd, .. } => Some(fd.as_fd()),
+            Body::Server(_) => None,
+        }
+    }
+}
+
 /// A bottom that is open.
 #[derive(Debug)]
 pub struct Opened {
-    /// The file or device.
-    pub fd: OwnedFd,
-    /// What it is, for the ring.
-    pub kind: FileKind,
+    /// Where its bytes are.
+    pub body: Body,
     /// What it can do.
     pub limits: Limits,
-    /// Whether data bypasses the page cache.
-    pub direct: bool,
     /// What is not as one would wish.
     pub warnings: Vec<String>,
 }
@@ -41,12 +66,16 @@ pub enum Access {
 }
 
 /// Every kind of bottom.
-pub const SOURCES: &[Source] = &[file::SOURCE, mem::SOURCE, zones::SOURCE];
+pub const SOURCES: &[Source] = &[file::SOURCE, mem::SOURCE, nbd::SOURCE, zones::SOURCE];
 
 /// Whether what is in a bottom of the kind `name` is still there when its process is not.
 #[must_use]
-pub fn outlives_process(name: &str) -> bool {
-    name != mem::SOURCE.name
+pub fn outlives_process(name: &str, args: &Args) -> bool {
+    match name {
+        "mem" => false,
+        "nbd" => nbd::outlives_process(args),
+        _ => true,
+    }
 }
 
 /// Opens a bottom of the kind `name`.
@@ -57,6 +86,7 @@ pub fn open(name: &str, args: &Args, access: Access) -> Result<Opened> {
     match name {
         "file" => file::open(args, access),
         "mem" => mem::open(args),
+        "nbd" => nbd::open(args, access),
         _ => Err(Error::invalid(name, "no such kind of bottom, or one of several files")),
     }
 }
@@ -79,6 +109,10 @@ impl Opened {
     /// # Errors
     /// As the file reports them; `EIO` where it ends early.
     pub fn read_at(&self, at: u64, into: &mut [u8]) -> Result<(), Errno> {
+        let fd = match &self.body {
+            Body::File { fd, .. } => fd.as_fd(),
+            Body::Server(server) => return nbd::read_at(server, at, into),
+        };
         // Direct I/O wants aligned memory; a page satisfies every device.
         const PAGE: usize = 4096;
         let mut room = vec![0_u8; into.len() + PAGE];
@@ -86,7 +120,7 @@ impl Opened {
         let aligned = &mut room[start..start + into.len()];
         let mut done = 0;
         while done < aligned.len() {
-            match rustix::io::pread(self.fd.as_fd(), &mut aligned[done..], at + done as u64) {
+            match rustix::io::pread(fd, &mut aligned[done..], at + done as u64) {
                 Ok(0) => return Err(Errno::EIO),
                 Ok(count) => done += count,
                 Err(rustix::io::Errno::INTR) => {}
@@ -102,6 +136,10 @@ impl Opened {
     /// # Errors
     /// As the file reports them; `EIO` where it takes nothing.
     pub fn write_at(&self, at: u64, bytes: &[u8]) -> Result<(), Errno> {
+        let fd = match &self.body {
+            Body::File { fd, .. } => fd.as_fd(),
+            Body::Server(server) => return nbd::write_at(server, at, bytes),
+        };
         // As for reading.
         const PAGE: usize = 4096;
         let mut room = vec![0_u8; bytes.len() + PAGE];
@@ -110,14 +148,13 @@ impl Opened {
         aligned.copy_from_slice(bytes);
         let mut done = 0;
         while done < aligned.len() {
-            match rustix::io::pwrite(self.fd.as_fd(), &aligned[done..], at + done as u64) {
+            match rustix::io::pwrite(fd, &aligned[done..], at + done as u64) {
                 Ok(0) => return Err(Errno::EIO),
                 Ok(count) => done += count,
                 Err(rustix::io::Errno::INTR) => {}
                 Err(errno) => return Err(Errno::from_result(-errno.raw_os_error())),
             }
         }
-        rustix::fs::fdatasync(self.fd.as_fd())
-            .map_err(|errno| Errno::from_result(-errno.raw_os_error()))
+        rustix::fs::fdatasync(fd).map_err(|errno| Errno::from_result(-errno.raw_os_error()))
     }
 }

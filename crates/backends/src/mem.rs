@@ -6,7 +6,7 @@ use devsplice_core::{Args, Error, Key, Kind, Limits, Result, Source};
 use devsplice_uring::FileKind;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
-use crate::Opened;
+use crate::{Body, Opened};
 
 /// `mem(size)`.
 pub const SOURCE: Source = Source {
@@ -14,6 +14,7 @@ pub const SOURCE: Source = Source {
     about: "memory; contents last as long as the device",
     keys: &[Key::required("size", Kind::Size, "size of the device")],
     main_key: Some("size"),
+    anchored: None,
 };
 
 /// Makes one.
@@ -29,7 +30,8 @@ pub fn open(args: &Args) -> Result<Opened> {
     let fd = memfd_create("devsplice-mem", MemfdFlags::CLOEXEC)
         .map_err(|errno| Error::os(thing(), &errno.into()))?;
     ftruncate(&fd, size).map_err(|errno| Error::os(thing(), &errno.into()))?;
-    Ok(Opened { fd, kind: FileKind::Regular, limits, direct: false, warnings: Vec::new() })
+    let body = Body::File { fd, kind: FileKind::Regular, direct: false };
+    Ok(Opened { body, limits, warnings: Vec::new() })
 }
 
 #[cfg(test)]

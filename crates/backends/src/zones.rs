@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use devsplice_core::layer::anchored_path;
 use devsplice_core::stack::MAX_PORTS;
 use devsplice_core::{Args, Error, ErrorKind, Key, Kind, Result, Source};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -25,6 +26,7 @@ pub const SOURCE: Source = Source {
         Key::optional("direct", Kind::Switch, "bypass the page cache (on where it can be)"),
     ],
     main_key: Some("path"),
+    anchored: Some(anchored_path),
 };
 
 /// What zloop takes unless told otherwise.

@@ -2,6 +2,7 @@
 //! that went.
 
 use std::io::Write;
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -30,6 +31,7 @@ pub fn run(add: &Add) -> Result<ExitCode> {
     }
     let here = std::env::current_dir().map_err(|error| Error::os("current directory", &error))?;
     let plan = Plan::load(&add.stack, &CATALOG)?.anchored(&here)?;
+    let add = &anchored(add, &here);
     if let Some(server) = &add.server {
         let disk = join(add, &plan, server)?;
         show(add, &disk);
@@ -43,6 +45,15 @@ pub fn run(add: &Add) -> Result<ExitCode> {
     }
     show(add, &alone(add, &plan)?);
     Ok(ExitCode::SUCCESS)
+}
+
+/// The options with paths that mean the same to a process that is elsewhere.
+fn anchored(add: &Add, here: &Path) -> Add {
+    let mut add = add.clone();
+    if let Some(file) = &mut add.ublk.shared_memory {
+        *file = here.join(&*file).to_string_lossy().into_owned();
+    }
+    add
 }
 
 /// Makes a disk with a process of its own.
@@ -76,7 +87,7 @@ fn start(add: &Add, plan: &Plan) -> Result<Server> {
     let is_nbd = add.export == Export::Nbd || !add.listen.is_empty();
     let choice = match is_nbd {
         true => front::nbd(add)?,
-        false => front::choose(add.export, add.data_path)?,
+        false => front::choose_for(add)?,
     };
     let guard = guard::start()?;
     Server::start(add, plan, choice, guard)

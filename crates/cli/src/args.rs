@@ -9,10 +9,12 @@ use serde::{Deserialize, Serialize};
 
 mod many;
 mod transfer;
+mod ublk;
 mod watch;
 
 pub use many::{Events, Load, Save, Serve};
 pub use transfer::{Bench, Compare, Copy, Map, Progress, Requests, RwChoice};
+pub use ublk::Ublk;
 pub use watch::{Explain, Metrics, OpChoice, SortChoice, Top, UdevInfo};
 
 use crate::sandbox::Choice;
@@ -60,7 +62,8 @@ pub enum Command {
     Swap(Swap),
     /// Tell a disk's users of the size that what is below it has by now.
     Resize(Resize),
-    /// Stop serving a disk and remove it. Refused while it is mounted or held, unless forced.
+    /// Stop serving a disk and remove it. Refused while it is mounted, held or (Linux 7.0) open,
+    /// unless forced.
     #[command(alias = "stop")]
     Del(Del),
     /// Show the disks that are served here.
@@ -149,6 +152,8 @@ pub enum PathChoice {
     UserCopy,
     /// The kernel copies to and from our memory: one copy (Linux 6.0).
     Copy,
+    /// As copy, but a write comes without its data, which is asked for: another round trip.
+    GetData,
     /// FUSE over io_uring with request pages in slots: no copy (Linux 7.3, if it is switched on).
     FuseZeroCopy,
     /// FUSE over io_uring: one copy (Linux 6.14, if it is switched on).
@@ -178,7 +183,7 @@ impl PathChoice {
             PathChoice::AutoRegister => Some(DataPath::AutoRegister),
             PathChoice::Register => Some(DataPath::Register),
             PathChoice::UserCopy => Some(DataPath::UserCopy),
-            PathChoice::Copy => Some(DataPath::Copy),
+            PathChoice::Copy | PathChoice::GetData => Some(DataPath::Copy),
         }
     }
 }
@@ -257,6 +262,9 @@ pub struct Add {
     /// Which front end makes the disk.
     #[arg(long, value_enum, default_value = "auto")]
     pub export: Export,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub ublk: Ublk,
     /// Where NBD clients connect: unix:PATH, nbd://HOST:PORT or nbd+unix:///?socket=PATH. More
     /// than once for more places. Says `--export nbd`.
     #[arg(long, value_name = "URI")]
@@ -292,7 +300,7 @@ pub struct Add {
     /// Queues [default: ublk one per CPU, at most 4; FUSE one].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     pub queues: Option<u16>,
-    /// I/O threads that serve the queues; more than queues only in batches [default: one each].
+    /// I/O threads that serve the queues; more than queues on ublk alone [default: one each].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     pub threads: Option<u16>,
     /// Requests in flight per queue.
@@ -473,7 +481,7 @@ pub struct Del {
     /// Its name, or its device node.
     #[arg(required_unless_present_any = ["all", "server"])]
     pub name: Option<String>,
-    /// Remove it even while it is mounted or held; whoever uses it gets errors.
+    /// Remove it even while it is mounted, held or open; whoever uses it gets errors.
     #[arg(long)]
     pub force: bool,
     /// Remove every disk that is served here.

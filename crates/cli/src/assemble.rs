@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use devsplice_backends::{Access, Opened};
+use devsplice_backends::{Access, Body, Opened};
 use devsplice_core::probe::MAX_PROBES;
 use devsplice_core::stack::MAX_DEPTH;
 use devsplice_core::{Args, BackendId, Bottoms, Errno, Error, NodeId, Result, Stack, StackBuilder};
@@ -30,8 +30,10 @@ impl Assembled {
 
     /// The stack, and the bottoms as the I/O threads take them.
     pub fn into_parts(self) -> (Arc<Stack>, Vec<Bottom>) {
-        let bottom =
-            |(_, opened): (String, Opened)| Bottom::File { fd: opened.fd, kind: opened.kind };
+        let bottom = |(_, opened): (String, Opened)| match opened.body {
+            Body::File { fd, kind, .. } => Bottom::File { fd, kind },
+            Body::Server(server) => Bottom::Remote(server),
+        };
         (self.stack, self.bottoms.into_iter().map(bottom).collect())
     }
 }

@@ -78,8 +78,8 @@ fn root() -> Finding {
     let result = if is_root {
         Ok("yes".to_owned())
     } else {
-        Err(Error::invalid("not root", "explain, features, doctor and --help work; add needs root")
-            .next("run it with sudo"))
+        let reason = "explain, features, doctor and --help work; add needs root, or --unprivileged";
+        Err(Error::invalid("not root", reason).next("run it with sudo"))
     };
     Finding::of("root", result, Grade::Bad)
 }

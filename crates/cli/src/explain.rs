@@ -1,6 +1,6 @@
 //! Answers for `devsplice explain`: the way of a request down a stack, and every copy on it.
 
-use devsplice_backends::{Access, Opened};
+use devsplice_backends::{Access, Body, Opened};
 use devsplice_core::size::show_size;
 use devsplice_core::{Error, Io, Op, Place, Result, Stack, Stop};
 use devsplice_exports::fuse;
@@ -169,11 +169,18 @@ fn describe_piece(
         Place::Zero => ("nothing", "done without effect", false),
         Place::Backend(id) => match bottoms.get(usize::from(id.0)) {
             Some((label, _)) if !op.has_pages() => (label.as_str(), "no data moves", false),
-            Some((label, opened)) if opened.direct && way.copies == 0 => {
-                (label.as_str(), "the client's own pages, direct", false)
+            Some((label, opened)) => {
+                let (how, cached) = match (&opened.body, way.copies) {
+                    (Body::File { direct: true, .. }, 0) => {
+                        ("the client's own pages, direct", false)
+                    }
+                    (Body::File { direct: true, .. }, _) => ("our memory, direct", false),
+                    (Body::File { .. }, _) => ("through the kernel's page cache", true),
+                    (Body::Server(_), 0) => ("a socket, the client's own pages", false),
+                    (Body::Server(_), _) => ("a socket, our memory", false),
+                };
+                (label.as_str(), how, cached)
             }
-            Some((label, opened)) if opened.direct => (label.as_str(), "our memory, direct", false),
-            Some((label, _)) => (label.as_str(), "through the kernel's page cache", true),
             None => ("?", "?", false),
         },
     };

@@ -41,7 +41,7 @@ impl Suspended {
         let add = add.ok_or_else(|| Error::invalid(&left.name, "its options are lost"))?;
         if let Some(id) = left.ublk_id {
             // Queues and their depth are as they were; the kernel knows them.
-            let options = options(add, 0, add.threads.unwrap_or(0));
+            let options = options(add, add.queues.unwrap_or(0), add.threads.unwrap_or(0));
             let suspended = ublk::Suspended::find_with(id, &options, extra(add))?;
             return Ok(Suspended::Ublk(Box::new(suspended)));
         }
@@ -104,6 +104,7 @@ pub fn nbd(add: &Add) -> Result<(Export, String)> {
         ("--batch", add.batch.forced() == Some(true)),
         ("--id", add.id.is_some()),
         ("--queues", add.queues.is_some()),
+        (add.ublk.first().unwrap_or_default(), add.ublk.first().is_some()),
     ];
     if let Some((option, _)) = misplaced.iter().find(|(_, is_there)| *is_there) {
         return Err(Error::invalid(*option, "a disk that is reached by NBD has no such thing")
@@ -129,6 +130,20 @@ fn nbd_options(add: &Add, name: &str) -> Result<nbd::Options> {
         depth: add.depth,
         stuck_seconds: add.stuck_after,
     })
+}
+
+/// Which front end a disk with these options is to have, and why.
+///
+/// # Errors
+/// As [`choose`]; and if it is asked for what only another has.
+pub fn choose_for(add: &Add) -> Result<(Export, String)> {
+    let Some(option) = add.ublk.first() else { return choose(add.export, add.data_path) };
+    if add.export == Export::Fuse || add.data_path.fuse().is_some() {
+        return Err(Error::invalid(option, "is ublk's; FUSE has none")
+            .next("leave it out, or --export ublk"));
+    }
+    choose(Export::Ublk, add.data_path)
+        .map(|(export, _)| (export, format!("asked for by {option}")))
 }
 
 /// Which front end, and why.
@@ -226,6 +241,12 @@ impl Front {
         }
         let options = options(add, queues, threads);
         let device = ublk::Device::attach_with(&options, extra(add), service, on_made)?;
+        if let Some(file) = &add.ublk.shared_memory
+            && let Err(error) = share(&device, file)
+        {
+            let _ = device.detach();
+            return Err(error);
+        }
         Ok(Front::Ublk(Box::new(device)))
     }
 
@@ -316,9 +337,17 @@ impl Front {
     /// How data moves, in a word.
     pub fn data_path(&self) -> &'static str {
         match self {
-            Front::Ublk(device) => device.data_path().name(),
+            Front::Ublk(device) => device.data_word(),
             Front::Fuse(device) => device.data_path().name(),
             Front::Nbd(_) => "nbd-copy",
+        }
+    }
+
+    /// Bytes that came from and went to memory shared with clients, of a disk that has such.
+    pub fn shared_bytes(&self) -> Option<u64> {
+        match self {
+            Front::Ublk(device) => device.shared_bytes(),
+            Front::Fuse(_) | Front::Nbd(_) => None,
         }
     }
 
@@ -343,6 +372,17 @@ impl Front {
         match self {
             Front::Ublk(_) | Front::Fuse(_) => None,
             Front::Nbd(device) => Some(device.clients()),
+        }
+    }
+
+    /// Sees to it that nobody comes to use the disk before it is removed, where the front end can.
+    ///
+    /// # Errors
+    /// If somebody has it open; it is as before then.
+    pub fn stop_if_unused(&mut self) -> Result<()> {
+        match self {
+            Front::Ublk(device) => device.stop_if_unused(),
+            Front::Fuse(_) | Front::Nbd(_) => Ok(()),
         }
     }
 
@@ -390,7 +430,26 @@ pub fn fuse_options(
 
 /// What else is asked of the driver.
 pub fn extra(add: &Add) -> ublk::Extra {
-    ublk::Extra { low_depth: add.low_depth == Switch::On, ..ublk::Extra::default() }
+    ublk::Extra {
+        low_depth: add.low_depth == Switch::On,
+        need_get_data: add.data_path == PathChoice::GetData,
+        unprivileged: add.ublk.unprivileged,
+        shared_memory: add.ublk.shared_memory.is_some(),
+        ..ublk::Extra::default()
+    }
+}
+
+/// Tells the driver of memory that clients share. What it has pinned stays known to it for as long
+/// as the device is there; the data itself moves as that of all others.
+fn share(device: &ublk::Device, file: &str) -> Result<()> {
+    let mut control = ublk::Control::open()?;
+    match control.share(device.id(), file, false) {
+        // Only writes come from there then.
+        Err(error) if error.kind() == ErrorKind::Permission => {
+            control.share(device.id(), file, true).map(drop)
+        }
+        done => done.map(drop),
+    }
 }
 
 /// What a ublk device is to be; of one that is there already, only what is about threads counts.

@@ -176,7 +176,7 @@ impl Hall {
         if *lock(&self.closed) {
             return Err(Error::new(ErrorKind::Busy, server, "is ending"));
         }
-        let choice = front::choose(add.export, add.data_path)?;
+        let choice = front::choose_for(add)?;
         let claim = Claim::take(add.name.as_deref())?;
         let hosted = Hosted::begin(Wish { add, plan, choice }, claim, self.line())?;
         let disk = hosted.disk().clone();
@@ -248,7 +248,7 @@ impl Hall {
     pub fn remove(&self, name: Option<&str>, force: bool) -> Result<()> {
         let (name, slot) = self.meant(name)?;
         let mut place = lock(&slot);
-        let Some(hosted) = place.as_ref() else {
+        let Some(hosted) = place.as_mut() else {
             return Err(Error::new(ErrorKind::NotFound, name, "is gone"));
         };
         if !force {

@@ -9,7 +9,8 @@ use devsplice_engine::{Served, Stuck};
 use devsplice_exports::host;
 use devsplice_exports::threads::{Pool, Service};
 use devsplice_exports::{fuse, ublk};
-use devsplice_spec::{Kind, Plan};
+use devsplice_spec::{Kind, Place, Plan};
+use devsplice_uring::{Remote, Standing};
 use serde_json::{Value, json};
 
 use crate::adopt;
@@ -218,15 +219,16 @@ impl Hosted {
         format!("{} ({})", self.disk.name, self.disk.device)
     }
 
-    /// Makes sure that it may be removed now: nobody holds it, and everything written to it is
-    /// below.
+    /// Makes sure that it may be removed now: nobody holds it, everything written to it is below,
+    /// and, where the kernel can do that, nobody comes to use it any more.
     ///
     /// # Errors
     /// Why it must not.
-    pub fn release(&self) -> Result<()> {
+    pub fn release(&mut self) -> Result<()> {
+        let thing = self.thing();
         let Disk { name, device, .. } = &self.disk;
-        let busy = |reason: String| Error::new(ErrorKind::Busy, self.thing(), reason);
-        let Phase::Up(front) = &self.phase else {
+        let busy = |reason: String| Error::new(ErrorKind::Busy, thing.clone(), reason);
+        let Phase::Up(front) = &mut self.phase else {
             return Err(busy("is quiesced, requests may be waiting".to_owned())
                 .next("resume it first, or --force to lose them"));
         };
@@ -240,7 +242,11 @@ impl Hosted {
         }
         if !host::is_held(device) {
             if host::sync(device, SYNC_PATIENCE) {
-                return Ok(());
+                return front.stop_if_unused().map_err(|error| match error.kind() {
+                    ErrorKind::Busy => busy("is open in another process".to_owned())
+                        .next("end that first (fuser NODE finds it), or --force to remove it"),
+                    _ => error,
+                });
             }
             let log = state::path(name, "log");
             return Err(busy("data in memory could not be written to it".to_owned())
@@ -261,13 +267,19 @@ impl Hosted {
         info["protection"] = protect::shown();
         info["sandbox"] = sandbox::shown();
         info["held"] = json!(host::is_held(&self.disk.device));
+        let add = self.disk.made_with.as_ref();
+        if let Some(file) = add.and_then(|add| add.ublk.shared_memory.as_ref()) {
+            info["shared_memory"] = json!(file);
+        }
         let Phase::Up(front) = &self.phase else {
             info["state"] = json!("quiesced");
             return info;
         };
         let crew = front.crew();
+        let counted = crew.counts().list().into_iter();
+        let shared = front.shared_bytes().map(|bytes| ("bytes_shared", bytes));
         let counts: serde_json::Map<String, Value> =
-            crew.counts().list().into_iter().map(|(k, v)| (k.to_owned(), v.into())).collect();
+            counted.chain(shared).map(|(k, v)| (k.to_owned(), v.into())).collect();
         info["state"] = json!("live");
         if let Some(clients) = front.clients() {
             info["clients"] = json!(clients);
@@ -275,6 +287,9 @@ impl Hosted {
         }
         info["threads"] = json!(crew.thread_count());
         info["counts"] = Value::Object(counts);
+        if !crew.remotes.is_empty() {
+            info["servers"] = crew.remotes.iter().map(server).collect();
+        }
         info["layers"] = tell::layers(&crew.served.stack);
         info["events"] = json!(crew.served.events());
         info
@@ -343,11 +358,11 @@ fn lasting(add: &Add, plan: &Plan, is_kept: bool) -> Result<Add> {
 
 /// A bottom whose content goes with its process.
 pub(crate) fn passing(plan: &Plan) -> Option<&str> {
-    let is_passing = |kind: Kind| match kind {
-        Kind::Source(source) => !devsplice_backends::outlives_process(source.name),
+    let is_passing = |place: &Place| match place.kind {
+        Kind::Source(source) => !devsplice_backends::outlives_process(source.name, &place.args),
         Kind::Layer(_) => false,
     };
-    plan.places.iter().find(|place| is_passing(place.kind)).map(|place| place.label.as_str())
+    plan.places.iter().find(|place| is_passing(place)).map(|place| place.label.as_str())
 }
 
 /// Opens a stack to serve it, and writes down what the disk is with it.
@@ -368,6 +383,17 @@ pub(crate) fn open(plan: &Plan, disk: &mut Disk, pool: Option<Arc<Pool>>) -> Res
 
 fn report_stuck(stuck: &Stuck) {
     eprintln!("devsplice: {}", stuck_text(stuck));
+}
+
+/// How things stand with a server below.
+fn server(remote: &Arc<dyn Remote>) -> Value {
+    let Standing { connections, reconnects, last_error } = remote.standing();
+    json!({
+        "uri": remote.name(),
+        "connections": connections,
+        "reconnects": reconnects,
+        "last_error": last_error,
+    })
 }
 
 /// A stuck request in words.

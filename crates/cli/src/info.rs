@@ -50,6 +50,10 @@ fn show(value: &Value) {
     if !features.is_empty() {
         say!("features    {}", features.join(", "));
     }
+    if let Some(file) = value["shared_memory"].as_str() {
+        let path = text("data_path");
+        say!("shared      {file}: the driver knows requests from there; data moves by {path}");
+    }
     say!("recovery    {}", text("recovery"));
     say!("serial      {}", text("serial"));
     say!("stack       {}", text("stack"));
@@ -61,6 +65,16 @@ fn show(value: &Value) {
             let word = word.as_str().unwrap_or_default();
             say!("{what:11} {}: {word}", name.replace('_', " "));
         }
+    }
+    for server in value["servers"].as_array().into_iter().flatten() {
+        let text = |key: &str| server[key].as_str().unwrap_or("none");
+        say!(
+            "server      {}: {} connections, {} reconnects, last error: {}",
+            text("uri"),
+            server["connections"],
+            server["reconnects"],
+            text("last_error")
+        );
     }
     tell::show(value);
     let Some(counts) = value["counts"].as_object() else { return };

@@ -130,9 +130,17 @@ impl Disk {
     }
 }
 
-/// Where state lives: DEVSPLICE_RUN, for tests, else /run/devsplice.
+/// Where state lives: DEVSPLICE_RUN, for tests, else /run/devsplice; a user's in the directory that
+/// the user has for such.
 pub fn dir() -> PathBuf {
-    std::env::var_os("DEVSPLICE_RUN").map_or_else(|| PathBuf::from("/run/devsplice"), PathBuf::from)
+    if let Some(run) = std::env::var_os("DEVSPLICE_RUN") {
+        return PathBuf::from(run);
+    }
+    let users = std::env::var_os("XDG_RUNTIME_DIR").filter(|dir| !dir.is_empty());
+    match users.filter(|_| !rustix::process::geteuid().is_root()) {
+        Some(run) => PathBuf::from(run).join("devsplice"),
+        None => PathBuf::from("/run/devsplice"),
+    }
 }
 
 /// The file of `name` with this ending.
@@ -178,7 +186,8 @@ pub fn make_dirs() -> Result<()> {
     let run = dir();
     DirBuilder::new().recursive(true).mode(0o700).create(&run).map_err(|error| {
         let error = Error::os(run.display().to_string(), &error);
-        if error.kind() == ErrorKind::Permission { error.next("run as root") } else { error }
+        let next = "run as root, or set XDG_RUNTIME_DIR or DEVSPLICE_RUN to a directory of yours";
+        if error.kind() == ErrorKind::Permission { error.next(next) } else { error }
     })
 }
 

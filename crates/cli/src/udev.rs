@@ -4,6 +4,7 @@
 use std::path::Path;
 
 use devsplice_core::{Error, ErrorKind, Result};
+use devsplice_exports::ublk;
 
 use crate::args::UdevInfo;
 use crate::say;
@@ -15,6 +16,9 @@ use crate::state::{self, Disk};
 /// If the node is none of a disk of ours; then nothing is printed.
 pub fn run(info: &UdevInfo) -> Result<()> {
     let node = &info.device;
+    if info.owner {
+        return owner(node);
+    }
     let all = state::all()?;
     let file = backing_file(node);
     let ours = all.iter().map(|found| &found.disk).find(|disk| is_of(disk, node, file.as_deref()));
@@ -26,6 +30,25 @@ pub fn run(info: &UdevInfo) -> Result<()> {
         say!("{name}={value}");
     }
     Ok(())
+}
+
+/// Prints who has made a node of ublk, if that was somebody without privileges. The driver is
+/// asked, which waits for no server to tell that.
+fn owner(node: &str) -> Result<()> {
+    let none = || Error::new(ErrorKind::NotFound, node, "is no node of a user's device");
+    let id = ublk_number(node).ok_or_else(none)?;
+    let (user, group) = ublk::Control::open()?.owner(id)?.ok_or_else(none)?;
+    say!("DEVSPLICE_OWNER={user}\nDEVSPLICE_GROUP={group}");
+    Ok(())
+}
+
+/// The number of the device whose node, or whose partition's, this is.
+fn ublk_number(node: &str) -> Option<u32> {
+    let name = node.strip_prefix("/dev/ublkb").or_else(|| node.strip_prefix("/dev/ublkc"))?;
+    let end = name.find(|c: char| !c.is_ascii_digit()).unwrap_or(name.len());
+    let rest = &name[end..];
+    let is_partition = rest.strip_prefix('p').is_some_and(|part| part.parse::<u32>().is_ok());
+    if rest.is_empty() || is_partition { name[..end].parse().ok() } else { None }
 }
 
 /// Whether a node is a disk's. When udev asks first, the server may not know the node yet: the
@@ -78,6 +101,16 @@ fn uuid(machine: &str, name: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    #[test]
+    fn a_node_of_ublk_has_its_devices_number() {
+        let number = super::ublk_number;
+        assert_eq!((number("/dev/ublkb7"), number("/dev/ublkc7")), (Some(7), Some(7)));
+        assert_eq!((number("/dev/ublkb12p3"), number("/dev/ublkb12p")), (Some(12), None));
+        for other in ["/dev/ublkb", "/dev/ublk-control", "/dev/loop1", "ublkb1", "/dev/ublkb1x"] {
+            assert_eq!(number(other), None, "{other}");
+        }
+    }
+
     use super::*;
 
     fn ublk(number: u32) -> Disk {

@@ -11,7 +11,7 @@ use std::process::ExitCode;
 use std::sync::{Arc, RwLock};
 
 use common::{Trials, caught};
-use devsplice_backends::Access;
+use devsplice_backends::{Access, Body};
 use devsplice_contract::backend::{self, Bottom, Subject};
 use devsplice_contract::bench::expect;
 use devsplice_contract::{Ask, Outcome, Suite, Verdict};
@@ -47,7 +47,8 @@ fn opened(kind: &str, keys: &[(&str, String)]) -> Result<Bottom> {
     let given: Vec<_> = keys.iter().map(|(key, value)| ((*key).into(), value.clone())).collect();
     let args = Args::new(kind, source.keys, &given)?;
     let opened = devsplice_backends::open(kind, &args, Access::Serve)?;
-    Ok(Bottom::File { fd: Arc::new(opened.fd), kind: opened.kind, limits: opened.limits })
+    let Body::File { fd, kind, .. } = opened.body else { panic!("{kind} is no file") };
+    Ok(Bottom::File { fd: Arc::new(fd), kind, limits: opened.limits })
 }
 
 fn file(dir: &Path, name: &str, key: Option<(&'static str, &'static str)>) -> Suite {

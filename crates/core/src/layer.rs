@@ -1,5 +1,6 @@
 //! Answers for what a driver is: a layer that says where data goes, and how it is made.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use crate::args::{Args, Key};
@@ -146,4 +147,12 @@ pub struct Source {
     pub keys: &'static [Key],
     /// The key that `name:TEXT` and `name(TEXT)` give without naming it.
     pub main_key: Option<&'static str>,
+    /// Makes a value of the main key that was typed in a directory mean the same in any other.
+    pub anchored: Option<fn(&str, &Path) -> String>,
+}
+
+/// [`Source::anchored`] of a path.
+#[must_use]
+pub fn anchored_path(path: &str, here: &Path) -> String {
+    here.join(path).to_string_lossy().into_owned()
 }

@@ -77,6 +77,14 @@ pub fn kernel_has_file_system(name: &str) -> bool {
     known()
 }
 
+/// Whether the kernel is of this release or a later one.
+#[must_use]
+pub fn kernel_is(major: u32, minor: u32) -> bool {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let mut parts = release.split(['.', '-']).map_while(|part| part.parse::<u32>().ok());
+    (parts.next().unwrap_or(0), parts.next().unwrap_or(0)) >= (major, minor)
+}
+
 /// ublk's data paths, best first, as `--data-path` takes them.
 pub const PATHS: [&str; 4] = ["auto-register", "register", "user-copy", "copy"];
 

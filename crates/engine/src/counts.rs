@@ -124,10 +124,10 @@ impl Shared {
     /// Counts a request that is over.
     #[inline(always)]
     pub(crate) fn finished(&self, op: Op) {
-        if op.has_pages() {
-            one_more(&self.finished[usize::from(matches!(op, Op::Write))]);
-        } else {
-            self.finished_other(op);
+        match op {
+            Op::Read => one_more(&self.finished[0]),
+            Op::Write => one_more(&self.finished[1]),
+            _ => self.finished_other(op),
         }
     }
 

@@ -326,21 +326,22 @@ impl<R: Ring> Worker<R> {
 
     #[inline(always)]
     fn landed(&mut self, key: u32, result: Result<u64, Errno>) {
-        if let Ok(done) = result
-            && let Some((lane, tag)) = self.flights.land(key, done)
-        {
-            return self.settle(lane, tag, 1);
+        match result {
+            Ok(done) => match self.flights.land(key, done) {
+                Some((lane, tag)) => self.settle(lane, tag, 1),
+                None => self.landed_otherwise(key, done),
+            },
+            Err(_) => self.fell_short(key, result),
         }
-        self.landed_otherwise(key, result);
     }
 
     /// As `landed`, for a flight that somebody watches or that is not done whole.
     #[inline(never)]
-    fn landed_otherwise(&mut self, key: u32, result: Result<u64, Errno>) {
+    fn landed_otherwise(&mut self, key: u32, done: u64) {
         let flight = self.flights.get(key);
         let (lane, tag) = (flight.lane, flight.tag);
-        if result != Ok(flight.len) {
-            return self.fell_short(key, result);
+        if done != flight.len {
+            return self.fell_short(key, Ok(done));
         }
         self.record(key);
         self.flights.release(key);

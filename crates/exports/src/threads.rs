@@ -6,7 +6,7 @@ use std::thread::JoinHandle;
 
 use devsplice_core::{Error, ErrorKind, Result, Stack};
 use devsplice_engine::{Counts, Export, FileId, Lane, Served, Shared, Stuck, Worker};
-use devsplice_uring::{Brief, Bytes, Config, FileKind, LaneMemory, RingFile, Uring};
+use devsplice_uring::{Brief, Bytes, Config, FileKind, LaneMemory, Remote, RingFile, Uring};
 use rustix::thread::{CpuSet, sched_setaffinity};
 
 pub use crate::pool::Pool;
@@ -23,6 +23,8 @@ pub enum Bottom {
     },
     /// What helper threads read and write: requests need memory of ours.
     Bytes(Arc<dyn Bytes>),
+    /// A server's, over a connection of each ring.
+    Remote(Arc<dyn Remote>),
 }
 
 impl Bottom {
@@ -43,6 +45,39 @@ impl Bottom {
                 ring.add_file(RingFile { fd, kind: *kind })
             }
             Bottom::Bytes(bytes) => ring.add_bytes(Arc::clone(bytes)),
+            Bottom::Remote(remote) => ring.add_remote(remote),
+        }
+    }
+
+    /// The same again.
+    ///
+    /// # Errors
+    /// If there is no further descriptor.
+    pub fn try_clone(&self) -> Result<Bottom> {
+        Ok(match self {
+            Bottom::File { fd, kind } => {
+                let fd = fd.try_clone().map_err(|error| Error::os("a file's copy", &error))?;
+                Bottom::File { fd, kind: *kind }
+            }
+            Bottom::Bytes(bytes) => Bottom::Bytes(Arc::clone(bytes)),
+            Bottom::Remote(remote) => Bottom::Remote(Arc::clone(remote)),
+        })
+    }
+
+    /// The server, if it is one's.
+    fn remote(&self) -> Option<Arc<dyn Remote>> {
+        match self {
+            Bottom::File { .. } | Bottom::Bytes(_) => None,
+            Bottom::Remote(remote) => Some(Arc::clone(remote)),
+        }
+    }
+
+    /// How many rings it can be given to.
+    #[must_use]
+    pub fn most_rings(&self) -> u16 {
+        match self {
+            Bottom::File { .. } | Bottom::Bytes(_) => u16::MAX,
+            Bottom::Remote(remote) => remote.most_lines(),
         }
     }
 }
@@ -163,6 +198,8 @@ pub struct Crew {
     end: Arc<End>,
     /// What is not as it should be, though the threads run.
     pub warnings: Vec<String>,
+    /// The servers below.
+    pub remotes: Vec<Arc<dyn Remote>>,
 }
 
 impl Crew {
@@ -176,8 +213,20 @@ impl Crew {
             // More would be turned by the same threads.
             shape.threads = shape.threads.min(u16::try_from(pool.thread_count()).unwrap_or(1));
         }
+        let rings = work.service.bottoms.iter().map(Bottom::most_rings).min();
+        shape.threads = shape.threads.min(rings.unwrap_or(u16::MAX));
         let threads = shape.threads.max(1);
         let served = Served::new(work.service.stack.clone(), Box::new(work.service.on_event));
+        let remotes: Vec<_> = work.service.bottoms.iter().filter_map(Bottom::remote).collect();
+        for remote in &remotes {
+            // The server's thread may be the last that knows of it.
+            let served = Arc::downgrade(&served);
+            remote.listen(Box::new(move |text| {
+                if let Some(served) = served.upgrade() {
+                    served.event(text.to_owned());
+                }
+            }));
+        }
         let work = Arc::new(work);
         let (ready, news) = mpsc::channel();
         let mut crew = Crew {
@@ -186,6 +235,7 @@ impl Crew {
             shared: Vec::new(),
             end: Arc::default(),
             warnings: work.service.pool.iter().filter_map(|pool| pool.warning()).collect(),
+            remotes,
         };
         // A queue's first thread is ready before others come to share it.
         for thread in 0..threads {

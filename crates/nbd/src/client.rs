@@ -1,5 +1,10 @@
 //! Answers for what a client says until a server has given it an export (fixed newstyle), with as
-//! much of the protocol as the server speaks.
+//! much of the protocol as the server speaks. What it asks then is in [`asks`].
+
+pub mod asks;
+mod filled;
+
+pub use asks::{Asks, Extent, Said};
 
 use crate::Broken;
 use crate::limits::{MAX_OPTION, MAX_PAYLOAD, MAX_REPLIES};
@@ -30,6 +35,8 @@ pub struct Agreed {
     pub size: u64,
     /// Requests are multiples of this, a power of two.
     pub block: u32,
+    /// Requests are best multiples of this.
+    pub preferred: u32,
     /// Bytes of data that a request may have.
     pub most: u32,
     /// The number of `base:allocation` in replies, where it may be asked for.
@@ -85,6 +92,7 @@ impl Handshake {
             flags: 0,
             size: 0,
             block: 1,
+            preferred: 4096,
             most: MAX_PAYLOAD,
             allocation: None,
         };
@@ -276,11 +284,12 @@ impl Handshake {
             }
             info::BLOCK_SIZE => {
                 let block = fields.u32().ok_or(broken)?;
-                let (_, most) = (fields.u32().ok_or(broken)?, fields.u32().ok_or(broken)?);
-                if !block.is_power_of_two() || block > 64 << 10 || most < block {
+                let (best, most) = (fields.u32().ok_or(broken)?, fields.u32().ok_or(broken)?);
+                if !block.is_power_of_two() || block > 64 << 10 || most < block || best < block {
                     return Err(Broken("block sizes that make no sense"));
                 }
                 self.agreed.block = block;
+                self.agreed.preferred = best;
                 self.agreed.most = most.min(MAX_PAYLOAD) & !(block - 1);
             }
             _ => {}

@@ -1,5 +1,6 @@
 //! Answers for NBD addresses as people write them: `nbd://host:port/export`,
-//! `nbd+unix:///export?socket=PATH`, and the short forms `unix:PATH` and `tcp:HOST:PORT`.
+//! `nbd+unix:///export?socket=PATH`, `nbd+vsock://machine:port/export`, and the short
+//! forms `unix:PATH` and `tcp:HOST:PORT`.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -16,6 +17,8 @@ pub enum Place {
     Unix(PathBuf),
     /// Host (a name or an address, an IPv6 one without its brackets) and port.
     Tcp(String, u16),
+    /// A port of a virtual machine or its host.
+    Vsock(u32, u32),
 }
 
 /// A server and one of its exports.
@@ -60,12 +63,16 @@ impl Uri {
                 let Some(place) = tcp(host) else { return wrong("is no host and port") };
                 Ok(Uri { place, export })
             }
+            ("nbd+vsock", None) => {
+                let Some(place) = vsock(host) else { return wrong("is no machine and port") };
+                Ok(Uri { place, export })
+            }
             ("nbd+unix", Some(path)) if host.is_empty() => {
                 unix(&path, export).or_else(|_| wrong("has an empty socket"))
             }
             ("nbd+unix", Some(_)) => wrong("has a host; write nbd+unix:///, with three slashes"),
             ("nbd+unix", None) => wrong("names no socket"),
-            ("nbd", Some(_)) => wrong("has a socket; write nbd+unix:///"),
+            ("nbd" | "nbd+vsock", Some(_)) => wrong("has a socket; write nbd+unix:///"),
             _ => wrong(&format!("begins with {scheme}://, which is not spoken here")),
         }
     }
@@ -94,6 +101,12 @@ fn tcp(text: &str) -> Option<Place> {
     // What else may stand in a URI's host has no business in a name or address.
     let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-._:".contains(&byte);
     (!host.is_empty() && host.bytes().all(is_plain)).then(|| Place::Tcp(host.to_owned(), port))
+}
+
+fn vsock(text: &str) -> Option<Place> {
+    let (machine, port) = text.split_once(':').unwrap_or((text, ""));
+    let port = if port.is_empty() { u32::from(PORT) } else { port.parse().ok()? };
+    Some(Place::Vsock(machine.parse().ok()?, port))
 }
 
 /// `%41` as `A`.
@@ -136,6 +149,7 @@ impl fmt::Display for Uri {
                 write!(f, "nbd://[{host}]:{port}/{export}")
             }
             Place::Tcp(host, port) => write!(f, "nbd://{host}:{port}/{export}"),
+            Place::Vsock(machine, port) => write!(f, "nbd+vsock://{machine}:{port}/{export}"),
         }
     }
 }
@@ -165,6 +179,8 @@ mod tests {
             ("nbd+unix:///d0?socket=/tmp/a%3Fb", "nbd+unix:///d0?socket=/tmp/a%3Fb"),
             ("unix:/tmp/s", "nbd+unix:///?socket=/tmp/s"),
             ("tcp:127.0.0.1:2", "nbd://127.0.0.1:2/"),
+            ("nbd+vsock://2", "nbd+vsock://2:10809/"),
+            ("nbd+vsock://3:5/x", "nbd+vsock://3:5/x"),
         ] {
             let uri = Uri::parse(text).unwrap();
             assert_eq!(uri.to_string(), shown);
@@ -182,6 +198,9 @@ mod tests {
             "nbd://h:70000",
             "nbd://a:b:c/",
             "nbds://h/",
+            "nbd+vsock://",
+            "nbd+vsock://host:1",
+            "nbd+vsock://2/?socket=/s",
             "nbd+unix:///",
             "nbd+unix://h/?socket=/s",
             "nbd+unix:///?socket=",

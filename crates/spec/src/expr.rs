@@ -4,10 +4,10 @@ use devsplice_core::{Args, Error, Key, Result};
 
 use crate::plan::{Draft, bounded};
 use crate::words::{did_you_mean, located};
-use crate::{Kind, MAX_NESTING, MAX_TEXT, PATH_SOURCE, show};
+use crate::{Kind, MAX_NESTING, MAX_TEXT, PATH_SOURCE, URI_SCHEMES, URI_SOURCE, show};
 
 const WANT_DEVICE: &str =
-    "expected a device: NAME(...), NAME:TEXT, or a path that begins with /, ./ or ../";
+    "expected a device: NAME(...), NAME:TEXT, a path that begins with /, ./ or ../, or nbd://...";
 
 /// Adds what `text` describes to the draft; returns its top.
 pub(crate) fn parse(text: &str, draft: &mut Draft<'_>) -> Result<usize> {
@@ -72,14 +72,14 @@ impl Parser<'_, '_, '_> {
             return Err(located(self.text, start, &Error::invalid("nesting", reason)));
         }
         let rest = self.rest();
-        if rest.starts_with('"') || is_path(rest) {
-            let path = self.word()?;
-            if !is_path(&path) {
+        if rest.starts_with('"') || means_source(rest).is_some() {
+            let value = self.word()?;
+            let Some(source) = means_source(&value) else {
                 self.at = start;
                 return Err(self.wrong(WANT_DEVICE));
-            }
-            let kind = self.kind(PATH_SOURCE, start)?;
-            return self.source(kind, path, start);
+            };
+            let kind = self.kind(source, start)?;
+            return self.source(kind, value, start);
         }
         let name = ident(rest).to_owned();
         if name.is_empty() {
@@ -191,6 +191,9 @@ impl Parser<'_, '_, '_> {
         if self.peek() == Some('"') {
             return self.quoted();
         }
+        if self.peek() == Some('[') {
+            return self.bracketed();
+        }
         let mut open = 0_usize;
         let mut end = self.text.len();
         for (place, c) in self.rest().char_indices() {
@@ -217,6 +220,24 @@ impl Parser<'_, '_, '_> {
         }
         self.at = end;
         Ok(word)
+    }
+
+    /// What stands in brackets, with them.
+    fn bracketed(&mut self) -> Result<String> {
+        let mut open = 0_usize;
+        for (place, c) in self.rest().char_indices() {
+            match c {
+                '[' => open += 1,
+                ']' => open -= 1,
+                _ => {}
+            }
+            if open == 0 {
+                let word = self.rest()[..=place].to_owned();
+                self.at += word.len();
+                return Ok(word);
+            }
+        }
+        Err(self.wrong("this bracket is never closed"))
     }
 
     fn quoted(&mut self) -> Result<String> {
@@ -249,9 +270,16 @@ fn main_key(kind: Kind) -> Result<&'static str> {
     })
 }
 
-/// Whether a text can only mean a path.
-fn is_path(text: &str) -> bool {
-    ["/", "./", "../"].iter().any(|start| text.starts_with(start))
+/// The source that a text means by itself: a path, a URI, or a command in brackets.
+fn means_source(text: &str) -> Option<&'static str> {
+    if ["/", "./", "../"].iter().any(|start| text.starts_with(start)) {
+        return Some(PATH_SOURCE);
+    }
+    let is_part = |c: char| c.is_ascii_alphanumeric() || "+.-".contains(c);
+    let scheme = &text[..text.find(|c| !is_part(c)).unwrap_or(text.len())];
+    let is_uri = text[scheme.len()..].starts_with("://")
+        && URI_SCHEMES.iter().any(|one| scheme == *one || scheme.starts_with(&format!("{one}+")));
+    (is_uri || text.starts_with('[')).then_some(URI_SOURCE)
 }
 
 /// The name or key that `text` begins with.

@@ -24,6 +24,10 @@ pub const MAX_NESTING: usize = 64;
 
 /// The source that a bare path means.
 const PATH_SOURCE: &str = "file";
+/// The source that a bare URI means, and a command in brackets.
+const URI_SOURCE: &str = "nbd";
+/// What such a URI begins with, alone or before a `+`.
+const URI_SCHEMES: &[&str] = &["nbd", "nbds"];
 
 /// The drivers that an expression may name.
 #[derive(Clone, Copy)]

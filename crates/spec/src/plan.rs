@@ -79,12 +79,10 @@ impl Plan {
     pub fn anchored(mut self, dir: &Path) -> Result<Plan> {
         for place in &mut self.places {
             let Kind::Source(source) = place.kind else { continue };
-            if source.main_key != Some("path") {
-                continue;
-            }
-            for (_, path) in place.given.iter_mut().filter(|(key, _)| key == "path") {
-                if Path::new(path).is_relative() {
-                    *path = dir.join(&path).to_string_lossy().into_owned();
+            let Some(anchored) = source.anchored else { continue };
+            for (key, value) in &mut place.given {
+                if source.main_key == Some(key) {
+                    *value = anchored(value, dir);
                 }
             }
             place.args = Args::new(source.name, source.keys, &place.given)?;

@@ -134,3 +134,33 @@ fn bounds_end_in_an_error_and_not_in_an_overflow() {
     assert!(refusal(parse(&wide(4001))).contains("at most 4000 devices, 4001 given"));
     assert!(refusal(parse(&wide(5000))).contains("more than 4096 devices"));
 }
+
+#[test]
+fn an_address_or_a_command_in_brackets_is_a_device() {
+    for (text, shown) in [
+        ("nbd://host/name", "nbd(nbd://host/name)"),
+        ("nbd://[::1]:7/a%2Cb", "nbd(nbd://[::1]:7/a%2Cb)"),
+        (
+            "linear(nbd+unix:///?socket=/s, offset=4k)",
+            "linear(nbd(\"nbd+unix:///?socket=/s\"), offset=4k)",
+        ),
+        ("nbd(nbd+vsock://2:1/, connections=2)", "nbd(nbd+vsock://2:1/, connections=2)"),
+        ("nbd:unix:/s", "nbd(unix:/s)"),
+        ("[ nbdkit memory 1G ]", "nbd(\"[ nbdkit memory 1G ]\")"),
+        (
+            "stripe([ a b, c [d] ], nbds+unix://h)",
+            "stripe(nbd(\"[ a b, c [d] ]\"), nbd(nbds+unix://h))",
+        ),
+    ] {
+        assert_eq!(canonical(text), shown);
+        assert_eq!(canonical(shown), shown);
+    }
+    for (text, word) in [
+        ("[ nbdkit", "never closed"),
+        ("http://h", "no such driver"),
+        ("nbd", "nbd"),
+        ("nbd:", "value"),
+    ] {
+        assert!(refusal(parse(text)).contains(word), "{text}");
+    }
+}

@@ -47,7 +47,7 @@ fn the_examples_of_the_page_work() {
     // The expression and what it means are two or more blanks apart.
     let lines = example(&page, "\n");
     let texts: Vec<_> = lines.lines().filter_map(|line| line.split("  ").next()).collect();
-    assert_eq!(texts.len(), 5);
+    assert_eq!(texts.len(), 6);
     for text in texts {
         parse(text).unwrap_or_else(|error| panic!("{error}"));
     }

@@ -76,6 +76,7 @@ impl Arena {
     ///
     /// # Panics
     /// As [`Arena::address`].
+    #[inline]
     pub(crate) fn place(&self, slot: usize, at: usize, len: usize) -> NonNull<u8> {
         let _ = self.address(slot, at, len);
         // SAFETY: within the mapping: `address` has just asserted that the range is in its slot.
@@ -113,6 +114,7 @@ impl Arena {
     ///
     /// # Panics
     /// If one does.
+    #[inline]
     pub(crate) fn bytes(&mut self, slot: usize) -> &mut [u8] {
         assert_eq!(self.lent[slot], 0, "slot {slot} is in the kernel's hands");
         // SAFETY: `slot` is below the number of slots (indexed above), so the offset is inside the
@@ -121,6 +123,28 @@ impl Arena {
         // SAFETY: the mapping holds initialised (zero-filled) bytes; no queued entry names them
         // (the count above, kept by `Uring`), and `&mut self` excludes other slices.
         unsafe { std::slice::from_raw_parts_mut(start, self.stride) }
+    }
+
+    /// Puts bytes into a range of a slot that is lent, to whoever calls this.
+    ///
+    /// # Panics
+    /// If the range leaves the slot.
+    pub(crate) fn put_lent(&mut self, slot: usize, at: usize, bytes: &[u8]) {
+        let place = self.place(slot, at, bytes.len());
+        // SAFETY: `place` has asserted that the range is inside its slot. It is part of a read,
+        // whose ranges belong to one splice alone, and this one's caller has no entry out that
+        // names them; `bytes` lie in another mapping. No slice of the slot exists: it is lent.
+        unsafe { place.copy_from_nonoverlapping(NonNull::from(bytes).cast(), bytes.len()) };
+    }
+
+    /// As `put_lent`, of zeros.
+    ///
+    /// # Panics
+    /// As there.
+    pub(crate) fn zero_lent(&mut self, slot: usize, at: usize, len: usize) {
+        let place = self.place(slot, at, len);
+        // SAFETY: as in `put_lent`.
+        unsafe { place.write_bytes(0, len) };
     }
 
     /// Copies between two slots that no entry names.

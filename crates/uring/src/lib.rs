@@ -20,13 +20,14 @@ mod splice;
 mod submit;
 pub mod thread;
 pub mod uapi;
+pub mod vsock;
 
 pub use bytes::Bytes;
 pub use files::{FileKind, RingFile};
-pub use ring::batch::Buffers;
+pub use ring::batch::{Buffers, MOST_TAGS};
 pub use ring::in_place::is_in_memory;
 pub use ring::socket::{MAX_OUTGOING, Outgoing, Wait};
 pub use ring::{
-    Brief, Command, Config, FUSE_OP_AT, FuseEntry, FusePayload, LaneMemory, Prepared, Slots, Uring,
-    open,
+    Brief, Command, Config, FUSE_OP_AT, FuseEntry, FusePayload, LaneMemory, Line, Link, Patience,
+    Prepared, Remote, Slots, Standing, Uring, open,
 };

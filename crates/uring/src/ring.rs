@@ -10,13 +10,15 @@ mod helped;
 pub(crate) mod in_place;
 mod kept;
 mod lent;
-mod memory;
+mod remote;
 mod slots;
 pub(crate) mod socket;
+mod transfers;
 mod waits;
 
 pub use brief::Brief;
 pub use fuse::{FUSE_OP_AT, FuseEntry, FusePayload};
+pub use remote::{Line, Link, Patience, Remote, Standing};
 pub use slots::Slots;
 
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -103,6 +105,8 @@ const KIND_SENT: u64 = 10 << KIND_SHIFT;
 const KIND_FUSE: u64 = 11 << KIND_SHIFT;
 /// Nobody wants to know.
 const KIND_NOTHING: u64 = 12 << KIND_SHIFT;
+/// Of a connection to a server.
+const KIND_REMOTE: u64 = 13 << KIND_SHIFT;
 const KIND_MASK: u64 = 0xff << KIND_SHIFT;
 
 /// Files of the ring itself: what reads as zeros.
@@ -111,7 +115,7 @@ const OWN_FILES: u16 = 1;
 /// `struct __kernel_timespec`.
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
-struct Timespec {
+pub(crate) struct Timespec {
     seconds: i64,
     nanoseconds: i64,
 }
@@ -125,6 +129,8 @@ pub struct Uring {
     pub(crate) queues: Queues,
     // Before the memory that they are lent.
     helpers: Option<Helpers>,
+    /// If there are places behind sockets.
+    remotes: Option<Box<remote::Remotes>>,
     files: Vec<Slot>,
     file_room: u16,
     flights: Box<[Flight]>,
@@ -204,6 +210,7 @@ impl Uring {
         let mut ring = Uring {
             queues,
             helpers: None,
+            remotes: None,
             files: Vec::with_capacity(usize::from(config.files + OWN_FILES)),
             file_room: config.files + OWN_FILES,
             flights: vec![Flight::IDLE; config.flights as usize].into(),
@@ -243,6 +250,24 @@ impl Uring {
             .map_err(|error| Error::os("registering a file with io_uring", &error))?;
         self.files.push(Slot::new(file));
         Ok(FileId(index))
+    }
+
+    /// A tag's memory: [`Uring::DATA_AT`] bytes for headers, then its data.
+    ///
+    /// # Panics
+    /// If an entry that names it is in the kernel's hands, or the lane has no memory.
+    pub fn memory(&mut self, lane: u16, tag: u16) -> &mut [u8] {
+        self.arena(lane).bytes(usize::from(tag))
+    }
+
+    /// Where the data starts in a tag's memory.
+    pub const DATA_AT: usize = DATA_AT;
+
+    fn arena(&mut self, lane: u16) -> &mut Arena {
+        match &mut self.arenas[usize::from(lane)] {
+            Some(arena) => arena,
+            None => panic!("lane {lane} has no memory of its own"),
+        }
     }
 
     /// Sends a command to a character device. With [`Command::lend`], the low half of `index` must
@@ -314,6 +339,7 @@ impl Uring {
     /// Hands over what is queued, and waits for as many completions if none is known of.
     #[inline]
     fn enter_for(&mut self, most: u32) -> Result<()> {
+        let most = if self.remotes.is_some() && self.send_asked() { 0 } else { most };
         if self.brief.is_some() {
             return self.enter_briefly(most > 0);
         }
@@ -346,10 +372,18 @@ impl Uring {
         }
     }
 
-    /// What was done without the kernel's queues: by this thread, or by helpers of byte backends.
+    /// What was done without the kernel's queues: by this thread, by helpers of byte backends, by
+    /// servers.
     fn other_event(&mut self) -> Option<Event> {
-        let event = self.next_done();
-        if event.is_none() && self.helpers.is_some() { self.landed() } else { event }
+        if let Some(event) = self.next_done() {
+            return Some(event);
+        }
+        if self.remotes.is_some()
+            && let Some((key, result)) = self.landed_far()
+        {
+            return Some(Event::Splice { key, result });
+        }
+        if self.helpers.is_some() { self.landed() } else { None }
     }
 
     /// What a completion means, if it means something to the engine.
@@ -380,6 +414,10 @@ impl Uring {
             KIND_SENT => self.sent(lane),
             KIND_FUSE => self.fuse_completed(lane, index),
             KIND_NOTHING => return None,
+            KIND_REMOTE => {
+                self.remote_event((lane, index), result);
+                return None;
+            }
             KIND_TAGS | KIND_LIST => self.batch_completed(kind, lane, flags),
             _ => self.arena(lane).give_back(tag_of(index)),
         }
@@ -418,6 +456,9 @@ fn tag_of(index: u32) -> usize {
 impl Ring for Uring {
     #[inline]
     fn splice(&mut self, key: u32, splice: &Splice<'_>) {
+        if Uring::is_remote(splice) {
+            return self.ask(key, &{ *splice });
+        }
         match simple(splice) {
             Some(what) => {
                 let user_data = KIND_SIMPLE | u64::from(key);
@@ -535,6 +576,7 @@ impl Ring for Uring {
 
 impl Drop for Uring {
     fn drop(&mut self) {
+        self.hang_up();
         // The kernel takes a closed ring apart at its leisure; until then the files in its table
         // stay open, and locked. So they are let go here.
         setup::drop_file_table(&self.queues.fd);

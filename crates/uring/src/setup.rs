@@ -37,6 +37,8 @@ pub(crate) const WIDE_FLAGS: u32 = FLAG_SETS[0] | SETUP_SQE128;
 
 /// Both rings lie in one mapping (since 5.4).
 const FEATURE_SINGLE_MMAP: u32 = 1;
+/// Whether a thread may wait without being counted as one that waits for a disk (since 6.15).
+const FEATURE_NO_IOWAIT: u32 = 1 << 17;
 const OFFSET_RINGS: u64 = 0;
 const OFFSET_ENTRIES: u64 = 0x1000_0000;
 
@@ -105,6 +107,11 @@ impl Params {
     /// Whether the kernel reads the submission queue through an array of indexes.
     pub(crate) fn has_array(&self) -> bool {
         self.flags & SETUP_NO_SQARRAY == 0
+    }
+
+    /// Whether `ENTER_NO_IOWAIT` is known.
+    pub(crate) fn can_wait_quietly(&self) -> bool {
+        self.features & FEATURE_NO_IOWAIT != 0
     }
 
     /// Whether an entry takes two places of 64 bytes.

@@ -6,6 +6,13 @@
 //! | registered slot | `READ_FIXED`, `WRITE_FIXED`     | `READV_FIXED`, `WRITEV_FIXED`   |
 //! | memory of ours  | `READ`, `WRITE`                 | `READV`, `WRITEV`               |
 //!
+//! To and from a socket, one range at a time, behind and before headers (`ring/remote`):
+//!
+//! | pages           | since 7.2 (tried at start)       | before                               |
+//! |-----------------|----------------------------------|--------------------------------------|
+//! | registered slot | `SEND`, `RECV` with the slot     | `WRITE_FIXED`, `READ_FIXED`, short   |
+//! | memory of ours  | `SEND`, `SENDMSG`, `RECV`        | the same                             |
+//!
 //! To and from a backend of bytes there is no entry: memory of ours is lent to a helper thread
 //! (`bytes`), a slot has no way there.
 //!
@@ -25,8 +32,8 @@ use crate::files::{DiscardWay, Slot, ZeroWay};
 use crate::uapi::{
     BLOCK_CMD_DISCARD, FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE, FSYNC_DATASYNC,
     OP_FALLOCATE, OP_FSYNC, OP_FTRUNCATE, OP_READ, OP_READ_FIXED, OP_READV, OP_READV_FIXED,
-    OP_URING_CMD, OP_WRITE, OP_WRITE_FIXED, OP_WRITEV, OP_WRITEV_FIXED, RWF_DSYNC, SQE_FIXED_FILE,
-    Sqe,
+    OP_SEND, OP_URING_CMD, OP_WRITE, OP_WRITE_FIXED, OP_WRITEV, OP_WRITEV_FIXED,
+    RECVSEND_FIXED_BUF, RWF_DSYNC, SQE_FIXED_FILE, Sqe,
 };
 
 /// The registered file that reads as zeros.
@@ -208,6 +215,23 @@ fn address(around: &Around<'_>, lane: u8, slot: u16, at: u32, len: u32) -> u64 {
         panic!("lane {lane} has no memory of its own")
     };
     arena.address(usize::from(slot), DATA_AT + at as usize, len as usize)
+}
+
+/// Has an entry for a socket, made to send or receive memory, do so with bytes of a slot's pages,
+/// `at` being the first; whether it does all of it at once where it can. `takes_slots` says whether
+/// this kernel's plain sends and receives do.
+pub(crate) fn with_slot(sqe: Sqe, slot: u16, at: u64, takes_slots: bool) -> (Sqe, bool) {
+    let sqe = Sqe { buf_index: slot, addr: at, ..sqe };
+    if takes_slots {
+        return (Sqe { ioprio: RECVSEND_FIXED_BUF, ..sqe }, true);
+    }
+    let opcode = if sqe.opcode == OP_SEND { OP_WRITE_FIXED } else { OP_READ_FIXED };
+    (Sqe { opcode, op_flags: 0, ..sqe }, false)
+}
+
+/// The entry that fills bytes of a slot's pages with zeros.
+pub(crate) fn zero_slot(slot: u16, at: u64, len: u32) -> Sqe {
+    Sqe { opcode: OP_READ_FIXED, buf_index: slot, addr: at, len, ..on(ZERO_FILE) }
 }
 
 /// Where a request's data starts in a slot of memory: behind room for a front end's headers, on a

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use devsplice_core::{Error, ErrorKind, Result};
 
 use crate::setup::{self, Cqe, FLAG_SETS, LOW_DEPTH_FLAGS, Made, Mapping, WIDE_FLAGS};
-use crate::uapi::{ENTER_GETEVENTS, ENTER_REGISTERED_RING, Sqe};
+use crate::uapi::{ENTER_GETEVENTS, ENTER_NO_IOWAIT, ENTER_REGISTERED_RING, Sqe};
 
 /// `IORING_CQ_EVENTFD_DISABLED` (since 5.8).
 const CQ_EVENTFD_DISABLED: u32 = 1;
@@ -103,7 +103,10 @@ impl Queues {
             }
         }
         let index = setup::register_with_task(&fd);
-        let flag = if index.is_some() { ENTER_REGISTERED_RING } else { 0 };
+        let registered = if index.is_some() { ENTER_REGISTERED_RING } else { 0 };
+        // Commands that fetch requests are always out, so an idle thread would be taken for one
+        // that waits for a disk: a CPU would be shown as doing nothing else, and kept awake.
+        let quiet = if params.can_wait_quietly() { ENTER_NO_IOWAIT } else { 0 };
         Queues {
             sq_head: rings.at(sq.head, 1),
             sq_tail: rings.at(sq.tail, 1),
@@ -120,7 +123,7 @@ impl Queues {
             head: 0,
             known: 0,
             enter_fd: index.unwrap_or_else(|| fd.as_raw_fd()),
-            enter_flags: ENTER_GETEVENTS | flag,
+            enter_flags: ENTER_GETEVENTS | registered | quiet,
             enters: 0,
             is_low_depth: false,
             pair_at: None,

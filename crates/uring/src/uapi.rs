@@ -65,6 +65,10 @@ pub(crate) const SQE_IO_LINK: u8 = 1 << 2;
 pub(crate) const SQE_BUFFER_SELECT: u8 = 1 << 5;
 /// `IORING_RECVSEND_POLL_FIRST`, in an entry's priority.
 pub(crate) const RECVSEND_POLL_FIRST: u16 = 1;
+/// `IORING_RECVSEND_FIXED_BUF`: the memory is a registered buffer (plain sends and receives: 7.2).
+pub(crate) const RECVSEND_FIXED_BUF: u16 = 1 << 2;
+/// `MSG_MORE`: what follows goes into the same packet.
+pub(crate) const MSG_MORE: u32 = 0x8000;
 /// `MSG_WAITALL` (include/linux/socket.h).
 pub(crate) const MSG_WAITALL: u32 = 0x100;
 /// `MSG_NOSIGNAL`.
@@ -89,3 +93,5 @@ pub(crate) const FALLOC_ZERO_RANGE: u32 = 16;
 
 pub(crate) const ENTER_GETEVENTS: u32 = 1;
 pub(crate) const ENTER_REGISTERED_RING: u32 = 1 << 4;
+/// `IORING_ENTER_NO_IOWAIT` (since 6.15).
+pub(crate) const ENTER_NO_IOWAIT: u32 = 1 << 7;

@@ -19,7 +19,7 @@ use results::{Outcome, Results};
 /// What the tests start in the machine.
 const PROGRAMS: &[&str] = &["fio", "sfdisk", "mkfs.ext4", "lsblk", "blockdev", "taskset"];
 /// Seconds of tests after which a machine starts no further one, so that others get a turn.
-const TURN: u64 = 400;
+const TURN: u64 = 300;
 /// Seconds for booting and clearing up.
 const OVERHEAD: u64 = 150;
 /// The program that the tests start, by their directory.

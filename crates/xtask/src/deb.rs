@@ -24,11 +24,13 @@ const VERSION: &str = env!("CARGO_PKG_VERSION");
 const FILES: &[(&str, &str)] = &[
     ("packaging/systemd/devsplice@.service", "usr/lib/systemd/system/devsplice@.service"),
     ("packaging/udev/60-devsplice.rules", "usr/lib/udev/rules.d/60-devsplice.rules"),
+    ("packaging/udev/60-devsplice-ublk.rules", "usr/lib/udev/rules.d/60-devsplice-ublk.rules"),
     ("packaging/deb/copyright", "usr/share/doc/devsplice/copyright"),
     ("packaging/deb/lintian-overrides", "usr/share/lintian/overrides/devsplice"),
     ("docs/stack.md", "usr/share/doc/devsplice/stack.md"),
     ("docs/recovery.md", "usr/share/doc/devsplice/recovery.md"),
     ("docs/operations.md", "usr/share/doc/devsplice/operations.md"),
+    ("docs/ublk.md", "usr/share/doc/devsplice/ublk.md"),
     ("docs/test-layers.md", "usr/share/doc/devsplice/test-layers.md"),
     ("docs/kernels.md", "usr/share/doc/devsplice/kernels.md"),
     ("README.md", "usr/share/doc/devsplice/README.md"),
@@ -154,7 +156,8 @@ fn control(root: &Path, stage: &Path) -> Fallible<()> {
     }
     let text = format!(
         "Package: devsplice\nVersion: {VERSION}\nArchitecture: amd64\nMaintainer: {MAINTAINER}\n\
-         Installed-Size: {}\nRecommends: kmod, udev\nSection: admin\nPriority: optional\n\
+         Installed-Size: {}\nDepends: passwd\nRecommends: kmod, udev\nSection: admin\n\
+         Priority: optional\n\
          Description: block devices from a stack of layers, served from user space\n{ABOUT}",
         bytes.div_ceil(1024)
     );

@@ -1,6 +1,7 @@
 //! The whole test run: every check and every test of the workspace, one table, one last line.
 
 mod kernels;
+mod pace;
 mod parse;
 mod steps;
 
@@ -11,6 +12,7 @@ use clap::Args;
 
 use crate::{Fallible, deps, proc};
 use kernels::Kernel;
+use pace::Pace;
 use parse::Counts;
 
 /// Programs that end-to-end tests start; without one of them its tests skip themselves.
@@ -111,8 +113,10 @@ pub fn run(options: &Options) -> Fallible<u8> {
         let mut table = Vec::new();
         for series in kernels.iter().copied() {
             let name = format!("end to end, VM with Linux {series}");
-            let mut kernel = Kernel::default();
-            run.step(&name, || steps::end_to_end_vm(&programs, series, filter, &mut kernel))?;
+            let (mut kernel, mut pace) = (Kernel::default(), Pace::new());
+            let about = (&mut kernel, &mut pace);
+            run.step(&name, || steps::end_to_end_vm(&programs, series, filter, about))?;
+            pace.show(series);
             table.push((series, kernel));
         }
         if options.full && run.done.iter().all(|done| done.counts.failed == 0) {

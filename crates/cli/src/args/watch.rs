@@ -57,6 +57,9 @@ pub struct Top {
 pub struct UdevInfo {
     /// A node of a whole disk, such as /dev/ublkb0.
     pub device: String,
+    /// Only whose it is, of a node of ublk that a user without privileges has made.
+    #[arg(long)]
+    pub owner: bool,
 }
 
 /// `--op` of `explain`.

@@ -10,6 +10,7 @@ mod kublk;
 mod list;
 mod miniublk;
 mod outside;
+mod record;
 mod rublk;
 mod serve;
 mod ublksrv;
@@ -22,7 +23,7 @@ use std::process::ExitCode;
 use devsplice_core::{Error, Result};
 
 pub use list::all as devices;
-use wish::{Verb, Which};
+use wish::{More, Verb, Which, Wish};
 use words::Words;
 
 /// A tool whose name this binary may have.
@@ -93,7 +94,7 @@ fn obey(tool: Tool, words: &[String]) -> Result<ExitCode> {
     };
     let done = |()| ExitCode::SUCCESS;
     match tool.parse(verb, words)? {
-        Verb::Add(wish) => serve::add(&wish, tool),
+        Verb::Add(wish) => serve::add(&remembered(*wish, tool, words)?, tool),
         Verb::Del(which) => outside::del(which).map(done),
         Verb::List(which) => list::run(which, tool).map(done),
         Verb::Stop { id, is_safe } => outside::stop(id, is_safe).map(done),
@@ -105,6 +106,22 @@ fn obey(tool: Tool, words: &[String]) -> Result<ExitCode> {
             crate::say!("{}", tool.help());
             Ok(ExitCode::SUCCESS)
         }
+    }
+}
+
+/// A wish with the words that it was said in; of a device that is to be recovered without a word of
+/// what it is, the wish that made it.
+fn remembered(wish: Wish, tool: Tool, words: &[String]) -> Result<Wish> {
+    let (Some(id), true) = (wish.id, wish.more.is_recovery && wish.target.is_empty()) else {
+        return Ok(Wish { words: words.to_vec(), ..wish });
+    };
+    let words = record::words(id)?;
+    match tool.parse("add", &words)? {
+        Verb::Add(made) => {
+            let more = More { is_recovery: true, ..made.more };
+            Ok(Wish { id: Some(id), is_foreground: wish.is_foreground, more, words, ..*made })
+        }
+        _ => Err(Error::invalid(format!("ublk device {id}"), "was made in another way")),
     }
 }
 

@@ -9,8 +9,8 @@ use devsplice_exports::ublk::{Control, Trial};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
-use super::list;
 use super::wish::Which;
+use super::{list, record};
 use crate::say;
 
 /// How long a server may take to end once its device is stopped, and a device to go once it is
@@ -47,6 +47,7 @@ fn remove(control: &mut Control, id: u32) -> Result<()> {
         wait_for_end(process);
     }
     control.delete(id)?;
+    record::forget(id);
     let end = Instant::now() + PATIENCE;
     // It goes when the last descriptor of its server is closed, which the end of one that was
     // killed may leave to a worker of the kernel. Then somebody else may take its number at once.

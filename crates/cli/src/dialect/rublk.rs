@@ -23,7 +23,7 @@ const KNOWN: &[Known] = &[
 
 /// How it is used.
 pub const HELP: &str = "\
-rublk add null|loop [-n ID] [-f FILE] [-q QUEUES] [-d DEPTH] [-z] [-r] [--buffered-io]
+rublk add null|loop [-n ID] [-f FILE] [-q QUEUES] [-d DEPTH] [-z] [-r] [-u] [--buffered-io]
       [--read-only] [--foreground]
 rublk recover -n ID
 rublk del -n ID | -a;  list [-n ID];  features";
@@ -36,7 +36,7 @@ pub fn parse(verb: &str, words: &[String]) -> Result<Verb> {
     let words = Words::sort(KNOWN, words)?;
     match verb {
         "add" => add(&words).map(|wish| Verb::Add(Box::new(wish))),
-        // That tool knows from its own records what to serve; without a target this is refused.
+        // That tool knows from its own records what to serve.
         "recover" => Ok(Verb::Add(Box::new(Wish {
             id: Some(number_of(&words)?),
             more: More { is_recovery: true, ..More::default() },

@@ -11,7 +11,7 @@ use devsplice_exports::ublk::{Control, Device, Fit, Shared, Suspended};
 use devsplice_spec::Plan;
 
 use super::wish::Wish;
-use super::{Tool, list};
+use super::{Tool, list, record};
 use crate::args::{Export, PathChoice};
 use crate::assemble::{CATALOG, assemble};
 use crate::{front, protect, sandbox, server};
@@ -21,7 +21,6 @@ use crate::{front, protect, sandbox, server};
 /// # Errors
 /// Whatever stands in the way; nothing is left behind then.
 pub fn add(wish: &Wish, tool: Tool) -> Result<ExitCode> {
-    wish.check()?;
     let plan = Plan::parse(&wish.stack()?, &CATALOG)?;
     if wish.is_foreground {
         let made = make(wish, &plan)?;
@@ -76,7 +75,10 @@ fn make(wish: &Wish, plan: &Plan) -> Result<Made> {
         Control::open().and_then(|mut control| control.share(device.id(), path, *only_read))
     });
     match shared.transpose() {
-        Ok(shared) => Ok((device, shared)),
+        Ok(shared) => {
+            record::keep(device.id(), &wish.words);
+            Ok((device, shared))
+        }
         Err(error) => {
             let _ = device.detach();
             Err(error)

@@ -24,7 +24,13 @@ const KNOWN: &[Known] = &[
     flag('\0', "usercopy"),
     flag('\0', "eventfd"),
     flag('z', "zerocopy"),
-    flag('b', "auto_zc"),
+    flag('\0', "auto_zc"),
+    flag('b', "batch"),
+    // I/O threads of each queue; how its tags are dealt out to them is nobody's affair here.
+    value('T', "io_threads"),
+    flag('S', "seq_tags"),
+    // Whenever a device is to be recovered.
+    flag('\0', "quiesce"),
     flag('\0', "foreground"),
     flag('\0', "buffered_io"),
     flag('v', "verbose"),
@@ -34,8 +40,9 @@ const KNOWN: &[Known] = &[
 /// How it is used.
 pub const HELP: &str = "\
 ublk add -t null|loop|stripe|fault_inject [-f FILE]... [-n ID] [-q QUEUES] [-d DEPTH] [-g 0|1]
-     [-r 0|1] [-i 0|1] [-e 0|1] [-z] [--usercopy] [--buffered_io] [--foreground]
-ublk recover -n ID
+     [-r 0|1] [-i 0|1] [-e 0|1] [-z] [-b] [-T THREADS] [--usercopy] [--buffered_io]
+     [--unprivileged] [--foreground]
+ublk recover -n ID;  quiesce -n ID
 ublk del -n ID | -a;  list [-n ID];  features";
 
 /// What a command line asks for.
@@ -51,6 +58,7 @@ pub fn parse(verb: &str, words: &[String]) -> Result<Verb> {
             more: More { is_recovery: true, ..More::default() },
             ..Wish::default()
         }))),
+        "quiesce" => Ok(Verb::Quiesce { id: number_of(&words)? }),
         _ => common(verb, &words),
     }
 }
@@ -60,7 +68,8 @@ fn add(words: &Words) -> Result<Wish> {
     let modes = [
         (on("need_get_data")?, CopyMode::GetData),
         (words.has("usercopy"), CopyMode::UserCopy),
-        (words.has("zerocopy"), CopyMode::Register),
+        // That tool's library makes more of it where the kernel can, and one test looks for that.
+        (words.has("zerocopy"), CopyMode::AutoRegister),
         (words.has("auto_zc"), CopyMode::AutoRegister),
     ];
     let mut given = modes.iter().filter(|(given, _)| *given).map(|(_, mode)| *mode);
@@ -72,12 +81,15 @@ fn add(words: &Words) -> Result<Wish> {
     let files = words.given.iter().filter(|(name, _)| *name == "file");
     let named = files.map(|(_, file)| file.clone()).chain(words.plain.iter().cloned());
     let id = words.get("number").filter(|text| *text != "-1");
+    let queues: u16 = words.number("queues")?.unwrap_or(1);
+    let each: u16 = words.number("io_threads")?.unwrap_or(1).clamp(1, 64);
     Ok(Wish {
         target: words.get("type").unwrap_or("unknown").to_owned(),
         files: named.collect(),
         target_options: words.others.clone(),
         id: id.map(|_| number_of(words)).transpose()?,
-        queues: words.number("queues")?.unwrap_or(1),
+        queues,
+        threads: (each > 1).then(|| queues.saturating_mul(each)),
         depth: words.number("depth")?.unwrap_or(128),
         copy,
         is_foreground: words.has("foreground"),
@@ -87,6 +99,8 @@ fn add(words: &Words) -> Result<Wish> {
             outlives: on("user_recovery")? || reissues || fails,
             reissues,
             fails,
+            batch: words.has("batch"),
+            per_io: each > 1,
             unprivileged: words.has("unprivileged"),
             ..More::default()
         },
@@ -115,12 +129,17 @@ mod tests {
         for (flags, mode) in [
             ("-g 1", CopyMode::GetData),
             ("--usercopy", CopyMode::UserCopy),
-            ("-z", CopyMode::Register),
-            ("-b", CopyMode::AutoRegister),
+            ("-z", CopyMode::AutoRegister),
+            ("-b", CopyMode::Copy),
         ] {
             let Ok(Verb::Add(wish)) = read(&format!("add -t null {flags}")) else { panic!() };
             assert_eq!(wish.copy, mode);
         }
+        let Ok(Verb::Add(wish)) = read("add -t null -q 2 -d 65 -T 4 -S") else { panic!() };
+        assert_eq!((wish.threads, wish.more.per_io, wish.more.batch), (Some(8), true, false));
+        let Ok(Verb::Add(wish)) = read("add -t null -b --quiesce -r 1") else { panic!() };
+        assert!(wish.more.batch && wish.more.outlives);
+        assert_eq!(read("quiesce -n 2").unwrap(), Verb::Quiesce { id: 2 });
         assert!(read("add -t null -z --usercopy").is_err());
         assert!(read("recover").is_err() && read("del").is_err());
         assert_eq!(read("del -n 2").unwrap(), Verb::Del(Which::One(2)));

@@ -1,7 +1,7 @@
 //! Answers for what the command lines of other ublk tools ask for, in words of ours, and for what
 //! of it there is not.
 
-use devsplice_core::{Error, ErrorKind, Result};
+use devsplice_core::{Error, Result};
 use devsplice_exports::ublk::{DataPath, Extra, Integrity, Options, Recovery, Segments, Trial};
 
 use super::words::number;
@@ -75,6 +75,8 @@ pub struct Wish {
     pub shared_file: Option<(String, bool)>,
     /// What is asked for beside that.
     pub more: More,
+    /// The words that said so.
+    pub words: Vec<String>,
 }
 
 /// How data moves.
@@ -128,33 +130,10 @@ impl More {
     }
 }
 
-/// Whether a device asks for something.
-type Asks = fn(&More) -> bool;
-
-/// What is not supported yet: whether a device asks for it, and what it is. Whoever adds one of
-/// them takes its line out and tells the device in [`Wish::options`] or [`Wish::extra`].
-const MISSING: &[(Asks, &str)] = &[
-    (|more| more.rotates, "--rotate_auto_buf"),
-    (|more| more.unprivileged, "UBLK_F_UNPRIVILEGED_DEV"),
-];
-
 /// Bytes of a device that has nothing below.
 const NULL_SIZE: u64 = 250 << 30;
 
 impl Wish {
-    /// What of it cannot be had.
-    ///
-    /// # Errors
-    /// The first thing that cannot.
-    pub fn check(&self) -> Result<()> {
-        match MISSING.iter().find(|(asks, _)| asks(&self.more)) {
-            None => Ok(()),
-            Some((_, name)) => {
-                Err(Error::new(ErrorKind::Unsupported, *name, "not supported by devsplice yet"))
-            }
-        }
-    }
-
     /// The device in words of the front end.
     pub fn options(&self) -> Options {
         Options {
@@ -190,6 +169,8 @@ impl Wish {
             Segments { dma_mask: 4095, boundary_mask: 4095, max_bytes: 32 << 10, max_count: 32 };
         Extra {
             segments: (self.target == "null").then_some(segments),
+            // Those tools leave it to the driver to ignore that of root.
+            unprivileged: self.more.unprivileged && !rustix::process::geteuid().is_root(),
             need_get_data: self.copy == CopyMode::GetData,
             descriptor_bytes: self.descriptor_bytes,
             integrity: self.integrity.clone().map(|integrity| Integrity {
@@ -201,6 +182,7 @@ impl Wish {
                 .option("die_during_fetch")
                 .is_ok_and(|die| die.unwrap_or(0_u64) > 0),
             per_io: self.more.per_io,
+            rotates: self.more.rotates,
             no_slots: self.copy == CopyMode::Fallback,
             ..Extra::default()
         }
@@ -361,18 +343,6 @@ mod tests {
             ("tape", &[], &[]),
         ] {
             assert!(wish(target, files, options).stack().is_err(), "{target} {files:?}");
-        }
-    }
-
-    #[test]
-    fn what_is_not_there_is_said() {
-        assert!(Wish::default().check().is_ok());
-        for more in [
-            More { rotates: true, ..More::default() },
-            More { unprivileged: true, ..More::default() },
-        ] {
-            let error = Wish { more, ..Wish::default() }.check().unwrap_err();
-            assert!(error.to_string().contains("not supported by devsplice yet"), "{error}");
         }
     }
 

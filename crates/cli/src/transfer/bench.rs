@@ -43,7 +43,8 @@ pub fn run(bench: &Bench) -> Result<()> {
     }
     let time = Duration::from_secs(bench.runtime);
     let load = Arc::new(Load::new(Pattern { op, len: bench.bs, span: limits.size, random, time }));
-    let works = (0..bench.threads).map(|thread| load.thread(bench.iodepth, u64::from(thread) + 1));
+    let threads = bench.threads.min(open.most_threads());
+    let works = (0..threads).map(|thread| load.thread(bench.iodepth, u64::from(thread) + 1));
     let works: Vec<_> = works.collect();
     let bytes = u32::try_from(bench.bs).unwrap_or(u32::MAX);
     let size = Size { depth: bench.iodepth, bytes };

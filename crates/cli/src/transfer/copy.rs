@@ -61,6 +61,7 @@ pub fn run(copy: &Copy) -> Result<ExitCode> {
         return Err(Error::invalid("--sparse", reason));
     }
     let (threads, each) = sizes(&copy.load, align)?;
+    let threads = threads.min(from.most_threads()).min(to.most_threads());
     let data = u64::from(each.bytes);
     // What cannot be zeroed at once is written from a slot's memory.
     let zeroes = if how.can_zero || how.target_is_zero { ZEROES } else { data };

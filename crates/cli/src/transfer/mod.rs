@@ -67,6 +67,11 @@ impl Open {
         self.warnings.iter().for_each(|warning| eprintln!("devsplice: {warning}"));
     }
 
+    /// Threads that may ask it.
+    pub fn most_threads(&self) -> u16 {
+        self.bottoms.iter().map(Bottom::most_rings).min().unwrap_or(u16::MAX)
+    }
+
     /// To be asked.
     pub fn into_side(self) -> Side {
         Side::new(self.stack, self.bottoms)
@@ -76,7 +81,7 @@ impl Open {
     pub fn stamp(&self) -> String {
         let stats = self.bottoms.iter().filter_map(|bottom| match bottom {
             Bottom::File { fd, .. } => rustix::fs::fstat(fd.as_fd()).ok(),
-            Bottom::Bytes(_) => None,
+            Bottom::Bytes(_) | Bottom::Remote(_) => None,
         });
         let one = |stat: rustix::fs::Stat| match FileType::from_raw_mode(stat.st_mode) {
             // A device node's times say nothing about the device.
@@ -93,7 +98,7 @@ impl Open {
     fn identities(&self) -> Vec<(u64, u64, u64)> {
         let stats = self.bottoms.iter().filter_map(|bottom| match bottom {
             Bottom::File { fd, .. } => rustix::fs::fstat(fd.as_fd()).ok(),
-            Bottom::Bytes(_) => None,
+            Bottom::Bytes(_) | Bottom::Remote(_) => None,
         });
         let one = |stat: rustix::fs::Stat| match FileType::from_raw_mode(stat.st_mode) {
             FileType::BlockDevice => (0, 0, stat.st_rdev),

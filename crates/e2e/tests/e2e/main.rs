@@ -24,8 +24,10 @@ mod ops;
 mod protect;
 mod reach;
 mod recover;
+mod remote;
 mod replay;
 mod rpc;
+mod ublk;
 mod verify;
 mod zoned;
 
@@ -82,6 +84,7 @@ fn groups() -> Vec<Group> {
     copy::add(&mut copies, home);
     let mut nbd = Group::new("nbd", Ok(()));
     nbd::add(&mut nbd);
+    remote::add_copies(&mut nbd);
     let mut groups = vec![cli, bad, copies, nbd];
     let fuse = [Kind::Fuse].into_iter().chain(FUSE_PATHS.map(Kind::FuseUring));
     for kind in fuse.chain(PATHS.map(Kind::Ublk)) {
@@ -90,6 +93,9 @@ fn groups() -> Vec<Group> {
         }
         let mut group = Group::of(kind);
         verify::add(&mut group, kind);
+        if kind == home || matches!(kind, Kind::Fuse | Kind::FuseUring(_)) {
+            remote::add(&mut group, kind);
+        }
         if kind == Kind::FuseUring(FUSE_PATHS[0]) {
             // No removal by force: Linux 7.3 then ends requests whose pages are still filled, and
             // the memory of whoever tests is overwritten (docs/decisions/014.md).
@@ -108,6 +114,9 @@ fn groups() -> Vec<Group> {
             reach::add_once(&mut group, kind);
             if kind == home {
                 dialect::add(&mut group, kind);
+                if kind.is_ublk() {
+                    ublk::add(&mut group);
+                }
                 many::add(&mut group, kind);
                 rpc::add(&mut group, kind);
                 adopt::add(&mut group, kind);

@@ -238,6 +238,11 @@ fn udev(kind: Kind) -> Outcome {
     settle();
     let gone = || links().is_empty() && target("/dev/disk/by-label/e2e-ops").is_none();
     wait_until(20, "the end of the links", gone);
+    if kind.is_ublk() {
+        let path = "/run/udev/rules.d/60-devsplice-ublk.rules";
+        let _rules = Placed::new(path, &packaged("udev/60-devsplice-ublk.rules"));
+        crate::ublk::of_a_user(&room, Path::new(path))?;
+    }
     drop(running);
     let _ = std::fs::remove_file("/run/udev/control");
     Ok(())

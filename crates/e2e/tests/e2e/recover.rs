@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use devsplice_e2e::{
-    Disk, Group, Kind, MIB, Mode, Outcome, Process, Room, call, engines, mode, need, verify,
-    wait_until,
+    Disk, Group, Kind, MIB, Mode, Outcome, Process, Room, call, engines, kernel_is, mode, need,
+    verify, wait_until,
 };
 use rustix::process::Signal;
 
@@ -489,10 +489,7 @@ fn not_kept(kind: Kind) -> Outcome {
 
 /// FUSE sends requests again since Linux 6.9.
 fn asks_again() -> Outcome {
-    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    let mut parts = release.split(['.', '-']).map_while(|part| part.parse::<u32>().ok());
-    let version = (parts.next().unwrap_or(0), parts.next().unwrap_or(0));
-    need(version >= (6, 9), "FUSE sends no request again before Linux 6.9")
+    need(kernel_is(6, 9), "FUSE sends no request again before Linux 6.9")
 }
 
 /// A disk over FUSE, its guard, and what can go wrong.

@@ -5,7 +5,8 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use devsplice_core::{Error, Io, Op, Piece, Place, Result, Stack};
-use devsplice_uring::FileKind;
+use devsplice_nbd::client::Extent;
+use devsplice_uring::{FileKind, Remote};
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 
@@ -43,8 +44,14 @@ impl Content {
 /// The extents of a stack. Asking reads no data.
 pub struct Extents {
     stack: Arc<Stack>,
-    /// The files that can tell.
-    files: Vec<Option<OwnedFd>>,
+    /// The bottoms that can tell.
+    tellers: Vec<Option<Teller>>,
+}
+
+/// A bottom that can tell what is there.
+enum Teller {
+    File(OwnedFd),
+    Remote(Arc<dyn Remote>),
 }
 
 impl Extents {
@@ -53,13 +60,18 @@ impl Extents {
     /// # Errors
     /// If there are no descriptors left.
     pub fn new(stack: &Arc<Stack>, bottoms: &[Bottom]) -> Result<Extents> {
-        let files = bottoms.iter().map(|bottom| match bottom {
+        let tellers = bottoms.iter().map(|bottom| match bottom {
             Bottom::File { fd, kind: FileKind::Regular } => {
-                fd.try_clone().map(Some).map_err(|error| Error::os("a file's copy", &error))
+                let fd = fd.try_clone().map_err(|error| Error::os("a file's copy", &error))?;
+                Ok(Some(Teller::File(fd)))
             }
-            _ => Ok(None),
+            Bottom::Remote(remote) => {
+                remote.look_ahead();
+                Ok(Some(Teller::Remote(Arc::clone(remote))))
+            }
+            Bottom::File { .. } | Bottom::Bytes(_) => Ok(None),
         });
-        Ok(Extents { stack: Arc::clone(stack), files: files.collect::<Result<_>>()? })
+        Ok(Extents { stack: Arc::clone(stack), tellers: tellers.collect::<Result<_>>()? })
     }
 
     /// What the bytes from `at` on are, and how many of them for sure: at least 1, at most `most`.
@@ -70,13 +82,26 @@ impl Extents {
             Some(Ok(piece @ Piece { len: 1.., part: 0, .. })) => match piece.place {
                 Place::Zero => (piece.len, Content::Zero),
                 Place::Backend(id) => {
-                    let file = self.files.get(usize::from(id.0)).and_then(Option::as_ref);
-                    file.map_or((piece.len, Content::Data), |file| look(file, piece.at, piece.len))
+                    match self.tellers.get(usize::from(id.0)).and_then(Option::as_ref) {
+                        Some(Teller::File(file)) => look(file, piece.at, piece.len),
+                        Some(Teller::Remote(remote)) => look_far(&**remote, piece.at, piece.len),
+                        None => (piece.len, Content::Data),
+                    }
                 }
             },
             // A layer would have to read something first, or refuses: reading will tell.
             _ => all,
         }
+    }
+}
+
+/// What a server's bytes are. Where it does not say, they are data.
+fn look_far(remote: &dyn Remote, at: u64, len: u64) -> (u64, Content) {
+    match remote.look(at, len) {
+        Some(Extent { len, is_zero: true, is_hole: true }) => (len, Content::Hole),
+        Some(Extent { len, is_zero: true, is_hole: false }) => (len, Content::Zero),
+        Some(Extent { len, .. }) => (len, Content::Data),
+        None => (len, Content::Data),
     }
 }
 

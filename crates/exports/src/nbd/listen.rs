@@ -119,6 +119,11 @@ impl Listener {
     pub(super) fn open(place: &Place, rules: &[Rule]) -> Result<Vec<Listener>> {
         match place {
             Place::Unix(path) => unix(path, rules).map(|listener| vec![listener]),
+            Place::Vsock(machine, port) => {
+                let reason = "vsock can be connected to, not listened at";
+                Err(Error::invalid(format!("nbd+vsock://{machine}:{port}"), reason)
+                    .next("listen at a socket or TCP, and forward"))
+            }
             Place::Tcp(host, port) => {
                 let name = format!("{host}:{port}");
                 let os = |error: &io::Error| Error::os(name.clone(), error);

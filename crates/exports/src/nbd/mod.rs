@@ -224,12 +224,6 @@ fn offer(options: &Options, limits: &Limits) -> Offer {
 
 /// The stack and its bottoms once more, for looking at what is there.
 fn copy(service: &Service) -> Result<Looked> {
-    let bottoms = service.bottoms.iter().map(|bottom| match bottom {
-        Bottom::File { fd, kind } => {
-            let fd = fd.try_clone().map_err(|error| Error::os("a file's copy", &error))?;
-            Ok(Bottom::File { fd, kind: *kind })
-        }
-        Bottom::Bytes(bytes) => Ok(Bottom::Bytes(Arc::clone(bytes))),
-    });
+    let bottoms = service.bottoms.iter().map(Bottom::try_clone);
     Ok(Looked { stack: Arc::clone(&service.stack), bottoms: bottoms.collect::<Result<_>>()? })
 }

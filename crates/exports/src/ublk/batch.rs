@@ -63,6 +63,8 @@ pub(crate) struct Part {
     pub(crate) is_first: bool,
     /// Others serve the queue as well.
     pub(crate) is_shared: bool,
+    /// Each tag has two slots, which take turns from request to request.
+    pub(crate) rotates: bool,
 }
 
 /// What is known of a request between fetch and commit.
@@ -77,6 +79,8 @@ struct Tag {
     is_ours: bool,
     /// Bytes that have been pulled or pushed.
     moved: u32,
+    /// How far behind its first slot the one is that it has now.
+    turn: u16,
 }
 
 /// One queue, as far as one thread serves it.
@@ -106,7 +110,7 @@ impl BatchQueue {
         file: FileId,
         descriptors: Descriptors,
     ) -> BatchQueue {
-        let tag = Tag { io: NOTHING, in_slot: false, is_ours: false, moved: 0 };
+        let tag = Tag { io: NOTHING, in_slot: false, is_ours: false, moved: 0, turn: 0 };
         let tags = vec![tag; usize::from(config.depth)].into();
         BatchQueue {
             config,
@@ -161,11 +165,15 @@ impl BatchQueue {
     }
 
     /// Adds a tag to the list that goes to the kernel next.
-    #[inline]
+    #[inline(always)]
     fn list<W: Wire>(&mut self, ring: &mut W, tag: u16, result: i32) {
         let path = self.config.path;
         let is_auto = path == DataPath::AutoRegister;
-        let buf_index = if is_auto { ring.slot_index(self.lane, tag) } else { 0 };
+        if is_auto && self.part.rotates {
+            let turn = &mut self.tags[usize::from(tag)].turn;
+            *turn = self.config.depth - *turn;
+        }
+        let buf_index = if is_auto { ring.slot_index(self.lane, self.slot(tag)) } else { 0 };
         let addr = if path == DataPath::Copy { ring.lend_memory(self.lane, tag) } else { 0 };
         let element = Element { tag, buf_index, result, addr };
         ring.list(self.lane, zerocopy::transmute!(element));
@@ -178,14 +186,20 @@ impl BatchQueue {
         self.out = std::mem::take(&mut self.listed);
     }
 
+    /// The number of a tag's slot among the lane's.
+    #[inline]
+    fn slot(&self, tag: u16) -> u16 {
+        tag + self.tags[usize::from(tag)].turn
+    }
+
     fn slot_command<W: Wire>(&self, ring: &mut W, (op, kind): (u32, u32), tag: u16) {
-        let addr = u64::from(ring.slot_index(self.lane, tag));
+        let addr = u64::from(ring.slot_index(self.lane, self.slot(tag)));
         let payload = IoCmd { q_id: self.config.queue, tag, result: 0, addr };
         let command = Command { op, payload: payload_bytes(&payload), aux: 0, lend: None };
         ring.command((self.lane, index(kind, tag)), self.file, &command);
     }
 
-    #[inline]
+    #[inline(never)]
     fn commit<W: Wire>(&mut self, ring: &mut W, tag: u16, io: &Io, result: Result<(), Errno>) {
         let state = &mut self.tags[usize::from(tag)];
         debug_assert!(state.is_ours, "tag {tag} is committed twice");
@@ -217,10 +231,9 @@ impl BatchQueue {
         let Completion { result, flags, .. } = event;
         if flags & CQE_BUFFER != 0 {
             let buffer = u16::try_from(flags >> 16).unwrap_or(u16::MAX);
-            let bytes = u32::try_from(result).unwrap_or(0);
-            for place in 0..u16::try_from(bytes / 2).unwrap_or(u16::MAX) {
-                let tag = ring.tag(self.lane, buffer, place);
-                self.arrived(ring, tag, inbox)?;
+            let count = usize::try_from(result).unwrap_or(0) / 2;
+            for tag in &ring.tags(self.lane, buffer, count)[..count] {
+                self.arrived(ring, *tag, inbox)?;
             }
             if self.part.is_shared {
                 self.kept |= 1 << buffer;
@@ -271,7 +284,7 @@ impl BatchQueue {
         {
             let state = &mut self.tags[usize::from(tag)];
             (state.in_slot, state.is_ours) = (true, true);
-            let pages = ring.pages(self.lane, tag, true);
+            let pages = ring.pages(self.lane, self.slot(tag), true);
             inbox.push(self.lane, Request { tag, io, pages });
             return Ok(());
         }
@@ -286,7 +299,8 @@ impl BatchQueue {
             DataPath::UserCopy | DataPath::Copy => false,
         };
         let in_slot = may_have_slot && io.op.has_pages();
-        self.tags[usize::from(tag)] = Tag { io, in_slot, is_ours: true, moved: 0 };
+        let state = &mut self.tags[usize::from(tag)];
+        *state = Tag { io, in_slot, is_ours: true, moved: 0, turn: state.turn };
         match path {
             _ if asked.is_err() => self.commit(ring, tag, &NOTHING, Err(Errno::EOPNOTSUPP)),
             _ if !io.op.has_pages() => self.hand_over(ring, tag, inbox),
@@ -310,7 +324,8 @@ impl BatchQueue {
 
     fn hand_over<W: Wire>(&self, ring: &W, tag: u16, inbox: &mut Inbox) {
         let Tag { io, in_slot, .. } = self.tags[usize::from(tag)];
-        let pages = ring.pages(self.lane, tag, in_slot);
+        let at = if in_slot { self.slot(tag) } else { tag };
+        let pages = ring.pages(self.lane, at, in_slot);
         inbox.push(self.lane, Request { tag, io, pages });
     }
 
@@ -428,6 +443,12 @@ impl<R: Ring + Wire> Export<R> for BatchQueue {
     #[inline]
     fn finish(&mut self, ring: &mut R, tag: u16, io: &Io, result: Result<(), Errno>) {
         let state = &mut self.tags[usize::from(tag)];
+        // Nearly all that is finished: done whole, in the device's own pages.
+        if result.is_ok() && state.in_slot && self.config.path == DataPath::AutoRegister {
+            debug_assert!(state.is_ours, "tag {tag} is committed twice");
+            state.is_ours = false;
+            return self.list(ring, tag, i32::try_from(io.extent.len).unwrap_or(0));
+        }
         let must_push = io.op == Op::Read && !state.in_slot && self.config.path != DataPath::Copy;
         if must_push && result.is_ok() {
             state.moved = 0;

@@ -13,7 +13,7 @@ mod tests {
         Worker,
     };
     use devsplice_uring::uapi::{CQE_BUFFER, CQE_MORE};
-    use devsplice_uring::{Buffers, Command};
+    use devsplice_uring::{Buffers, Command, MOST_TAGS};
     use rustix::fs::MemfdFlags;
     use zerocopy::{FromBytes, IntoBytes};
 
@@ -84,6 +84,9 @@ mod tests {
         seed: u64,
         fault: Fault,
         stopped: bool,
+        /// The slot that each tag's pages are put into.
+        slots: Vec<u16>,
+        rotates: bool,
     }
 
     impl Kernel {
@@ -118,6 +121,19 @@ mod tests {
             self.fifo.push_back(u16::try_from(tag).unwrap());
         }
 
+        /// Notes where the tag's next pages go: with slots that take turns, never where its last
+        /// were.
+        fn next_slot(&mut self, element: &Element) {
+            if self.path != DataPath::AutoRegister {
+                return;
+            }
+            let slot = &mut self.slots[usize::from(element.tag)];
+            let last = std::mem::replace(slot, element.buf_index);
+            let both = [100 + element.tag, 100 + element.tag + DEPTH];
+            assert!(both[..1 + usize::from(self.rotates)].contains(&element.buf_index));
+            assert_eq!(last == element.buf_index, !self.rotates && last != 0);
+        }
+
         fn commit(&mut self, ring: usize, element: &Element) {
             let tag = usize::from(element.tag);
             assert_eq!(self.tags[tag], At::Server(ring), "tag {tag} committed from elsewhere");
@@ -140,6 +156,7 @@ mod tests {
             }
             assert!(self.path != DataPath::Register || !asked.in_slot, "its slot is not free");
             self.tags[tag] = At::Idle;
+            self.next_slot(element);
             self.by_ring[ring] += 1;
             self.done += 1;
         }
@@ -200,6 +217,7 @@ mod tests {
                     assert_eq!(usize::from(element.tag), tag);
                     assert_eq!((kernel.tags[tag], element.result), (At::New, 0));
                     kernel.tags[tag] = At::Idle;
+                    kernel.next_slot(&element);
                 }
                 assert_eq!(count, usize::from(DEPTH));
                 return self.others.push(export(index, if fails { -22 } else { 0 }, 0));
@@ -215,9 +233,6 @@ mod tests {
             kernel.partial += u32::from(stop < count);
             for at in 0..stop {
                 let element = element(at);
-                if kernel.path == DataPath::AutoRegister {
-                    assert_eq!(element.buf_index, 100 + element.tag);
-                }
                 if kernel.path == DataPath::Copy {
                     assert_eq!(element.addr, 4096 + u64::from(element.tag));
                 }
@@ -312,9 +327,11 @@ mod tests {
             self.armed = Some(at(index));
             self.kernel().row.push_back(self.number);
         }
-        fn tag(&mut self, _: u16, buffer: u16, place: u16) -> u16 {
+        fn tags(&mut self, _: u16, buffer: u16, count: usize) -> [u16; MOST_TAGS] {
             assert!(!self.free.contains(&buffer), "read after it was given back");
-            self.buffers[usize::from(buffer)][usize::from(place)]
+            let mut tags = [0; MOST_TAGS];
+            tags[..count].copy_from_slice(&self.buffers[usize::from(buffer)][..count]);
+            tags
         }
         fn give_buffer(&mut self, _: u16, buffer: u16) {
             assert!(!self.free.contains(&buffer) && buffer < BUFFERS);
@@ -372,7 +389,12 @@ mod tests {
         fn slot_index(&self, _: u16, tag: u16) -> u16 {
             100 + tag
         }
-        fn pages(&self, _: u16, tag: u16, in_slot: bool) -> Pages {
+        fn pages(&self, _: u16, at: u16, in_slot: bool) -> Pages {
+            let kernel = self.kernel();
+            let tag = if in_slot { at % DEPTH } else { at };
+            if in_slot && kernel.path == DataPath::AutoRegister {
+                assert_eq!(kernel.slots[usize::from(tag)], 100 + at, "not where its pages are");
+            }
             Pages(u32::from(tag) | u32::from(in_slot) << 16)
         }
         fn lend_memory(&mut self, _: u16, tag: u16) -> u64 {
@@ -472,6 +494,8 @@ mod tests {
             seed,
             fault,
             stopped: false,
+            slots: vec![0; depth],
+            rotates: false,
         }
     }
 
@@ -488,8 +512,9 @@ mod tests {
         // The played queue is the first; each asks for its own number.
         let descriptors =
             Descriptors::map(kernel.descriptors.as_fd(), 0, (DEPTH, 24), part).unwrap();
+        let rotates = kernel.rotates;
         drop(kernel);
-        let part = Part { is_first: number == 0, is_shared: threads > 1 };
+        let part = Part { is_first: number == 0, is_shared: threads > 1, rotates };
         let export = BatchQueue::new(config, part, FileId(9), descriptors);
         let lane = Lane::new(Box::new(export), served.clone(), vec![FileId(1)].into());
         let fake = Fake {
@@ -513,7 +538,12 @@ mod tests {
 
     /// Serves to the end; what the kernel has seen, or why a thread gave up.
     fn serve(path: DataPath, threads: usize, seed: u64, fault: Fault) -> Result<[u32; 3]> {
-        let shared = Arc::new(Mutex::new(kernel(path, seed, fault)));
+        serve_from(kernel(path, seed, fault), threads)
+    }
+
+    fn serve_from(kernel: Kernel, threads: usize) -> Result<[u32; 3]> {
+        let (path, seed) = (kernel.path, kernel.seed);
+        let shared = Arc::new(Mutex::new(kernel));
         let mut builder = StackBuilder::new();
         let (top, _) = builder.backend("disk", Limits::ideal(1 << 30)).unwrap();
         let served = Served::quietly(Arc::new(builder.finish(top)));
@@ -561,6 +591,15 @@ mod tests {
         for path in [DataPath::AutoRegister, DataPath::Register, DataPath::UserCopy] {
             every_request_is_committed_once(path, 2);
             every_request_is_committed_once(path, 3);
+        }
+    }
+
+    #[test]
+    fn slots_that_take_turns_are_where_a_requests_pages_are() {
+        for seed in 0..30 {
+            let rotating =
+                Kernel { rotates: true, ..kernel(DataPath::AutoRegister, seed, Fault::None) };
+            serve_from(rotating, 1).unwrap();
         }
     }
 

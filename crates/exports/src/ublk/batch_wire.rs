@@ -3,13 +3,13 @@
 
 use devsplice_core::Result;
 use devsplice_engine::{FileId, Pages};
-use devsplice_uring::{Buffers, Command, Uring};
+use devsplice_uring::{Buffers, Command, MOST_TAGS, Uring};
 
 /// Each method as [`Uring`] has it.
 pub(crate) trait Wire {
     fn make_batch(&mut self, lane: u16, sizes: (u16, usize), buffers: Buffers) -> Result<()>;
     fn fetch_tags(&mut self, at: (u16, u32), file: FileId, command: &Command);
-    fn tag(&mut self, lane: u16, buffer: u16, place: u16) -> u16;
+    fn tags(&mut self, lane: u16, buffer: u16, count: usize) -> [u16; MOST_TAGS];
     fn give_buffer(&mut self, lane: u16, buffer: u16);
     fn list(&mut self, lane: u16, words: [u64; 2]);
     fn send_list(&mut self, at: (u16, u32), file: FileId, command: &Command);
@@ -32,8 +32,12 @@ impl Wire for Uring {
     fn fetch_tags(&mut self, at: (u16, u32), file: FileId, command: &Command) {
         self.fetch_tags(at, file, command);
     }
-    fn tag(&mut self, lane: u16, buffer: u16, place: u16) -> u16 { self.tag(lane, buffer, place) }
+    #[inline]
+    fn tags(&mut self, lane: u16, buffer: u16, count: usize) -> [u16; MOST_TAGS] {
+        self.tags(lane, buffer, count)
+    }
     fn give_buffer(&mut self, lane: u16, buffer: u16) { self.give_buffer(lane, buffer); }
+    #[inline]
     fn list(&mut self, lane: u16, words: [u64; 2]) { self.list(lane, words); }
     fn send_list(&mut self, at: (u16, u32), file: FileId, command: &Command) {
         self.send_list(at, file, command);
@@ -51,7 +55,9 @@ impl Wire for Uring {
     fn write(&mut self, at: (u16, u32), file: FileId, off: u64, range: (usize, usize)) {
         self.write(at, file, off, range);
     }
+    #[inline]
     fn slot_index(&self, lane: u16, tag: u16) -> u16 { self.slots(lane).index(tag) }
+    #[inline]
     fn pages(&self, lane: u16, tag: u16, in_slot: bool) -> Pages { self.pages(lane, tag, in_slot) }
     fn lend_memory(&mut self, lane: u16, tag: u16) -> u64 { self.lend_memory(lane, tag) }
     fn memory_back(&mut self, lane: u16, tag: u16) { self.memory_back(lane, tag); }

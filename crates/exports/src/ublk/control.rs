@@ -1,5 +1,6 @@
 //! Answers for a ublk device's life: the commands of /dev/ublk-control, each with a bounded wait.
 
+use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
@@ -8,12 +9,16 @@ use devsplice_uring::control::{ControlRing, DataAt};
 use rustix::fs::OFlags;
 use zerocopy::IntoBytes;
 
-use super::uapi::{CtrlCmd, DevInfo, F_IOCTL_ENCODE, Params, ctrl};
+use super::uapi::{CtrlCmd, DevInfo, F_IOCTL_ENCODE, F_UNPRIVILEGED, Params, ctrl};
 
 /// Where the kernel's ublk driver takes commands.
 pub const CONTROL: &str = "/dev/ublk-control";
 /// What a command may take before we say that it hangs. Stopping waits for I/O that we serve.
 const LIMIT: Duration = Duration::from_secs(20);
+/// Who may use it.
+const AS_WHOM: &str = "run as root, or --unprivileged as a member of the group ublk";
+/// Bytes for the path of a character device, before what else a command carries.
+const PATH: usize = 32;
 
 /// A connection to the kernel's ublk driver.
 pub struct Control {
@@ -21,6 +26,9 @@ pub struct Control {
     file: OwnedFd,
     /// Bits of `UBLK_F_*`; 0 where the kernel cannot say (before 6.5).
     features: u64,
+    /// Whether a device that was seen is one without privileges: whoever says something about such
+    /// has to name its node and may use that, be it root.
+    is_users: BTreeMap<u32, bool>,
 }
 
 fn open_node() -> Result<OwnedFd> {
@@ -28,7 +36,7 @@ fn open_node() -> Result<OwnedFd> {
         ErrorKind::NotFound => Error::new(ErrorKind::NotFound, CONTROL, "not found").next(
             "modprobe ublk_drv (Linux 6.0 or later with CONFIG_BLK_DEV_UBLK), or --export fuse",
         ),
-        ErrorKind::Permission => error.next("run as root"),
+        ErrorKind::Permission => error.next(AS_WHOM),
         _ => error,
     })
 }
@@ -48,7 +56,8 @@ impl Control {
     /// Without the driver, the right to use it, or io_uring; names the next step.
     pub fn open() -> Result<Control> {
         let file = open_node()?;
-        let mut control = Control { ring: ControlRing::new()?, file, features: 0 };
+        let mut control =
+            Control { ring: ControlRing::new()?, file, features: 0, is_users: BTreeMap::new() };
         let mut bits = [0_u8; 8];
         // Kernels before 6.5 fail it: then nothing beyond copying can be counted on.
         if control.send("GET_FEATURES", ctrl::GET_FEATURES, none(), Some(&mut bits)).is_ok() {
@@ -81,6 +90,44 @@ impl Control {
         command: CtrlCmd,
         data: Option<&mut [u8]>,
     ) -> Result<()> {
+        if !self.needs_path(op, command.dev_id)? {
+            return self.pass(name, op, command, data);
+        }
+        let dev_path_len = u16::try_from(PATH).unwrap_or(0);
+        let path = format!("/dev/ublkc{}", command.dev_id);
+        let mut all = vec![0; PATH];
+        all[..path.len()].copy_from_slice(path.as_bytes());
+        all.extend_from_slice(data.as_deref().unwrap_or_default());
+        let done = self.pass(name, op, CtrlCmd { dev_path_len, ..command }, Some(&mut all));
+        if let Some(data) = data {
+            data.copy_from_slice(&all[PATH..]);
+        }
+        done
+    }
+
+    /// Whether a command has to name the device's node.
+    fn needs_path(&mut self, op: u32, id: u32) -> Result<bool> {
+        if op == ctrl::GET_DEV_INFO2 {
+            return Ok(true);
+        }
+        let is_of_none = id == u32::MAX || op == ctrl::ADD_DEV || op == ctrl::GET_DEV_INFO;
+        // The driver has such devices since 6.3, and tells so since 6.5.
+        if is_of_none || self.features & F_UNPRIVILEGED == 0 {
+            return Ok(false);
+        }
+        if let Some(is_users) = self.is_users.get(&id) {
+            return Ok(*is_users);
+        }
+        self.info(id).map(|info| info.flags & F_UNPRIVILEGED != 0)
+    }
+
+    fn pass(
+        &mut self,
+        name: &str,
+        op: u32,
+        command: CtrlCmd,
+        data: Option<&mut [u8]>,
+    ) -> Result<()> {
         let mut payload = [0; 80];
         payload[..size_of::<CtrlCmd>()].copy_from_slice(command.as_bytes());
         // GET_FEATURES came after the encoding, so it is never sent bare.
@@ -106,6 +153,7 @@ impl Control {
     pub(crate) fn add(&mut self, mut info: DevInfo) -> Result<DevInfo> {
         let command = CtrlCmd { dev_id: info.dev_id, queue_id: u16::MAX, ..CtrlCmd::default() };
         self.send("ADD_DEV", ctrl::ADD_DEV, command, Some(info.as_mut_bytes()))?;
+        self.is_users.insert(info.dev_id, info.flags & F_UNPRIVILEGED != 0);
         Ok(info)
     }
 
@@ -166,18 +214,37 @@ impl Control {
     /// # Errors
     /// If there is no such device or the driver hangs.
     pub fn delete(&mut self, id: u32) -> Result<()> {
-        // Before 6.9 or so there is only the waiting form; our own descriptors are closed by now.
-        match self.send("DEL_DEV_ASYNC", ctrl::DEL_DEV_ASYNC, device(id), None) {
+        // Before 6.9 or so there is only the waiting form, and for devices without privileges;
+        // our own descriptors are closed by now.
+        let done = match self.send("DEL_DEV_ASYNC", ctrl::DEL_DEV_ASYNC, device(id), None) {
             Err(error) if error.kind() == ErrorKind::Unsupported => {
                 self.send("DEL_DEV", ctrl::DEL_DEV, device(id), None)
             }
             done => done,
-        }
+        };
+        // The next device of that number may be another kind.
+        self.is_users.remove(&id);
+        done
     }
 
     pub(crate) fn info(&mut self, id: u32) -> Result<DevInfo> {
         let mut info = DevInfo::default();
-        self.send("GET_DEV_INFO", ctrl::GET_DEV_INFO, device(id), Some(info.as_mut_bytes()))?;
+        let may_be_users = self.features & F_UNPRIVILEGED != 0;
+        let mut done = match self.is_users.get(&id) {
+            Some(true) => Err(Error::new(ErrorKind::Unsupported, "GET_DEV_INFO", "has no path")),
+            _ => {
+                let data = Some(info.as_mut_bytes());
+                self.send("GET_DEV_INFO", ctrl::GET_DEV_INFO, device(id), data)
+            }
+        };
+        // That is what is said of one whose node has to be named. The other command is not for all:
+        // where there is no node, nothing is told.
+        if may_be_users && matches!(&done, Err(error) if error.kind() == ErrorKind::Unsupported) {
+            let data = Some(info.as_mut_bytes());
+            done = self.send("GET_DEV_INFO2", ctrl::GET_DEV_INFO2, device(id), data);
+        }
+        done?;
+        self.is_users.insert(id, info.flags & F_UNPRIVILEGED != 0);
         Ok(info)
     }
 
@@ -224,7 +291,7 @@ fn explain(thing: String, errno: Errno) -> Error {
     let os = std::io::Error::from_raw_os_error(errno.raw());
     let error = Error::os(thing.clone(), &os);
     match errno {
-        Errno::EPERM | Errno::EACCES => error.next("run as root"),
+        Errno::EPERM | Errno::EACCES => error.next(AS_WHOM),
         Errno::ENODEV => Error::new(ErrorKind::NotFound, thing, "no such device"),
         Errno::EOPNOTSUPP | Errno::EINVAL => {
             Error::new(ErrorKind::Unsupported, thing, os.to_string())

@@ -1,7 +1,8 @@
 //! Answers for what a ublk device has only when it is asked for: parameters and ways of the driver
 //! that are no use to a disk, but that those who test the driver want to see taken.
 
-use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
 
 use devsplice_core::{Errno, Error, ErrorKind, Io, Result};
 use devsplice_engine::{Completion, Export, Inbox, Ring};
@@ -11,7 +12,9 @@ use rustix::process::Signal;
 use super::DataPath;
 use super::integrity::Integrity;
 use super::uapi::{
-    DevInfo, F_INTEGRITY, F_IO_DESC_SIZE, F_NEED_GET_DATA, F_PER_IO_DAEMON, F_SHMEM_ZC, IoDesc,
+    DevInfo, F_AUTO_BUF_REG, F_BATCH_IO, F_INTEGRITY, F_IO_DESC_SIZE, F_NEED_GET_DATA,
+    F_PER_IO_DAEMON, F_QUIESCE, F_SHMEM_ZC, F_UNPRIVILEGED, F_USER_COPY, F_USER_RECOVERY,
+    F_USER_RECOVERY_FAIL_IO, F_USER_RECOVERY_REISSUE, F_ZERO_COPY, F_ZONED, IoDesc,
     PARAM_DMA_ALIGN, PARAM_SEGMENT, Params,
 };
 
@@ -35,6 +38,8 @@ pub struct Extra {
     pub segments: Option<Segments>,
     /// Whether the data of a write comes only when it is asked for (`DataPath::Copy` alone).
     pub need_get_data: bool,
+    /// Whether it is made as one without privileges has to (`DataPath::Copy` alone).
+    pub unprivileged: bool,
     /// Bytes from one request's descriptor to the next: a multiple of 8 from 24 to 256.
     pub descriptor_bytes: Option<u16>,
     /// Integrity data of requests (`DataPath::UserCopy` alone).
@@ -42,6 +47,9 @@ pub struct Extra {
     /// Whether memory of clients can be told to the driver ([`super::Shared`]), which then says
     /// which requests come from there. Their data moves as that of all others.
     pub shared_memory: bool,
+    /// Bytes that came from or went to such memory, as they are counted.
+    #[doc(hidden)]
+    pub shared_bytes: Arc<AtomicU64>,
     /// Whether the server kills itself when it has fetched the first request of a queue.
     pub dies_fetching: bool,
     /// Whether every thread serves some tags of every queue, as many threads as are asked for.
@@ -49,6 +57,8 @@ pub struct Extra {
     /// Whether requests that come one at a time are served with fewer calls, at the price of some
     /// work where a request is of several pieces (`DataPath::AutoRegister`, not in batches).
     pub low_depth: bool,
+    /// Whether each tag has two slots that take turns (`DataPath::AutoRegister` in batches alone).
+    pub rotates: bool,
     /// Whether all slots are taken, so that every request has to fall back to a copy.
     pub no_slots: bool,
     /// What else is done to the ring of each queue's thread, for tests.
@@ -57,13 +67,30 @@ pub struct Extra {
 }
 
 impl Extra {
+    /// Of these features of a kernel, the ones that it may use.
+    pub(super) fn usable(&self, features: u64) -> u64 {
+        // The driver lets nobody without privileges have them (include/uapi/linux/ublk_cmd.h).
+        const PRIVILEGED: u64 = F_ZERO_COPY
+            | F_USER_COPY
+            | F_AUTO_BUF_REG
+            | F_USER_RECOVERY
+            | F_USER_RECOVERY_REISSUE
+            | F_USER_RECOVERY_FAIL_IO
+            | F_QUIESCE
+            | F_ZONED
+            | F_INTEGRITY;
+        if self.unprivileged { features & !PRIVILEGED } else { features }
+    }
+
     /// The feature flags that it takes.
     pub(super) fn flags(&self) -> u64 {
         let get_data = if self.need_get_data { F_NEED_GET_DATA } else { 0 };
         let per_io = if self.per_io { F_PER_IO_DAEMON } else { 0 };
         let integrity = if self.integrity.is_some() { F_INTEGRITY } else { 0 };
         let shared = if self.shared_memory { F_SHMEM_ZC } else { 0 };
+        let unprivileged = if self.unprivileged { F_UNPRIVILEGED } else { 0 };
         get_data
+            | unprivileged
             | per_io
             | integrity
             | shared
@@ -79,12 +106,23 @@ impl Extra {
             let reason = format!("asking for a write's data is the copy path's, not {path}'s");
             return Err(Error::invalid("ublk", reason));
         }
+        if self.need_get_data && info.flags & F_BATCH_IO != 0 {
+            return Err(Error::invalid("ublk", "in batches a write always comes with its data"));
+        }
+        if self.shared_memory && path == DataPath::Copy {
+            // The driver would copy nothing of a request from such memory, and we would not know.
+            let reason = format!("memory shared with clients does not go with the {path} path");
+            return Err(Error::invalid("ublk", reason));
+        }
         if self.integrity.is_some() && path != DataPath::UserCopy {
             let reason = format!("integrity data goes with the user-copy path, not {path}");
             return Err(Error::invalid("ublk", reason));
         }
         if self.no_slots && path != DataPath::AutoRegister {
             return Err(Error::invalid("ublk", format!("the {path} path needs its slots")));
+        }
+        if self.rotates && (path != DataPath::AutoRegister || info.flags & F_BATCH_IO == 0) {
+            return Err(Error::invalid("ublk", "slots take turns on auto-register in batches"));
         }
         info.flags |= self.flags();
         info.io_desc_size = self.descriptor_bytes.unwrap_or(0);
@@ -305,6 +343,11 @@ mod tests {
         let no_slots = Extra { no_slots: true, ..Extra::default() };
         assert!(no_slots.wish(&mut info, DataPath::AutoRegister).is_ok());
         assert!(no_slots.wish(&mut info, DataPath::Copy).is_err());
+        let rotating = Extra { rotates: true, ..Extra::default() };
+        assert!(rotating.wish(&mut info, DataPath::AutoRegister).is_err());
+        info.flags |= F_BATCH_IO;
+        assert!(rotating.wish(&mut info, DataPath::AutoRegister).is_ok());
+        assert!(rotating.wish(&mut info, DataPath::UserCopy).is_err());
         for path in [DataPath::AutoRegister, DataPath::Register, DataPath::UserCopy] {
             assert!(extra.wish(&mut info, path).is_err());
         }

@@ -17,6 +17,8 @@ mod outside;
 mod params;
 mod queue;
 mod recovery;
+mod shape;
+mod shared;
 mod uapi;
 mod zoned;
 
@@ -26,10 +28,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use devsplice_core::limits::SECTOR;
 use devsplice_core::{Error, ErrorKind, Result, Stack, Zones};
 use devsplice_engine::{Counts, Export};
-use devsplice_uring::{FileKind, LaneMemory, RingFile, Uring};
+use devsplice_uring::{FileKind, RingFile, Uring};
 use rustix::fs::OFlags;
 use rustix::thread::CpuSet;
 
@@ -39,12 +40,14 @@ pub use integrity::Integrity;
 pub use outside::{Seen, Shared, Trial};
 pub use recovery::{Fit, Recovery, Suspended};
 
-use crate::threads::{Crew, OnMade, Service, Shape, Work};
+use crate::threads::{Crew, OnMade, Service, Work};
 use batch::BatchQueue;
 use queue::{Queue, QueueConfig};
+use shape::{is_low_depth, max_io, shape};
+use shared::Marked;
 use uapi::{
-    DevInfo, F_AUTO_BUF_REG, F_BATCH_IO, F_NO_AUTO_PART_SCAN, F_UPDATE_SIZE, F_USER_COPY,
-    F_ZERO_COPY, Params,
+    DevInfo, F_AUTO_BUF_REG, F_BATCH_IO, F_NEED_GET_DATA, F_NO_AUTO_PART_SCAN, F_PER_IO_DAEMON,
+    F_SAFE_STOP, F_UNPRIVILEGED, F_UPDATE_SIZE, F_USER_COPY, F_ZERO_COPY, F_ZONED, Params,
 };
 
 /// How a request's data reaches its place. Best first.
@@ -149,13 +152,8 @@ pub struct Options {
 
 /// Most bytes of a request. Larger ones cost more memory where data is copied and gain nothing.
 const MAX_IO: u32 = 1 << 20;
-/// Bytes that the requests of a device may have locked where the kernel copies (`DataPath::Copy`):
-/// that memory has to be there before a request comes. Requests are smaller then.
-const MAX_LOCKED: u32 = 12 << 20;
-/// What a request may at least have there, however many there are.
-const MIN_IO: u32 = 16 << 10;
-/// Most threads of a device.
-const MAX_THREADS: u16 = 256;
+/// How long others may look at a disk that is to go: udev and its like do, for a moment.
+const GLANCE: Duration = Duration::from_secs(5);
 /// How long the character device may take to appear, or to be let go.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -213,12 +211,13 @@ impl Device {
         // Bytes that a helper thread reads and writes must be in memory of ours.
         let in_memory = service.bottoms.iter().any(crate::threads::Bottom::needs_memory);
         let usable = if in_memory { !(F_ZERO_COPY | F_AUTO_BUF_REG) } else { !0 };
-        let data_path = choose_path(options.data_path, control.features() & usable)?;
-        let recovery = recovery::choose(options.recovery, control.features())?;
+        let features = extra.usable(control.features());
+        let data_path = choose_path(options.data_path, features & usable)?;
+        let recovery = recovery::choose(options.recovery, features)?;
         let stable_writes = service.stack.limits().stable_writes;
-        let batch = choose_batch((options, &extra), data_path, control.features())?;
-        let zoned = zoned::flags(&service.stack, (options, &extra), data_path, control.features())?;
-        let mut wish = wish(options, (data_path, recovery, batch), control.features());
+        let batch = choose_batch((options, &extra), data_path, features)?;
+        let zoned = zoned::flags(&service.stack, (options, &extra), data_path, features)?;
+        let mut wish = wish(options, (data_path, recovery, batch), features);
         extra.wish(&mut wish, data_path)?;
         wish.flags |= zoned;
         let info = control.add(wish)?;
@@ -227,12 +226,19 @@ impl Device {
             (data_path.flags() | recovery.flags() | extra.flags() | batch | zoned) & !info.flags;
         if lost != 0 {
             let _ = control.delete(info.dev_id);
+            if lost == F_UNPRIVILEGED {
+                return Err(Error::invalid("--unprivileged", "is for users without CAP_SYS_ADMIN")
+                    .next("leave it out, or run it as such a user"));
+            }
             let reason = format!("the kernel took no {data_path} path (flags {lost:#x} refused)");
             return Err(Error::new(ErrorKind::Unsupported, "ublk", reason)
                 .next("--data-path auto, and report this kernel"));
         }
         let mut made = Made { control, info, data_path, options: options.clone(), extra };
         let id = info.dev_id;
+        if made.extra.unprivileged {
+            outside::wait_for_node(id)?;
+        }
         let params = made.params(&service.stack);
         let started = made.control.set_params(id, params).and_then(|()| made.crew(service));
         let crew = match started {
@@ -286,6 +292,23 @@ impl Device {
         self.made.data_path
     }
 
+    /// The word that users type for the way of its data.
+    #[must_use]
+    pub fn data_word(&self) -> &'static str {
+        match self.made.info.flags & F_NEED_GET_DATA {
+            0 => self.made.data_path.name(),
+            _ => "get-data",
+        }
+    }
+
+    /// Bytes that this server has moved from and to memory shared with clients, if the driver was
+    /// told of such.
+    #[must_use]
+    pub fn shared_bytes(&self) -> Option<u64> {
+        let Extra { shared_memory, shared_bytes, .. } = &self.made.extra;
+        shared_memory.then(|| shared_bytes.load(Ordering::Relaxed))
+    }
+
     /// What becomes of the disk when its server dies.
     #[must_use]
     pub fn recovery(&self) -> Recovery {
@@ -321,6 +344,28 @@ impl Device {
     #[must_use]
     pub fn crew(&self) -> &Crew {
         &self.crew
+    }
+
+    /// Takes the disk away if nobody has it open; afterwards nobody can open it. Where the kernel
+    /// cannot do that (before 7.0) nothing is done.
+    ///
+    /// # Errors
+    /// If somebody has it open for more than a glance. It is as before then.
+    pub fn stop_if_unused(&mut self) -> Result<()> {
+        if self.made.info.flags & F_SAFE_STOP == 0 {
+            return Ok(());
+        }
+        let (id, end) = (self.id(), Instant::now() + GLANCE);
+        loop {
+            match self.made.control.stop_if_idle(id) {
+                Err(error) if error.kind() == ErrorKind::Busy && Instant::now() < end => {
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+                // Another tool has stopped it.
+                Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+                done => return done,
+            }
+        }
     }
 
     /// Removes the disk: waits for I/O in flight, ends the threads, deletes the device. Whoever has
@@ -363,10 +408,20 @@ impl Made {
         params
     }
 
+    /// Whether each thread is to serve some tags of every queue, since there are more threads than
+    /// queues: the way to share queues where requests do not come in batches (6.16).
+    fn spreads(&self) -> bool {
+        let (Options { threads, queues, .. }, flags) = (&self.options, self.info.flags);
+        let is_plain = flags & (F_BATCH_IO | F_ZONED) == 0 && self.extra.integrity.is_none();
+        let is_odd = self.extra.low_depth || self.extra.dies_fetching;
+        threads > queues && flags & F_PER_IO_DAEMON != 0 && is_plain && !is_odd
+    }
+
     /// Opens the device and has threads fetch from all its queues.
     fn crew(&mut self, service: Service) -> Result<Crew> {
         let info = self.info;
         let file = open_char(info.dev_id)?;
+        self.extra.per_io |= service.pool.is_none() && self.spreads();
         let shape = shape((&self.options, &self.extra), &info, self.data_path);
         let is_shared = shape.threads > shape.queues && !self.extra.per_io;
         // Threads of one queue are there to run beside each other.
@@ -411,6 +466,10 @@ fn choose_batch(
     // Where the kernel copies, it does so to memory of the thread that committed last.
     let may_share = path != DataPath::Copy && !extra.per_io;
     let is_shared = options.threads > options.queues && may_share;
+    if extra.rotates && is_shared {
+        // The turn of a tag would have to be known to all threads that it may come to.
+        return Err(Error::invalid("ublk", "slots take turns where a queue has one thread"));
+    }
     match options.batch {
         Some(true) if !is_offered => {
             let reason = "this kernel's ublk has none (they came with 7.0)";
@@ -437,50 +496,6 @@ fn wish(
         flags: path.flags() | recovery.flags() | extras | no_scan | batch,
         ..DevInfo::default()
     }
-}
-
-/// Most bytes of a request on this path.
-fn max_io(info: &DevInfo, path: DataPath) -> u32 {
-    if path != DataPath::Copy {
-        return MAX_IO;
-    }
-    let tags = u32::from(info.nr_hw_queues) * u32::from(info.queue_depth);
-    // Each has a page for headers, too.
-    let each = (MAX_LOCKED / tags.max(1)).saturating_sub(4096).clamp(MIN_IO, MAX_IO);
-    1 << each.ilog2()
-}
-
-fn shape((options, extra): (&Options, &Extra), info: &DevInfo, path: DataPath) -> Shape {
-    let slots = path.copies() == 0;
-    let is_batched = info.flags & F_BATCH_IO != 0 && path != DataPath::Copy;
-    let most = match (extra.per_io, is_batched) {
-        (true, _) => info.queue_depth,
-        (false, true) => MAX_THREADS,
-        (false, false) => info.nr_hw_queues,
-    };
-    let room = extra.integrity.as_ref().map_or(0, |kept| kept.room(MAX_IO, SECTOR));
-    let threads = options.threads.clamp(1, most);
-    // Zero-copy paths have memory for the requests that fall back; untouched, it costs nothing.
-    let memory = LaneMemory {
-        depth: info.queue_depth.div_ceil(if extra.per_io { threads } else { 1 }),
-        bytes: max_io(info, path) + room,
-        slots,
-        locked: path == DataPath::Copy,
-    };
-    Shape {
-        queues: info.nr_hw_queues,
-        threads,
-        is_shared: extra.per_io,
-        is_wide: false,
-        memory,
-        stuck_seconds: options.stuck_seconds,
-        low_depth: is_low_depth(extra, info, path),
-    }
-}
-
-/// Whether it is served as one whose requests come one at a time.
-fn is_low_depth(extra: &Extra, info: &DevInfo, path: DataPath) -> bool {
-    extra.low_depth && path == DataPath::AutoRegister && info.flags & F_BATCH_IO == 0
 }
 
 /// Opens the character device, which udev may still be naming, or a server before us still closing.
@@ -522,19 +537,22 @@ fn queue_maker(
             _ => extra::Part::WHOLE,
         };
         let descriptors = map::Descriptors::map(fd.as_fd(), queue, (depth, each), part)?;
-        let again = match &extra.integrity {
-            Some(_) => Some(map::Descriptors::map(fd.as_fd(), queue, (depth, each), part)?),
-            None => None,
-        };
+        let once_more = || map::Descriptors::map(fd.as_fd(), queue, (depth, each), part);
+        let again = extra.integrity.as_ref().map(|_| once_more()).transpose()?;
+        let marks = extra.shared_memory.then(once_more).transpose()?;
         let file = ring.add_file(RingFile { fd, kind: FileKind::Other })?;
         let depth = part.depth(depth);
         let config = QueueConfig { queue, depth, path, encoded, part };
         let made: Box<dyn Export<Uring>> = if is_batched {
             let is_first = !begun[usize::from(queue)].swap(true, Ordering::Relaxed);
-            let part = batch::Part { is_first, is_shared };
+            let part = batch::Part { is_first, is_shared, rotates: extra.rotates };
             Box::new(BatchQueue::new(config, part, file, descriptors))
         } else {
             Box::new(Queue::new(config, file, descriptors).with_zones(zones.clone()))
+        };
+        let made = match marks {
+            Some(marks) => Box::new(Marked::new(made, marks, extra.shared_bytes.clone())),
+            None => made,
         };
         let (Some(kept), Some(again)) = (&extra.integrity, again) else {
             return Ok(extra.around(made));
@@ -581,32 +599,13 @@ mod tests {
     }
 
     #[test]
-    fn locked_memory_is_bounded_by_smaller_requests_and_other_paths_have_large_ones() {
-        let info =
-            |nr_hw_queues, queue_depth| DevInfo { nr_hw_queues, queue_depth, ..DevInfo::default() };
-        let locked = |queues: u16, depth: u16| {
-            let bytes = max_io(&info(queues, depth), DataPath::Copy);
-            assert!(bytes.is_power_of_two() && (MIN_IO..=MAX_IO).contains(&bytes));
-            u32::from(queues) * u32::from(depth) * (bytes + 4096)
-        };
-        for (queues, depth) in [(1, 1), (1, 128), (2, 128), (4, 128), (3, 100), (1, 256)] {
-            assert!(locked(queues, depth) <= MAX_LOCKED, "{queues} x {depth}");
-        }
-        assert_eq!(max_io(&info(2, 128), DataPath::Copy), 32 << 10);
-        assert_eq!(max_io(&info(4, 4096), DataPath::Copy), MIN_IO);
-        for path in [DataPath::AutoRegister, DataPath::Register, DataPath::UserCopy] {
-            assert_eq!(max_io(&info(4, 4096), path), MAX_IO);
-        }
-    }
-
-    #[test]
     fn a_path_that_is_not_there_is_refused_with_those_that_are() {
         let error = choose_path(Some(DataPath::Register), F_USER_COPY).unwrap_err();
         let text = error.to_string();
         assert!(text.contains("no register path") && text.contains("user-copy, copy"), "{text}");
     }
 
-    fn options(batch: Option<bool>, threads: u16) -> Options {
+    pub(super) fn options(batch: Option<bool>, threads: u16) -> Options {
         Options {
             id: None,
             queues: 2,
@@ -634,19 +633,11 @@ mod tests {
         assert_eq!(choose(None, 3, auto, 0).unwrap(), 0);
         assert_eq!(choose(Some(false), 3, auto, F_BATCH_IO).unwrap(), 0);
         assert_eq!(choose(Some(true), 1, DataPath::Copy, F_BATCH_IO).unwrap(), F_BATCH_IO);
+        let rotating = Extra { rotates: true, ..Extra::default() };
+        let rotating =
+            |threads| choose_batch((&options(Some(true), threads), &rotating), auto, F_BATCH_IO);
+        assert!(rotating(2).is_ok() && rotating(3).is_err());
         let error = choose(Some(true), 1, auto, !F_BATCH_IO).unwrap_err().to_string();
         assert!(error.contains("7.0") && error.contains("auto"), "{error}");
-    }
-
-    #[test]
-    fn more_threads_than_queues_are_for_batches_that_do_not_copy() {
-        let threads = |flags, path| {
-            let info = DevInfo { nr_hw_queues: 2, queue_depth: 4, flags, ..DevInfo::default() };
-            shape((&options(None, 5), &Extra::default()), &info, path).threads
-        };
-        assert_eq!(threads(F_BATCH_IO, DataPath::AutoRegister), 5);
-        assert_eq!(threads(F_BATCH_IO, DataPath::UserCopy), 5);
-        assert_eq!(threads(F_BATCH_IO, DataPath::Copy), 2);
-        assert_eq!(threads(0, DataPath::AutoRegister), 2);
     }
 }

@@ -1,16 +1,17 @@
 //! Answers for what others than its server see of a ublk device, and do to it.
 
 use std::os::fd::AsFd;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use devsplice_core::{Error, ErrorKind, Result};
-use rustix::fs::OFlags;
+use rustix::fs::{Access, OFlags};
 use zerocopy::IntoBytes;
 
 use super::control::Control;
 use super::map::SharedFile;
 use super::uapi::{
-    ATTR_READ_ONLY, BUF_READ_ONLY, BufReg, CtrlCmd, DevInfo, PARAM_BASIC, PARAM_ZONED, Params, ctrl,
+    ATTR_READ_ONLY, BUF_READ_ONLY, BufReg, CtrlCmd, DevInfo, F_UNPRIVILEGED, PARAM_BASIC,
+    PARAM_ZONED, Params, ctrl,
 };
 
 /// A device as the driver knows it.
@@ -119,6 +120,16 @@ impl Control {
         })
     }
 
+    /// The user and group whose device it is, if one without privileges has made it.
+    ///
+    /// # Errors
+    /// If there is no such device.
+    pub fn owner(&mut self, id: u32) -> Result<Option<(u32, u32)>> {
+        let info = self.info(id)?;
+        let is_users = info.flags & F_UNPRIVILEGED != 0;
+        Ok(is_users.then_some((info.owner_uid, info.owner_gid)))
+    }
+
     /// Removes the disk unless somebody has it open.
     ///
     /// # Errors
@@ -189,6 +200,26 @@ impl Control {
         };
         self.delete(info.dev_id).map(|()| verdict)
     }
+}
+
+/// Waits until this user may use a device that was just made: udev's rules give it to whom it
+/// belongs.
+///
+/// # Errors
+/// If they do not. Nobody but root can remove the device then.
+pub(super) fn wait_for_node(id: u32) -> Result<()> {
+    let path = format!("/dev/ublkc{id}");
+    let end = Instant::now() + super::PATIENCE;
+    while rustix::fs::access(&path, Access::READ_OK | Access::WRITE_OK).is_err() {
+        if Instant::now() > end {
+            let reason = "was not given to this user by udev; the device is left, for root to \
+                          remove (devsplice gc --foreign)";
+            return Err(Error::new(ErrorKind::Permission, path, reason)
+                .next("install the rules of the package, 60-devsplice-ublk.rules (docs/ublk.md)"));
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
 }
 
 fn device(dev_id: u32) -> CtrlCmd {

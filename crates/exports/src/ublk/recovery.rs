@@ -191,8 +191,8 @@ impl Suspended {
             0 => info.nr_hw_queues,
             threads => threads,
         };
-        let recovery = Some(recovery);
-        let options = Options { id: Some(id), threads, recovery, ..options.clone() };
+        let (recovery, queues) = (Some(recovery), options.queues.max(info.nr_hw_queues));
+        let options = Options { id: Some(id), queues, threads, recovery, ..options.clone() };
         Ok(Suspended { made: Made { control, info, data_path, options, extra } })
     }
 

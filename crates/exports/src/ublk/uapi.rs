@@ -14,6 +14,7 @@ pub(crate) mod ctrl {
     pub(crate) const GET_PARAMS: u32 = 0x8020_7509;
     pub(crate) const START_USER_RECOVERY: u32 = 0xC020_7510;
     pub(crate) const END_USER_RECOVERY: u32 = 0xC020_7511;
+    pub(crate) const GET_DEV_INFO2: u32 = 0x8020_7512;
     pub(crate) const GET_FEATURES: u32 = 0x8020_7513;
     pub(crate) const DEL_DEV_ASYNC: u32 = 0x8020_7514;
     pub(crate) const UPDATE_SIZE: u32 = 0xC020_7515;
@@ -63,6 +64,7 @@ pub(crate) const F_ZERO_COPY: u64 = 1;
 pub(crate) const F_NEED_GET_DATA: u64 = 1 << 2;
 pub(crate) const F_USER_RECOVERY: u64 = 1 << 3;
 pub(crate) const F_USER_RECOVERY_REISSUE: u64 = 1 << 4;
+pub(crate) const F_UNPRIVILEGED: u64 = 1 << 5;
 pub(crate) const F_IOCTL_ENCODE: u64 = 1 << 6;
 pub(crate) const F_USER_COPY: u64 = 1 << 7;
 pub(crate) const F_ZONED: u64 = 1 << 8;
@@ -73,6 +75,7 @@ pub(crate) const F_QUIESCE: u64 = 1 << 12;
 pub(crate) const F_PER_IO_DAEMON: u64 = 1 << 13;
 pub(crate) const F_BATCH_IO: u64 = 1 << 15;
 pub(crate) const F_INTEGRITY: u64 = 1 << 16;
+pub(crate) const F_SAFE_STOP: u64 = 1 << 17;
 pub(crate) const F_NO_AUTO_PART_SCAN: u64 = 1 << 18;
 pub(crate) const F_SHMEM_ZC: u64 = 1 << 19;
 pub(crate) const F_IO_DESC_SIZE: u64 = 1 << 20;
@@ -150,6 +153,7 @@ pub(crate) const IO_F_FUA: u32 = 1 << 13;
 pub(crate) const IO_F_NOUNMAP: u32 = 1 << 15;
 pub(crate) const IO_F_NEED_REG_BUF: u32 = 1 << 17;
 pub(crate) const IO_F_INTEGRITY: u32 = 1 << 18;
+pub(crate) const IO_F_SHMEM_ZC: u32 = 1 << 19;
 
 /// `struct ublksrv_io_cmd`, the payload of an I/O command.
 #[repr(C)]
@@ -287,3 +291,54 @@ const _: () = {
     assert!(std::mem::offset_of!(Params, integrity_flags) == 136);
     assert!(size_of::<Params>() == 152 && size_of::<BufReg>() == 24);
 };
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The table of what the driver offers and how to have it.
+    const PAGE: &str = include_str!("../../../../docs/ublk.md");
+
+    #[test]
+    fn every_feature_has_its_row_and_no_other_has_one() {
+        let rows: Vec<Vec<&str>> = PAGE
+            .lines()
+            .filter(|line| line.starts_with("| ") && line.matches('|').count() == 6)
+            .map(|line| line.split('|').map(str::trim).collect())
+            .filter(|cells: &Vec<&str>| cells[1].parse::<u32>().is_ok())
+            .collect();
+        assert_eq!(rows.len(), FEATURES.len());
+        for ((bit, name), cells) in FEATURES.iter().zip(rows) {
+            assert_eq!(cells[1..3], [bit.to_string(), format!("`{name}`")]);
+            assert!(cells[3..6].iter().all(|cell| !cell.is_empty()), "{cells:?}");
+        }
+    }
+
+    #[test]
+    fn every_flag_that_is_used_is_a_feature_with_a_name() {
+        let used = [
+            (F_ZERO_COPY, "zero-copy"),
+            (F_NEED_GET_DATA, "need-get-data"),
+            (F_USER_RECOVERY, "user-recovery"),
+            (F_USER_RECOVERY_REISSUE, "user-recovery-reissue"),
+            (F_UNPRIVILEGED, "unprivileged"),
+            (F_IOCTL_ENCODE, "ioctl-encoding"),
+            (F_USER_COPY, "user-copy"),
+            (F_ZONED, "zoned"),
+            (F_USER_RECOVERY_FAIL_IO, "user-recovery-fail-io"),
+            (F_UPDATE_SIZE, "update-size"),
+            (F_AUTO_BUF_REG, "auto-register"),
+            (F_QUIESCE, "quiesce"),
+            (F_PER_IO_DAEMON, "per-io-daemon"),
+            (F_BATCH_IO, "batch-io"),
+            (F_INTEGRITY, "integrity"),
+            (F_SAFE_STOP, "safe-stop"),
+            (F_NO_AUTO_PART_SCAN, "no-auto-part-scan"),
+            (F_SHMEM_ZC, "shared-memory"),
+            (F_IO_DESC_SIZE, "descriptor-size"),
+        ];
+        for (flag, word) in used {
+            assert!(FEATURES.contains(&(flag.ilog2(), word)), "{word}");
+        }
+    }
+}

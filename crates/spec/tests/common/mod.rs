@@ -15,14 +15,26 @@ pub const SOURCES: &[Source] = &[
             Key::optional("block", Kind::Size, "logical block"),
         ],
         main_key: Some("path"),
+        anchored: Some(devsplice_core::layer::anchored_path),
     },
     Source {
         name: "mem",
         about: "memory",
         keys: &[Key::required("size", Kind::Size, "bytes")],
         main_key: Some("size"),
+        anchored: None,
     },
-    Source { name: "keyless", about: "takes nothing", keys: &[], main_key: None },
+    Source {
+        name: "nbd",
+        about: "an export of a server",
+        keys: &[
+            Key::required("uri", Kind::Text, "where it is"),
+            Key::optional("connections", Kind::Count, "most connections"),
+        ],
+        main_key: Some("uri"),
+        anchored: None,
+    },
+    Source { name: "keyless", about: "takes nothing", keys: &[], main_key: None, anchored: None },
 ];
 
 pub const CATALOG: Catalog = Catalog { layers: devsplice_layers::DRIVERS, sources: SOURCES };

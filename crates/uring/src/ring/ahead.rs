@@ -38,7 +38,7 @@ impl Uring {
     /// Has the kernel make all the requests that it will need: it keeps them as long as the ring
     /// is there. A pair of entries could be torn apart if there was no memory for the second, and
     /// the second be carried out whatever becomes of the first.
-    fn warm_up(&mut self) -> Result<()> {
+    pub(super) fn warm_up(&mut self) -> Result<()> {
         let count = self.queues.size();
         for _ in 0..count {
             self.queues.push(Sqe {
@@ -53,6 +53,9 @@ impl Uring {
 
     /// As `splice`, linked to the entry that is pushed next.
     pub(super) fn link(&mut self, key: u32, splice: &Splice<'_>) -> bool {
+        if Uring::is_remote(splice) {
+            return false;
+        }
         let (true, Some(what)) = (self.can_go_ahead(), simple(splice)) else { return false };
         if !self.queues.has_room_for(ROOM) {
             return false;

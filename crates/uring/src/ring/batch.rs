@@ -17,9 +17,11 @@ use crate::setup;
 use crate::splice::DATA_AT;
 use crate::uapi::{CQE_MORE, SQE_BUFFER_SELECT, SQE_FIXED_FILE, Sqe, URING_CMD_MULTISHOT};
 
-/// Bytes from buffer to buffer: 128 tags, and the kernel hands over at most as many at a time
-/// (`MAX_NR_TAG`, drivers/block/ublk_drv.c, Linux 7.3).
-const BUFFER_BYTES: usize = 128 * size_of::<u16>();
+/// Most tags in a buffer; the kernel hands over at most as many at a time (`MAX_NR_TAG`,
+/// drivers/block/ublk_drv.c, Linux 7.3).
+pub const MOST_TAGS: usize = 128;
+/// Bytes from buffer to buffer.
+const BUFFER_BYTES: usize = MOST_TAGS * size_of::<u16>();
 /// `struct io_uring_buf`: address, length, number; the tail of the ring lies in the rest of the
 /// first.
 const ENTRY_BYTES: usize = 16;
@@ -33,7 +35,7 @@ const PAGE: usize = 4096;
 pub struct Buffers {
     /// How many, a power of two. When all are taken the kernel ends the command that takes them.
     pub count: u16,
-    /// Tags in each, at most 128.
+    /// Tags in each, at most [`MOST_TAGS`].
     pub tags: u16,
 }
 
@@ -104,12 +106,27 @@ impl Batch {
         unsafe { self.field::<AtomicU16>(TAIL_AT).as_ref() }.store(self.tail, Ordering::Release);
     }
 
-    fn tag(&self, buffer: u16, place: u16) -> u16 {
-        assert!(place < self.buffers.tags, "place {place} of {:?}", self.buffers);
-        let at = self.buffer_at(buffer) + usize::from(place) * size_of::<u16>();
-        // SAFETY: in the buffer, aligned. The kernel has written it before the completion that
-        // named it, and does not write it again before `give`, which its lane calls later.
-        unsafe { self.field::<u16>(at).read_volatile() }
+    #[inline]
+    fn tags(&self, buffer: u16, count: usize) -> [u16; MOST_TAGS] {
+        assert!(count <= usize::from(self.buffers.tags), "{count} tags of {:?}", self.buffers);
+        let place = self.tags.place(0, self.buffer_at(buffer), BUFFER_BYTES);
+        // SAFETY: all of the buffer, aligned; zeros where the kernel has written nothing. It has
+        // written what counts before the completion that named the buffer, and does not write it
+        // again before `give`, which its lane calls later.
+        unsafe { place.cast::<[u16; MOST_TAGS]>().read() }
+    }
+
+    /// Adds an element: its first words, as many as it has.
+    #[inline]
+    fn list(&mut self, [first, second]: [u64; 2]) {
+        let (at, end) = (self.filled, self.filled + self.element);
+        assert!(end <= self.room, "more is listed than there are tags");
+        let list = self.lists.bytes(self.current);
+        list[at..at + 8].copy_from_slice(&first.to_ne_bytes());
+        if self.element > 8 {
+            list[at + 8..at + 16].copy_from_slice(&second.to_ne_bytes());
+        }
+        self.filled = end;
     }
 }
 
@@ -162,14 +179,14 @@ impl Uring {
         self.queues.push(Sqe { flags, op_flags: URING_CMD_MULTISHOT, buf_index: lane, ..sqe });
     }
 
-    /// A tag in a buffer that a completion has named.
+    /// What lies in a buffer that a completion has named, of which the first `count` are tags.
     ///
     /// # Panics
-    /// If there is no such place.
+    /// If there is no such buffer, or not as many fit.
     #[inline]
     #[must_use]
-    pub fn tag(&mut self, lane: u16, buffer: u16, place: u16) -> u16 {
-        self.batch(lane).tag(buffer, place)
+    pub fn tags(&mut self, lane: u16, buffer: u16, count: usize) -> [u16; MOST_TAGS] {
+        self.batch(lane).tags(buffer, count)
     }
 
     /// Gives back a buffer that a completion has named, once its tags are taken.
@@ -184,14 +201,7 @@ impl Uring {
     /// If it does not fit: there are more elements than tags then.
     #[inline]
     pub fn list(&mut self, lane: u16, words: [u64; 2]) {
-        let batch = self.batch(lane);
-        let end = batch.filled + batch.element;
-        assert!(end <= batch.room, "lane {lane} lists more than its tags");
-        let list = &mut batch.lists.bytes(batch.current)[batch.filled..end];
-        for (place, word) in list.chunks_exact_mut(8).zip(words) {
-            place.copy_from_slice(&word.to_ne_bytes());
-        }
-        batch.filled = end;
+        self.batch(lane).list(words);
     }
 
     /// Sends a command with the list that was filled; the next elements go to the other one.
@@ -297,9 +307,10 @@ mod tests {
         let mut batch = Batch::new(8, 8, BUFFERS).unwrap();
         let at = batch.buffer_at(3);
         batch.tags.bytes(0)[at + 4..][..2].copy_from_slice(&513_u16.to_ne_bytes());
-        assert_eq!((batch.tag(3, 1), batch.tag(3, 2), batch.tag(2, 2)), (0, 513, 0));
-        for (buffer, place) in [(4, 0), (0, 8)] {
-            let read = std::panic::AssertUnwindSafe(|| batch.tag(buffer, place));
+        assert_eq!(batch.tags(3, 3)[..3], [0, 0, 513]);
+        assert_eq!(batch.tags(2, 8), [0; MOST_TAGS]);
+        for (buffer, count) in [(4, 1), (0, 9)] {
+            let read = std::panic::AssertUnwindSafe(|| batch.tags(buffer, count));
             assert!(std::panic::catch_unwind(read).is_err());
         }
     }

@@ -48,11 +48,11 @@ pub enum Wait {
 /// `struct msghdr`.
 #[repr(C)]
 #[derive(Default)]
-struct MessageHeader {
+pub(super) struct MessageHeader {
     name: u64,
     name_len: u64,
-    vector: u64,
-    vector_len: u64,
+    pub(super) vector: u64,
+    pub(super) vector_len: u64,
     control: u64,
     control_len: u64,
     flags: u64,

@@ -11,18 +11,18 @@ pub struct Cell {
     pub block: &'static str,
     /// fio's `--iodepth`.
     pub depth: u32,
-    /// I/Os of one sample: a fifth of a guest second or more.
+    /// I/Os of one sample: a third of a guest second or more, for fio tells milliseconds.
     pub ios: u32,
 }
 
 /// The loads of the VM part.
 pub const CELLS: &[Cell] = &[
-    cell("4k-qd1", "randread", "4k", 1, 10_000),
+    cell("4k-qd1", "randread", "4k", 1, 20_000),
     cell("4k-qd32-read", "randread", "4k", 32, 20_000),
     cell("4k-qd32-write", "randwrite", "4k", 32, 20_000),
-    cell("64k-qd8", "randread", "64k", 8, 4000),
-    cell("1m-read", "read", "1M", 4, 300),
-    cell("1m-write", "write", "1M", 4, 300),
+    cell("64k-qd8", "randread", "64k", 8, 8000),
+    cell("1m-read", "read", "1M", 4, 600),
+    cell("1m-write", "write", "1M", 4, 600),
 ];
 
 const fn cell(

@@ -251,10 +251,10 @@ not disks.
 
 | load | fio |
 |---|---|
-| 4k-qd1 | `--rw=randread --bs=4k --iodepth=1`, 10000 I/Os |
+| 4k-qd1 | `--rw=randread --bs=4k --iodepth=1`, 20000 I/Os |
 | 4k-qd32-read, 4k-qd32-write | `--rw=randread` or `randwrite`, `--bs=4k --iodepth=32`, 20000 I/Os |
-| 64k-qd8 | `--rw=randread --bs=64k --iodepth=8`, 4000 I/Os |
-| 1m-read, 1m-write | `--rw=read` or `write`, `--bs=1M --iodepth=4`, 300 I/Os |
+| 64k-qd8 | `--rw=randread --bs=64k --iodepth=8`, 8000 I/Os |
+| 1m-read, 1m-write | `--rw=read` or `write`, `--bs=1M --iodepth=4`, 600 I/Os |
 
 All with `--ioengine=io_uring --direct=1 --norandommap`. `bare` is the floor: a ublk server in C
 that is nothing but its loop (crates/xtask/src/bench/bare.c). `kublk` is the kernel's own test

@@ -123,6 +123,10 @@ their server `kublk` would, under that name. Linux 7.3, two emulated CPUs (QEMU 
 on ext4. `kublk` beside it is that server itself in the same machine. What is skipped is skipped by
 the scripts: a program is missing there, or is too old.
 
+The tests of blktests and of ublksrv are in no package of Debian and are not run here. Their command
+lines are: the end-to-end tests whose names begin with `miniublks_`, `rublks_` and `ublks_` make,
+kill, recover and delete devices as those suites do, and read the lists as they do.
+
 ";
 
 /// The page about the tests called `names`: how `ours` ended, beside `theirs`.

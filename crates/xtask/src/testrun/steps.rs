@@ -7,6 +7,7 @@ use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use super::kernels::Kernel;
+use super::pace::Pace;
 use super::parse::{Counts, collected, executable};
 use crate::proc::{self, Guard, run_quiet, tied};
 use crate::{Fallible, tidy, vm};
@@ -167,7 +168,7 @@ pub fn end_to_end_vm(
     programs: &Programs,
     series: &str,
     filter: Option<&str>,
-    kernel: &mut Kernel,
+    (kernel, pace): (&mut Kernel, &mut Pace),
 ) -> Fallible<Counts> {
     if let Err(reason) = vm::available() {
         return Ok(Counts::skip("all end-to-end tests in a VM", &reason));
@@ -186,7 +187,10 @@ pub fn end_to_end_vm(
          {allocations} --nocapture {filter} && exit $r"
     ));
     command.env("DEVSPLICE_E2E", "vm").env("DEVSPLICE_BIN", &programs.command);
-    counted(&mut command, &mut |line| kernel.line(line))
+    counted(&mut command, &mut |line| {
+        kernel.line(line);
+        pace.line(line);
+    })
 }
 
 /// A command whose success is one check.

@@ -10,7 +10,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("engine", &["core"]),
     ("layers", &["core"]),
     ("spec", &["core", "layers"]),
-    ("uring", &["core", "engine"]),
+    ("uring", &["core", "engine", "nbd"]),
     ("nbd", &["core"]),
     ("backends", &["core", "engine", "uring", "nbd"]),
     ("exports", &["core", "engine", "uring", "nbd"]),

@@ -1,32 +1,11 @@
-//! Answers for the memory of a lane's tags: who may look at it, and entries of exports that fill or
-//! drain it.
+//! Answers for reads and writes of exports themselves, between a file and a tag's memory.
 
 use devsplice_engine::FileId;
 
 use super::{KIND_EXPORT_LENT, Uring, tag_of};
-use crate::arena::Arena;
-use crate::splice::DATA_AT;
 use crate::uapi::{OP_READ, OP_WRITE, SQE_FIXED_FILE, Sqe};
 
 impl Uring {
-    /// A tag's memory: [`Uring::DATA_AT`] bytes for headers, then its data.
-    ///
-    /// # Panics
-    /// If an entry that names it is in the kernel's hands, or the lane has no memory.
-    pub fn memory(&mut self, lane: u16, tag: u16) -> &mut [u8] {
-        self.arena(lane).bytes(usize::from(tag))
-    }
-
-    /// Where the data starts in a tag's memory.
-    pub const DATA_AT: usize = DATA_AT;
-
-    pub(super) fn arena(&mut self, lane: u16) -> &mut Arena {
-        match &mut self.arenas[usize::from(lane)] {
-            Some(arena) => arena,
-            None => panic!("lane {lane} has no memory of its own"),
-        }
-    }
-
     /// Reads from `file` at `off` into bytes `at..at + len` of a tag's memory. The completion's
     /// index is `index`, whose low half must be the tag.
     pub fn read(

@@ -1,0 +1,164 @@
+//! Answers for the way from an address to a socket behind which a server has given us its export.
+//! The one place where such sockets are made, for the first connection and for every later one.
+
+use std::io::{self, Read, Write};
+use std::net::{TcpStream, ToSocketAddrs};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use devsplice_core::{Error, ErrorKind, Result};
+use devsplice_nbd::Mode;
+use devsplice_nbd::client::{Agreed, Handshake, Outcome, Wish};
+use devsplice_nbd::limits::HANDSHAKE_SECONDS;
+use devsplice_nbd::uri::{Place, Uri};
+use devsplice_uring::{Link, vsock};
+use rustix::net::sockopt;
+
+use super::captive::Captive;
+
+/// Where a server is.
+pub(super) enum Target {
+    /// Somewhere.
+    At(Uri),
+    /// It is a program of ours.
+    Captive(Captive),
+}
+
+impl Target {
+    /// What messages call it.
+    pub(super) fn name(&self) -> String {
+        match self {
+            Target::At(uri) => uri.to_string(),
+            Target::Captive(captive) => captive.name(),
+        }
+    }
+}
+
+/// How long a server may take to accept us.
+const CONNECT: Duration = Duration::from_secs(HANDSHAKE_SECONDS);
+
+/// Connects, and has the server give its export.
+///
+/// # Errors
+/// If it cannot be reached, or does not give it.
+pub(super) fn connect(target: &Target) -> Result<Link> {
+    let (socket, export) = match target {
+        Target::At(uri) => (reach(&uri.place), uri.export.as_str()),
+        Target::Captive(captive) => (captive.reach(), ""),
+    };
+    let name = target.name();
+    let socket = socket.map_err(|error| Error::os(&name, &error).next("is the server there?"))?;
+    let agreed = greet(socket.as_fd(), export).map_err(|error| error.within(&name))?;
+    Ok(Link { socket, agreed })
+}
+
+/// A socket that is connected to a place.
+fn reach(place: &Place) -> io::Result<OwnedFd> {
+    match place {
+        Place::Unix(path) => UnixStream::connect(path).map(OwnedFd::from),
+        Place::Vsock(machine, port) => Ok(vsock::dial(*machine, *port)?),
+        Place::Tcp(host, port) => {
+            let mut last = io::Error::from(io::ErrorKind::NotFound);
+            for address in (host.as_str(), *port).to_socket_addrs()? {
+                match TcpStream::connect_timeout(&address, CONNECT) {
+                    Ok(stream) => return tuned(stream),
+                    Err(error) => last = error,
+                }
+            }
+            Err(last)
+        }
+    }
+}
+
+/// Requests are sent whole, and a machine that is gone is to be noticed.
+fn tuned(stream: TcpStream) -> io::Result<OwnedFd> {
+    stream.set_nodelay(true)?;
+    let socket = OwnedFd::from(stream);
+    sockopt::set_socket_keepalive(&socket, true)?;
+    sockopt::set_tcp_keepidle(&socket, Duration::from_secs(10))?;
+    sockopt::set_tcp_keepintvl(&socket, Duration::from_secs(5))?;
+    sockopt::set_tcp_keepcnt(&socket, 3)?;
+    Ok(socket)
+}
+
+/// Leads the handshake.
+fn greet(socket: BorrowedFd<'_>, export: &str) -> Result<Agreed> {
+    let end = Instant::now() + CONNECT;
+    let wish = Wish { name: export.to_owned(), mode: Mode::Extended, allocation: true };
+    let mut handshake = Handshake::new(wish);
+    let failed = |error: io::Error| Error::os("handshake", &error);
+    let mut stream = Plain(socket);
+    // The server says nothing of its own once the export is chosen, so nothing is lost by reading
+    // as much as there is.
+    let mut bytes = [0; 4096];
+    loop {
+        let left = end.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            let reason = format!("the server has not finished it in {HANDSHAKE_SECONDS} s");
+            return Err(Error::new(ErrorKind::Timeout, "handshake", reason));
+        }
+        limit(socket, Some(left)).map_err(failed)?;
+        while !handshake.output().is_empty() {
+            let count = stream.write(handshake.output()).map_err(failed)?;
+            handshake.sent(count);
+        }
+        match handshake.outcome() {
+            Outcome::Open => {}
+            Outcome::Chosen(agreed) => {
+                limit(socket, None).map_err(failed)?;
+                return Ok(agreed.clone());
+            }
+            Outcome::Refused(reason) => return Err(Error::invalid("export", reason.clone())),
+        }
+        let count = stream.read(&mut bytes).map_err(failed)?;
+        let broken = |what: &str| Error::new(ErrorKind::Os, "handshake", what.to_owned());
+        if count == 0 {
+            return Err(broken("the server has closed the connection"));
+        }
+        let taken = handshake.receive(&bytes[..count]).map_err(|wrong| broken(wrong.0))?;
+        if taken < count {
+            return Err(broken("the server answers before it was asked"));
+        }
+    }
+}
+
+/// How long each call on a socket may take.
+pub(super) fn limit(socket: BorrowedFd<'_>, limit: Option<Duration>) -> io::Result<()> {
+    for which in [sockopt::Timeout::Recv, sockopt::Timeout::Send] {
+        sockopt::set_socket_timeout(socket, which, limit)?;
+    }
+    Ok(())
+}
+
+/// A socket as a stream that is read and written by turns.
+pub(super) struct Plain<'a>(pub(super) BorrowedFd<'a>);
+
+impl Read for Plain<'_> {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        loop {
+            match rustix::io::read(self.0, &mut *into) {
+                Err(rustix::io::Errno::INTR) => {}
+                // What a socket with a limit says when it is over.
+                Err(rustix::io::Errno::AGAIN) => return Err(io::ErrorKind::TimedOut.into()),
+                done => return Ok(done?),
+            }
+        }
+    }
+}
+
+impl Write for Plain<'_> {
+    fn write(&mut self, from: &[u8]) -> io::Result<usize> {
+        loop {
+            match rustix::io::write(self.0, from) {
+                Err(rustix::io::Errno::INTR) => {}
+                Err(rustix::io::Errno::AGAIN) => return Err(io::ErrorKind::TimedOut.into()),
+                done => return Ok(done?),
+            }
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}

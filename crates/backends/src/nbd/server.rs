@@ -1,0 +1,386 @@
+//! Answers for a server as all threads share it: what it has agreed to, who waits for a connection
+//! to it, the thread that makes them, and what is told of all that.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use devsplice_core::{Error, ErrorKind, Result};
+use devsplice_nbd::client::{Agreed, Extent};
+use devsplice_nbd::wire::can;
+use devsplice_uring::{Line, Link, Patience, Remote, Standing};
+
+use super::connect::{Target, connect};
+use super::talk::Talk;
+
+/// The first wait between attempts to connect; it doubles up to the last.
+const FIRST_WAIT: Duration = Duration::from_millis(100);
+const LAST_WAIT: Duration = Duration::from_secs(5);
+/// Extents that are kept of a server that takes one connection only.
+const KEPT: usize = 1 << 16;
+
+/// Somebody who is told what happens.
+type Tell = Box<dyn Fn(&str) + Send>;
+
+/// A server whose export is in use.
+pub struct Server {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    target: Target,
+    name: String,
+    agreed: Agreed,
+    patience: Patience,
+    connections: u16,
+    state: Mutex<State>,
+    work: Condvar,
+    /// Asked by whoever wants to know what is there.
+    talk: Mutex<Looks>,
+}
+
+#[derive(Default)]
+struct State {
+    waiting: Vec<Weak<Line>>,
+    /// When the next attempt may be.
+    next: Option<Instant>,
+    wait: Duration,
+    has_thread: bool,
+    ended: bool,
+    standing: Standing,
+    away_since: Option<Instant>,
+    tell: Option<Tell>,
+}
+
+/// What is known of what is there.
+#[derive(Default)]
+struct Looks {
+    talk: Option<Talk>,
+    /// Where the list begins, and the list.
+    at: u64,
+    extents: Vec<Extent>,
+    /// Nothing more can be asked.
+    is_all: bool,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Server {
+    /// Connects for the first time.
+    pub(super) fn open(
+        target: Target,
+        connections: Option<u16>,
+        patience: Patience,
+    ) -> Result<Server> {
+        let link = connect(&target)?;
+        let agreed = link.agreed.clone();
+        let can_share = agreed.flags & can::MULTI_CONN != 0;
+        let most = if can_share { u16::MAX } else { 1 };
+        let connections = connections.unwrap_or(most).clamp(1, most);
+        let talk = Mutex::new(Looks { talk: Some(Talk::new(link)), ..Looks::default() });
+        let shared = Shared {
+            name: target.name(),
+            target,
+            agreed,
+            patience,
+            connections,
+            state: Mutex::default(),
+            work: Condvar::new(),
+            talk,
+        };
+        Ok(Server { shared: Arc::new(shared) })
+    }
+
+    /// Does something with the connection that no ring has yet.
+    pub(super) fn with_talk<T>(&self, then: impl FnOnce(&mut Talk) -> T) -> Option<T> {
+        lock(&self.shared.talk).talk.as_mut().map(then)
+    }
+}
+
+impl std::fmt::Debug for Server {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.shared.name)
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        lock(&self.shared.state).ended = true;
+        self.shared.work.notify_all();
+    }
+}
+
+impl Remote for Server {
+    fn name(&self) -> &str {
+        &self.shared.name
+    }
+
+    fn agreed(&self) -> &Agreed {
+        &self.shared.agreed
+    }
+
+    fn patience(&self) -> Patience {
+        self.shared.patience
+    }
+
+    fn most_lines(&self) -> u16 {
+        self.shared.connections
+    }
+
+    fn dial(&self, line: &Arc<Line>, lost: Option<&str>) {
+        let shared = &self.shared;
+        if lost.is_none()
+            && let Some(link) = lock(&shared.talk).talk.take().and_then(Talk::into_link)
+        {
+            lock(&shared.state).standing.connections += 1;
+            line.deliver(link);
+        } else {
+            shared.wait(line, lost);
+        }
+        // Here the thread can be made; those that lose connections may make none.
+        let mut state = lock(&shared.state);
+        if lost.is_none() && !std::mem::replace(&mut state.has_thread, true) {
+            let shared = Arc::clone(shared);
+            let thread = std::thread::Builder::new().name("nbd/connect".to_owned());
+            if let Err(error) = thread.stack_size(512 << 10).spawn(move || shared.serve()) {
+                state.has_thread = false;
+                state.standing.last_error = Some(format!("no thread to connect: {error}"));
+            }
+        }
+    }
+
+    fn part(&self) {
+        let mut state = lock(&self.shared.state);
+        state.standing.connections = state.standing.connections.saturating_sub(1);
+    }
+
+    fn tell(&self, text: &str) {
+        self.shared.tell(text);
+    }
+
+    fn listen(&self, tell: Box<dyn Fn(&str) + Send>) {
+        lock(&self.shared.state).tell = Some(tell);
+    }
+
+    fn standing(&self) -> Standing {
+        lock(&self.shared.state).standing.clone()
+    }
+
+    fn look_ahead(&self) {
+        self.shared.look_ahead();
+    }
+
+    fn look(&self, at: u64, most: u64) -> Option<Extent> {
+        self.shared.look(at, most)
+    }
+}
+
+impl Shared {
+    fn tell(&self, text: &str) {
+        let state = lock(&self.state);
+        if let Some(tell) = &state.tell {
+            tell(&format!("{}: {text}", self.name));
+        }
+    }
+
+    /// Takes note that a line wants a connection.
+    fn wait(&self, line: &Arc<Line>, lost: Option<&str>) {
+        let mut state = lock(&self.state);
+        state.waiting.push(Arc::downgrade(line));
+        let Some(why) = lost else {
+            drop(state);
+            return self.work.notify_all();
+        };
+        state.standing.connections = state.standing.connections.saturating_sub(1);
+        state.standing.last_error = Some(why.to_owned());
+        let is_news = state.away_since.is_none();
+        state.away_since.get_or_insert_with(Instant::now);
+        drop(state);
+        self.work.notify_all();
+        if is_news {
+            self.tell(&format!("connection lost: {why}; requests wait for the next one"));
+        }
+    }
+
+    /// The thread that connects.
+    fn serve(&self) {
+        // As on I/O threads: memory that is needed here must not wait for the device.
+        let _ = devsplice_uring::thread::set_io_flusher();
+        loop {
+            let mut state = lock(&self.state);
+            loop {
+                if state.ended {
+                    return;
+                }
+                state.waiting.retain(|line| line.strong_count() > 0);
+                let now = Instant::now();
+                let left = state.next.and_then(|next| next.checked_duration_since(now));
+                state = match (state.waiting.is_empty(), left) {
+                    (false, None) => break,
+                    (false, Some(left)) => {
+                        let waited = self.work.wait_timeout(state, left);
+                        waited.map_or_else(|poisoned| poisoned.into_inner().0, |(state, _)| state)
+                    }
+                    (true, _) => self.work.wait(state).unwrap_or_else(PoisonError::into_inner),
+                };
+            }
+            drop(state);
+            match self.again() {
+                Ok(link) => self.hand_over(link),
+                Err(error) => self.put_off(&error),
+            }
+        }
+    }
+
+    /// Another connection, to the same export.
+    fn again(&self) -> Result<Link> {
+        let link = connect(&self.target)?;
+        let (then, now) = (&self.agreed, &link.agreed);
+        let other = |what: String| {
+            let reason = format!("the export is another one by now: {what}");
+            Err(Error::new(ErrorKind::Invalid, &self.name, reason))
+        };
+        if then.size != now.size {
+            return other(format!("{} bytes, it had {}", now.size, then.size));
+        }
+        if then.flags != now.flags {
+            return other(format!("flags {:#x}, it had {:#x}", now.flags, then.flags));
+        }
+        if now.block > then.block || now.most < then.most {
+            return other(format!("requests of {} to {} bytes", now.block, now.most));
+        }
+        Ok(link)
+    }
+
+    fn hand_over(&self, link: Link) {
+        let mut state = lock(&self.state);
+        (state.next, state.wait) = (None, FIRST_WAIT);
+        let line = state.waiting.pop().and_then(|line| line.upgrade());
+        let Some(line) = line else { return };
+        state.standing.connections += 1;
+        let away = state.away_since.take();
+        state.standing.reconnects += u64::from(away.is_some());
+        drop(state);
+        line.deliver(link);
+        if let Some(since) = away {
+            let seconds = since.elapsed().as_secs_f32();
+            self.tell(&format!("connected again after {seconds:.1} s"));
+        }
+    }
+
+    fn put_off(&self, error: &Error) {
+        let mut state = lock(&self.state);
+        let wait = state.wait.clamp(FIRST_WAIT, LAST_WAIT);
+        state.wait = (wait * 2).min(LAST_WAIT);
+        // Not all clients of a server are to come at the same moment.
+        let now = Instant::now();
+        state.next = Some(now + wait.mul_f32(jitter()));
+        state.away_since.get_or_insert(now);
+        let text = error.to_string();
+        let is_news = state.standing.last_error.as_ref() != Some(&text);
+        state.standing.last_error = Some(text);
+        drop(state);
+        if is_news {
+            let text = error.to_string();
+            let reason = text.strip_prefix(&format!("{}: ", self.name)).unwrap_or(&text);
+            self.tell(&format!("cannot be reached: {reason}"));
+        }
+    }
+
+    /// The talk, on a connection of its own where the server takes several.
+    fn talk<'a>(&self, looks: &'a mut Looks) -> Option<&'a mut Talk> {
+        if looks.talk.is_none() && self.agreed.flags & can::MULTI_CONN != 0 && !looks.is_all {
+            looks.talk = self.again().ok().map(Talk::new);
+            looks.is_all = looks.talk.is_none();
+        }
+        looks.talk.as_mut()
+    }
+
+    /// Asks now for what could not be asked any more when a ring has the only connection.
+    fn look_ahead(&self) {
+        let mut looks = lock(&self.talk);
+        if self.agreed.flags & can::MULTI_CONN != 0 {
+            return;
+        }
+        let (mut at, mut all) = (0, Vec::new());
+        while at < self.agreed.size && all.len() < KEPT {
+            let left = self.agreed.size - at;
+            let Some(talk) = looks.talk.as_mut() else { break };
+            let Ok(extents) = talk.extents(at, left) else { break };
+            let before = at;
+            for extent in extents {
+                let len = extent.len.min(self.agreed.size - at);
+                if len > 0 {
+                    all.push(Extent { len, ..*extent });
+                    at += len;
+                }
+            }
+            if at == before {
+                break;
+            }
+        }
+        (looks.at, looks.extents, looks.is_all) = (0, all, true);
+    }
+
+    fn look(&self, at: u64, most: u64) -> Option<Extent> {
+        let mut looks = lock(&self.talk);
+        if let Some(known) = looks.find(at, most) {
+            return Some(known);
+        }
+        if looks.is_all {
+            return None;
+        }
+        let extents = self.talk(&mut looks)?.extents(at, most).ok()?.to_vec();
+        (looks.at, looks.extents) = (at, extents);
+        looks.find(at, most)
+    }
+}
+
+impl Looks {
+    /// What is known of the bytes from `at` on.
+    fn find(&self, at: u64, most: u64) -> Option<Extent> {
+        let mut from = self.at;
+        for extent in &self.extents {
+            let end = from.saturating_add(extent.len);
+            if (from..end).contains(&at) {
+                return Some(Extent { len: (end - at).min(most), ..*extent });
+            }
+            from = end;
+        }
+        None
+    }
+}
+
+/// Something between 0.75 and 1.25.
+fn jitter() -> f32 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    let nanos = now.map_or(0, |now| now.subsec_nanos()) ^ std::process::id().wrapping_mul(0x9e37);
+    #[allow(clippy::cast_precision_loss)]
+    let part = (nanos % 1000) as f32 / 1000.0;
+    0.75 + part / 2.0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn waits_differ_a_little() {
+        for _ in 0..100 {
+            assert!((0.75..=1.25).contains(&jitter()));
+        }
+    }
+
+    #[test]
+    fn what_is_known_is_found_from_any_byte_of_it() {
+        let extent = |len, is_hole| Extent { len, is_hole, is_zero: is_hole };
+        let extents = vec![extent(100, false), extent(50, true)];
+        let looks = Looks { at: 1000, extents, ..Looks::default() };
+        assert_eq!(looks.find(999, 10), None);
+        assert_eq!(looks.find(1000, 10), Some(extent(10, false)));
+        assert_eq!(looks.find(1099, 10), Some(extent(1, false)));
+        assert_eq!(looks.find(1100, 100), Some(extent(50, true)));
+        assert_eq!(looks.find(1150, 1), None);
+    }
+}

@@ -1,0 +1,297 @@
+//! Answers for disks of NBD servers: every byte of them, whatever becomes of the server, and what
+//! commands do with their addresses.
+
+use devsplice_e2e::{
+    Group, Kind, MIB, Outcome, Process, Room, Running, call, engines, need_tool, verify, wait_until,
+};
+use rustix::process::Signal;
+use serde_json::Value;
+
+use crate::verify::counts_fit;
+
+/// Bytes of a server's disk.
+const SIZE: u64 = 32 * MIB;
+
+pub fn add(group: &mut Group, kind: Kind) {
+    group.add("a_servers_disk_keeps_every_byte_under_fio_verify", move || every_byte(kind));
+    if matches!(kind, Kind::FuseUring(_)) {
+        return;
+    }
+    group.add("a_server_that_is_killed_and_comes_back_loses_no_write", move || killed(kind));
+    group.add("a_server_that_is_frozen_is_left_and_found_again", move || frozen(kind));
+    group.add("a_server_that_stays_away_fails_what_waits_for_it", move || away(kind));
+    group.add("a_servers_errors_are_the_disks", move || errors(kind));
+}
+
+pub fn add_copies(group: &mut Group) {
+    group.add("copy_compare_and_map_take_addresses", copies);
+    group.add("a_server_in_brackets_ends_with_us", captive);
+    group.add("addresses_that_lead_nowhere_are_refused_by_name", nowhere);
+}
+
+/// A server at a socket of the room.
+struct Kit<'r> {
+    room: &'r Room,
+    arguments: Vec<String>,
+    running: Option<Running>,
+}
+
+impl<'r> Kit<'r> {
+    fn new(room: &'r Room, arguments: &[&str]) -> Kit<'r> {
+        let arguments = arguments.iter().map(|&one| one.to_owned()).collect();
+        let mut kit = Kit { room, arguments, running: None };
+        kit.start();
+        kit
+    }
+
+    fn socket(&self) -> String {
+        self.room.path("kit.sock")
+    }
+
+    fn uri(&self) -> String {
+        format!("nbd+unix:///?socket={}", self.socket())
+    }
+
+    /// In an expression, with more keys.
+    fn with(&self, keys: &str) -> String {
+        format!("nbd(\"{}\", {keys})", self.uri())
+    }
+
+    fn start(&mut self) {
+        let _ = std::fs::remove_file(self.socket());
+        let socket = self.socket();
+        let fixed = ["-f", "-U", socket.as_str()];
+        let all = fixed.into_iter().chain(self.arguments.iter().map(String::as_str));
+        self.running = Some(call("nbdkit", all).dir(&self.room.dir).limit(600).start());
+        wait_until(20, "nbdkit listens", || std::path::Path::new(&self.socket()).exists());
+    }
+
+    fn process(&self) -> Process {
+        Process(self.running.as_ref().map_or(0, Running::pid))
+    }
+
+    fn kill(&mut self) {
+        self.process().signal(Signal::KILL);
+        drop(self.running.take());
+    }
+}
+
+fn server(info: &Value) -> (u64, u64) {
+    let server = &info["servers"][0];
+    let number = |key: &str| server[key].as_u64().unwrap_or_else(|| panic!("{key}: {info:#}"));
+    (number("connections"), number("reconnects"))
+}
+
+fn every_byte(kind: Kind) -> Outcome {
+    engines()?;
+    need_tool("nbdkit")?;
+    for (plugin, stack) in [("memory", "NBD"), ("file", "stripe(chunk=16k, NBD, FILE)")] {
+        let room = Room::new();
+        let image = room.file("served.img", SIZE);
+        let size = SIZE.to_string();
+        let what = if plugin == "file" { image.as_str() } else { size.as_str() };
+        let kit = Kit::new(&room, &[plugin, what]);
+        let stack = stack.replace("NBD", &kit.uri()).replace("FILE", &room.file("b", SIZE));
+        let disk = room.add(kind, &stack, &[]);
+        let moved = verify(&room, &disk.node, 16 * MIB, "4k-256k");
+        counts_fit(&disk, moved);
+        assert_eq!(server(&disk.info()).1, 0);
+        disk.remove();
+    }
+    Ok(())
+}
+
+/// fio writes and verifies, a round for each second or two.
+fn fio(room: &Room, node: &std::path::Path, loops: u32) -> Running {
+    let arguments = [
+        "--name=verify".to_owned(),
+        format!("--filename={}", node.display()),
+        format!("--loops={loops}"),
+        "--size=16m".to_owned(),
+        "--rate=16m".to_owned(),
+    ];
+    let fixed = [
+        "--direct=1",
+        "--ioengine=io_uring",
+        "--rw=randwrite",
+        "--bsrange=4k-128k",
+        "--iodepth=32",
+        "--verify=crc32c",
+        "--verify_fatal=1",
+        "--do_verify=1",
+        "--verify_state_save=0",
+        "--fsync=50",
+    ];
+    let all = arguments.iter().map(String::as_str).chain(fixed);
+    call("fio", all).dir(&room.dir).limit(120).start()
+}
+
+fn killed(kind: Kind) -> Outcome {
+    engines()?;
+    need_tool("nbdkit")?;
+    let room = Room::new();
+    let image = room.file("served.img", SIZE);
+    let mut kit = Kit::new(&room, &["file", &image]);
+    let disk = room.add(kind, &kit.uri(), &[]);
+    let mut running = fio(&room, &disk.node, 3);
+    let mut kills = 0;
+    while !running.is_over() {
+        std::thread::sleep(std::time::Duration::from_millis(700));
+        if kills < 4 {
+            kit.kill();
+            std::thread::sleep(std::time::Duration::from_millis(100 << kills));
+            kit.start();
+            kills += 1;
+        }
+    }
+    let said = running.finish().ok();
+    assert!(said.out.contains("err= 0"), "{}", said.out);
+    let info = disk.info();
+    assert!(kills >= 2 && server(&info).1 >= 2, "{kills} kills: {info:#}");
+    assert_eq!(info["counts"]["errors"], 0, "{info:#}");
+    let events = info["events"].to_string();
+    assert!(events.contains("connection lost") && events.contains("connected again"), "{events}");
+    disk.remove();
+    Ok(())
+}
+
+fn frozen(kind: Kind) -> Outcome {
+    engines()?;
+    need_tool("nbdkit")?;
+    let room = Room::new();
+    let image = room.file("served.img", SIZE);
+    let kit = Kit::new(&room, &["file", &image]);
+    let disk = room.add(kind, &kit.with("timeout=1s, on-loss=hold"), &[]);
+    let mut running = fio(&room, &disk.node, 2);
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    kit.process().signal(Signal::STOP);
+    let lost = || disk.info()["events"].to_string().contains("has not answered");
+    wait_until(20, "the server is left", lost);
+    assert!(!running.is_over(), "{}", running.said());
+    kit.process().signal(Signal::CONT);
+    let said = running.finish().ok();
+    assert!(said.out.contains("err= 0"), "{}", said.out);
+    let info = disk.info();
+    assert!(server(&info).1 >= 1, "{info:#}");
+    assert_eq!(info["counts"]["errors"], 0, "{info:#}");
+    disk.remove();
+    Ok(())
+}
+
+fn away(kind: Kind) -> Outcome {
+    need_tool("nbdkit")?;
+    let room = Room::new();
+    let image = room.full_file("served.img", SIZE, 7);
+    let mut kit = Kit::new(&room, &["file", &image]);
+    let disk = room.add(kind, &kit.with("reconnect-delay=1s"), &[]);
+    let node = disk.node.display().to_string();
+    let read = || {
+        let from = format!("if={node}");
+        let fixed = ["of=/dev/null", "bs=4k", "count=16", "skip=300", "iflag=direct"];
+        call("dd", [from.as_str()].into_iter().chain(fixed)).limit(30).run().code
+    };
+    assert_eq!(read(), Some(0));
+    kit.kill();
+    assert_eq!(read(), Some(1), "what waits fails after a second");
+    let info = disk.info();
+    assert_eq!(server(&info).0, 0, "{info:#}");
+    assert!(info["servers"][0]["last_error"].is_string(), "{info:#}");
+    assert!(info["events"].to_string().contains("has been away"), "{info:#}");
+    // Another disk at the same place is none of ours.
+    std::fs::File::options().write(true).open(&image).unwrap().set_len(SIZE / 2).unwrap();
+    kit.start();
+    let refused = || disk.info()["events"].to_string().contains("another one by now");
+    wait_until(20, "a disk of another size is refused", refused);
+    assert_eq!(read(), Some(1));
+    kit.kill();
+    std::fs::File::options().write(true).open(&image).unwrap().set_len(SIZE).unwrap();
+    kit.start();
+    wait_until(20, "the server is found again", || server(&disk.info()).0 > 0);
+    assert_eq!(read(), Some(0));
+    disk.remove();
+    Ok(())
+}
+
+fn errors(kind: Kind) -> Outcome {
+    need_tool("nbdkit")?;
+    let room = Room::new();
+    let trigger = room.path("trigger");
+    let file = format!("error-file={trigger}");
+    let arguments = ["--filter=error", "memory", "32M", "error=ENOSPC", "error-rate=1", &file];
+    let kit = Kit::new(&room, &arguments);
+    let disk = room.add(kind, &kit.uri(), &[]);
+    let to = format!("of={}", disk.node.display());
+    let write = || {
+        let fixed = ["if=/dev/zero", "bs=64k", "count=4", "oflag=direct"];
+        call("dd", [to.as_str()].into_iter().chain(fixed)).limit(30).run()
+    };
+    let _ = write().ok();
+    std::fs::write(&trigger, "").unwrap();
+    let failed = write().ended_with(1);
+    assert!(failed.err.contains("No space left"), "{}", failed.err);
+    std::fs::remove_file(&trigger).unwrap();
+    let _ = write().ok();
+    assert_eq!(server(&disk.info()).1, 0, "an error is no loss of the server");
+    disk.remove();
+    Ok(())
+}
+
+fn copies() -> Outcome {
+    need_tool("nbdkit")?;
+    let room = Room::new();
+    let image = room.full_file("image", 8 * MIB, 0x5a);
+    let target = room.file("target.img", SIZE);
+    let kit = Kit::new(&room, &["file", &target]);
+    let uri = kit.uri();
+    let _ = room.devsplice(["copy", "--verify", &image, &uri]).ok();
+    let back = room.path("back");
+    let _ = room.devsplice(["copy", &uri, &back]).ok();
+    let found = std::fs::read(&back).unwrap();
+    assert_eq!(found.len() as u64, SIZE);
+    let (data, rest) = found.split_at(8 << 20);
+    assert!(data.iter().all(|byte| *byte == 0x5a) && rest.iter().all(|byte| *byte == 0));
+    let allocated = std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(&back).unwrap());
+    assert!(allocated * 512 < 10 * MIB, "{allocated} sectors: the hole was filled");
+    let _ = room.devsplice(["compare", &uri, &back]).ok();
+    let map = room.devsplice(["map", "--json", &uri]).ok();
+    let map: Value = serde_json::from_str(&map).unwrap();
+    assert_eq!((&map[0]["start"], &map[0]["data"]), (&0.into(), &true.into()), "{map}");
+    assert_eq!((&map[1]["start"], &map[1]["data"]), (&(8 * MIB).into(), &false.into()), "{map}");
+    std::fs::write(&back, b"other").unwrap();
+    let differs = room.devsplice(["compare", &uri, &image]).run();
+    assert_eq!(differs.code, Some(0), "{}", differs.err);
+    Ok(())
+}
+
+fn captive() -> Outcome {
+    need_tool("nbdkit")?;
+    let room = Room::new();
+    let image = room.full_file("image", 4 * MIB, 0x33);
+    let (pid, back) = (room.path("pid"), room.path("back"));
+    let server = format!("[ nbdkit -P {pid} file {image} ]");
+    let _ = room.devsplice(["copy", &server, &back]).ok();
+    assert!(std::fs::read(&back).unwrap() == std::fs::read(&image).unwrap());
+    let ran = std::fs::read_to_string(&pid).unwrap();
+    let ran = Process(ran.trim().parse().unwrap());
+    wait_until(10, "the server has ended", || !ran.lives());
+    let said = room.refusal(["copy", "[ ]", &back]);
+    assert!(said.contains("names no program"), "{said}");
+    Ok(())
+}
+
+fn nowhere() -> Outcome {
+    let room = Room::new();
+    let none = room.path("none.sock");
+    for (stack, words) in [
+        (format!("nbd+unix:///?socket={none}"), ["none.sock", "is the server there?"]),
+        ("nbd://127.0.0.1:1/".to_owned(), ["127.0.0.1:1", "refused"]),
+        ("nbd://".to_owned(), ["nbd://", "no host"]),
+        (format!("nbd(\"unix:{none}\", on-loss=maybe)"), ["on-loss", "fail nor hold"]),
+    ] {
+        let said = room.refusal(["map", &stack]);
+        for word in words {
+            assert!(said.contains(word), "{stack}: {said}");
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,110 @@
+//! Answers for how many threads serve a device, and with how much memory for its requests.
+
+use devsplice_core::limits::SECTOR;
+use devsplice_uring::LaneMemory;
+use rustix::process::{Resource, getrlimit};
+
+use super::uapi::{DevInfo, F_BATCH_IO, F_UNPRIVILEGED};
+use super::{DataPath, Extra, MAX_IO, Options};
+use crate::threads::Shape;
+
+/// Bytes that the requests of a device may have locked where the kernel copies (`DataPath::Copy`):
+/// that memory has to be there before a request comes. Requests are smaller then.
+const MAX_LOCKED: u32 = 12 << 20;
+/// What a request may at least have there, however many there are.
+const MIN_IO: u32 = 16 << 10;
+/// Most threads of a device.
+const MAX_THREADS: u16 = 256;
+
+/// Most bytes of a request on this path.
+pub(super) fn max_io(info: &DevInfo, path: DataPath) -> u32 {
+    if path != DataPath::Copy {
+        return MAX_IO;
+    }
+    let tags = u32::from(info.nr_hw_queues) * u32::from(info.queue_depth);
+    // Each has a page for headers, too.
+    let each = (may_lock(info) / tags.max(1)).saturating_sub(4096).clamp(MIN_IO, MAX_IO);
+    1 << each.ilog2()
+}
+
+/// Bytes that the requests of a device may have locked: a user's limit is for batches as well.
+fn may_lock(info: &DevInfo) -> u32 {
+    let limit = match info.flags & F_UNPRIVILEGED {
+        0 => None,
+        _ => getrlimit(Resource::Memlock).current,
+    };
+    let most = limit.and_then(|limit| u32::try_from(limit / 4 * 3).ok());
+    most.map_or(MAX_LOCKED, |most| most.min(MAX_LOCKED))
+}
+
+/// The threads and their memory.
+pub(super) fn shape((options, extra): (&Options, &Extra), info: &DevInfo, path: DataPath) -> Shape {
+    let slots = path.copies() == 0;
+    let is_batched = info.flags & F_BATCH_IO != 0 && path != DataPath::Copy;
+    let most = match (extra.per_io, is_batched) {
+        (true, _) => info.queue_depth,
+        (false, true) => MAX_THREADS,
+        (false, false) => info.nr_hw_queues,
+    };
+    let room = extra.integrity.as_ref().map_or(0, |kept| kept.room(MAX_IO, SECTOR));
+    let threads = options.threads.clamp(1, most);
+    let depth = info.queue_depth.div_ceil(if extra.per_io { threads } else { 1 });
+    // Zero-copy paths have memory for the requests that fall back; untouched, it costs nothing.
+    let memory = LaneMemory {
+        depth: if extra.rotates { depth.saturating_mul(2) } else { depth },
+        bytes: max_io(info, path) + room,
+        slots,
+        locked: path == DataPath::Copy,
+    };
+    Shape {
+        queues: info.nr_hw_queues,
+        threads,
+        is_shared: extra.per_io,
+        is_wide: false,
+        memory,
+        stuck_seconds: options.stuck_seconds,
+        low_depth: is_low_depth(extra, info, path),
+    }
+}
+
+/// Whether it is served as one whose requests come one at a time.
+pub(super) fn is_low_depth(extra: &Extra, info: &DevInfo, path: DataPath) -> bool {
+    extra.low_depth && path == DataPath::AutoRegister && info.flags & F_BATCH_IO == 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::options;
+    use super::*;
+
+    #[test]
+    fn locked_memory_is_bounded_by_smaller_requests_and_other_paths_have_large_ones() {
+        let info =
+            |nr_hw_queues, queue_depth| DevInfo { nr_hw_queues, queue_depth, ..DevInfo::default() };
+        let locked = |queues: u16, depth: u16| {
+            let bytes = max_io(&info(queues, depth), DataPath::Copy);
+            assert!(bytes.is_power_of_two() && (MIN_IO..=MAX_IO).contains(&bytes));
+            u32::from(queues) * u32::from(depth) * (bytes + 4096)
+        };
+        for (queues, depth) in [(1, 1), (1, 128), (2, 128), (4, 128), (3, 100), (1, 256)] {
+            assert!(locked(queues, depth) <= MAX_LOCKED, "{queues} x {depth}");
+        }
+        assert_eq!(max_io(&info(2, 128), DataPath::Copy), 32 << 10);
+        assert_eq!(max_io(&info(4, 4096), DataPath::Copy), MIN_IO);
+        for path in [DataPath::AutoRegister, DataPath::Register, DataPath::UserCopy] {
+            assert_eq!(max_io(&info(4, 4096), path), MAX_IO);
+        }
+    }
+
+    #[test]
+    fn more_threads_than_queues_are_for_batches_that_do_not_copy() {
+        let threads = |flags, path| {
+            let info = DevInfo { nr_hw_queues: 2, queue_depth: 4, flags, ..DevInfo::default() };
+            shape((&options(None, 5), &Extra::default()), &info, path).threads
+        };
+        assert_eq!(threads(F_BATCH_IO, DataPath::AutoRegister), 5);
+        assert_eq!(threads(F_BATCH_IO, DataPath::UserCopy), 5);
+        assert_eq!(threads(F_BATCH_IO, DataPath::Copy), 2);
+        assert_eq!(threads(0, DataPath::AutoRegister), 2);
+    }
+}

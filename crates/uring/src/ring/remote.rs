@@ -1,0 +1,579 @@
+//! Answers for places behind sockets: a ring's connections to them, what is asked over each, and
+//! what becomes of that when a connection is lost.
+//!
+//! A socket is a stream, so one send and one receive of a connection are under way at a time, or
+//! several that are linked. What has no answer when a connection ends is held, and sent again over
+//! the next one: reads, writes, zeroes and discards have the same effect when they are done twice.
+//! The kernel uses none of a request's pages any more when that happens, nor when it is answered.
+
+mod life;
+mod receive;
+mod send;
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use devsplice_core::{Errno, Error, Op, Result};
+use devsplice_engine::ring::MAX_PARTS;
+use devsplice_engine::{FileId, Pages, Part, Splice, To};
+use devsplice_nbd::Request;
+use devsplice_nbd::client::{Agreed, Asks, Extent};
+use devsplice_nbd::wire::{ask as flag, can, command};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+
+use super::{KIND_REMOTE, Timespec, Uring};
+use crate::arena::Arena;
+use crate::files::{FileKind, RingFile};
+use crate::probe;
+use crate::splice::PagesKind;
+use crate::uapi::{OP_POLL_ADD, Sqe};
+use receive::Receiving;
+use send::Batch;
+
+/// Set in the identity of a file that is a connection; the rest is its index.
+const IS_REMOTE: u16 = 1 << 15;
+/// Connections that end over something that is no NBD, without a good answer between them, before
+/// what is asked fails: the server will not do better.
+const STRIKES: u8 = 3;
+/// Most bytes of a question without data: in any mode, whatever the server's block.
+const LONGEST: u64 = 0xffff_0000;
+/// How often it is looked whether a server still answers.
+static SECOND: Timespec = Timespec { seconds: 1, nanoseconds: 0 };
+
+/// What an entry of a connection is, in the low half of its user data.
+const SENT: u32 = 0;
+const HEAD: u32 = 1;
+const DATA: u32 = 2;
+const TICK: u32 = 3;
+const BELL: u32 = 4;
+
+/// A socket behind which a server has given us its export.
+#[derive(Debug)]
+pub struct Link {
+    /// Connected.
+    pub socket: OwnedFd,
+    /// What was agreed on.
+    pub agreed: Agreed,
+}
+
+/// How long a server is waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Patience {
+    /// Seconds without a word from a server that owes an answer after which the connection is given
+    /// up; 0 for never.
+    pub answer: u32,
+    /// Seconds without a connection after which requests fail; `None` for never.
+    pub outage: Option<u32>,
+}
+
+/// How things stand with a server.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Standing {
+    /// Connections that there are.
+    pub connections: u32,
+    /// How often there was none where there had been one, and then one again.
+    pub reconnects: u64,
+    /// What went wrong last.
+    pub last_error: Option<String>,
+}
+
+/// A server's export, of which each ring has a connection.
+pub trait Remote: Send + Sync {
+    /// What messages call it.
+    fn name(&self) -> &str;
+
+    /// What was agreed on when it was opened; no later connection offers less.
+    fn agreed(&self) -> &Agreed;
+
+    /// How long it is waited for.
+    fn patience(&self) -> Patience;
+
+    /// Wants a connection for this line, in a while, from another thread: this one does not wait.
+    /// `lost` is what became of the last one, if there was one.
+    fn dial(&self, line: &Arc<Line>, lost: Option<&str>);
+
+    /// A ring ends, and its connection with it.
+    fn part(&self);
+
+    /// Connections that it can have at a time. One of a server that does not promise that a flush
+    /// over one covers what was written over others.
+    fn most_lines(&self) -> u16;
+
+    /// Something has happened that a user would want to know.
+    fn tell(&self, text: &str);
+
+    /// Has `tell` told from now on.
+    fn listen(&self, tell: Box<dyn Fn(&str) + Send>);
+
+    /// How things stand.
+    fn standing(&self) -> Standing;
+
+    /// [`Remote::look`] will be asked, of what nobody changes, and rings will have the connections.
+    fn look_ahead(&self);
+
+    /// What is there from `at` on, of at most `most` bytes, as far as the server tells. It is
+    /// waited for.
+    fn look(&self, at: u64, most: u64) -> Option<Extent>;
+}
+
+/// What a ring has of a [`Remote`]: where its next connection is put.
+#[derive(Debug)]
+pub struct Line {
+    link: Mutex<Option<Link>>,
+    bell: OwnedFd,
+}
+
+impl Line {
+    fn new() -> Result<Arc<Line>> {
+        let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+            .map_err(|errno| Error::os("a connection's bell", &errno.into()))?;
+        Ok(Arc::new(Line { link: Mutex::default(), bell }))
+    }
+
+    /// Gives the ring its connection.
+    pub fn deliver(&self, link: Link) {
+        *self.link.lock().unwrap_or_else(PoisonError::into_inner) = Some(link);
+        // It can only fail when it was rung 2^64 - 2 times and nobody listened.
+        let _ = rustix::io::write(&self.bell, &1_u64.to_ne_bytes());
+    }
+
+    fn take(&self) -> Option<Link> {
+        // Does not block; what was rung before is heard once.
+        let _ = rustix::io::read(&self.bell, &mut [0_u8; 8]);
+        self.link.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+/// A splice that was asked for and has not landed.
+#[derive(Clone, Copy)]
+struct Ask {
+    is_open: bool,
+    conn: u16,
+    op: Op,
+    fua: bool,
+    at: u64,
+    len: u64,
+    pages: Pages,
+    parts: [Part; MAX_PARTS],
+    part_count: usize,
+    /// Their order.
+    serial: u64,
+    /// Entries that name its pages may be in the kernel's hands.
+    is_sending: bool,
+    /// It was written, and is being flushed since the server has no other way to make it durable.
+    is_flushing: bool,
+    /// The answer came before all of it was sent.
+    early: Option<Result<(), Errno>>,
+}
+
+impl Ask {
+    const NONE: Ask = Ask {
+        is_open: false,
+        conn: 0,
+        op: Op::Flush,
+        fua: false,
+        at: 0,
+        len: 0,
+        pages: Pages(0),
+        parts: [Part { at: 0, len: 0 }; MAX_PARTS],
+        part_count: 0,
+        serial: 0,
+        is_sending: false,
+        is_flushing: false,
+        early: None,
+    };
+
+    fn parts(&self) -> &[Part] {
+        &self.parts[..self.part_count]
+    }
+
+    /// Whether it is a read that is worth receiving to where it belongs, not with its header.
+    fn is_large(&self) -> bool {
+        self.op == Op::Read && self.len >= receive::LARGE
+    }
+
+    /// The piece of the request's memory at byte `at` of what was asked, of at most `most` bytes.
+    fn place(&self, at: u32, most: u32) -> Option<Part> {
+        let mut before = at;
+        for part in self.parts() {
+            if before < part.len {
+                return Some(Part { at: part.at + before, len: most.min(part.len - before) });
+            }
+            before -= part.len;
+        }
+        None
+    }
+
+    /// As the protocol says it.
+    fn request(&self, has_fua: bool) -> Request {
+        let fua = if self.fua && has_fua { flag::FUA } else { 0 };
+        let (command, flags) = match self.op {
+            _ if self.is_flushing => (command::FLUSH, 0),
+            Op::Read => (command::READ, 0),
+            Op::Write => (command::WRITE, fua),
+            Op::Discard => (command::TRIM, fua),
+            Op::WriteZeroes { unmap: true } => (command::WRITE_ZEROES, fua),
+            Op::WriteZeroes { unmap: false } => (command::WRITE_ZEROES, fua | flag::NO_HOLE),
+            Op::Flush | Op::Reset | Op::Finish => (command::FLUSH, 0),
+        };
+        let (offset, length) = if command == command::FLUSH { (0, 0) } else { (self.at, self.len) };
+        Request { flags, command, cookie: 0, offset, length }
+    }
+}
+
+/// How a connection stands.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// Requests go over it.
+    Up,
+    /// It was given up, and entries that name it are still out.
+    Ending,
+    /// There is none.
+    Down,
+}
+
+/// A ring's connection to a server.
+struct Conn {
+    remote: Arc<dyn Remote>,
+    line: Arc<Line>,
+    /// Its socket's place in the ring's table of files.
+    file: FileId,
+    state: State,
+    asks: Asks,
+    /// Keys of what is not sent yet, in order.
+    unsent: VecDeque<u32>,
+    /// What was asked for and has not landed; how much of that are large reads.
+    open: u32,
+    large: u32,
+    batch: Box<Batch>,
+    receiving: Receiving,
+    /// What becomes of headers: a slot for those that are sent, one for those that come.
+    memory: Arena,
+    /// When the server was last heard of, or owed nothing.
+    heard: u32,
+    /// Since when there has been no good answer over any connection, if one was lost.
+    down_since: Option<u32>,
+    /// Why the last one ended.
+    lost: String,
+    strikes: u8,
+    /// Nothing is held any more.
+    is_failing: bool,
+}
+
+/// The connections of a ring, and what was asked over them.
+pub(super) struct Remotes {
+    conns: Vec<Conn>,
+    /// By key.
+    asks: Box<[Ask]>,
+    /// What has landed and was not reported.
+    landed: VecDeque<(u32, Result<u64, Errno>)>,
+    serial: u64,
+    /// Seconds, counted while somebody waits.
+    tick: u32,
+    is_ticking: bool,
+    /// Requests of this ring may have pages that are not ours.
+    has_slots: bool,
+    /// Sends and receives take a slot. Before Linux 7.2 only reads and writes do.
+    takes_slots: bool,
+}
+
+impl Uring {
+    /// Adds a place behind a socket. It takes one place of what `Config::files` asked for. What is
+    /// asked before there is a connection waits for it.
+    ///
+    /// # Errors
+    /// As [`Uring::add_file`].
+    pub fn add_remote(&mut self, remote: &Arc<dyn Remote>) -> Result<FileId> {
+        // As for bytes: until there is a socket, what stands there refuses everything.
+        let fd = rustix::event::epoll::create(rustix::event::epoll::CreateFlags::CLOEXEC)
+            .map_err(|errno| Error::os("a place for a connection", &errno.into()))?;
+        let file = self.add_file(RingFile { fd, kind: FileKind::Other })?;
+        if self.remotes.is_none() {
+            // What is linked is never taken apart so.
+            self.warm_up()?;
+            self.remotes = Some(Box::new(Remotes::new(self)));
+        }
+        let Some(remotes) = &mut self.remotes else { return Err(full()) };
+        let index = u16::try_from(remotes.conns.len()).map_err(|_| full())?;
+        let flights = remotes.asks.len();
+        let line = Line::new()?;
+        remotes.conns.push(Conn {
+            remote: Arc::clone(remote),
+            line: Arc::clone(&line),
+            file,
+            state: State::Down,
+            asks: Asks::new(u32::try_from(flights).unwrap_or(u32::MAX)),
+            unsent: VecDeque::with_capacity(flights),
+            open: 0,
+            large: 0,
+            batch: Batch::new(),
+            receiving: Receiving::default(),
+            memory: Arena::new(2, receive::ROOM, false)?,
+            heard: 0,
+            down_since: None,
+            lost: String::new(),
+            strikes: 0,
+            is_failing: false,
+        });
+        self.listen_to(index);
+        remote.dial(&line, None);
+        Ok(FileId(IS_REMOTE | index))
+    }
+
+    /// Whether a splice goes to a place behind a socket.
+    #[inline(always)]
+    pub(super) fn is_remote(splice: &Splice<'_>) -> bool {
+        matches!(splice.to, To::File(FileId(id)) if id & IS_REMOTE != 0)
+    }
+
+    /// Starts a splice to or from such a place.
+    #[cold]
+    #[inline(never)]
+    pub(super) fn ask(&mut self, key: u32, splice: &Splice<'_>) {
+        self.with_remotes(|remotes, ring| remotes.ask(ring, key, splice));
+    }
+
+    /// Sends what was asked since the last time. Nothing to wait for if something has landed.
+    #[cold]
+    #[inline(never)]
+    pub(super) fn send_asked(&mut self) -> bool {
+        self.with_remotes(|remotes, ring| {
+            for index in 0..remotes.conns.len() {
+                remotes.send(ring, index);
+            }
+            !remotes.landed.is_empty()
+        })
+    }
+
+    /// The next of what has landed.
+    pub(super) fn landed_far(&mut self) -> Option<(u32, Result<u64, Errno>)> {
+        self.remotes.as_mut()?.landed.pop_front()
+    }
+
+    /// An entry of a connection has completed.
+    #[cold]
+    #[inline(never)]
+    pub(super) fn remote_event(&mut self, (conn, what): (u16, u32), result: i32) {
+        self.with_remotes(|remotes, ring| {
+            let index = usize::from(conn);
+            match what {
+                SENT => remotes.sent(ring, index, result),
+                HEAD => remotes.headed(ring, index, result),
+                DATA => remotes.filled(ring, index, result),
+                TICK => remotes.tick(ring),
+                _ => remotes.connected(ring, index),
+            }
+        });
+    }
+
+    fn with_remotes<T: Default>(&mut self, then: impl FnOnce(&mut Remotes, &mut Uring) -> T) -> T {
+        let Some(mut remotes) = self.remotes.take() else { return T::default() };
+        let done = then(&mut remotes, self);
+        self.remotes = Some(remotes);
+        done
+    }
+
+    /// Asks to hear of the next connection. As other bells, it is not among the registered files.
+    fn listen_to(&mut self, index: u16) {
+        let Some(remotes) = &self.remotes else { return };
+        let fd = remotes.conns[usize::from(index)].line.bell.as_raw_fd();
+        self.queues.push(Sqe {
+            opcode: OP_POLL_ADD,
+            fd,
+            op_flags: u32::try_from(libc::POLLIN).unwrap_or(1),
+            user_data: user_data(usize::from(index), BELL),
+            ..Sqe::default()
+        });
+    }
+
+    /// Ends all connections, so that the kernel lets go of their memory.
+    pub(super) fn hang_up(&mut self) {
+        let Some(mut remotes) = self.remotes.take() else { return };
+        remotes.part(self);
+        for _ in 0..100 {
+            if remotes.conns.iter().all(Conn::is_quiet) || self.queues.enter(0).is_err() {
+                break;
+            }
+            while let Some(cqe) = self.queues.next() {
+                if cqe.user_data & super::KIND_MASK == KIND_REMOTE {
+                    let (conn, what) = super::lane_and_index(cqe.user_data);
+                    remotes.quieted(usize::from(conn), what);
+                }
+            }
+            let wait = rustix::event::Timespec { tv_sec: 0, tv_nsec: 10_000_000 };
+            let _ = poll(&mut [PollFd::new(&self.queues.fd, PollFlags::IN)], Some(&wait));
+        }
+    }
+}
+
+fn full() -> Error {
+    Error::invalid("a ring's connections", "too many")
+}
+
+fn user_data(index: usize, what: u32) -> u64 {
+    KIND_REMOTE | (index as u64) << 32 | u64::from(what)
+}
+
+impl Conn {
+    /// Whether no entry of it but its bell is out.
+    fn is_quiet(&self) -> bool {
+        self.batch.out == 0 && self.receiving.out == 0
+    }
+
+    fn can(&self, flag: u16) -> bool {
+        self.remote.agreed().flags & flag != 0
+    }
+
+    fn socket<'a>(&self, ring: &'a Uring) -> BorrowedFd<'a> {
+        ring.files[usize::from(self.file.0)].fd.as_fd()
+    }
+}
+
+impl Remotes {
+    fn new(ring: &Uring) -> Remotes {
+        let flights = ring.flights.len();
+        Remotes {
+            conns: Vec::new(),
+            asks: vec![Ask::NONE; flights].into(),
+            landed: VecDeque::with_capacity(flights),
+            serial: 0,
+            tick: 0,
+            is_ticking: false,
+            has_slots: ring.slot_bases.iter().any(Option::is_some),
+            takes_slots: probe::sockets_take_slots(),
+        }
+    }
+
+    fn ask(&mut self, ring: &mut Uring, key: u32, splice: &Splice<'_>) {
+        let To::File(FileId(id)) = splice.to else { return };
+        let index = usize::from(id & !IS_REMOTE);
+        let conn = &mut self.conns[index];
+        self.serial += 1;
+        let mut ask = Ask {
+            is_open: true,
+            conn: id & !IS_REMOTE,
+            op: splice.op,
+            fua: splice.fua,
+            at: splice.at,
+            len: splice.len,
+            pages: splice.pages,
+            serial: self.serial,
+            ..Ask::NONE
+        };
+        let agreed = conn.remote.agreed();
+        // What is more is asked for when this has landed, short.
+        let most = match splice.op.has_pages() {
+            true => u64::from(agreed.most),
+            false => LONGEST,
+        };
+        ask.len = ask.len.min(most);
+        let mut left = ask.len;
+        for part in splice.parts {
+            let len = u64::from(part.len).min(left);
+            if len > 0 {
+                ask.parts[ask.part_count] =
+                    Part { at: part.at, len: u32::try_from(len).unwrap_or(part.len) };
+                ask.part_count += 1;
+                left -= len;
+            }
+        }
+        if splice.op.has_pages()
+            && let PagesKind::Memory { lane, slot } = PagesKind::unpack(splice.pages)
+            && let Some(arena) = &mut ring.arenas[usize::from(lane)]
+        {
+            arena.lend(usize::from(slot));
+        }
+        let refused = match splice.op {
+            Op::Read => None,
+            Op::Write if !conn.can(can::READ_ONLY) => None,
+            Op::Write => Some(Err(Errno::EROFS)),
+            // Nothing that it has said is done could be lost.
+            Op::Flush if !conn.can(can::FLUSH) => Some(Ok(())),
+            Op::Flush => None,
+            Op::Discard if conn.can(can::TRIM) => None,
+            Op::WriteZeroes { .. } if conn.can(can::WRITE_ZEROES) => None,
+            _ => Some(Err(Errno::EOPNOTSUPP)),
+        };
+        let refused = refused.or(conn.is_failing.then_some(Err(Errno::EIO)));
+        if conn.open == 0 {
+            conn.heard = self.tick;
+        }
+        conn.open += 1;
+        conn.large += u32::from(ask.is_large());
+        self.asks[key as usize] = ask;
+        match refused {
+            Some(result) => self.land(ring, key, result),
+            None => {
+                conn.unsent.push_back(key);
+                self.arm_tick(ring);
+            }
+        }
+    }
+
+    /// A splice is over; nothing of the kernel's names its pages.
+    fn land(&mut self, ring: &mut Uring, key: u32, result: Result<(), Errno>) {
+        let ask = &mut self.asks[key as usize];
+        ask.is_open = false;
+        let conn = &mut self.conns[usize::from(ask.conn)];
+        conn.open -= 1;
+        conn.large -= u32::from(ask.is_large());
+        let result = result.map(|()| ask.len);
+        if ask.op.has_pages() {
+            let done = result.unwrap_or(0);
+            match PagesKind::unpack(ask.pages) {
+                PagesKind::Slot(_) => ring.bytes_spliced += done,
+                PagesKind::Memory { lane, slot } => {
+                    if let Some(arena) = &mut ring.arenas[usize::from(lane)] {
+                        arena.give_back(usize::from(slot));
+                    }
+                    let is_inner = usize::from(lane) >= ring.outer;
+                    *(if is_inner { &mut ring.bytes_meta } else { &mut ring.bytes_copied }) += done;
+                }
+            }
+        }
+        self.landed.push_back((key, result));
+    }
+
+    /// The server has answered.
+    fn answered(&mut self, ring: &mut Uring, key: u32, result: Result<(), u32>) {
+        use devsplice_nbd::client::asks::errno;
+        use devsplice_nbd::wire::error::ESHUTDOWN;
+        let ask = &mut self.asks[key as usize];
+        let index = usize::from(ask.conn);
+        let conn = &mut self.conns[index];
+        if let Some(blame) = conn.asks.take_blame() {
+            conn.remote.tell(&format!("gives {blame}: {} failed", shown(ask)));
+        }
+        if result == Err(ESHUTDOWN) {
+            return self.lose(ring, index, "it is being shut down".to_owned());
+        }
+        (conn.down_since, conn.strikes) = (None, 0);
+        let is_lasting = conn.can(can::FUA) || !conn.can(can::FLUSH);
+        if result.is_ok() && ask.fua && ask.op != Op::Read && !is_lasting && !ask.is_flushing {
+            ask.is_flushing = true;
+            return conn.unsent.push_back(key);
+        }
+        let result = result.map_err(errno);
+        if ask.is_sending {
+            ask.early = Some(result);
+            return;
+        }
+        self.land(ring, key, result);
+    }
+
+    /// As the completion of an entry, where nobody wants to know its result.
+    fn quieted(&mut self, index: usize, what: u32) {
+        let conn = &mut self.conns[index];
+        match what {
+            SENT => conn.batch.give_back(&mut conn.memory),
+            HEAD => conn.receiving.head_back(&mut conn.memory),
+            DATA => conn.receiving.out -= 1,
+            _ => {}
+        }
+    }
+}
+
+fn shown(ask: &Ask) -> String {
+    format!("{} of {} bytes at {}", ask.op.name(), ask.len, ask.at)
+}

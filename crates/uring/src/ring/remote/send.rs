@@ -1,0 +1,273 @@
+//! Answers for what goes out over a connection: headers, and the pages of writes between them.
+//!
+//! A batch is a list of segments in the order of the stream. Where all of them are memory of ours,
+//! one entry sends them. A slot needs an entry of its own, so there they are linked: each is sent
+//! when the one before it is, whole; one that stops short stops the rest, which goes out anew.
+
+use devsplice_core::Op;
+use devsplice_nbd::wire::can;
+
+use super::{Remotes, SENT, State, Uring, user_data};
+use crate::arena::Arena;
+use crate::ring::socket::MessageHeader;
+use crate::splice::{DATA_AT, IoVec, PagesKind, with_slot};
+use crate::uapi::{
+    MSG_MORE, MSG_NOSIGNAL, MSG_WAITALL, OP_SEND, OP_SENDMSG, SQE_FIXED_FILE, SQE_IO_LINK, Sqe,
+};
+
+/// Requests of a batch.
+const MOST: usize = 64;
+/// Segments of a batch.
+const SEGMENTS: usize = 128;
+/// Entries that are linked.
+const CHAIN: usize = 32;
+/// Where headers are in a connection's memory.
+const OUT: usize = 0;
+
+const _: () = assert!(MOST * devsplice_nbd::wire::MAX_REQUEST_LEN <= super::receive::ROOM);
+
+/// A run of bytes of the stream.
+#[derive(Clone, Copy, Default)]
+struct Segment {
+    /// In memory, or from the start of a slot.
+    at: u64,
+    len: u32,
+    slot: Option<u16>,
+}
+
+/// What is being sent.
+pub(super) struct Batch {
+    segments: [Segment; SEGMENTS],
+    count: usize,
+    /// The first that is not sent, and how much of it is.
+    next: usize,
+    offset: u32,
+    /// Entries that are out.
+    pub(super) out: u16,
+    /// One of them has stopped short or failed; those behind it were not carried out.
+    is_cut: bool,
+    error: i32,
+    /// Whose requests they are.
+    keys: [u32; MOST],
+    key_count: usize,
+    header: MessageHeader,
+    vector: [IoVec; SEGMENTS],
+}
+
+impl Batch {
+    pub(super) fn new() -> Box<Batch> {
+        Box::new(Batch {
+            segments: [Segment::default(); SEGMENTS],
+            count: 0,
+            next: 0,
+            offset: 0,
+            out: 0,
+            is_cut: false,
+            error: 0,
+            keys: [0; MOST],
+            key_count: 0,
+            header: MessageHeader::default(),
+            vector: [IoVec::default(); SEGMENTS],
+        })
+    }
+
+    /// Forgets what was to be sent.
+    pub(super) fn clear(&mut self) {
+        (self.count, self.next, self.offset, self.key_count) = (0, 0, 0, 0);
+        (self.is_cut, self.error) = (false, 0);
+    }
+
+    /// The completion of one of its entries is out.
+    pub(super) fn give_back(&mut self, memory: &mut Arena) {
+        self.out -= 1;
+        memory.give_back(OUT);
+    }
+
+    fn push(&mut self, segment: Segment) {
+        if let Some(last) = self.segments[..self.count].last_mut()
+            && last.slot.is_none()
+            && segment.slot.is_none()
+            && last.at + u64::from(last.len) == segment.at
+        {
+            last.len += segment.len;
+            return;
+        }
+        self.segments[self.count] = segment;
+        self.count += 1;
+    }
+
+    /// What is left to be sent, from its first.
+    fn rest(&self) -> impl Iterator<Item = Segment> {
+        self.segments[self.next..self.count].iter().enumerate().map(|(index, segment)| {
+            let done = if index == 0 { self.offset } else { 0 };
+            Segment { at: segment.at + u64::from(done), len: segment.len - done, ..*segment }
+        })
+    }
+
+    /// So much of the stream was sent.
+    fn advance(&mut self, mut done: u32) {
+        while self.next < self.count {
+            let left = self.segments[self.next].len - self.offset;
+            if done < left {
+                self.offset += done;
+                return;
+            }
+            done -= left;
+            (self.next, self.offset) = (self.next + 1, 0);
+        }
+    }
+}
+
+impl Remotes {
+    /// Sends what was asked for, unless something is on its way.
+    pub(super) fn send(&mut self, ring: &mut Uring, index: usize) {
+        let conn = &self.conns[index];
+        if conn.state != State::Up || conn.batch.out > 0 || conn.unsent.is_empty() {
+            return;
+        }
+        self.gather(ring, index);
+        self.submit(ring, index);
+    }
+
+    /// Makes a batch of what waits.
+    fn gather(&mut self, ring: &Uring, index: usize) {
+        let Remotes { conns, asks, .. } = self;
+        let conn = &mut conns[index];
+        let has_fua = conn.can(can::FUA);
+        let batch = &mut *conn.batch;
+        batch.clear();
+        // Bytes of headers; there is room for those of a batch.
+        let mut heads = 0;
+        while let Some(key) = conn.unsent.front().copied() {
+            let ask = &mut asks[key as usize];
+            let is_write = ask.op == Op::Write && !ask.is_flushing;
+            let parts = if is_write { ask.part_count } else { 0 };
+            if batch.key_count == MOST || batch.count + 1 + parts > SEGMENTS {
+                break;
+            }
+            conn.unsent.pop_front();
+            let head = conn.asks.begin(key, &ask.request(has_fua));
+            let (place, bytes) = (heads, head.bytes());
+            heads += bytes.len();
+            conn.memory.bytes(OUT)[place..place + bytes.len()].copy_from_slice(bytes);
+            let at = conn.memory.address(OUT, place, bytes.len());
+            batch.push(Segment { at, len: u32::try_from(bytes.len()).unwrap_or(0), slot: None });
+            let pages = PagesKind::unpack(ask.pages);
+            for part in &ask.parts[..parts] {
+                batch.push(match pages {
+                    PagesKind::Slot(slot) => {
+                        Segment { at: u64::from(part.at), len: part.len, slot: Some(slot) }
+                    }
+                    PagesKind::Memory { lane, slot } => {
+                        let Some(arena) = &ring.arenas[usize::from(lane)] else { continue };
+                        let at = DATA_AT + part.at as usize;
+                        let at = arena.address(usize::from(slot), at, part.len as usize);
+                        Segment { at, len: part.len, slot: None }
+                    }
+                });
+            }
+            ask.is_sending = true;
+            batch.keys[batch.key_count] = key;
+            batch.key_count += 1;
+        }
+    }
+
+    /// Hands over what is left of the batch, or a part of it.
+    fn submit(&mut self, ring: &mut Uring, index: usize) {
+        let takes_slots = self.takes_slots;
+        let conn = &mut self.conns[index];
+        let batch = &mut *conn.batch;
+        (batch.is_cut, batch.error) = (false, 0);
+        let base = Sqe {
+            fd: i32::from(conn.file.0),
+            flags: SQE_FIXED_FILE,
+            op_flags: MSG_NOSIGNAL | MSG_WAITALL,
+            user_data: user_data(index, SENT),
+            ..Sqe::default()
+        };
+        let left = batch.count - batch.next;
+        if left > 1 && batch.rest().all(|segment| segment.slot.is_none()) {
+            let mut vector = [IoVec::default(); SEGMENTS];
+            for (entry, segment) in vector.iter_mut().zip(batch.rest()) {
+                *entry = IoVec { base: segment.at, len: u64::from(segment.len) };
+            }
+            batch.vector = vector;
+            batch.header.vector = batch.vector.as_ptr() as u64;
+            batch.header.vector_len = left as u64;
+            let addr = std::ptr::from_ref(&batch.header) as u64;
+            ring.queues.push(Sqe { opcode: OP_SENDMSG, addr, len: 1, ..base });
+            batch.out = 1;
+            return conn.memory.lend(OUT);
+        }
+        let count = left.min(CHAIN);
+        // All of a chain has to go with one call; what is queued goes before it.
+        if !ring.queues.has_room_for(u32::try_from(count).unwrap_or(0)) {
+            let _ = ring.queues.enter(0);
+            ring.queues.make_room();
+        }
+        for (place, segment) in batch.rest().take(count).enumerate() {
+            let mut sqe = Sqe { opcode: OP_SEND, addr: segment.at, len: segment.len, ..base };
+            if place + 1 < count {
+                sqe.flags |= SQE_IO_LINK;
+            }
+            if place + 1 < left {
+                sqe.op_flags |= MSG_MORE;
+            }
+            if let Some(slot) = segment.slot {
+                (sqe, _) = with_slot(sqe, slot, segment.at, takes_slots);
+            }
+            ring.queues.push(sqe);
+            conn.memory.lend(OUT);
+        }
+        batch.out = u16::try_from(count).unwrap_or(0);
+    }
+
+    /// An entry of a batch has completed.
+    pub(super) fn sent(&mut self, ring: &mut Uring, index: usize, result: i32) {
+        let conn = &mut self.conns[index];
+        let batch = &mut *conn.batch;
+        batch.give_back(&mut conn.memory);
+        if !batch.is_cut {
+            let is_chain = batch.header.vector_len == 0;
+            let left = batch.segments[batch.next].len - batch.offset;
+            match u32::try_from(result) {
+                Ok(done) if done > 0 => {
+                    batch.is_cut = is_chain && done < left;
+                    batch.advance(done);
+                    conn.heard = self.tick;
+                }
+                Ok(_) => (batch.is_cut, batch.error) = (true, libc::EPIPE),
+                Err(_) => (batch.is_cut, batch.error) = (true, -result),
+            }
+        }
+        if batch.out > 0 {
+            return;
+        }
+        batch.header.vector_len = 0;
+        if conn.state != State::Up {
+            return self.settle(ring, index);
+        }
+        match batch.error {
+            0 | libc::EINTR | libc::EAGAIN if batch.next < batch.count => self.submit(ring, index),
+            0 => self.all_sent(ring, index),
+            error => {
+                let error = std::io::Error::from_raw_os_error(error);
+                self.lose(ring, index, format!("it takes nothing: {error}"));
+            }
+        }
+    }
+
+    /// No entry names the pages of what the batch was of.
+    fn all_sent(&mut self, ring: &mut Uring, index: usize) {
+        let batch = &mut *self.conns[index].batch;
+        let (keys, count) = (batch.keys, batch.key_count);
+        batch.clear();
+        for key in &keys[..count] {
+            let ask = &mut self.asks[*key as usize];
+            ask.is_sending = false;
+            if let Some(result) = ask.early.take() {
+                self.land(ring, *key, result);
+            }
+        }
+    }
+}
