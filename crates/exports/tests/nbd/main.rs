@@ -122,7 +122,7 @@ fn a_client_that_takes_its_replies_late_gets_what_was_there() {
             let (cookie, reply) = peer.reply();
             let number = 127 - (last - cookie);
             let all = pattern(len as usize, number / 2 + seed);
-            let expected = if number % 2 == 0 { &all[..] } else { &all[..512] };
+            let expected = if number.is_multiple_of(2) { &all[..] } else { &all[..512] };
             assert!(reply.data == expected, "{mode:?}: reply to request {number} differs");
         }
     }

@@ -72,16 +72,12 @@ impl Uring {
         }
         let count = i32::try_from(splice.parts.len().min(MAX_PARTS)).unwrap_or(0);
         let (fd, ranges) = (file.fd.as_raw_fd(), vector.as_ptr().cast::<libc::iovec>());
+        // Nothing in memory is more durable than what was written.
+        let call = if splice.op == Op::Read { libc::preadv } else { libc::pwritev };
         // SAFETY: `vector` has at least `count` ranges laid out as `struct iovec`, all within the
         // arena's mapping (`address` has asserted that), which nobody else touches meanwhile:
         // `&mut self` excludes slices of it. The descriptor is open as long as the slot.
-        let result = unsafe {
-            match splice.op {
-                Op::Read => libc::preadv(fd, ranges, count, at),
-                // Nothing in memory is more durable than that.
-                _ => libc::pwritev(fd, ranges, count, at),
-            }
-        };
+        let result = unsafe { call(fd, ranges, count, at) };
         let result = u64::try_from(result).map_err(|_| last_errno());
         let moved = *result.as_ref().unwrap_or(&0);
         if usize::from(lane) < self.outer {

@@ -22,7 +22,7 @@ const SIZE: u64 = 256;
 /// MiB of a file that is copied.
 const COPIED: u64 = 4096;
 /// Times that each is copied.
-const COPIES: u32 = 5;
+const COPIES: u32 = 3;
 /// How long a server may take to listen.
 const APPEARS: Duration = Duration::from_secs(10);
 
@@ -176,8 +176,8 @@ fn arguments(uri: &str, cell: &Cell) -> Vec<String> {
         "--group_reporting",
         "--norandommap",
         "--time_based",
-        "--runtime=1",
-        "--ramp_time=0.2",
+        "--runtime=500ms",
+        "--ramp_time=100ms",
         "--output-format=json",
     ]
     .map(str::to_owned)
@@ -215,7 +215,7 @@ fn serve(site: &mut Site, bin: &Path, name: &str, words: &[&str]) -> Fallible<St
     // What lies in the servers' own memory is data, too.
     let write = Cell { name: "fill", rw: "write", block: "1M", depth: 4, jobs: 1 };
     let words = arguments(&uri, &write).into_iter().filter(|word| !word.starts_with("--ramp"));
-    let words = words.filter(|word| word != "--time_based" && word != "--runtime=1").collect();
+    let words = words.filter(|word| word != "--time_based" && word != "--runtime=500ms").collect();
     fio(words, &[]).map(|_| uri)
 }
 
