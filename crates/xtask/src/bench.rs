@@ -31,7 +31,7 @@ const NATIVE_PACKAGES: &[(&str, &str)] = &[
 /// Fewest samples of the native part: clocks are less steady than counts.
 const NATIVE_SAMPLES: u32 = 15;
 /// Fewest samples of the NBD part.
-const NBD_SAMPLES: u32 = 5;
+const NBD_SAMPLES: u32 = 3;
 /// Seconds for the machine's whole run.
 const VM_LIMIT: &str = "5400";
 /// Seconds for cargo.
