@@ -11,7 +11,7 @@ use devsplice_exports::fuse::node::{Answer, MAX_WRITE, Node};
 use devsplice_exports::fuse::wire;
 use devsplice_nbd::client::{self, Asks, Said, Wish};
 use devsplice_nbd::limits::{MAX_OPTION, MAX_PAYLOAD, MAX_WAITING};
-use devsplice_nbd::server::{Ask, Handshake, Offer, Outcome, Refusal, Session};
+use devsplice_nbd::server::{Ask, Handshake, Offer, Outcome, Refusal, Session, Tls};
 use devsplice_nbd::uri::Uri;
 use devsplice_nbd::wire::{Reply, can, command};
 use devsplice_nbd::{Mode, Request};
@@ -213,13 +213,17 @@ pub fn nbd_server(bytes: &[u8]) {
     let flags = can::HAS_FLAGS | can::FLUSH | can::FUA | can::TRIM | can::WRITE_ZEROES;
     let (name, description) = ("disk".to_owned(), String::new());
     let offer = Offer { name, description, size: DISK, flags, block: 512, preferred: 4096 };
-    let mut server = Handshake::new(vec![offer]);
+    // What is sent decides which kind of server it is sent to.
+    let tls = [Tls::Off, Tls::Offered, Tls::Required][bytes.len() % 3];
+    let mut server = Handshake::new(vec![offer]).with_tls(tls);
+    let mut is_secure = false;
     let (mut rest, cut) = (bytes, 1 + bytes.len() % 97);
     while !rest.is_empty() {
         let part = &rest[..rest.len().min(cut)];
         let Ok(count) = server.receive(part) else { return };
         assert!(count <= part.len() && server.output().len() < MAX_WAITING + MAX_OPTION);
         if let Outcome::Chosen(session) = server.outcome() {
+            assert!(tls != Tls::Required || is_secure, "chosen without TLS");
             return requests(session, &rest[count..]);
         }
         if *server.outcome() == Outcome::Closed {
@@ -227,6 +231,11 @@ pub fn nbd_server(bytes: &[u8]) {
         }
         let waiting = server.output().len();
         server.sent(waiting);
+        if *server.outcome() == Outcome::Secure {
+            assert!(tls != Tls::Off && !is_secure, "TLS where there is none, or twice");
+            is_secure = true;
+            server.secured();
+        }
         rest = &rest[count..];
     }
 }
@@ -259,15 +268,22 @@ fn requests(session: &Session, mut bytes: &[u8]) {
 pub fn nbd_client(bytes: &[u8]) {
     for mode in [Mode::Simple, Mode::Structured, Mode::Extended] {
         let _ = Reply::parse(bytes, mode);
-        let wish = Wish { name: "disk".to_owned(), mode, allocation: true };
+        let tls = bytes.len() % 2 == 1;
+        let wish = Wish { name: "disk".to_owned(), mode, allocation: true, tls };
         let mut client = client::Handshake::new(wish);
+        let mut is_secure = false;
         for part in bytes.chunks(1 + bytes.len() % 89) {
             if client.receive(part).is_err() {
                 break;
             }
             assert!(client.output().len() < MAX_OPTION);
+            if *client.outcome() == client::Outcome::Secure {
+                client.secured();
+                is_secure = true;
+            }
         }
         if let client::Outcome::Chosen(agreed) = client.outcome() {
+            assert!(!tls || is_secure, "chosen without TLS");
             assert!(agreed.block.is_power_of_two() && agreed.most >= agreed.block, "{agreed:?}");
             assert!(agreed.size <= i64::MAX as u64 && agreed.most <= MAX_PAYLOAD, "{agreed:?}");
         }

@@ -85,6 +85,10 @@ pub fn join(add: &Add, plan: &Plan, server: &str) -> Result<Disk> {
 fn start(add: &Add, plan: &Plan) -> Result<Server> {
     // An address to listen at says what kind of disk is wanted.
     let is_nbd = add.export == Export::Nbd || !add.listen.is_empty();
+    if let Some(option) = add.tls.first().filter(|_| !is_nbd) {
+        return Err(Error::invalid(option, "is for disks that are reached by NBD")
+            .next("say where clients connect: --listen nbd://HOST:PORT"));
+    }
     let choice = match is_nbd {
         true => front::nbd(add)?,
         false => front::choose_for(add)?,

@@ -8,11 +8,13 @@ use devsplice_exports::ublk::{DataPath, Recovery};
 use serde::{Deserialize, Serialize};
 
 mod many;
+mod tls;
 mod transfer;
 mod ublk;
 mod watch;
 
 pub use many::{Events, Load, Save, Serve};
+pub use tls::TlsOptions;
 pub use transfer::{Bench, Compare, Copy, Map, Progress, Requests, RwChoice};
 pub use ublk::Ublk;
 pub use watch::{Explain, Metrics, OpChoice, SortChoice, Top, UdevInfo};
@@ -283,6 +285,10 @@ pub struct Add {
         value_parser = clap::value_parser!(u16).range(1..=256))]
     #[serde(default = "connections")]
     pub connections: u16,
+    /// TLS for NBD clients.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub tls: TlsOptions,
     /// How data moves between a ublk request and its place.
     #[arg(long, value_enum, default_value = "auto")]
     pub data_path: PathChoice,

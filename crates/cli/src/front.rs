@@ -129,6 +129,7 @@ fn nbd_options(add: &Add, name: &str) -> Result<nbd::Options> {
         threads,
         depth: add.depth,
         stuck_seconds: add.stuck_after,
+        secure: add.tls.secure(&here)?,
     })
 }
 
@@ -355,7 +356,8 @@ impl Front {
     pub fn features(&self) -> Vec<&'static str> {
         match self {
             Front::Ublk(device) => device.features(),
-            Front::Fuse(_) | Front::Nbd(_) => Vec::new(),
+            Front::Nbd(device) => device.features(),
+            Front::Fuse(_) => Vec::new(),
         }
     }
 
@@ -372,6 +374,14 @@ impl Front {
         match self {
             Front::Ublk(_) | Front::Fuse(_) => None,
             Front::Nbd(device) => Some(device.clients()),
+        }
+    }
+
+    /// Clients that are reached over TLS by a thread of this process.
+    pub fn tls_relays(&self) -> usize {
+        match self {
+            Front::Ublk(_) | Front::Fuse(_) => 0,
+            Front::Nbd(device) => device.relays(),
         }
     }
 

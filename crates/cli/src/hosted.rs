@@ -284,6 +284,7 @@ impl Hosted {
         if let Some(clients) = front.clients() {
             info["clients"] = json!(clients);
             info["held"] = json!(clients > 0);
+            info["tls_relays"] = json!(front.tls_relays());
         }
         info["threads"] = json!(crew.thread_count());
         info["counts"] = Value::Object(counts);

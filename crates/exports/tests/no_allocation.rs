@@ -153,7 +153,7 @@ fn client(disk: &OwnedFd, index: u64, barrier: &Barrier) {
 fn nbd_client(path: &str, index: u64, barrier: &Barrier) {
     const AT_ONCE: u64 = 8;
     let mut socket = UnixStream::connect(path).unwrap();
-    let wish = Wish { name: String::new(), mode: Replies::Simple, allocation: false };
+    let wish = Wish { name: String::new(), mode: Replies::Simple, allocation: false, tls: false };
     let mut handshake = Handshake::new(wish);
     while *handshake.outcome() == Outcome::Open {
         socket.write_all(handshake.output()).unwrap();
@@ -204,6 +204,7 @@ fn on_nbd(with_bytes: bool) {
         threads: 2,
         depth: 32,
         stuck_seconds: 30,
+        secure: None,
     };
     let device = nbd::Device::attach(&options, service(with_bytes)).unwrap();
     let path = socket.display().to_string();

@@ -22,6 +22,8 @@ pub struct Wish {
     pub mode: Mode,
     /// Whether to ask for `base:allocation`.
     pub allocation: bool,
+    /// Whether to say nothing but inside TLS, and to go where there is none.
+    pub tls: bool,
 }
 
 /// What it has got.
@@ -48,6 +50,10 @@ pub struct Agreed {
 pub enum Outcome {
     /// It goes on.
     Open,
+    /// The server has said that TLS begins. What is not consumed of its bytes was sent too early,
+    /// by whoever can write to the network, and must not be used. [`Handshake::secured`] goes on
+    /// inside.
+    Secure,
     /// The export is there.
     Chosen(Agreed),
     /// The server does not give it; says why.
@@ -78,6 +84,7 @@ pub struct Handshake {
     replies: u32,
     has_size: bool,
     no_zeroes: bool,
+    newstyle: bool,
 }
 
 const GREETING_LEN: usize = 18;
@@ -107,7 +114,18 @@ impl Handshake {
             replies: 0,
             has_size: false,
             no_zeroes: false,
+            newstyle: false,
         }
+    }
+
+    /// TLS has begun: what is said from now on is said inside.
+    ///
+    /// # Panics
+    /// If that was not agreed on.
+    pub fn secured(&mut self) {
+        assert!(self.outcome == Outcome::Secure, "TLS was not agreed on");
+        self.outcome = Outcome::Open;
+        self.begin();
     }
 
     /// How it stands.
@@ -192,13 +210,26 @@ impl Handshake {
         self.no_zeroes = flags & NO_ZEROES != 0;
         let ours = newstyle | (flags & NO_ZEROES);
         self.output.extend(u32::from(ours).to_be_bytes());
-        match (newstyle, self.wish.mode) {
-            (0, _) => self.export_name(),
-            (_, Mode::Extended) => self.ask(option::EXTENDED_HEADERS, &[]),
-            (_, Mode::Structured) => self.ask(option::STRUCTURED_REPLY, &[]),
-            (_, Mode::Simple) => self.go(),
+        self.newstyle = newstyle != 0;
+        match (self.wish.tls, self.newstyle) {
+            (false, _) => self.begin(),
+            (true, true) => self.ask(option::STARTTLS, &[]),
+            (true, false) => {
+                let reason = "the server speaks no TLS: it is too old for that";
+                self.outcome = Outcome::Refused(reason.to_owned());
+            }
         }
         Ok(())
+    }
+
+    /// The first question about exports.
+    fn begin(&mut self) {
+        match (self.newstyle, self.wish.mode) {
+            (false, _) => self.export_name(),
+            (true, Mode::Extended) => self.ask(option::EXTENDED_HEADERS, &[]),
+            (true, Mode::Structured) => self.ask(option::STRUCTURED_REPLY, &[]),
+            (true, Mode::Simple) => self.go(),
+        }
     }
 
     fn ask(&mut self, option: u32, data: &[u8]) {
@@ -240,6 +271,14 @@ impl Handshake {
         self.step = Step::ReplyHead;
         let is_error = kind & reply::IS_ERROR != 0;
         match (self.asked, kind) {
+            // Without a way back: a server that speaks none, or somebody in between.
+            (option::STARTTLS, reply::ACK) if data.is_empty() => self.outcome = Outcome::Secure,
+            (option::STARTTLS, _) if is_error => {
+                let reason = format!("the server speaks no TLS ({})", refusal(kind, data));
+                self.outcome = Outcome::Refused(reason);
+            }
+            // It will say so to whatever is asked next.
+            (_, reply::TLS_REQUIRED) => self.outcome = Outcome::Refused(refusal(kind, data)),
             (option::EXTENDED_HEADERS, reply::ACK) => {
                 self.agreed.mode = Mode::Extended;
                 self.contexts();

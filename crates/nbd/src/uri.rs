@@ -1,6 +1,6 @@
 //! Answers for NBD addresses as people write them: `nbd://host:port/export`,
-//! `nbd+unix:///export?socket=PATH`, `nbd+vsock://machine:port/export`, and the short
-//! forms `unix:PATH` and `tcp:HOST:PORT`.
+//! `nbd+unix:///export?socket=PATH`, `nbd+vsock://machine:port/export`, the same with `nbds` for
+//! TLS, and the short forms `unix:PATH` and `tcp:HOST:PORT`.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -21,6 +21,17 @@ pub enum Place {
     Vsock(u32, u32),
 }
 
+/// TLS, of an address that begins with `nbds`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Tls {
+    /// Whose certificates are believed, and the client's own (`tls-certificates`).
+    pub certificates: Option<PathBuf>,
+    /// Who the server should be, if not the host (`tls-hostname`).
+    pub name: Option<String>,
+    /// Any server is believed (`tls-verify-peer=false`).
+    pub anybody: bool,
+}
+
 /// A server and one of its exports.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Uri {
@@ -28,6 +39,8 @@ pub struct Uri {
     pub place: Place,
     /// The export; empty for the default one.
     pub export: String,
+    /// TLS, where all is to be said inside.
+    pub tls: Option<Tls>,
 }
 
 impl Uri {
@@ -41,48 +54,90 @@ impl Uri {
                 .next("nbd+unix:///EXPORT?socket=PATH, nbd://HOST:PORT/EXPORT, unix:PATH"))
         };
         if let Some(path) = text.strip_prefix("unix:") {
-            return unix(path, String::new()).or_else(|_| wrong("has no path"));
+            return unix(path, String::new()).map_or_else(|| wrong("has no path"), Ok);
         }
         if let Some(rest) = text.strip_prefix("tcp:") {
             let Some(place) = tcp(rest) else { return wrong("is no host and port") };
-            return Ok(Uri { place, export: String::new() });
+            return Ok(Uri { place, export: String::new(), tls: None });
         }
         let Some((scheme, rest)) = text.split_once("://") else { return wrong("is no NBD URI") };
         let (rest, query) = rest.split_once('?').unwrap_or((rest, ""));
         let (host, export) = rest.split_once('/').unwrap_or((rest, ""));
         let Some(export) = decoded(export) else { return wrong("has a bad % in its export") };
-        let mut socket = None;
-        for pair in query.split('&').filter(|pair| !pair.is_empty()) {
-            match pair.split_once('=') {
-                Some(("socket", path)) => socket = decoded(path),
-                _ => return wrong(&format!("has a parameter that is not known, `{pair}`")),
-            }
-        }
-        match (scheme, socket) {
-            ("nbd", None) => {
-                let Some(place) = tcp(host) else { return wrong("is no host and port") };
-                Ok(Uri { place, export })
-            }
-            ("nbd+vsock", None) => {
-                let Some(place) = vsock(host) else { return wrong("is no machine and port") };
-                Ok(Uri { place, export })
-            }
+        let Query { socket, tls } = match query_of(query, scheme) {
+            Ok(query) => query,
+            Err(reason) => return wrong(&reason),
+        };
+        let place = match (plain(scheme), socket) {
+            ("nbd", None) => tcp(host).ok_or("is no host and port"),
+            ("nbd+vsock", None) => vsock(host).ok_or("is no machine and port"),
             ("nbd+unix", Some(path)) if host.is_empty() => {
-                unix(&path, export).or_else(|_| wrong("has an empty socket"))
+                path_of(&path).ok_or("has an empty socket")
             }
-            ("nbd+unix", Some(_)) => wrong("has a host; write nbd+unix:///, with three slashes"),
-            ("nbd+unix", None) => wrong("names no socket"),
-            ("nbd" | "nbd+vsock", Some(_)) => wrong("has a socket; write nbd+unix:///"),
-            _ => wrong(&format!("begins with {scheme}://, which is not spoken here")),
+            ("nbd+unix", Some(_)) => Err("has a host; write nbd+unix:///, with three slashes"),
+            ("nbd+unix", None) => Err("names no socket"),
+            ("nbd" | "nbd+vsock", Some(_)) => Err("has a socket; write nbd+unix:///"),
+            _ => return wrong(&format!("begins with {scheme}://, which is not spoken here")),
+        };
+        match place {
+            Ok(place) => Ok(Uri { place, export, tls }),
+            Err(reason) => wrong(reason),
         }
     }
 }
 
-fn unix(path: &str, export: String) -> Result<Uri> {
-    if path.is_empty() || path.contains('\0') {
-        return Err(Error::invalid("socket", "is empty"));
+/// The same scheme without TLS.
+fn plain(scheme: &str) -> &str {
+    match scheme {
+        "nbds" => "nbd",
+        "nbds+unix" => "nbd+unix",
+        "nbds+vsock" => "nbd+vsock",
+        other => other,
     }
-    Ok(Uri { place: Place::Unix(PathBuf::from(path)), export })
+}
+
+struct Query {
+    socket: Option<String>,
+    tls: Option<Tls>,
+}
+
+/// What stands behind a `?`.
+fn query_of(query: &str, scheme: &str) -> Result<Query, String> {
+    let mut socket = None;
+    let mut tls = (plain(scheme) != scheme).then(Tls::default);
+    for pair in query.split('&').filter(|pair| !pair.is_empty()) {
+        let bad = || format!("has a parameter that is not known, `{pair}`");
+        let (key, value) = pair.split_once('=').ok_or_else(bad)?;
+        let value = decoded(value).filter(|value| !value.is_empty());
+        let value = value.ok_or_else(|| format!("has a parameter that says nothing, `{pair}`"))?;
+        match (key, tls.as_mut()) {
+            ("socket", _) => socket = Some(value),
+            ("tls-psk-file" | "tls-username", _) => {
+                return Err("wants TLS with keys of users (PSK), which rustls has not".to_owned());
+            }
+            ("tls-certificates" | "tls-hostname" | "tls-verify-peer" | "tls-type", None) => {
+                return Err(format!("has `{key}`, but no TLS; write nbds://"));
+            }
+            ("tls-certificates", Some(tls)) => tls.certificates = Some(PathBuf::from(value)),
+            ("tls-hostname", Some(tls)) => tls.name = Some(value),
+            ("tls-verify-peer", Some(tls)) => match value.as_str() {
+                "true" | "1" | "yes" | "on" => tls.anybody = false,
+                "false" | "0" | "no" | "off" => tls.anybody = true,
+                _ => return Err(format!("has `{pair}`, which is neither yes nor no")),
+            },
+            ("tls-type", Some(_)) if value == "x509" => {}
+            _ => return Err(bad()),
+        }
+    }
+    Ok(Query { socket, tls })
+}
+
+fn unix(path: &str, export: String) -> Option<Uri> {
+    path_of(path).map(|place| Uri { place, export, tls: None })
+}
+
+fn path_of(path: &str) -> Option<Place> {
+    (!path.is_empty() && !path.contains('\0')).then(|| Place::Unix(PathBuf::from(path)))
 }
 
 fn tcp(text: &str) -> Option<Place> {
@@ -140,25 +195,45 @@ fn encoded(text: &str) -> String {
 
 impl fmt::Display for Uri {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let export = encoded(&self.export);
+        let (export, s) = (encoded(&self.export), if self.tls.is_some() { "s" } else { "" });
+        let mut sign = '?';
         match &self.place {
             Place::Unix(path) => {
-                write!(f, "nbd+unix:///{export}?socket={}", encoded(&path.to_string_lossy()))
+                sign = '&';
+                let path = encoded(&path.to_string_lossy());
+                write!(f, "nbd{s}+unix:///{export}?socket={path}")?;
             }
             Place::Tcp(host, port) if host.contains(':') => {
-                write!(f, "nbd://[{host}]:{port}/{export}")
+                write!(f, "nbd{s}://[{host}]:{port}/{export}")?;
             }
-            Place::Tcp(host, port) => write!(f, "nbd://{host}:{port}/{export}"),
-            Place::Vsock(machine, port) => write!(f, "nbd+vsock://{machine}:{port}/{export}"),
+            Place::Tcp(host, port) => write!(f, "nbd{s}://{host}:{port}/{export}")?,
+            Place::Vsock(machine, port) => write!(f, "nbd{s}+vsock://{machine}:{port}/{export}")?,
         }
+        let Some(tls) = &self.tls else { return Ok(()) };
+        let files = tls.certificates.as_ref().map(|path| path.to_string_lossy().into_owned());
+        let anybody = tls.anybody.then(|| "false".to_owned());
+        for (key, value) in [
+            ("tls-certificates", files),
+            ("tls-hostname", tls.name.clone()),
+            ("tls-verify-peer", anybody),
+        ] {
+            if let Some(value) = value {
+                write!(f, "{sign}{key}={}", encoded(&value))?;
+                sign = '&';
+            }
+        }
+        Ok(())
     }
 }
 
 impl Uri {
-    /// The same with a socket's path made absolute.
+    /// The same with paths of files made absolute.
     #[must_use]
     pub fn anchored(mut self, here: &Path) -> Uri {
         if let Place::Unix(path) = &mut self.place {
+            *path = here.join(&*path);
+        }
+        if let Some(path) = self.tls.as_mut().and_then(|tls| tls.certificates.as_mut()) {
             *path = here.join(&*path);
         }
         self
@@ -181,6 +256,12 @@ mod tests {
             ("tcp:127.0.0.1:2", "nbd://127.0.0.1:2/"),
             ("nbd+vsock://2", "nbd+vsock://2:10809/"),
             ("nbd+vsock://3:5/x", "nbd+vsock://3:5/x"),
+            ("nbds://h/x", "nbds://h:10809/x"),
+            ("nbds://h/?tls-verify-peer=no", "nbds://h:10809/?tls-verify-peer=false"),
+            (
+                "nbds+unix:///x?tls-certificates=/a&socket=/s&tls-type=x509&tls-hostname=h",
+                "nbds+unix:///x?socket=/s&tls-certificates=/a&tls-hostname=h",
+            ),
         ] {
             let uri = Uri::parse(text).unwrap();
             assert_eq!(uri.to_string(), shown);
@@ -197,7 +278,13 @@ mod tests {
             "nbd://:1/",
             "nbd://h:70000",
             "nbd://a:b:c/",
-            "nbds://h/",
+            "nbds://h/?tls-psk-file=/keys",
+            "nbds://h/?tls-verify-peer=perhaps",
+            "nbds://h/?tls-certificates=",
+            "nbds://h/?tls-type=psk",
+            "nbd://h/?tls-hostname=h",
+            "nbd://h/?tls-certificates=/a",
+            "nbdx://h/",
             "nbd+vsock://",
             "nbd+vsock://host:1",
             "nbd+vsock://2/?socket=/s",

@@ -4,7 +4,7 @@
 
 use devsplice_nbd::client::{self, Wish};
 use devsplice_nbd::limits::{MAX_OPTION, MAX_WAITING};
-use devsplice_nbd::server::{Handshake, Offer, Outcome, Session};
+use devsplice_nbd::server::{Handshake, Offer, Outcome, Session, Tls};
 use devsplice_nbd::wire::can;
 use devsplice_nbd::{Broken, Mode};
 use proptest::prelude::*;
@@ -23,7 +23,7 @@ fn offers() -> Vec<Offer> {
 }
 
 fn wish(name: &str, mode: Mode) -> Wish {
-    Wish { name: name.to_owned(), mode, allocation: true }
+    Wish { name: name.to_owned(), mode, allocation: true, tls: false }
 }
 
 /// Lets both talk, `cut` bytes at a time, until neither has more to say.
@@ -183,7 +183,153 @@ fn first_requests_behind_the_choice_are_left_alone() {
     assert_eq!(server.receive(&bytes[len..]), Ok(0));
 }
 
+/// Talks until TLS begins on both sides, then on inside, `cut` bytes at a time.
+fn talk_inside(client: &mut client::Handshake, server: &mut Handshake, cut: usize) {
+    talk(client, server, cut).unwrap();
+    assert_eq!(*server.outcome(), Outcome::Secure);
+    assert_eq!(*client.outcome(), client::Outcome::Secure);
+    server.secured();
+    client.secured();
+    talk(client, server, cut).unwrap();
+}
+
+#[test]
+fn tls_is_agreed_on_however_the_bytes_are_cut_and_all_is_chosen_inside() {
+    for (tls, mode) in [(Tls::Offered, Mode::Extended), (Tls::Required, Mode::Structured)] {
+        for cut in 1..70 {
+            let wish = Wish { tls: true, ..wish("disk", mode) };
+            let mut client = client::Handshake::new(wish);
+            let mut server = Handshake::new(offers()).with_tls(tls);
+            talk_inside(&mut client, &mut server, cut);
+            let Outcome::Chosen(session) = server.outcome() else { panic!("not chosen") };
+            assert!(matches!(client.outcome(), client::Outcome::Chosen(_)));
+            assert_eq!((session.mode, session.allocation), (mode, true));
+        }
+    }
+}
+
+#[test]
+fn who_wants_tls_and_does_not_get_it_goes_and_says_why() {
+    for (server, reason) in [
+        (Handshake::new(offers()), "speaks no TLS"),
+        (Handshake::new(offers()).with_tls(Tls::Required), "wants TLS"),
+    ] {
+        let mut server = server;
+        let tls = reason == "speaks no TLS";
+        let mut client = client::Handshake::new(Wish { tls, ..wish("disk", Mode::Extended) });
+        talk(&mut client, &mut server, 7).unwrap();
+        let client::Outcome::Refused(said) = client.outcome() else { panic!("not refused") };
+        assert!(said.contains(reason), "{said}");
+        assert!(server.refused().is_some_and(|what| what.contains("TLS")));
+    }
+    let mut client = client::Handshake::new(Wish { tls: true, ..wish("disk", Mode::Simple) });
+    let old = [&b"NBDMAGICIHAVEOPT"[..], &[0, 0]].concat();
+    assert_eq!(client.receive(&old), Ok(18));
+    assert!(matches!(client.outcome(), client::Outcome::Refused(_)), "it asked for an export");
+    assert_eq!(client.output(), [0; 4], "nothing but flags was said");
+}
+
+/// With TLS required, a client without learns no name and gets no data, whatever it asks for.
+#[test]
+fn nothing_is_said_of_exports_before_tls_where_it_is_required() {
+    let go = [&4_u32.to_be_bytes()[..], b"disk", &[0, 0]].concat();
+    for option in [3, 6, 7, 8, 9, 10, 11, 77] {
+        let mut server = Handshake::new(offers()).with_tls(Tls::Required);
+        let bytes = options(&[(option, &go)]);
+        assert_eq!(server.receive(&bytes), Ok(bytes.len()));
+        assert_eq!(kinds(&server), [ERROR | 5], "{option}");
+        assert_eq!(*server.outcome(), Outcome::Open);
+    }
+    let mut server = Handshake::new(offers()).with_tls(Tls::Required);
+    let bytes = options(&[(1, b"disk")]);
+    assert_eq!(server.receive(&bytes), Ok(bytes.len()));
+    assert_eq!((server.outcome(), kinds(&server)), (&Outcome::Closed, vec![]));
+    let mut server = Handshake::new(offers()).with_tls(Tls::Required);
+    let _ = server.receive(&options(&[(2, &[])])).unwrap();
+    assert_eq!((server.outcome(), kinds(&server)), (&Outcome::Closed, vec![1]));
+}
+
+/// What somebody else has put in front of the client's TLS must not have an effect inside it.
+#[test]
+fn what_was_said_before_tls_is_forgotten_and_what_is_sent_behind_it_is_not_taken() {
+    let mut server = Handshake::new(offers()).with_tls(Tls::Offered);
+    let context = [
+        &4_u32.to_be_bytes()[..],
+        b"disk",
+        &1_u32.to_be_bytes(),
+        &15_u32.to_be_bytes(),
+        b"base:allocation",
+    ]
+    .concat();
+    let go = [&4_u32.to_be_bytes()[..], b"disk", &[0, 0]].concat();
+    let before = options(&[(11, &[]), (10, &context), (5, &[])]);
+    let injected = &options(&[(7, &go)])[4..];
+    let all = [&before[..], injected].concat();
+    assert_eq!(server.receive(&all), Ok(before.len()));
+    assert_eq!(*server.outcome(), Outcome::Secure);
+    assert_eq!(server.receive(injected), Ok(0), "not as long as TLS has not begun");
+    let count = server.output().len();
+    server.sent(count);
+    server.secured();
+    assert_eq!(server.receive(injected), Ok(injected.len()));
+    let Outcome::Chosen(session) = server.outcome() else { panic!("not chosen") };
+    assert_eq!((session.mode, session.allocation), (Mode::Simple, false));
+}
+
+#[test]
+fn tls_begins_once_and_without_data() {
+    let mut server = Handshake::new(offers()).with_tls(Tls::Offered);
+    let bytes = options(&[(5, b"x")]);
+    assert_eq!(server.receive(&bytes), Ok(bytes.len()));
+    assert_eq!((server.outcome(), kinds(&server)), (&Outcome::Open, vec![ERROR | 3]));
+    let start = &options(&[(5, &[])])[4..];
+    assert_eq!(server.receive(start), Ok(start.len()));
+    assert_eq!(*server.outcome(), Outcome::Secure);
+    let count = server.output().len();
+    server.sent(count);
+    server.secured();
+    assert_eq!(server.receive(start), Ok(start.len()));
+    assert_eq!(*server.outcome(), Outcome::Open);
+    assert_eq!(server.output()[12..16], (ERROR | 3_u32).to_be_bytes());
+}
+
 proptest! {
+    /// Bytes come in any portions, late, and end anywhere: nobody chooses without having said so.
+    #[test]
+    fn a_conversation_with_tls_survives_any_cut(
+        cuts in proptest::collection::vec(1_usize..200, 1..40),
+        end in 0_usize..600,
+        required in any::<bool>(),
+    ) {
+        let tls = if required { Tls::Required } else { Tls::Offered };
+        let mut server = Handshake::new(offers()).with_tls(tls);
+        let mut client = client::Handshake::new(Wish { tls: true, ..wish("disk", Mode::Extended) });
+        let (mut left, mut inside) = (end, false);
+        for cut in cuts.iter().cycle().take(2000) {
+            let count = server.output().len().min(*cut).min(left);
+            let bytes = server.output()[..count].to_vec();
+            server.sent(client.receive(&bytes).unwrap());
+            left -= count;
+            let count = client.output().len().min(*cut).min(left);
+            let bytes = client.output()[..count].to_vec();
+            client.sent(server.receive(&bytes).unwrap());
+            left -= count;
+            let both = *server.outcome() == Outcome::Secure
+                && *client.outcome() == client::Outcome::Secure;
+            if both && server.output().is_empty() {
+                server.secured();
+                client.secured();
+                inside = true;
+            }
+            if left == 0 {
+                break;
+            }
+        }
+        let chosen = matches!(client.outcome(), client::Outcome::Chosen(_));
+        prop_assert!(!chosen || inside);
+        prop_assert!(left == 0 || chosen, "neither cut off nor done");
+    }
+
     #[test]
     fn chance_breaks_neither_side(
         bytes in proptest::collection::vec(any::<u8>(), 0..2000),

@@ -9,9 +9,10 @@ use std::time::{Duration, Instant};
 
 use devsplice_core::{Error, ErrorKind, Result};
 use devsplice_nbd::Mode;
-use devsplice_nbd::client::{Agreed, Handshake, Outcome, Wish};
+use devsplice_nbd::client::{Handshake, Outcome, Wish};
 use devsplice_nbd::limits::HANDSHAKE_SECONDS;
 use devsplice_nbd::uri::{Place, Uri};
+use devsplice_tls::{Certificates, Client};
 use devsplice_uring::{Link, vsock};
 use rustix::net::sockopt;
 
@@ -43,14 +44,28 @@ const CONNECT: Duration = Duration::from_secs(HANDSHAKE_SECONDS);
 /// # Errors
 /// If it cannot be reached, or does not give it.
 pub(super) fn connect(target: &Target) -> Result<Link> {
-    let (socket, export) = match target {
-        Target::At(uri) => (reach(&uri.place), uri.export.as_str()),
-        Target::Captive(captive) => (captive.reach(), ""),
+    let (socket, export, tls) = match target {
+        Target::At(uri) => (reach(&uri.place), uri.export.as_str(), client(uri)),
+        Target::Captive(captive) => (captive.reach(), "", None),
     };
     let name = target.name();
     let socket = socket.map_err(|error| Error::os(&name, &error).next("is the server there?"))?;
-    let agreed = greet(socket.as_fd(), export).map_err(|error| error.within(&name))?;
-    Ok(Link { socket, agreed })
+    greet(socket, export, tls.as_ref()).map_err(|error| error.within(&name))
+}
+
+/// Our side of TLS, where an address asks for it.
+fn client(uri: &Uri) -> Option<Client> {
+    let tls = uri.tls.as_ref()?;
+    let host = match &uri.place {
+        Place::Tcp(host, _) => host.as_str(),
+        // Without a name of their own they are this machine's, or near enough.
+        Place::Unix(_) | Place::Vsock(..) => "localhost",
+    };
+    Some(Client {
+        certificates: tls.certificates.clone().map(Certificates),
+        verify: !tls.anybody,
+        name: tls.name.clone().unwrap_or_else(|| host.to_owned()),
+    })
 }
 
 /// A socket that is connected to a place.
@@ -82,15 +97,48 @@ fn tuned(stream: TcpStream) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-/// Leads the handshake.
-fn greet(socket: BorrowedFd<'_>, export: &str) -> Result<Agreed> {
+/// Leads the handshake; inside TLS, if that is asked for.
+fn greet(socket: OwnedFd, export: &str, tls: Option<&Client>) -> Result<Link> {
     let end = Instant::now() + CONNECT;
-    let wish = Wish { name: export.to_owned(), mode: Mode::Extended, allocation: true };
-    let mut handshake = Handshake::new(wish);
+    let (name, mode, is_tls) = (export.to_owned(), Mode::Extended, tls.is_some());
+    let mut handshake = Handshake::new(Wish { name, mode, allocation: true, tls: is_tls });
+    let failed = |error: io::Error| Error::os("handshake", &error);
+    let mut socket = socket;
+    loop {
+        talk(socket.as_fd(), &mut handshake, end)?;
+        match (handshake.outcome(), tls) {
+            (Outcome::Chosen(agreed), _) => {
+                limit(socket.as_fd(), None).map_err(failed)?;
+                return Ok(Link { agreed: agreed.clone(), socket });
+            }
+            (Outcome::Refused(reason), _) => return Err(Error::invalid("export", reason.clone())),
+            (Outcome::Secure, Some(client)) => {
+                socket = secure(socket, client, end)?;
+                handshake.secured();
+            }
+            (Outcome::Open | Outcome::Secure, _) => {
+                let reason = "nothing was agreed on";
+                return Err(Error::new(ErrorKind::Os, "handshake", reason));
+            }
+        }
+    }
+}
+
+/// A socket whose bytes go through TLS from here on.
+fn secure(socket: OwnedFd, client: &Client, end: Instant) -> Result<OwnedFd> {
+    let mut handshake = client.connect(socket)?;
+    handshake.wait(end)?;
+    // What becomes of it later is seen at the socket: it ends.
+    let secured = handshake.finish(|reason| eprintln!("devsplice: nbd: TLS: {reason}"), || ())?;
+    Ok(secured.socket)
+}
+
+/// Talks until the handshake has come to something.
+fn talk(socket: BorrowedFd<'_>, handshake: &mut Handshake, end: Instant) -> Result<()> {
     let failed = |error: io::Error| Error::os("handshake", &error);
     let mut stream = Plain(socket);
-    // The server says nothing of its own once the export is chosen, so nothing is lost by reading
-    // as much as there is.
+    // The server says nothing of its own once something has come of it, so nothing is lost by
+    // reading as much as there is.
     let mut bytes = [0; 4096];
     loop {
         let left = end.saturating_duration_since(Instant::now());
@@ -103,13 +151,8 @@ fn greet(socket: BorrowedFd<'_>, export: &str) -> Result<Agreed> {
             let count = stream.write(handshake.output()).map_err(failed)?;
             handshake.sent(count);
         }
-        match handshake.outcome() {
-            Outcome::Open => {}
-            Outcome::Chosen(agreed) => {
-                limit(socket, None).map_err(failed)?;
-                return Ok(agreed.clone());
-            }
-            Outcome::Refused(reason) => return Err(Error::invalid("export", reason.clone())),
+        if *handshake.outcome() != Outcome::Open {
+            return Ok(());
         }
         let count = stream.read(&mut bytes).map_err(failed)?;
         let broken = |what: &str| Error::new(ErrorKind::Os, "handshake", what.to_owned());
@@ -118,6 +161,7 @@ fn greet(socket: BorrowedFd<'_>, export: &str) -> Result<Agreed> {
         }
         let taken = handshake.receive(&bytes[..count]).map_err(|wrong| broken(wrong.0))?;
         if taken < count {
+            // Behind the answer to STARTTLS, somebody else may have said it.
             return Err(broken("the server answers before it was asked"));
         }
     }

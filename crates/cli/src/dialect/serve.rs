@@ -50,7 +50,12 @@ fn make(wish: &Wish, plan: &Plan) -> Result<Made> {
     front::choose(Export::Ublk, PathChoice::Auto)?;
     // Their tests make several devices of one file.
     let (stack, bottoms) = assemble(plan, Access::Share)?.into_parts();
-    sandbox::process(sandbox::Choice::On);
+    let (options, extra) = (wish.options(), wish.extra());
+    // One that is to kill itself must be able to.
+    sandbox::process(match extra.dies_fetching {
+        true => sandbox::Choice::Off,
+        false => sandbox::Choice::On,
+    });
     let service = Service {
         stack,
         bottoms,
@@ -62,7 +67,6 @@ fn make(wish: &Wish, plan: &Plan) -> Result<Made> {
             std::process::exit(1);
         },
     };
-    let (options, extra) = (wish.options(), wish.extra());
     let device = if let Some(id) = wish.id.filter(|_| wish.more.is_recovery) {
         let suspended = Suspended::find_with(id, &options, extra)?;
         suspended.resume(service, Fit::Same).map_err(|(_, error)| error)?

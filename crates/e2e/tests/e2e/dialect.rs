@@ -55,6 +55,7 @@ pub fn add(group: &mut Group, kind: Kind) {
         let name = format!("a_stripe_of_kublk_is_true_with_data_{name}");
         group.add(&name, move || way(flags, features));
     }
+    group.add("a_device_whose_server_died_while_it_fetched_goes", dies_fetching);
     group.add("integrity_data_of_kublk_is_kept_and_checked", integrity);
 }
 
@@ -168,6 +169,20 @@ fn recovered(name: &str, words: &str, again: &str) -> Outcome {
         let ran = tool.call(&["recover", "-n", &id]).run().ended_with(1);
         assert!(ran.err.contains("nothing is known"), "{}", ran.err);
     }
+    Ok(())
+}
+
+fn dies_fetching() -> Outcome {
+    let room = Room::new();
+    let tool = Tool::new(&room, "kublk");
+    let id = tool.add(&["add", "-t", "fault_inject", "-r", "1"]);
+    let _ = call("kill", ["-9", &tool.field(&id, "pid", 7)]).ok();
+    wait_until(20, "a quiesced device", || tool.field(&id, "state", 11) == "QUIESCED");
+    let words = "recover --foreground -t fault_inject --die_during_fetch 1 -n";
+    let words: Vec<&str> = words.split(' ').chain([id.as_str()]).collect();
+    let ran = tool.call(&words).run();
+    assert!(ran.code.is_none(), "it was not killed: {:?} {}", ran.code, ran.err);
+    tool.del(&id);
     Ok(())
 }
 

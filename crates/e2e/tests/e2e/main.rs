@@ -27,6 +27,7 @@ mod recover;
 mod remote;
 mod replay;
 mod rpc;
+mod tls;
 mod ublk;
 mod verify;
 mod zoned;
@@ -85,7 +86,9 @@ fn groups() -> Vec<Group> {
     let mut nbd = Group::new("nbd", Ok(()));
     nbd::add(&mut nbd);
     remote::add_copies(&mut nbd);
-    let mut groups = vec![cli, bad, copies, nbd];
+    let mut tls = Group::new("tls", Ok(()));
+    tls::add(&mut tls);
+    let mut groups = vec![cli, bad, copies, nbd, tls];
     let fuse = [Kind::Fuse].into_iter().chain(FUSE_PATHS.map(Kind::FuseUring));
     for kind in fuse.chain(PATHS.map(Kind::Ublk)) {
         if mode() == Mode::Native && kind.is_ublk() && kind.gate().is_err() {

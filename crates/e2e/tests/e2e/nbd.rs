@@ -257,7 +257,7 @@ fn refused() -> Outcome {
     let room = Room::new();
     let name = room.name();
     for (options, words) in [
-        (&["--listen", "nbds://localhost"][..], &["nbds", "not spoken"][..]),
+        (&["--listen", "nbds://localhost"][..], &["nbds", "--tls-certificates"][..]),
         (&["--listen", "unix:"], &["unix:", "no path"]),
         (&["--listen", "unix:/nonexistent/dir/s"], &["/nonexistent/dir/s"]),
         (&["--export", "nbd"], &["--listen"]),

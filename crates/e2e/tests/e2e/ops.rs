@@ -239,6 +239,7 @@ fn udev(kind: Kind) -> Outcome {
     let gone = || links().is_empty() && target("/dev/disk/by-label/e2e-ops").is_none();
     wait_until(20, "the end of the links", gone);
     if kind.is_ublk() {
+        crate::ublk::of_a_user_without_rules(&room)?;
         let path = "/run/udev/rules.d/60-devsplice-ublk.rules";
         let _rules = Placed::new(path, &packaged("udev/60-devsplice-ublk.rules"));
         crate::ublk::of_a_user(&room, Path::new(path))?;

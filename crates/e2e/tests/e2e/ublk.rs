@@ -141,7 +141,23 @@ struct User<'r> {
     copy: String,
 }
 
-impl User<'_> {
+impl<'r> User<'r> {
+    /// One with a copy of the program under test and a directory for state.
+    fn new(room: &'r Room) -> User<'r> {
+        let user = User { room, copy: room.path("devsplice") };
+        std::fs::copy(program().unwrap(), &user.copy).unwrap();
+        std::fs::set_permissions(&user.copy, std::fs::Permissions::from_mode(0o755)).unwrap();
+        chown(room.mount_point("user"), Some(USER), Some(USER)).unwrap();
+        user
+    }
+
+    /// A file of the user's.
+    fn image(&self) -> String {
+        let image = self.room.file("users", 8 * MIB);
+        chown(&image, Some(USER), Some(USER)).unwrap();
+        image
+    }
+
     fn call(&self, program: &str, words: &[&str]) -> Call {
         let [user, group] = [USER, GROUP].map(|id| id.to_string());
         let ids = ["--reuid", &user, "--regid", &user, "--groups", &group, program];
@@ -160,6 +176,26 @@ impl User<'_> {
     }
 }
 
+/// A user who may make devices, but is not given their nodes: that is said, and root can clear up.
+pub fn of_a_user_without_rules(room: &Room) -> Outcome {
+    offers(room, "unprivileged")?;
+    let control = Path::new("/dev/ublk-control");
+    let mode = |mode| std::fs::set_permissions(control, std::fs::Permissions::from_mode(mode));
+    let before = std::fs::metadata(control).unwrap().mode() & 0o777;
+    mode(0o666).unwrap();
+    let user = User::new(room);
+    let ran = user.devsplice(&["add", &user.image(), "--unprivileged"]).run().ended_with(1);
+    mode(before).unwrap();
+    let node = ran.err.split(':').map(str::trim).find(|word| word.starts_with("/dev/ublkc"));
+    let node = node.unwrap_or_else(|| panic!("no node in: {}", ran.err)).to_owned();
+    assert!(ran.err.contains("60-devsplice-ublk.rules"), "{}", ran.err);
+    assert!(Path::new(&node).exists() && user.devsplice(&["list"]).ok().find(&node).is_none());
+    let said = room.devsplice(["gc", "--foreign"]).ok();
+    assert!(said.contains(&format!("removed: {node}")), "{said}");
+    assert!(!Path::new(&node).exists());
+    Ok(())
+}
+
 /// A user's disk, with udev running and `rules` in force.
 pub fn of_a_user(room: &Room, rules: &Path) -> Outcome {
     offers(room, "unprivileged")?;
@@ -174,14 +210,8 @@ pub fn of_a_user(room: &Room, rules: &Path) -> Outcome {
     call("udevadm", ["settle", "-t", "20"]).ok();
     assert_eq!(std::fs::metadata("/dev/ublk-control").unwrap().gid(), GROUP);
 
-    let user = User { room, copy: room.path("devsplice") };
-    std::fs::copy(program().unwrap(), &user.copy).unwrap();
-    std::fs::set_permissions(&user.copy, std::fs::Permissions::from_mode(0o755)).unwrap();
-    let image = room.file("users", 8 * MIB);
-    let own = room.mount_point("user");
-    for path in [Path::new(&image), &own] {
-        chown(path, Some(USER), Some(USER)).unwrap();
-    }
+    let user = User::new(room);
+    let image = user.image();
     let disk = user.add(&image);
     let (name, node) = (disk["name"].as_str().unwrap(), disk["device"].as_str().unwrap());
     assert_eq!((&disk["data_path"], &disk["recovery"]), (&"copy".into(), &"off".into()), "{disk}");

@@ -5,25 +5,20 @@
 //! All clients that are being greeted are served in turn, none for longer than it has sent bytes
 //! for. There are never more of them than free desks: others wait in the kernel's queue.
 
-use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use devsplice_core::Stack;
-use devsplice_nbd::limits::HANDSHAKE_SECONDS;
-use devsplice_nbd::server::{Handshake, Offer, Outcome};
+use devsplice_nbd::server::{Handshake, Offer, Tls};
 use devsplice_nbd::wire::can;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::Errno;
-use rustix::net::{RecvFlags, SendFlags};
 
+use super::Secure;
 use super::extents::extents;
+use super::guest::{Guest, Step};
 use super::listen::{Listener, Peer, Rule};
-use super::post::{Client, Letter, Post};
+use super::post::{Letter, Post};
 use crate::threads::Bottom;
-
-/// Bytes that are received at a time.
-const CHUNK: usize = 4096;
 
 /// Where questions are answered from.
 pub(super) struct Looked {
@@ -39,23 +34,8 @@ pub(super) struct Host {
     pub(super) rules: Vec<Rule>,
     /// Whether clients that come over a network may change data.
     pub(super) writable: bool,
-}
-
-/// A client that is being greeted.
-struct Guest {
-    socket: OwnedFd,
-    handshake: Handshake,
-    peer: Peer,
-    /// Received and not taken yet.
-    pending: Vec<u8>,
-    end: Instant,
-}
-
-/// What has become of one.
-enum Step {
-    Stays,
-    Chose,
-    Gone(Option<String>),
+    /// TLS, where it is spoken.
+    pub(super) secure: Option<Secure>,
 }
 
 impl Host {
@@ -73,7 +53,7 @@ impl Host {
             }
             let mut left = Vec::with_capacity(guests.len());
             for mut guest in guests {
-                match self.serve(&mut guest) {
+                match guest.serve(&self.post, self.secure.as_ref()) {
                     Step::Stays => left.push(guest),
                     Step::Chose => self.hand_over(guest),
                     Step::Gone(reason) => self.part(&guest.peer, reason),
@@ -87,7 +67,9 @@ impl Host {
     }
 
     fn has_room(&self, guests: &[Guest]) -> bool {
-        self.post.taken() + guests.len() < self.post.desks.len()
+        // A relay outlives its connection by the moment that its client needs to go.
+        let places = (self.post.taken() + guests.len()).max(self.post.relays());
+        places < self.post.desks.len()
     }
 
     /// Waits until there is something to do.
@@ -96,11 +78,7 @@ impl Host {
         if self.has_room(guests) {
             all.extend(listeners.iter().map(|listener| PollFd::new(listener, PollFlags::IN)));
         }
-        for guest in guests {
-            let waits = !guest.handshake.output().is_empty();
-            let flags = if waits { PollFlags::OUT } else { PollFlags::IN };
-            all.push(PollFd::from_borrowed_fd(guest.socket.as_fd(), flags));
-        }
+        all.extend(guests.iter().filter_map(Guest::poll));
         let first = guests.iter().map(|guest| guest.end).min();
         let limit = first.map(|end| end.saturating_duration_since(Instant::now()));
         let limit = limit.and_then(|limit| Timespec::try_from(limit).ok());
@@ -129,61 +107,18 @@ impl Host {
             if peer.is_remote() && !self.writable {
                 offer.flags = read_only(offer.flags);
             }
-            let end = Instant::now() + Duration::from_secs(HANDSHAKE_SECONDS);
-            let handshake = Handshake::new(vec![offer]);
-            guests.push(Guest { socket, handshake, peer, pending: Vec::new(), end });
-        }
-    }
-
-    /// Goes on with a client as far as that is possible without waiting.
-    fn serve(&self, guest: &mut Guest) -> Step {
-        if Instant::now() >= guest.end {
-            let reason = format!("has not chosen an export in {HANDSHAKE_SECONDS} s");
-            return Step::Gone(Some(reason));
-        }
-        loop {
-            while !guest.handshake.output().is_empty() {
-                let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
-                match rustix::net::send(&guest.socket, guest.handshake.output(), flags) {
-                    Ok(count) => guest.handshake.sent(count),
-                    Err(Errno::AGAIN) => return Step::Stays,
-                    Err(Errno::INTR) => {}
-                    Err(_) => return Step::Gone(None),
-                }
-            }
-            match guest.handshake.outcome() {
-                Outcome::Open => {}
-                Outcome::Chosen(_) => return Step::Chose,
-                Outcome::Closed => return Step::Gone(None),
-            }
-            if guest.pending.is_empty() {
-                let mut bytes = [0; CHUNK];
-                match rustix::net::recv(&guest.socket, &mut bytes, RecvFlags::DONTWAIT) {
-                    Ok((_, 0)) => return Step::Gone(None),
-                    Ok((_, count)) => guest.pending.extend(&bytes[..count]),
-                    Err(Errno::AGAIN) => return Step::Stays,
-                    Err(Errno::INTR) => continue,
-                    Err(_) => return Step::Gone(None),
-                }
-            }
-            match guest.handshake.receive(&guest.pending) {
-                Ok(count) => drop(guest.pending.drain(..count)),
-                Err(broken) => return Step::Gone(Some(format!("speaks no NBD: {}", broken.0))),
-            }
+            let tls = self.secure.as_ref().map_or(Tls::Off, |secure| secure.policy);
+            let handshake = Handshake::new(vec![offer]).with_tls(tls);
+            guests.push(Guest::new(socket, handshake, peer));
         }
     }
 
     fn hand_over(&self, guest: Guest) {
-        let Outcome::Chosen(session) = guest.handshake.outcome().clone() else { return };
-        let peer = guest.peer.shown();
+        let peer = guest.peer;
+        let Some(client) = guest.chosen() else { return };
         match self.post.take_desk() {
-            Some(desk) => desk.send(Letter::Client(Box::new(Client {
-                socket: guest.socket,
-                session,
-                early: guest.pending,
-                peer,
-            }))),
-            None => self.part(&guest.peer, Some("comes when all connections are taken".into())),
+            Some(desk) => desk.send(Letter::Client(Box::new(client))),
+            None => self.part(&peer, Some("comes when all connections are taken".into())),
         }
     }
 

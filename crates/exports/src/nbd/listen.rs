@@ -139,8 +139,9 @@ impl Listener {
         }
     }
 
-    /// Where it listens: the port is the one that it has got if none was asked for.
-    pub(super) fn uri(&self, export: &str) -> Uri {
+    /// Where it listens, and whether all have to speak TLS there: the port is the one that it has
+    /// got if none was asked for.
+    pub(super) fn uri(&self, export: &str, is_secure: bool) -> Uri {
         let export = export.to_owned();
         let place = match self {
             Listener::Unix(_, path) => Place::Unix(path.clone()),
@@ -149,7 +150,8 @@ impl Listener {
                 Err(_) => Place::Tcp("localhost".to_owned(), devsplice_nbd::uri::PORT),
             },
         };
-        Uri { place, export }
+        let tls = is_secure.then(devsplice_nbd::uri::Tls::default);
+        Uri { place, export, tls }
     }
 
     /// The next client, if one waits.

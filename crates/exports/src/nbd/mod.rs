@@ -8,11 +8,14 @@
 mod connection;
 mod extents;
 mod greet;
+mod guest;
 mod listen;
 mod outbox;
 mod post;
 
+pub use devsplice_nbd::server::Tls;
 pub use devsplice_nbd::uri::Uri;
+pub use devsplice_tls::{Certificates, Server};
 pub use listen::Rule;
 
 use std::sync::Arc;
@@ -37,6 +40,26 @@ const END_LIMIT: Duration = Duration::from_secs(10);
 /// What clients are told to prefer, where the stack has no wish: a page.
 const PREFERRED: u32 = 4096;
 
+/// TLS, where it is spoken.
+#[derive(Clone, Debug)]
+pub struct Secure {
+    /// To whom; not `Off`.
+    pub policy: Tls,
+    /// What is shown, and who is let in.
+    pub server: Server,
+}
+
+impl Secure {
+    fn features(&self) -> Vec<&'static str> {
+        let policy = match self.policy {
+            Tls::Required => "tls-require",
+            Tls::Off | Tls::Offered => "tls-on",
+        };
+        let verify = self.server.verifies().then_some("tls-verify-peer");
+        std::iter::once(policy).chain(verify).collect()
+    }
+}
+
 /// What to serve, where, to whom.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -58,6 +81,8 @@ pub struct Options {
     pub depth: u16,
     /// Seconds after which a request is reported as stuck; 0 for never.
     pub stuck_seconds: u32,
+    /// TLS, where it is spoken.
+    pub secure: Option<Secure>,
 }
 
 /// A disk that clients can connect to.
@@ -66,6 +91,7 @@ pub struct Device {
     crew: Crew,
     post: Arc<Post>,
     greeter: Option<JoinHandle<()>>,
+    features: Vec<&'static str>,
 }
 
 impl Device {
@@ -75,14 +101,21 @@ impl Device {
     /// If an address cannot be had; or as the stack, io_uring or memory refuse.
     pub fn attach(options: &Options, service: Service) -> Result<Device> {
         let mut listeners = Vec::new();
+        let is_secure = options.secure.as_ref().is_some_and(|one| one.policy == Tls::Required);
         for uri in &options.listen {
+            if uri.tls.is_some() {
+                let reason = "an address to listen at does not say whether TLS is spoken";
+                return Err(Error::invalid(uri.to_string(), reason)
+                    .next("write nbd://, and --tls require --tls-certificates DIR"));
+            }
             listeners.extend(Listener::open(&uri.place, &options.allow)?);
         }
         if listeners.is_empty() {
             return Err(Error::invalid("--listen", "no address to serve NBD at")
                 .next("--listen unix:/run/disk.sock, or --listen nbd://127.0.0.1"));
         }
-        let uris = listeners.iter().map(|one| one.uri(&options.name).to_string()).collect();
+        let uris =
+            listeners.iter().map(|one| one.uri(&options.name, is_secure).to_string()).collect();
         let limits = *service.stack.limits();
         let threads = options.threads.clamp(1, options.connections.max(1));
         let connections = options.connections.max(1);
@@ -102,13 +135,15 @@ impl Device {
             offer: offer(options, &limits),
             rules: options.allow.clone(),
             writable: options.writable,
+            secure: options.secure.clone(),
         };
         let greeter = std::thread::Builder::new()
             .name("nbd/greet".to_owned())
             .stack_size(256 << 10)
             .spawn(move || host.run(&listeners))
             .map_err(|error| Error::os("the thread that greets clients", &error))?;
-        Ok(Device { uris, crew, post, greeter: Some(greeter) })
+        let features = options.secure.as_ref().map_or(Vec::new(), Secure::features);
+        Ok(Device { uris, crew, post, greeter: Some(greeter), features })
     }
 
     /// Where it is reached: the first of its addresses.
@@ -122,6 +157,18 @@ impl Device {
     #[must_use]
     pub fn uris(&self) -> &[String] {
         &self.uris
+    }
+
+    /// What it has beyond what all have, in words.
+    #[must_use]
+    pub fn features(&self) -> Vec<&'static str> {
+        self.features.clone()
+    }
+
+    /// Connections whose bytes a thread of this process encrypts, with two copies more.
+    #[must_use]
+    pub fn relays(&self) -> usize {
+        self.post.relays()
     }
 
     /// The threads that serve it.

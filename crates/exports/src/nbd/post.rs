@@ -7,7 +7,7 @@
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use devsplice_core::{Error, Result};
@@ -101,6 +101,8 @@ pub(super) struct Post {
     /// Rung for the greeting thread.
     pub(super) bell: Bell,
     stop: AtomicBool,
+    /// Threads that there are for TLS.
+    relays: AtomicUsize,
     /// Told to the log.
     pub(super) say: fn(&str),
 }
@@ -121,6 +123,7 @@ impl Post {
             questions: Mutex::default(),
             bell: Bell::new()?,
             stop: AtomicBool::new(false),
+            relays: AtomicUsize::new(0),
             say,
         }))
     }
@@ -149,6 +152,17 @@ impl Post {
         self.bell.ring();
     }
 
+    /// How many threads there are for TLS.
+    pub(super) fn relays(&self) -> usize {
+        self.relays.load(Ordering::Acquire)
+    }
+
+    /// There is one more until that is dropped.
+    pub(super) fn begin_relay(self: &Arc<Post>) -> Relayed {
+        self.relays.fetch_add(1, Ordering::AcqRel);
+        Relayed(Arc::clone(self))
+    }
+
     pub(super) fn ask(&self, question: Question) {
         lock(&self.questions).push_back(question);
         self.bell.ring();
@@ -169,6 +183,16 @@ impl Post {
 
     pub(super) fn is_stopping(&self) -> bool {
         self.stop.load(Ordering::Acquire)
+    }
+}
+
+/// A thread for TLS.
+pub(super) struct Relayed(Arc<Post>);
+
+impl Drop for Relayed {
+    fn drop(&mut self) {
+        self.0.relays.fetch_sub(1, Ordering::AcqRel);
+        self.0.bell.ring();
     }
 }
 

@@ -23,16 +23,17 @@ pub(super) fn max_io(info: &DevInfo, path: DataPath) -> u32 {
     }
     let tags = u32::from(info.nr_hw_queues) * u32::from(info.queue_depth);
     // Each has a page for headers, too.
-    let each = (may_lock(info) / tags.max(1)).saturating_sub(4096).clamp(MIN_IO, MAX_IO);
-    1 << each.ilog2()
-}
-
-/// Bytes that the requests of a device may have locked: a user's limit is for batches as well.
-fn may_lock(info: &DevInfo) -> u32 {
     let limit = match info.flags & F_UNPRIVILEGED {
         0 => None,
         _ => getrlimit(Resource::Memlock).current,
     };
+    let each = (may_lock(limit) / tags.max(1)).saturating_sub(4096).clamp(MIN_IO, MAX_IO);
+    1 << each.ilog2()
+}
+
+/// Bytes that the requests of a device may have locked: of a user's limit a part is left for what
+/// batches lock.
+fn may_lock(limit: Option<u64>) -> u32 {
     let most = limit.and_then(|limit| u32::try_from(limit / 4 * 3).ok());
     most.map_or(MAX_LOCKED, |most| most.min(MAX_LOCKED))
 }
@@ -94,6 +95,15 @@ mod tests {
         for path in [DataPath::AutoRegister, DataPath::Register, DataPath::UserCopy] {
             assert_eq!(max_io(&info(4, 4096), path), MAX_IO);
         }
+    }
+
+    #[test]
+    fn a_users_limit_is_not_exceeded() {
+        assert_eq!([None, Some(u64::MAX), Some(1 << 30)].map(may_lock), [MAX_LOCKED; 3]);
+        assert_eq!(
+            [8 << 20, 64 << 10, 0].map(|limit| may_lock(Some(limit))),
+            [6 << 20, 48 << 10, 0]
+        );
     }
 
     #[test]

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use devsplice_core::{Limits, StackBuilder};
 use devsplice_engine::Counts;
-use devsplice_exports::nbd::{Device, Options, Uri};
+use devsplice_exports::nbd::{Device, Options, Secure, Uri};
 use devsplice_exports::threads::{Bottom, Service};
 use devsplice_nbd::client::{Agreed, Handshake, Outcome, Wish};
 use devsplice_nbd::wire::{self, Reply, can, chunk, command};
@@ -46,6 +46,7 @@ pub struct Wishes {
     pub threads: u16,
     /// Whether the file is in memory, where its data goes another way.
     pub in_memory: bool,
+    pub secure: Option<Secure>,
 }
 
 /// A server over a sparse file.
@@ -65,6 +66,7 @@ impl Host {
             depth: 64,
             threads: 2,
             in_memory: false,
+            secure: None,
         };
         change(&mut wishes);
         let above = if wishes.in_memory { PathBuf::from(MEMORY) } else { std::env::temp_dir() };
@@ -99,6 +101,7 @@ impl Host {
             threads: wishes.threads,
             depth: wishes.depth,
             stuck_seconds: 0,
+            secure: wishes.secure,
         };
         let device = Some(Device::attach(&options, service).unwrap());
         Host { device, file, dir }
@@ -197,7 +200,8 @@ impl Peer {
 
     fn greet(socket: OwnedFd, mode: Mode) -> Peer {
         let mut socket = std::fs::File::from(socket);
-        let mut handshake = Handshake::new(Wish { name: "disk".into(), mode, allocation: true });
+        let mut handshake =
+            Handshake::new(Wish { name: "disk".into(), mode, allocation: true, tls: false });
         while *handshake.outcome() == Outcome::Open {
             let count = handshake.output().len();
             socket.write_all(handshake.output()).unwrap();

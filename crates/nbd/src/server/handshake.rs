@@ -34,6 +34,7 @@ pub(crate) mod reply {
     pub(crate) const UNSUPPORTED: u32 = IS_ERROR | 1;
     pub(crate) const POLICY: u32 = IS_ERROR | 2;
     pub(crate) const INVALID: u32 = IS_ERROR | 3;
+    pub(crate) const TLS_REQUIRED: u32 = IS_ERROR | 5;
     pub(crate) const UNKNOWN: u32 = IS_ERROR | 6;
     pub(crate) const TOO_BIG: u32 = IS_ERROR | 9;
     pub(crate) const EXTENDED_HEADERS_REQUIRED: u32 = IS_ERROR | 10;
@@ -55,10 +56,26 @@ const OPTION_HEAD: usize = 16;
 pub enum Outcome {
     /// It goes on.
     Open,
+    /// The client has been told that TLS begins, once all is sent. What is not consumed of its
+    /// bytes was sent too early: in plain text, by whoever can write to the network. It must not be
+    /// used. [`Handshake::secured`] goes on inside.
+    Secure,
     /// The client has chosen. What is not consumed of its bytes is its first requests.
     Chosen(Session),
     /// The client has left, or the connection has to end once all is sent.
     Closed,
+}
+
+/// Whether a server speaks TLS.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Tls {
+    /// No.
+    #[default]
+    Off,
+    /// To clients that want it.
+    Offered,
+    /// To all: nothing is said of the exports before.
+    Required,
 }
 
 enum Step {
@@ -81,6 +98,10 @@ pub struct Handshake {
     options: u32,
     /// The name that `base:allocation` was chosen for.
     allocation: Option<Vec<u8>>,
+    tls: Tls,
+    is_secure: bool,
+    /// What was refused because of TLS, in words that go on from "the client".
+    refused: Option<&'static str>,
 }
 
 impl Handshake {
@@ -101,7 +122,37 @@ impl Handshake {
             no_zeroes: false,
             options: 0,
             allocation: None,
+            tls: Tls::Off,
+            is_secure: false,
+            refused: None,
         }
+    }
+
+    /// The same, of a server that speaks TLS.
+    #[must_use]
+    pub fn with_tls(mut self, tls: Tls) -> Handshake {
+        self.tls = tls;
+        self
+    }
+
+    /// TLS has begun: what the client says from now on is said inside. What it has said before is
+    /// forgotten, as anybody may have said it.
+    ///
+    /// # Panics
+    /// If that was not agreed on.
+    pub fn secured(&mut self) {
+        assert!(self.outcome == Outcome::Secure && self.output.is_empty(), "nobody asked for TLS");
+        self.outcome = Outcome::Open;
+        self.is_secure = true;
+        self.refused = None;
+        self.mode = Mode::Simple;
+        self.allocation = None;
+    }
+
+    /// What was refused because of TLS, in words that go on from "the client": why it has left.
+    #[must_use]
+    pub fn refused(&self) -> Option<&'static str> {
+        self.refused
     }
 
     /// How it stands. A connection is closed only when [`Handshake::output`] is sent.
@@ -226,6 +277,19 @@ impl Handshake {
     }
 
     fn option(&mut self, option: u32, data: &[u8]) {
+        let is_open = self.tls != Tls::Required || self.is_secure;
+        if !is_open && !matches!(option, option::STARTTLS | option::ABORT) {
+            self.refused = Some("wants no TLS, which is required");
+            if option == option::EXPORT_NAME {
+                // It has no way to be refused.
+                self.outcome = Outcome::Closed;
+                return;
+            }
+            return self.answer(option, reply::TLS_REQUIRED, b"this server wants TLS");
+        }
+        if option == option::STARTTLS {
+            return self.start_tls(data);
+        }
         let kind = match option {
             option::EXPORT_NAME => return self.export_name(data),
             option::ABORT => {
@@ -248,10 +312,25 @@ impl Handshake {
             }
             option::LIST_META_CONTEXT | option::SET_META_CONTEXT => self.contexts(option, data),
             option::LIST | option::STRUCTURED_REPLY | option::EXTENDED_HEADERS => reply::INVALID,
-            option::STARTTLS => reply::POLICY,
             _ => reply::UNSUPPORTED,
         };
         self.answer(option, kind, &[]);
+    }
+
+    fn start_tls(&mut self, data: &[u8]) {
+        let (kind, text) = match self.tls {
+            _ if !data.is_empty() => (reply::INVALID, "STARTTLS has no data"),
+            _ if self.is_secure => (reply::INVALID, "TLS has begun already"),
+            Tls::Off => {
+                self.refused = Some("wants TLS, which is not spoken here");
+                (reply::POLICY, "this server speaks no TLS")
+            }
+            Tls::Offered | Tls::Required => {
+                self.outcome = Outcome::Secure;
+                (reply::ACK, "")
+            }
+        };
+        self.answer(option::STARTTLS, kind, text.as_bytes());
     }
 
     fn find(&self, name: &[u8]) -> Option<&Offer> {

@@ -3,7 +3,7 @@
 
 pub(crate) mod handshake;
 
-pub use handshake::{Handshake, Outcome};
+pub use handshake::{Handshake, Outcome, Tls};
 
 use crate::limits::MAX_PAYLOAD;
 use crate::wire::{Mode, Request, ask, can, command, error};

@@ -132,17 +132,15 @@ kill, recover and delete devices as those suites do, and read the lists as they 
 /// The page about the tests called `names`: how `ours` ended, beside `theirs`.
 pub fn page(names: &[String], ours: &Results, theirs: &Results) -> String {
     let mut text = String::from(HEAD);
-    let mut tested: Vec<&str> = ours.0.values().map(|(_, tested)| tested.as_str()).collect();
-    tested.sort_unstable();
-    tested.dedup();
-    let _ = writeln!(text, "devsplice at {}: {}.\n", tested.join(", "), ours.summary());
+    let _ = writeln!(text, "devsplice: {}.\n", ours.summary());
     if !theirs.is_empty() {
         let _ = writeln!(text, "kublk: {}.\n", theirs.summary());
     }
-    text += "| test | devsplice | s | kublk | s | reason |\n|---|---|---|---|---|---|\n";
+    text += "| test | devsplice | s | at commit | kublk | s | reason |\n";
+    text += "|---|---|---|---|---|---|---|\n";
     for name in names {
-        let Some(Outcome { verdict, seconds, reason }) = ours.get(name) else {
-            let _ = writeln!(text, "| {name} | not run yet | | | | |");
+        let Some((Outcome { verdict, seconds, reason }, tested)) = ours.0.get(name) else {
+            let _ = writeln!(text, "| {name} | not run yet | | | | | |");
             continue;
         };
         let (other, time) = match theirs.get(name) {
@@ -150,8 +148,10 @@ pub fn page(names: &[String], ours: &Results, theirs: &Results) -> String {
             None => ("", String::new()),
         };
         let reason = reason.replace('|', "\\|");
-        let _ =
-            writeln!(text, "| {name} | {verdict} | {seconds:.0} | {other} | {time} | {reason} |");
+        let _ = writeln!(
+            text,
+            "| {name} | {verdict} | {seconds:.0} | {tested} | {other} | {time} | {reason} |"
+        );
     }
     text
 }
@@ -191,8 +191,11 @@ mod tests {
         let table = results.table();
         assert!(table.contains("1 passed, 1 skipped, 1 failed, 1 hung; 4 tests"), "{table}");
         let names = ["loop_04", "loop_05"].map(str::to_owned);
+        let mut kept = Results::default();
+        kept.merge_from(&results, "abc");
+        let results = kept;
         let page = page(&names, &results, &Results::default());
         assert!(page.contains("| loop_05 | not run yet |"), "{page}");
-        assert!(page.contains("| loop_04 | fail | 2 |  |  | x\\|y |"), "{page}");
+        assert!(page.contains("| loop_04 | fail | 2 | abc |  |  | x\\|y |"), "{page}");
     }
 }

@@ -12,8 +12,9 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("spec", &["core", "layers"]),
     ("uring", &["core", "engine", "nbd"]),
     ("nbd", &["core"]),
-    ("backends", &["core", "engine", "uring", "nbd"]),
-    ("exports", &["core", "engine", "uring", "nbd"]),
+    ("backends", &["core", "engine", "uring", "nbd", "tls"]),
+    ("tls", &["core", "uring"]),
+    ("exports", &["core", "engine", "uring", "nbd", "tls"]),
     ("sim", &["core", "engine", "layers"]),
     ("contract", &["core", "engine", "uring"]),
 ];
