@@ -7,16 +7,17 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use devsplice_core::size::show_size;
-use devsplice_core::{Error, Result};
+use devsplice_core::{Error, ErrorKind, Result};
+use devsplice_exports::nbd;
 use devsplice_spec::Plan;
 use serde_json::json;
 
-use crate::args::{Add, Export};
+use crate::args::Add;
 use crate::assemble::CATALOG;
 use crate::launch::{self, launch};
 use crate::server::Server;
 use crate::state::Disk;
-use crate::{client, front, guard, protect, say, servers, state};
+use crate::{client, front, guard, protect, recover, say, servers, state};
 
 /// How long a server may take to make a disk.
 const LIMIT: Duration = Duration::from_secs(90);
@@ -43,8 +44,27 @@ pub fn run(add: &Add) -> Result<ExitCode> {
         show(add, &server.disk()?);
         return server.run().map(|()| ExitCode::SUCCESS);
     }
-    show(add, &alone(add, &plan)?);
+    let disk = match waiting(add, &plan)? {
+        Some(left) => recover::back(&left)?,
+        None => alone(add, &plan)?,
+    };
+    show(add, &disk);
     Ok(ExitCode::SUCCESS)
+}
+
+/// The disk that is to be served again rather than made.
+fn waiting(add: &Add, plan: &Plan) -> Result<Option<Disk>> {
+    let Some(name) = add.name.as_deref().filter(|_| add.or_recover) else { return Ok(None) };
+    let left = match state::find(name) {
+        Ok(found) if !found.alive && guard::is_kept(&found.disk) => found.disk,
+        _ => return Ok(None),
+    };
+    if left.stack != plan.to_expression() {
+        let reason = format!("waits for a server with another stack, {}", left.stack);
+        return Err(Error::new(ErrorKind::Busy, name, reason)
+            .next(format!("devsplice recover {name}, then devsplice swap {name}")));
+    }
+    Ok(Some(left))
 }
 
 /// The options with paths that mean the same to a process that is elsewhere.
@@ -52,6 +72,15 @@ fn anchored(add: &Add, here: &Path) -> Add {
     let mut add = add.clone();
     if let Some(file) = &mut add.ublk.shared_memory {
         *file = here.join(&*file).to_string_lossy().into_owned();
+    }
+    for address in &mut add.listen {
+        // What is none is refused where it is used.
+        if let Ok(uri) = nbd::Uri::parse(address) {
+            *address = uri.anchored(here).to_string();
+        }
+    }
+    if let Some(dir) = &mut add.tls.tls_certificates {
+        *dir = here.join(&*dir);
     }
     add
 }
@@ -83,16 +112,7 @@ pub fn join(add: &Add, plan: &Plan, server: &str) -> Result<Disk> {
 }
 
 fn start(add: &Add, plan: &Plan) -> Result<Server> {
-    // An address to listen at says what kind of disk is wanted.
-    let is_nbd = add.export == Export::Nbd || !add.listen.is_empty();
-    if let Some(option) = add.tls.first().filter(|_| !is_nbd) {
-        return Err(Error::invalid(option, "is for disks that are reached by NBD")
-            .next("say where clients connect: --listen nbd://HOST:PORT"));
-    }
-    let choice = match is_nbd {
-        true => front::nbd(add)?,
-        false => front::choose_for(add)?,
-    };
+    let choice = front::choose_for(add)?;
     let guard = guard::start()?;
     Server::start(add, plan, choice, guard)
 }

@@ -343,6 +343,10 @@ pub struct Add {
     #[arg(long, value_name = "NAME", conflicts_with = "foreground")]
     #[serde(skip)]
     pub server: Option<String>,
+    /// Where the disk of this name waits for a server, serve that again (devsplice recover).
+    #[arg(long, requires = "name", conflicts_with_all = ["server", "foreground"])]
+    #[serde(skip)]
+    pub or_recover: bool,
     /// Serve from this process, until a signal; messages go to standard error.
     #[arg(long, short = 'f')]
     #[serde(skip)]

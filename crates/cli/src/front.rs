@@ -138,6 +138,14 @@ fn nbd_options(add: &Add, name: &str) -> Result<nbd::Options> {
 /// # Errors
 /// As [`choose`]; and if it is asked for what only another has.
 pub fn choose_for(add: &Add) -> Result<(Export, String)> {
+    // An address to listen at says what kind of disk is wanted.
+    if add.export == Export::Nbd || !add.listen.is_empty() {
+        return nbd(add);
+    }
+    if let Some(option) = add.tls.first() {
+        return Err(Error::invalid(option, "is for disks that are reached by NBD")
+            .next("say where clients connect: --listen nbd://HOST:PORT"));
+    }
     let Some(option) = add.ublk.first() else { return choose(add.export, add.data_path) };
     if add.export == Export::Fuse || add.data_path.fuse().is_some() {
         return Err(Error::invalid(option, "is ublk's; FUSE has none")

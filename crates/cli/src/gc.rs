@@ -9,10 +9,11 @@ use serde_json::json;
 
 use crate::args::Gc;
 use crate::dialect;
-use crate::state::{self, Claim, Disk};
+use crate::servers::{self, Seat};
+use crate::state::{self, Claim, Disk, Found};
 use crate::{guard, say};
 
-/// How long a device that is being made may be without a server.
+/// How long a device that is being made may be without a server, and a server without a process.
 const SETTLE: Duration = Duration::from_millis(500);
 
 /// Something that is left.
@@ -25,6 +26,8 @@ pub enum Left {
     /// A ublk device without a server of which there is no state: another tool's, or one of ours
     /// whose state was lost. Its number, and the kernel's word for its state.
     Ublk(u32, &'static str),
+    /// What a server of many has left, and whether disks of it wait for it.
+    Server(String, bool),
     /// A loop device of ours of which there is no state: its path, and the disk's name.
     Loop(String, String),
 }
@@ -38,6 +41,12 @@ impl Left {
             }
             Left::Waiting(name) => {
                 format!("{name}: its server is gone; devsplice recover {name} serves it again")
+            }
+            Left::Server(name, true) => {
+                format!("server {name}: is gone; devsplice serve {name} serves its disks again")
+            }
+            Left::Server(name, false) => {
+                format!("server {name}: is gone; devsplice gc clears up, serve {name} starts it")
             }
             Left::Ublk(id, state) => format!(
                 "/dev/ublkc{id}: {state}, no process serves it, and it is none of ours; devsplice \
@@ -53,6 +62,7 @@ impl Left {
         match self {
             Left::State(_) => "state",
             Left::Waiting(_) => "waiting",
+            Left::Server(..) => "server",
             Left::Ublk(..) => "ublk",
             Left::Loop(..) => "loop",
         }
@@ -61,6 +71,7 @@ impl Left {
     fn thing(&self) -> String {
         match self {
             Left::State(name) | Left::Waiting(name) => name.clone(),
+            Left::Server(name, _) => format!("@{name}"),
             Left::Ublk(id, _) => format!("/dev/ublkc{id}"),
             Left::Loop(path, _) => path.clone(),
         }
@@ -71,6 +82,7 @@ impl Left {
         match self {
             Left::State(_) | Left::Loop(..) => true,
             Left::Waiting(_) => gc.waiting,
+            Left::Server(_, has_waiting) => !has_waiting || gc.waiting,
             Left::Ublk(..) => gc.foreign,
         }
     }
@@ -80,6 +92,13 @@ impl Left {
             Left::State(name) | Left::Waiting(name) => match Claim::try_take(name)? {
                 Some(claim) => {
                     claim.remove();
+                    Ok(())
+                }
+                None => Err(Error::new(ErrorKind::Busy, name, "another process has taken it")),
+            },
+            Left::Server(name, _) => match Seat::take(name)? {
+                Some(seat) => {
+                    seat.remove();
                     Ok(())
                 }
                 None => Err(Error::new(ErrorKind::Busy, name, "another process has taken it")),
@@ -108,6 +127,11 @@ pub fn look() -> Result<Vec<Left>> {
         } else {
             Left::State(name)
         });
+    }
+    for name in servers::dead(SETTLE)? {
+        let is_its = |found: &&Found| found.disk.server.as_ref() == Some(&name);
+        let has_waiting = all.iter().filter(is_its).any(|found| guard::is_kept(&found.disk));
+        left.push(Left::Server(name, has_waiting));
     }
     let disks: Vec<&Disk> = all.iter().map(|found| &found.disk).collect();
     if let Ok(mut control) = ublk::Control::open() {
@@ -190,8 +214,10 @@ mod tests {
         let gc = |waiting, foreign| Gc { dry_run: false, waiting, foreign, json: false };
         let (state, waiting) = (Left::State("a".into()), Left::Waiting("b".into()));
         let (ublk, of_loop) = (Left::Ublk(1, "dead"), Left::Loop("/dev/loop1".into(), "c".into()));
-        let wanted = |gc: &Gc| [&state, &waiting, &ublk, &of_loop].map(|one| one.is_wanted(gc));
-        assert_eq!(wanted(&gc(false, false)), [true, false, false, true]);
-        assert_eq!(wanted(&gc(true, true)), [true; 4]);
+        let [empty, needed] = [false, true].map(|has| Left::Server("d".into(), has));
+        let all = [&state, &waiting, &ublk, &of_loop, &empty, &needed];
+        let wanted = |gc: &Gc| all.map(|one| one.is_wanted(gc));
+        assert_eq!(wanted(&gc(false, false)), [true, false, false, true, true, false]);
+        assert_eq!(wanted(&gc(true, true)), [true; 6]);
     }
 }

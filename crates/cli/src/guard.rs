@@ -319,7 +319,7 @@ fn succeed(name: &str, kept: &[OwnedFd]) {
 /// The same for a server of many.
 fn succeed_server(name: &str) {
     let _ = server::silence(Some(&state::server_file(name, "log")));
-    become_server(name, || crate::recover::again_many(name, None, "restarted"));
+    become_server(name, || crate::recover::again_many(name, (None, None), "restarted"));
     std::process::exit(1);
 }
 

@@ -64,7 +64,7 @@ impl Hosted {
     pub fn begin(wish: Wish<'_>, claim: Claim, line: Line) -> Result<Hosted> {
         let Wish { add, plan, choice: (export, why) } = wish;
         let is_kept = export != Export::Fuse || line.server().is_none();
-        let add = match lasting(add, plan, is_kept) {
+        let add = match shut_in(add, &line).and_then(|()| lasting(add, plan, is_kept)) {
             Ok(add) => add,
             Err(error) => {
                 claim.remove();
@@ -334,6 +334,15 @@ impl Hosted {
     }
 }
 
+/// Checks that the disk is not to be less shut in than its server of many is.
+fn shut_in(add: &Add, line: &Line) -> Result<()> {
+    if add.sandbox == Choice::Off && line.server().is_some() && !sandbox::is_off() {
+        let reason = "a server of many is shut in as a whole";
+        return Err(Error::invalid("--sandbox", reason).next("devsplice serve --sandbox off"));
+    }
+    Ok(())
+}
+
 /// The options, with a recovery that this stack can have; `is_kept` if somebody keeps such a disk.
 fn lasting(add: &Add, plan: &Plan, is_kept: bool) -> Result<Add> {
     let mut add = add.clone();
@@ -346,6 +355,7 @@ fn lasting(add: &Add, plan: &Plan, is_kept: bool) -> Result<Add> {
             return Err(Error::invalid("--recovery", reason).next("leave out --server"));
         }
         add.recovery = RecoveryChoice::Off;
+        return Ok(add);
     }
     if let Some(place) = passing(plan) {
         if add.recovery != RecoveryChoice::Auto {
@@ -379,11 +389,11 @@ pub(crate) fn open(plan: &Plan, disk: &mut Disk, pool: Option<Arc<Pool>>) -> Res
     disk.stack = plan.to_expression();
     disk.labels = plan.labels();
     let (stack, bottoms) = assembled.into_parts();
-    Ok(Service { stack, bottoms, pool, on_stuck: report_stuck, on_event: report, on_death: die })
-}
-
-fn report_stuck(stuck: &Stuck) {
-    eprintln!("devsplice: {}", stuck_text(stuck));
+    // One log may be that of many disks.
+    let (name, again) = (disk.name.clone(), disk.name.clone());
+    let on_stuck = Arc::new(move |stuck: &Stuck| report(&name, &stuck_text(stuck)));
+    let on_event = Arc::new(move |text: &str| report(&again, text));
+    Ok(Service { stack, bottoms, pool, on_stuck, on_event, on_death: die })
 }
 
 /// How things stand with a server below.
@@ -409,9 +419,9 @@ pub(crate) fn stuck_text(stuck: &Stuck) -> String {
     )
 }
 
-/// What a layer reports, in the log.
-fn report(text: &str) {
-    eprintln!("devsplice: {text}");
+/// What there is to say of a disk, in the log.
+fn report(disk: &str, text: &str) {
+    eprintln!("devsplice: {disk}: {text}");
 }
 
 /// An I/O thread cannot go on: what it serves is lost. The guard sees to it.

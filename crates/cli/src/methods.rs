@@ -245,6 +245,7 @@ fn add_params() -> Vec<Param> {
         let Some(default) = Add::plain().get(name) else { continue };
         let is = match (default, name) {
             (Value::Bool(_), _) => Type::Flag,
+            (Value::Array(_), _) => Type::Texts,
             (Value::Number(_), _) | (Value::Null, "id" | "queues" | "threads") => Type::Number,
             _ => Type::Text,
         };
@@ -456,8 +457,10 @@ mod tests {
         }
         let refused = add.check(json!({ "stack": "null(size=1M)", "depth": "deep" }));
         assert!(refused.is_err());
-        let fields = add.check(json!({ "stack": "null(size=1M)", "depth": 9, "queues": 2 }));
-        let made = Add::with(fields.unwrap_or_default()).unwrap();
+        let listen = ["unix:/run/a", "tcp:[::1]"];
+        let fields = json!({ "stack": "null(size=1M)", "depth": 9, "queues": 2, "listen": listen });
+        let made = Add::with(add.check(fields).unwrap_or_default()).unwrap();
+        assert_eq!(made.listen, listen);
         assert_eq!((made.depth, made.queues, made.threads), (9, Some(2), None));
         assert_eq!(made.changed()["queues"], 2);
     }

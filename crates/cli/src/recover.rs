@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use crate::args::{Recover, Upgrade};
 use crate::assemble::assemble;
 use crate::launch::{self, launch};
+use crate::sandbox::Choice;
 use crate::server::Server;
 use crate::servers::{self, Seat};
 use crate::state::{Claim, Disk, Found};
@@ -49,7 +50,10 @@ pub fn recover(recover: &Recover) -> Result<()> {
 
 /// Has a disk served again: by the server of many that it was one of, if that runs, else by a
 /// process of its own.
-fn back(left: &Disk) -> Result<Disk> {
+///
+/// # Errors
+/// As [`again`].
+pub fn back(left: &Disk) -> Result<Disk> {
     let server = left.server.as_deref().filter(|server| servers::find(server).is_ok());
     if let Some(server) = server {
         let disk = client::call_server(server, "recover", &json!({ "disk": left.name }), TAKE)?;
@@ -106,13 +110,15 @@ pub fn again(name: &str, kept: Option<Vec<OwnedFd>>) -> Result<Server> {
     }
 }
 
-/// The same for a server of many: with all of its disks that the kernel keeps, and with as many
-/// threads as asked for, or as it had. `why` is the event.
+/// What is asked of a server of many: its threads, its sandbox. Else it is as it was.
+type Wanted = (Option<usize>, Option<Choice>);
+
+/// The same for a server of many, with all of its disks that the kernel keeps. `why` is the event.
 ///
 /// # Errors
 /// If there is such a server already, or it cannot be had. Disks that cannot be are left as they
 /// are.
-pub fn again_many(name: &str, threads: Option<usize>, why: &str) -> Result<Server> {
+pub fn again_many(name: &str, wanted: Wanted, why: &str) -> Result<Server> {
     let guard = guard::start()?;
     let seat = match Seat::take(name) {
         Ok(Some(seat)) => seat,
@@ -124,19 +130,21 @@ pub fn again_many(name: &str, threads: Option<usize>, why: &str) -> Result<Serve
                 .next(format!("devsplice add --server {name} gives it disks")));
         }
     };
-    many(name, seat, threads, guard, why)
+    many(name, seat, wanted, guard, why)
 }
 
 fn many(
     name: &str,
-    seat: Seat,
-    threads: Option<usize>,
+    mut seat: Seat,
+    (threads, sandbox): Wanted,
     guard: guard::Guard,
     why: &str,
 ) -> Result<Server> {
     let had = Some(seat.about.threads).filter(|threads| *threads > 0);
     let cpus = || std::thread::available_parallelism().map_or(1, usize::from);
-    let server = Server::of_many(seat, threads.or(had).unwrap_or_else(cpus), guard)?;
+    seat.about.threads = threads.or(had).unwrap_or_else(cpus);
+    seat.about.sandbox = sandbox.unwrap_or(seat.about.sandbox);
+    let server = Server::of_many(seat, guard)?;
     for found in servers::disks(name)? {
         if guard::is_kept(&found.disk)
             && let Err(error) = server.hall().recover(&found.disk.name, why)
@@ -296,7 +304,7 @@ fn succeed_many(name: &str) -> Result<(Server, launch::Report)> {
             return Err(error);
         }
     };
-    let server = many(name, seat, None, guard, "upgraded")?;
+    let server = many(name, seat, (None, None), guard, "upgraded")?;
     let names = server.hall().names();
     let pids = (old.pid, std::process::id());
     let moved: Vec<_> = names.iter().map(|name| moved(name, pids, start)).collect();

@@ -10,7 +10,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 
 use clap::ValueEnum;
 use devsplice_core::{Error, Result};
-use devsplice_exports::threads;
+use devsplice_exports::threads::{self, Place};
 use landlock::{
     ABI, Access, AccessFs, CompatLevel, Compatible, LandlockStatus, Ruleset, RulesetAttr,
     RulesetStatus,
@@ -24,7 +24,7 @@ use serde_json::{Value, json};
 
 mod calls;
 
-use calls::{FAMILIES, IO_THREAD, NEVER};
+use calls::{FAMILIES, IO_THREAD, NEVER, POOL_THREAD};
 
 /// `--sandbox`, as typed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
@@ -37,17 +37,21 @@ pub enum Choice {
     Off,
 }
 
+/// Why nothing was done where that was wanted.
+const OFF: &str = "--sandbox off";
+
 /// What was done for the process, and whether that was wanted.
 static PROCESS: OnceLock<std::result::Result<(), String>> = OnceLock::new();
 /// What was done for the I/O thread that was started last.
 static IO: Mutex<Option<std::result::Result<String, String>>> = Mutex::new(None);
 
-/// Shuts the process in. To be called when what a disk needs is open, before it has I/O threads;
-/// once, whatever disks come later.
+/// Shuts the process in: this thread, and those that it starts. To be called when what a disk needs
+/// is open, before it has I/O threads; for a server of many, before it has any thread. Once,
+/// whatever disks come later.
 pub fn process(choice: Choice) {
     PROCESS.get_or_init(|| {
         if choice == Choice::Off {
-            return Err("--sandbox off".to_owned());
+            return Err(OFF.to_owned());
         }
         threads::on_settled(io_thread);
         for program in process_filters().map_err(|error| error.to_string())? {
@@ -57,10 +61,15 @@ pub fn process(choice: Choice) {
     });
 }
 
+/// Whether the process was not to be shut in.
+pub fn is_off() -> bool {
+    matches!(PROCESS.get(), Some(Err(reason)) if reason == OFF)
+}
+
 /// Shuts the calling I/O thread in, which has all that it needs.
-fn io_thread() {
+fn io_thread(place: Place) {
     let done = files().and_then(|files| {
-        let program = io_filter().map_err(|error| error.to_string())?;
+        let program = io_filter(place).map_err(|error| error.to_string())?;
         install(&program).map_err(|error| error.to_string())?;
         Ok(format!("on, {files}"))
     });
@@ -85,7 +94,7 @@ pub fn shown() -> Value {
 pub fn warnings() -> Vec<String> {
     let io = IO.lock().unwrap_or_else(PoisonError::into_inner).clone();
     let failed = [PROCESS.get().and_then(|done| done.clone().err()), io.and_then(|io| io.err())];
-    let is_meant = |reason: &String| reason != "--sandbox off";
+    let is_meant = |reason: &String| reason != OFF;
     failed.into_iter().flatten().filter(is_meant).map(|why| format!("no sandbox: {why}")).collect()
 }
 
@@ -144,8 +153,10 @@ fn libc_errno(errno: rustix::io::Errno) -> u32 {
 }
 
 /// What an I/O thread may do is listed.
-fn io_filter() -> Result<BpfProgram> {
-    let mut rules: Rules = IO_THREAD.iter().map(|call| (*call, Vec::new())).collect();
+fn io_filter(place: Place) -> Result<BpfProgram> {
+    let more = if place == Place::InPool { POOL_THREAD } else { &[] };
+    let listed = IO_THREAD.iter().chain(more);
+    let mut rules: Rules = listed.map(|call| (*call, Vec::new())).collect();
     let own = u64::from(std::process::id());
     // To end the process: a panic aborts it.
     rules.insert(calls::TGKILL, vec![rule(&[(0, SeccompCmpOp::Eq, own)])?]);

@@ -41,7 +41,7 @@ pub fn run(serve: &Serve) -> Result<()> {
 
 fn start(serve: &Serve) -> Result<(Server, Report)> {
     let threads = serve.threads.map(usize::from);
-    let server = recover::again_many(&serve.name, threads, "restarted")?;
+    let server = recover::again_many(&serve.name, (threads, serve.sandbox), "restarted")?;
     let report = json!({
         "server": serve.name,
         "pid": std::process::id(),

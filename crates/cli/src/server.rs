@@ -20,6 +20,7 @@ use crate::hosted::{Hosted, Wish};
 use crate::listen::{Ears, News};
 use crate::notify;
 use crate::rpc::After;
+use crate::sandbox;
 use crate::servers::Seat;
 use crate::state::{self, Claim, Disk};
 
@@ -128,11 +129,11 @@ impl Server {
         }
     }
 
-    /// A server of many disks, which has none yet.
+    /// A server of many disks, which has none yet, as its seat says that it is to be.
     ///
     /// # Errors
     /// If its threads or its socket cannot be had; the guard is dismissed then.
-    pub fn of_many(mut seat: Seat, threads: usize, mut guard: Guard) -> Result<Server> {
+    pub fn of_many(mut seat: Seat, mut guard: Guard) -> Result<Server> {
         let name = seat.about.name.clone();
         guard.name(&format!("@{name}"));
         let more_files = Rlimit { current: Some(FILES), maximum: Some(FILES) };
@@ -140,8 +141,9 @@ impl Server {
             let most = getrlimit(Resource::Nofile).maximum;
             let _ = setrlimit(Resource::Nofile, Rlimit { current: most, maximum: most });
         }
+        sandbox::process(seat.about.sandbox);
         let made = (|| {
-            let pool = Pool::start(threads)?;
+            let pool = Pool::start(seat.about.threads)?;
             let ears = Ears::open(&state::server_file(&name, "sock"))?;
             seat.about.pid = std::process::id();
             seat.about.threads = pool.thread_count();

@@ -9,6 +9,7 @@ use std::time::Duration;
 use devsplice_core::{Error, ErrorKind, Result};
 use serde::{Deserialize, Serialize};
 
+use crate::sandbox::Choice;
 use crate::state::{self, Found};
 
 /// How often a server's file is looked at that makes no sense.
@@ -23,6 +24,9 @@ pub struct About {
     pub pid: u32,
     /// I/O threads.
     pub threads: usize,
+    /// Whether it is shut in.
+    #[serde(default)]
+    pub sandbox: Choice,
     /// How often in a row it died soon after its start.
     #[serde(default)]
     pub restarts: u32,
@@ -115,6 +119,25 @@ pub fn find(name: &str) -> Result<About> {
     }
     Err(Error::new(ErrorKind::NotFound, format!("server `{name}`"), "does not run")
         .next(format!("devsplice serve {name} starts it")))
+}
+
+/// Servers of which only a file is left, and stays so for as long as `settle`: one whose process
+/// has died is there again in a moment.
+///
+/// # Errors
+/// If the directory is there and cannot be read.
+pub fn dead(settle: Duration) -> Result<Vec<String>> {
+    let is_free = |name: &String| {
+        let file = File::open(state::server_file(name, "server"));
+        file.is_ok_and(|file| state::lock_shared(&file))
+    };
+    let mut dead = state::servers()?;
+    dead.retain(is_free);
+    if !dead.is_empty() {
+        std::thread::sleep(settle);
+        dead.retain(is_free);
+    }
+    Ok(dead)
 }
 
 /// The disks of a server, whether it lives or not.

@@ -9,7 +9,7 @@ use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{Read, Seek};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use devsplice_core::{Error, ErrorKind, Result};
@@ -322,7 +322,7 @@ impl Claim {
 
 /// Whether a file is not the one of that path any more: between open and lock its owner may have
 /// removed it, and then the lock is on a ghost.
-pub(crate) fn is_ghost(file: &File, path: &std::path::Path) -> bool {
+pub(crate) fn is_ghost(file: &File, path: &Path) -> bool {
     use std::os::unix::fs::MetadataExt;
     match (file.metadata(), std::fs::metadata(path)) {
         (Ok(ours), Ok(named)) => ours.ino() != named.ino(),
@@ -359,32 +359,45 @@ pub struct Found {
     pub alive: bool,
 }
 
+/// What is in the directory of state.
+fn entries() -> Result<Vec<PathBuf>> {
+    let run = dir();
+    match std::fs::read_dir(&run) {
+        Ok(entries) => Ok(entries.flatten().map(|entry| entry.path()).collect()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(error) => {
+            let error = Error::os(run.display().to_string(), &error);
+            let is_permission = error.kind() == ErrorKind::Permission;
+            Err(if is_permission { error.next("run as root") } else { error })
+        }
+    }
+}
+
+fn ends_in(path: &Path, ending: &str) -> bool {
+    path.extension().is_some_and(|one| one == ending)
+}
+
 /// Every disk, by name.
 ///
 /// # Errors
 /// If the directory is there and cannot be read.
 pub fn all() -> Result<Vec<Found>> {
-    let run = dir();
-    let entries = match std::fs::read_dir(&run) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => {
-            let error = Error::os(run.display().to_string(), &error);
-            let is_permission = error.kind() == ErrorKind::Permission;
-            return Err(if is_permission { error.next("run as root") } else { error });
-        }
-    };
-    let mut found = Vec::new();
-    for entry in entries.flatten() {
-        let path = entry.path();
-        if path.extension().is_some_and(|ending| ending == "json")
-            && let Some(one) = look(&path)
-        {
-            found.push(one);
-        }
-    }
+    let paths = entries()?.into_iter().filter(|path| ends_in(path, "json"));
+    let mut found: Vec<_> = paths.filter_map(|path| look(&path)).collect();
     found.sort_by(|a, b| a.disk.name.cmp(&b.disk.name));
     Ok(found)
+}
+
+/// The names of all servers of many of which there is a file, whether they live or not.
+///
+/// # Errors
+/// As [`all`].
+pub fn servers() -> Result<Vec<String>> {
+    let paths = entries()?.into_iter().filter(|path| ends_in(path, "server"));
+    let name = |path: PathBuf| Some(path.file_stem()?.to_str()?.strip_prefix('@')?.to_owned());
+    let mut names: Vec<_> = paths.filter_map(name).collect();
+    names.sort();
+    Ok(names)
 }
 
 /// What the state file of `name` says, whoever has it.
@@ -392,11 +405,16 @@ pub fn peek(name: &str) -> Option<Disk> {
     serde_json::from_str(&std::fs::read_to_string(path(name, "json")).ok()?).ok()
 }
 
-fn look(path: &std::path::Path) -> Option<Found> {
+/// Locks a file as one who only looks does; whether nobody has it.
+pub(crate) fn lock_shared(file: &File) -> bool {
+    flock(file, FlockOperation::NonBlockingLockShared).is_ok()
+}
+
+fn look(path: &Path) -> Option<Found> {
     let file = File::open(path).ok()?;
     let text = std::fs::read_to_string(path).ok()?;
     let disk: Disk = serde_json::from_str(&text).ok()?;
-    let alive = flock(&file, FlockOperation::NonBlockingLockShared).is_err();
+    let alive = !lock_shared(&file);
     Some(Found { disk, alive })
 }
 

@@ -85,10 +85,11 @@ fn serve(name: &str, slips: bool) -> Result<(Device, Temp)> {
         keep: None,
         must_keep: false,
     };
-    let on_stuck = |stuck: &Stuck| println!("stuck: {stuck:?}");
+    let on_stuck = Arc::new(|stuck: &Stuck| println!("stuck: {stuck:?}"));
     let on_death = |error: Error| panic!("an I/O thread died: {error}");
     let stack = Arc::new(builder.finish(top));
-    let service = Service { stack, bottoms, pool: None, on_stuck, on_event: |_| {}, on_death };
+    let service =
+        Service { stack, bottoms, pool: None, on_stuck, on_event: Arc::new(|_| {}), on_death };
     Ok((Device::attach(&options, service, &mut |_| {})?, temp))
 }
 

@@ -111,7 +111,8 @@ impl<'r> Disk<'r> {
                 traces.push(path.display().to_string());
             }
         }
-        if self.server().lives() {
+        // A server of many goes on without it.
+        if self.told["server"].is_null() && self.server().lives() {
             traces.push(format!("process {}", self.server().0));
         }
         traces

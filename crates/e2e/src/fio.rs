@@ -115,7 +115,9 @@ pub fn deep(room: &Room, node: &Path, size: u64) {
     report(&fio(room, &[&arguments[..], &place].concat()).ok(), 1);
 }
 
-/// Keeps a disk busy for `seconds`, or until it fails: two jobs, 16 deep.
+/// Keeps a disk busy for `seconds`, or until it fails: two jobs, 16 deep, each in its half. No two
+/// writes to a place are out at once: what is there afterwards would be for the disk to say, and
+/// the legs of a mirror say different things.
 #[must_use]
 pub fn load(room: &Room, node: &Path, seconds: u64) -> Running {
     let mut arguments: Vec<String> = [
@@ -124,6 +126,9 @@ pub fn load(room: &Room, node: &Path, seconds: u64) -> Running {
         "--bsrange=4k-128k",
         "--iodepth=16",
         "--numjobs=2",
+        "--size=50%",
+        "--offset_increment=50%",
+        "--serialize_overlap=1",
         "--direct=1",
         "--ioengine=io_uring",
         "--time_based",

@@ -101,12 +101,13 @@ fn main() -> Result<()> {
         recovery: Some(Recovery::Off),
     };
     let stack = Arc::new(builder.finish(top));
-    let on_stuck = |stuck: &devsplice_engine::Stuck| eprintln!("miniublk: {stuck:?}");
+    let on_stuck = Arc::new(|stuck: &devsplice_engine::Stuck| eprintln!("miniublk: {stuck:?}"));
     let on_death = |error| {
         eprintln!("miniublk: {error}");
         std::process::exit(1);
     };
-    let service = Service { stack, bottoms, pool: None, on_stuck, on_event: |_| {}, on_death };
+    let service =
+        Service { stack, bottoms, pool: None, on_stuck, on_event: Arc::new(|_| {}), on_death };
     let device = Device::attach(&options, service, &mut |_| {})?;
     println!("{}", device.path());
     let _ = std::io::stdin().read_to_end(&mut Vec::new());

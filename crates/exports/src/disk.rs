@@ -45,8 +45,8 @@ impl Disk {
             stack,
             bottoms,
             pool: None,
-            on_stuck: stuck,
-            on_event: tell,
+            on_stuck: Arc::new(stuck),
+            on_event: Arc::new(tell),
             on_death: death,
         };
         if ublk::available().is_ok() {

@@ -8,9 +8,12 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc};
 
 use devsplice_core::{Error, Result};
 use devsplice_engine::Worker;
+use devsplice_uring::thread::Start;
 use devsplice_uring::{Brief, Uring};
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::event::{EventfdFlags, eventfd};
+
+use crate::threads::{Place, settled};
 
 /// Events taken from the kernel at a time.
 const EVENTS: usize = 256;
@@ -51,6 +54,9 @@ impl Pool {
     /// # Errors
     /// If they cannot be had.
     pub fn start(threads: usize) -> Result<Arc<Pool>> {
+        // What a thread needs that is shut in once it runs.
+        devsplice_uring::zeroes()?;
+        let starter = starter()?;
         let (ready, news) = mpsc::channel();
         let mut seats = Vec::new();
         for number in 0..threads.max(1) {
@@ -59,24 +65,24 @@ impl Pool {
                 .map_err(|errno| Error::os("an I/O thread's bell", &errno.into()))?;
             let bell = Arc::new(bell);
             seats.push(Seat { makes: Mutex::new(makes), bell: Arc::clone(&bell) });
-            let ready = ready.clone();
-            std::thread::Builder::new()
-                .name(format!("io/{number}"))
-                .stack_size(256 << 10)
-                .spawn(move || {
-                    let flusher = devsplice_uring::thread::set_io_flusher();
-                    match Table::new(inbox, bell) {
-                        Ok(mut table) => {
-                            let _ = ready.send(Ok(flusher.err().map(|error| error.to_string())));
-                            drop(ready);
-                            table.serve();
-                        }
-                        Err(error) => {
-                            let _ = ready.send(Err(error));
-                        }
+            let (ready, starter) = (ready.clone(), starter.clone());
+            let thread = std::thread::Builder::new().name(format!("io/{number}"));
+            let started = thread.stack_size(256 << 10).spawn(move || {
+                let flusher = devsplice_uring::thread::set_io_flusher();
+                devsplice_uring::thread::start_by(starter);
+                match Table::new(inbox, bell) {
+                    Ok(mut table) => {
+                        settled(Place::InPool);
+                        let _ = ready.send(Ok(flusher.err().map(|error| error.to_string())));
+                        drop(ready);
+                        table.serve();
                     }
-                })
-                .map_err(|error| Error::os("I/O thread", &error))?;
+                    Err(error) => {
+                        let _ = ready.send(Err(error));
+                    }
+                }
+            });
+            started.map_err(|error| Error::os("I/O thread", &error))?;
         }
         drop(ready);
         let mut warning = None;
@@ -108,6 +114,19 @@ impl Pool {
     }
 }
 
+/// A thread that starts others for those that may not. It ends with the last of them.
+fn starter() -> Result<mpsc::Sender<Start>> {
+    let (starter, starts) = mpsc::channel::<Start>();
+    let thread = std::thread::Builder::new().name("starter".to_owned()).stack_size(64 << 10);
+    let body = move || {
+        // Helpers are below writeback as well; they inherit this. The pool's threads warn.
+        let _ = devsplice_uring::thread::set_io_flusher();
+        starts.into_iter().for_each(|start| start());
+    };
+    thread.spawn(body).map_err(|error| Error::os("I/O thread", &error))?;
+    Ok(starter)
+}
+
 /// A thread from inside.
 struct Table {
     inbox: mpsc::Receiver<Make>,
@@ -116,9 +135,44 @@ struct Table {
     /// By number. Places of those that have ended are used again.
     members: Vec<Option<Member>>,
     free: Vec<usize>,
-    /// Members with something to do, each once, in the order in which they get their turns.
-    ready: VecDeque<usize>,
-    is_ready: Vec<bool>,
+    turns: Turns,
+}
+
+/// Whose turn it is: members with something to do, each once, in the order in which they got it.
+#[derive(Default)]
+struct Turns {
+    queue: VecDeque<usize>,
+    is_in: Vec<bool>,
+}
+
+impl Turns {
+    /// There is one more member.
+    fn grow(&mut self) {
+        self.is_in.push(false);
+    }
+
+    fn is_empty(&self) -> bool {
+        self.queue.is_empty()
+    }
+
+    /// This one has something to do.
+    fn wake(&mut self, place: usize) {
+        if !std::mem::replace(&mut self.is_in[place], true) {
+            self.queue.push_back(place);
+        }
+    }
+
+    /// A turn for each that has something to do now. Who has more after that, as `turn` says, comes
+    /// again behind all others.
+    fn round(&mut self, mut turn: impl FnMut(usize) -> bool) {
+        for _ in 0..self.queue.len() {
+            let Some(place) = self.queue.pop_front() else { return };
+            self.is_in[place] = false;
+            if turn(place) {
+                self.wake(place);
+            }
+        }
+    }
 }
 
 impl Table {
@@ -132,8 +186,7 @@ impl Table {
             epoll,
             members: Vec::new(),
             free: Vec::new(),
-            ready: VecDeque::new(),
-            is_ready: Vec::new(),
+            turns: Turns::default(),
         })
     }
 
@@ -147,23 +200,17 @@ impl Table {
     /// One turn for each that has something to do: nobody waits for more than the turn of each of
     /// the others, and what a turn does is bounded by the depth of its queues.
     fn round(&mut self) {
-        for _ in 0..self.ready.len() {
-            let Some(place) = self.ready.pop_front() else { return };
-            self.is_ready[place] = false;
-            let Some(member) = &mut self.members[place] else { continue };
+        let (members, mut ended) = (&mut self.members, Vec::new());
+        self.turns.round(|place| {
+            let Some(member) = &mut members[place] else { return false };
             match member.worker.turn() {
-                Ok(true) if member.brief.has_more() => self.wake(place),
-                Ok(true) => {}
-                Ok(false) => self.end(place),
+                Ok(true) => return member.brief.has_more(),
+                Ok(false) => ended.push(place),
                 Err(error) => (member.on_death)(error),
             }
-        }
-    }
-
-    fn wake(&mut self, place: usize) {
-        if !std::mem::replace(&mut self.is_ready[place], true) {
-            self.ready.push_back(place);
-        }
+            false
+        });
+        ended.into_iter().for_each(|place| self.end(place));
     }
 
     fn end(&mut self, place: usize) {
@@ -178,7 +225,7 @@ impl Table {
     fn wait(&mut self) {
         let mut events = Vec::with_capacity(EVENTS);
         let at_once = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
-        let limit = if self.ready.is_empty() { None } else { Some(&at_once) };
+        let limit = if self.turns.is_empty() { None } else { Some(&at_once) };
         let room = rustix::buffer::spare_capacity(&mut events);
         if epoll::wait(&self.epoll, room, limit).is_err() {
             // Interrupted: there may be nothing, and then the next wait is a wait.
@@ -191,7 +238,7 @@ impl Table {
                     let place = usize::try_from(place).unwrap_or(usize::MAX);
                     // It may have ended since.
                     if self.members.get(place).is_some_and(Option::is_some) {
-                        self.wake(place);
+                        self.turns.wake(place);
                     }
                 }
             }
@@ -207,7 +254,7 @@ impl Table {
             let place = self.free.pop().unwrap_or(self.members.len());
             if place == self.members.len() {
                 self.members.push(None);
-                self.is_ready.push(false);
+                self.turns.grow();
             }
             let data = EventData::new_u64(place as u64);
             let flags = EventFlags::IN | EventFlags::ET;
@@ -215,7 +262,34 @@ impl Table {
                 (member.on_death)(Error::os("a ring's bell", &errno.into()));
             }
             self.members[place] = Some(member);
-            self.wake(place);
+            self.turns.wake(place);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_always_has_more_keeps_nobody_waiting_for_more_than_a_turn() {
+        let mut turns = Turns::default();
+        (0..3).for_each(|_| turns.grow());
+        let mut order = Vec::new();
+        let mut round = |turns: &mut Turns| {
+            turns.round(|place| {
+                order.push(place);
+                place == 0
+            });
+        };
+        turns.wake(0);
+        round(&mut turns);
+        // The busy one is in the row again when others come; one that comes twice has one turn.
+        [1, 2, 1].into_iter().for_each(|place| turns.wake(place));
+        round(&mut turns);
+        turns.wake(2);
+        round(&mut turns);
+        round(&mut turns);
+        assert_eq!(order, [0, 0, 1, 2, 0, 2, 0]);
     }
 }

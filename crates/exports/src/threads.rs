@@ -117,24 +117,45 @@ pub struct Service {
     /// Threads that it shares with other devices; `None` for threads of its own.
     pub pool: Option<Arc<Pool>>,
     /// Told about requests that are stuck below.
-    pub on_stuck: fn(&Stuck),
+    pub on_stuck: OnStuck,
     /// Told what live layers report.
-    pub on_event: fn(&str),
+    pub on_event: OnEvent,
     /// Told when a thread cannot go on; the device is lost then, and this should end the process.
     pub on_death: fn(Error),
 }
+
+/// Told about a request that is stuck below. Called on an I/O thread, so it must not block.
+pub type OnStuck = Arc<dyn Fn(&Stuck) + Send + Sync>;
+
+/// Told what a live layer, or what serves clients, has to report; likewise.
+pub type OnEvent = Arc<dyn Fn(&str) + Send + Sync>;
 
 /// Told the number of what was made in the kernel, as soon as somebody would have to clear it up
 /// after us: a ublk device's, or a FUSE connection's.
 pub type OnMade<'a> = &'a mut dyn FnMut(u32);
 
+/// What an I/O thread is there for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// One device: it has all that it needs when it is settled.
+    Alone,
+    /// The devices of a pool, as they come: it makes rings for them later.
+    InPool,
+}
+
 /// What each I/O thread does when it has all that it needs, before it serves.
-static SETTLED: OnceLock<fn()> = OnceLock::new();
+static SETTLED: OnceLock<fn(Place)> = OnceLock::new();
 
 /// Has every I/O thread of this process do something when it has all that it needs. Only the first
 /// call counts.
-pub fn on_settled(hook: fn()) {
+pub fn on_settled(hook: fn(Place)) {
     let _ = SETTLED.set(hook);
+}
+
+pub(crate) fn settled(place: Place) {
+    if let Some(hook) = SETTLED.get() {
+        hook(place);
+    }
 }
 
 /// What the threads need, shared between them.
@@ -216,7 +237,9 @@ impl Crew {
         let rings = work.service.bottoms.iter().map(Bottom::most_rings).min();
         shape.threads = shape.threads.min(rings.unwrap_or(u16::MAX));
         let threads = shape.threads.max(1);
-        let served = Served::new(work.service.stack.clone(), Box::new(work.service.on_event));
+        let on_event = Arc::clone(&work.service.on_event);
+        let on_event = Box::new(move |text: &str| on_event(text));
+        let served = Served::new(work.service.stack.clone(), on_event);
         let remotes: Vec<_> = work.service.bottoms.iter().filter_map(Bottom::remote).collect();
         for remote in &remotes {
             // The server's thread may be the last that knows of it.
@@ -376,9 +399,7 @@ impl Part {
                 return;
             }
         };
-        if let Some(settled) = SETTLED.get() {
-            settled();
-        }
+        settled(Place::Alone);
         let on_death = self.work.service.on_death;
         let _ = self.ready.send(Ok(warning));
         drop(self);
@@ -436,7 +457,7 @@ impl Part {
             let export = (work.make)(*queue, &mut ring)?;
             lanes.push(Lane::new(export, Arc::clone(served), bottoms.clone().into()));
         }
-        let (on_stuck, noted) = (*on_stuck, Arc::clone(served));
+        let (on_stuck, noted) = (Arc::clone(on_stuck), Arc::clone(served));
         let on_stuck = move |stuck: &Stuck| {
             on_stuck(stuck);
             noted.stuck(stuck);

@@ -133,8 +133,14 @@ fn disk_of(options: &Options, limits: Limits, above: Option<(&str, &str)>) -> Di
     let file = dir.at("disk");
     File::create(&file).unwrap().set_len(limits.size).unwrap();
     let stack = stack(limits, above);
-    let service =
-        Service { stack, bottoms: vec![bottom(&file)], pool: None, on_stuck, on_event, on_death };
+    let service = Service {
+        stack,
+        bottoms: vec![bottom(&file)],
+        pool: None,
+        on_stuck: Arc::new(on_stuck),
+        on_event: Arc::new(on_event),
+        on_death,
+    };
     let device = Device::attach(options, service, &mut |_| {}).unwrap();
     Disk { device, file, _dir: dir }
 }
@@ -262,7 +268,14 @@ fn no_write_ends_before_all_of_it_is_below() {
         let both = over("concat", "", &[legs[0], later]);
         let stack = Arc::new(builder.finish(both));
         let bottoms = files.iter().map(|file| bottom(file)).collect();
-        let service = Service { stack, bottoms, pool: None, on_stuck, on_event, on_death };
+        let service = Service {
+            stack,
+            bottoms,
+            pool: None,
+            on_stuck: Arc::new(on_stuck),
+            on_event: Arc::new(on_event),
+            on_death,
+        };
         let device = Device::attach(&options_of("late", path), service, &mut |_| {}).unwrap();
         let disk = Disk { device, file: files[1].clone(), _dir: dir };
         let file = disk.open();
@@ -626,7 +639,12 @@ fn the_disk_is_as_asked() {
         let read = |name: &str| std::fs::read_to_string(format!("{base}/{name}")).unwrap();
         assert_eq!(read("loop/dio").trim(), "1");
         assert_eq!(read("loop/partscan").trim(), if part_scan { "1" } else { "0" });
-        assert_eq!(read("queue/rotational").trim(), if rotational { "1" } else { "0" });
+        // Nobody waits for that.
+        let end = Instant::now() + Duration::from_secs(5);
+        while read("queue/rotational").trim() != if rotational { "1" } else { "0" } {
+            assert!(Instant::now() < end, "not told that seeks cost");
+            std::thread::sleep(Duration::from_millis(2));
+        }
         assert_eq!(read("queue/discard_granularity").trim(), "4096");
         disk.end();
     }
@@ -740,7 +758,14 @@ fn names_that_a_loop_device_cannot_have_are_refused() {
     for name in ["", ".", "..", "a/b", "a b", "\u{e9}", "x".repeat(60).as_str()] {
         let options = Options { name: name.to_owned(), ..options("x") };
         let stack = stack(limits(MIB), None);
-        let service = Service { stack, bottoms: vec![], pool: None, on_stuck, on_event, on_death };
+        let service = Service {
+            stack,
+            bottoms: vec![],
+            pool: None,
+            on_stuck: Arc::new(on_stuck),
+            on_event: Arc::new(on_event),
+            on_death,
+        };
         let made = Device::attach(&options, service, &mut |_| {});
         assert_eq!(made.map(|_| ()).unwrap_err().kind(), ErrorKind::Invalid, "{name:?}");
     }

@@ -83,7 +83,14 @@ fn stack(with_bytes: bool) -> (Arc<Stack>, Vec<Bottom>) {
 fn service(with_bytes: bool) -> Service {
     let (stack, bottoms) = stack(with_bytes);
     let on_death = |error| panic!("{error}");
-    Service { stack, bottoms, pool: None, on_stuck: |_| {}, on_event: |_| {}, on_death }
+    Service {
+        stack,
+        bottoms,
+        pool: None,
+        on_stuck: Arc::new(|_| {}),
+        on_event: Arc::new(|_| {}),
+        on_death,
+    }
 }
 
 /// Reads and writes with several threads; checks that nothing is allocated once all has been used.

@@ -3,11 +3,11 @@
 //!
 //! A request's memory is lent to a helper as it is lent to the kernel: the arena counts it, nobody
 //! else touches it, and it stays mapped until it is given back, whatever happens to the ring. What
-//! is done comes back through an eventfd that the ring polls.
+//! is done comes back through a bell that the ring polls.
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -15,7 +15,9 @@ use std::thread::JoinHandle;
 use devsplice_core::{Errno, Error, Limits, Op, Result};
 use devsplice_engine::Splice;
 use devsplice_engine::ring::MAX_PARTS;
-use rustix::event::{EventfdFlags, eventfd};
+
+use crate::bell::Bell;
+use crate::thread::start;
 
 /// Threads that serve the byte backends of one ring.
 const HELPERS: usize = 4;
@@ -112,7 +114,7 @@ struct State {
 struct Shared {
     state: Mutex<State>,
     work: Condvar,
-    bell: OwnedFd,
+    bell: Bell,
 }
 
 /// A splice's key, and what came of it.
@@ -135,8 +137,7 @@ impl Helpers {
     /// Helpers for at most `flights` splices at a time.
     pub(crate) fn new(flights: usize) -> Result<Helpers> {
         let os = |error: io::Error| Error::os("helpers of a byte backend", &error);
-        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
-        let bell = eventfd(0, flags).map_err(|errno| os(errno.into()))?;
+        let bell = Bell::new()?;
         // Nothing grows while requests are served.
         let state = State {
             jobs: VecDeque::with_capacity(flights),
@@ -147,15 +148,15 @@ impl Helpers {
         let mut helpers = Helpers { shared, threads: Vec::new() };
         for number in 0..HELPERS {
             let shared = Arc::clone(&helpers.shared);
-            let named = std::thread::Builder::new().name(format!("bytes/{number}"));
-            helpers.threads.push(named.spawn(move || serve(&shared)).map_err(os)?);
+            let started = start(format!("bytes/{number}"), move || serve(&shared));
+            helpers.threads.push(started.map_err(os)?);
         }
         Ok(helpers)
     }
 
     /// What is readable when there are results; open as long as this value is there.
     pub(crate) fn bell(&self) -> RawFd {
-        self.shared.bell.as_raw_fd()
+        self.shared.bell.ear().as_raw_fd()
     }
 
     /// Hands a splice over. `addresses` has that of each part, of memory that is lent until the
@@ -182,8 +183,7 @@ impl Helpers {
 
     /// The bell rang: what comes from now on rings again.
     pub(crate) fn heard(&self) {
-        // Non-blocking; what it says does not matter.
-        let _ = rustix::io::read(&self.shared.bell, &mut [0_u8; 8]);
+        self.shared.bell.heard();
         self.shared.lock().rang = false;
     }
 
@@ -234,8 +234,7 @@ fn serve(shared: &Shared) {
         state = shared.lock();
         state.done.push_back((key, result));
         if !std::mem::replace(&mut state.rang, true) {
-            // Its counter is far from full, so this does not block.
-            let _ = rustix::io::write(shared.bell.as_fd(), &1_u64.to_ne_bytes());
+            shared.bell.ring();
         }
     }
 }

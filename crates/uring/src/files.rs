@@ -2,7 +2,10 @@
 //! known of the operations they take.
 
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
+
+use devsplice_core::Result;
+use rustix::fs::OFlags;
 
 use crate::bytes::Bytes;
 use crate::ring::in_place::is_in_memory;
@@ -89,4 +92,18 @@ impl Slot {
         *known = next.max(*known);
         true
     }
+}
+
+/// What reads as zeros without end. It is opened once for all rings of the process, so that a
+/// thread that may open nothing any more can have a ring.
+///
+/// # Errors
+/// If it cannot be opened.
+pub fn zeroes() -> Result<&'static OwnedFd> {
+    static ZEROES: OnceLock<OwnedFd> = OnceLock::new();
+    if let Some(zeroes) = ZEROES.get() {
+        return Ok(zeroes);
+    }
+    let opened = crate::open("/dev/zero", OFlags::RDONLY)?;
+    Ok(ZEROES.get_or_init(|| opened))
 }

@@ -1,12 +1,12 @@
 //! Answers for what a ring does for live layers: being woken by other threads, time, and the memory
 //! of the inner lanes.
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use devsplice_engine::Wake;
-use rustix::event::{EventfdFlags, eventfd};
 
+use crate::bell::Bell;
 use crate::ring::{KIND_WAKE, Uring};
 use crate::uapi::{OP_POLL_ADD, Sqe};
 
@@ -14,16 +14,11 @@ impl Uring {
     /// What wakes this ring from another thread. Without a descriptor to be had it wakes nothing,
     /// and slow work goes on with the next event.
     pub(crate) fn make_wake(&mut self) -> Wake {
-        let Ok(fd) = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK) else {
-            return Arc::new(|| {});
-        };
-        let fd: Arc<OwnedFd> = Arc::new(fd);
-        self.bell = Some(fd.clone());
+        let Ok(bell) = Bell::new() else { return Arc::new(|| {}) };
+        let bell = Arc::new(bell);
+        self.bell = Some(Arc::clone(&bell));
         self.await_call();
-        Arc::new(move || {
-            // It can only fail when it was rung 2^64 - 2 times and nobody listened.
-            let _ = rustix::io::write(&fd, &1_u64.to_ne_bytes());
-        })
+        Arc::new(move || bell.ring())
     }
 
     /// Asks to hear of the next call.
@@ -31,7 +26,7 @@ impl Uring {
         let Some(bell) = &self.bell else { return };
         self.queues.push(Sqe {
             opcode: OP_POLL_ADD,
-            fd: bell.as_raw_fd(),
+            fd: bell.ear().as_raw_fd(),
             op_flags: u32::try_from(libc::POLLIN).unwrap_or(1),
             user_data: KIND_WAKE,
             ..Sqe::default()
@@ -41,8 +36,7 @@ impl Uring {
     /// Somebody has called.
     pub(crate) fn woken(&mut self) {
         if let Some(bell) = &self.bell {
-            // Does not block; what was written since is heard of once.
-            let _ = rustix::io::read(bell, &mut [0; 8]);
+            bell.heard();
         }
         self.await_call();
     }

@@ -5,6 +5,7 @@
 //! table or an arena that lives as long as the ring.
 
 mod arena;
+mod bell;
 pub mod blockctl;
 mod bytes;
 pub mod control;
@@ -22,8 +23,9 @@ pub mod thread;
 pub mod uapi;
 pub mod vsock;
 
+pub use bell::Bell;
 pub use bytes::Bytes;
-pub use files::{FileKind, RingFile};
+pub use files::{FileKind, RingFile, zeroes};
 pub use ring::batch::{Buffers, MOST_TAGS};
 pub use ring::in_place::is_in_memory;
 pub use ring::socket::{MAX_OUTGOING, Outgoing, Wait};

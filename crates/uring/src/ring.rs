@@ -31,6 +31,7 @@ use devsplice_engine::{Completion, Event, FileId, Pages, Ring, RingCounts, Splic
 use rustix::fs::{Mode, OFlags};
 
 use crate::arena::Arena;
+use crate::bell::Bell;
 use crate::bytes::Helpers;
 use crate::files::{FileKind, RingFile, Slot};
 use crate::setup::{self, Cqe};
@@ -153,7 +154,7 @@ pub struct Uring {
     /// For the lanes whose replies may be sent from files.
     loans: Vec<Option<lent::Loans>>,
     /// Rung by other threads.
-    pub(crate) bell: Option<Arc<OwnedFd>>,
+    pub(crate) bell: Option<Arc<Bell>>,
     /// If it shares its thread with other rings.
     brief: Option<Brief>,
     start: Instant,
@@ -231,8 +232,7 @@ impl Uring {
             bytes_copied: 0,
             bytes_meta: 0,
         };
-        let zero = rustix::fs::open("/dev/zero", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
-            .map_err(|errno| Error::os("/dev/zero", &errno.into()))?;
+        let zero = crate::zeroes()?.try_clone().map_err(|error| Error::os("/dev/zero", &error))?;
         ring.add_file(RingFile { fd: zero, kind: FileKind::Other })?;
         Ok(ring)
     }

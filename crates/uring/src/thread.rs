@@ -1,9 +1,11 @@
 //! Answers for what threads must be in a process that serves a device: an I/O thread never waits
 //! for it, and a thread that does wait for it stands apart.
 
+use std::cell::RefCell;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::mpsc;
+use std::thread::JoinHandle;
 
 use devsplice_core::{Error, Result};
 use rustix::mount::{MountPropagationFlags, mount_change};
@@ -66,6 +68,32 @@ pub fn restrict_calls(program: &[(u16, u8, u8, u32)]) -> Result<()> {
         return Err(failed(io::Error::last_os_error()));
     }
     Ok(())
+}
+
+/// The start of a thread, to be done by another one.
+pub type Start = Box<dyn FnOnce() + Send>;
+
+thread_local! {
+    static STARTER: RefCell<Option<mpsc::Sender<Start>>> = const { RefCell::new(None) };
+}
+
+/// Has what the calling thread would start be started by whoever receives from `by`. A thread
+/// inherits what its maker is forbidden, and helpers may do what an I/O thread may not.
+pub fn start_by(by: mpsc::Sender<Start>) {
+    STARTER.set(Some(by));
+}
+
+/// Starts a helper thread.
+pub(crate) fn start(
+    name: String,
+    body: impl FnOnce() + Send + 'static,
+) -> io::Result<JoinHandle<()>> {
+    let start = move || std::thread::Builder::new().name(name).spawn(body);
+    let Some(by) = STARTER.with_borrow(Clone::clone) else { return start() };
+    let (answer, started) = mpsc::channel();
+    // Where nobody does it, nothing comes, either.
+    let _ = by.send(Box::new(move || drop(answer.send(start()))));
+    started.recv().map_err(io::Error::other)?
 }
 
 /// Runs `work` on a thread with a table of descriptors of its own, which holds nothing but standard

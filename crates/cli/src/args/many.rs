@@ -2,6 +2,8 @@
 
 use clap::Args;
 
+use crate::sandbox::Choice;
+
 #[derive(Args, Clone, Debug)]
 pub struct Serve {
     /// What to call it (letters, digits, . _ -).
@@ -13,6 +15,10 @@ pub struct Serve {
     /// Make the disks of this configuration (devsplice save).
     #[arg(long, value_name = "FILE")]
     pub config: Option<std::path::PathBuf>,
+    /// Whether the server is kept from doing what no server has to do, its I/O threads from nearly
+    /// everything [default: on].
+    #[arg(long, value_name = "CHOICE")]
+    pub sandbox: Option<Choice>,
     /// Serve from this process, until a signal; messages go to standard error.
     #[arg(long, short = 'f')]
     pub foreground: bool,

@@ -3,6 +3,7 @@
 
 use std::io::{BufRead, BufReader, PipeWriter, Write};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use devsplice_backends::Access;
 use devsplice_core::{Error, ErrorKind, Result};
@@ -60,8 +61,8 @@ fn make(wish: &Wish, plan: &Plan) -> Result<Made> {
         stack,
         bottoms,
         pool: None,
-        on_stuck: |_| {},
-        on_event: |text| eprintln!("ublk: {text}"),
+        on_stuck: Arc::new(|_| {}),
+        on_event: Arc::new(|text| eprintln!("ublk: {text}")),
         on_death: |error| {
             eprintln!("ublk: {error}; the device is dead");
             std::process::exit(1);

@@ -79,6 +79,18 @@ pub const IO_THREAD: &[i64] = &[
     sys::SYS_set_robust_list,
 ];
 
+/// What one of a pool does as well: it waits for the rings of many devices, and makes those of
+/// devices that come. All that it needs for them is open when they come.
+pub const POOL_THREAD: &[i64] = &[
+    sys::SYS_io_uring_setup,
+    sys::SYS_pipe2,
+    sys::SYS_epoll_create1,
+    sys::SYS_epoll_ctl,
+    sys::SYS_epoll_wait,
+    sys::SYS_epoll_pwait,
+    sys::SYS_epoll_pwait2,
+];
+
 /// What no thread of a server has a reason for, once there is one: other programs and processes,
 /// the machine as a whole, other users, mounts at paths.
 pub const NEVER: &[i64] = &[

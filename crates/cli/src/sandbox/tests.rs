@@ -28,7 +28,7 @@ fn an_io_thread_opens_connects_and_starts_nothing() {
         assert!(UnixDatagram::unbound().is_ok() && File::open("/dev/null").is_ok());
         let mut open = File::open("/dev/zero").unwrap();
         let (client, _other) = UnixStream::pair().unwrap();
-        install(&io_filter().unwrap()).unwrap();
+        install(&io_filter(Place::Alone).unwrap()).unwrap();
         assert!(is_refused(File::open("/dev/null")));
         assert!(is_refused(UnixDatagram::unbound()));
         assert!(is_refused(Command::new("/bin/true").status()));

@@ -1,12 +1,15 @@
 //! Answers for servers of many disks: no thread for each, what a disk costs, that all of them
 //! outlive the server together.
 
+use std::fs::File;
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use devsplice_e2e::{
-    Group, Kind, MIB, Mode, Outcome, Process, Room, Server, Talk, engines, mode, need, verify,
-    wait_until,
+    Group, Kind, MIB, Mode, Outcome, Process, Room, Server, Talk, call, engines, mode, need,
+    need_tool, verify, wait_until,
 };
+use devsplice_uring::loopctl;
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
@@ -16,6 +19,11 @@ const THREADS: usize = 2;
 const OTHERS: usize = 6;
 /// Milliseconds that making a disk may take.
 const ATTACH_MS: f64 = 10.0;
+/// How many times what the kernel takes for a loop device, where that is more: the machine has
+/// other things to do then.
+const ATTACH_LOOPS: f64 = 4.0;
+/// How many times as long it takes in an emulated machine, where all of it is instructions.
+const EMULATED: f64 = 10.0;
 
 pub fn add(group: &mut Group, kind: Kind) {
     let thousand = kind.is_ublk() && std::env::var_os("DEVSPLICE_E2E_FULL").is_some();
@@ -24,6 +32,10 @@ pub fn add(group: &mut Group, kind: Kind) {
         let (name, count) = (format!("many_{count}_disks_of_one_server"), *count);
         group.alone(&name, move || many(kind, count));
     }
+    group.alone("many_a_busy_disk_keeps_no_other_waiting", move || fair(kind));
+    group.add("many_a_mirror_among_other_disks", move || mirror(kind));
+    group.add("many_one_is_served_by_nbd_time_and_again", move || by_nbd(kind));
+    group.alone("many_what_a_dead_server_has_left_is_removed_by_gc", move || left(kind));
     group.add("many_configurations_are_saved_and_loaded_whole", move || configuration(kind));
     if kind.is_ublk() {
         group.add("many_disks_survive_their_server_and_its_upgrade", move || survive(kind));
@@ -58,24 +70,52 @@ fn median(mut all: Vec<f64>) -> f64 {
     all[all.len() / 2]
 }
 
-/// Makes disks; also how long it took for the one in the middle, in milliseconds.
+/// How long the kernel takes to make a loop device over a file, in milliseconds.
+fn bare_loop(file: &File) -> f64 {
+    let open = |path: &str| File::options().read(true).write(true).open(path).unwrap();
+    let start = Instant::now();
+    let control = open("/dev/loop-control");
+    let device = loop {
+        let number = loopctl::free(control.as_fd()).unwrap();
+        let device = open(&format!("/dev/loop{number}"));
+        match loopctl::configure(device.as_fd(), file.as_fd(), 512, loopctl::DIRECT_IO, "e2e") {
+            Ok(()) => break device,
+            // Somebody else was faster.
+            Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::ResourceBusy, "{error}"),
+        }
+    };
+    let took = start.elapsed();
+    loopctl::clear(device.as_fd()).unwrap();
+    took.as_secs_f64() * 1000.0
+}
+
+/// Makes disks; also how long it took for the one in the middle, in milliseconds, and what it may.
 fn make(
     room: &Room,
     kind: Kind,
     (talk, prefix): (&mut Talk, &str),
     count: usize,
-) -> (Vec<Value>, f64) {
-    let (mut took, mut disks) = (Vec::new(), Vec::new());
+) -> (Vec<Value>, (f64, f64)) {
+    let (mut took, mut disks, mut bare) = (Vec::new(), Vec::new(), Vec::new());
+    let file = File::options().read(true).write(true).open(room.file("bare", 64 * MIB)).unwrap();
     for number in 0..count {
+        if number % 4 == 0 {
+            bare.push(bare_loop(&file));
+        }
         let wish = wish(room, kind, prefix, number);
         let start = Instant::now();
         disks.push(talk.result("add", &wish));
         took.push(start.elapsed().as_secs_f64() * 1000.0);
     }
     let most = took.iter().copied().fold(0.0, f64::max);
-    let median = median(took);
-    println!("{}: {count} disks: attach {median:.1} ms (median), {most:.1} ms (most)", kind.name());
-    (disks, median)
+    let (middle, bare) = (median(took), median(bare));
+    println!(
+        "{}: {count} disks: attach {middle:.1} ms (median), {most:.1} ms (most); the kernel's loop \
+         device {bare:.1} ms",
+        kind.name()
+    );
+    let slow = if mode() == Mode::Vm { EMULATED } else { 1.0 };
+    (disks, (middle, (ATTACH_MS * slow).max(bare * ATTACH_LOOPS)))
 }
 
 fn many(kind: Kind, count: usize) -> Outcome {
@@ -85,10 +125,8 @@ fn many(kind: Kind, count: usize) -> Outcome {
     let process = server.process();
     let empty = process.status_kib("VmRSS");
     let prefix = room.name();
-    let (disks, median) = make(&room, kind, (&mut server.talk(), &prefix), count);
-    // Emulation is ten times as slow, and a machine with other users somewhat.
-    let slow = if mode() == Mode::Vm { 10.0 } else { 5.0 };
-    assert!(median <= ATTACH_MS * slow, "a disk takes {median:.1} ms");
+    let (disks, (took, may)) = make(&room, kind, (&mut server.talk(), &prefix), count);
+    assert!(took <= may, "a disk takes {took:.1} ms, more than {may:.1} ms");
 
     // What is put together before a first request is not put together again for the next.
     std::thread::sleep(Duration::from_secs(4));
@@ -131,6 +169,137 @@ fn many(kind: Kind, count: usize) -> Outcome {
             assert!(!std::path::Path::new(node).exists(), "{node}");
         }
     }
+    Ok(())
+}
+
+/// Requests that come one at a time, while another disk of the same thread has all that it can do.
+fn fair(kind: Kind) -> Outcome {
+    engines()?;
+    need(mode() == Mode::Native, "an emulated machine has no turns to spare for such a load")?;
+    let room = Room::new();
+    let server = Server::start(&room, &["--threads", "1"]);
+    let add = |name: &str| {
+        let more = ["--server", &server.name, "-n", name, "--no-part-scan"];
+        room.add(kind, "null(size=64M)", &more)
+    };
+    let [busy, other] = [format!("{}busy", room.name()), format!("{}other", room.name())];
+    let (busy, other) = (add(&busy), add(&other));
+    let node = |node: &std::path::Path| format!("--filename={}", node.display());
+    let common = ["--direct=1", "--rw=randread", "--bs=4k", "--ioengine=io_uring"];
+    let deep =
+        ["--name=deep", "--iodepth=32", "--numjobs=2", "--thread", "--time_based", "--runtime=30"];
+    let load: Vec<_> = common.iter().chain(&deep).map(|word| (*word).to_owned()).collect();
+    let load = call("fio", load.into_iter().chain([node(&busy.node)])).limit(60).start();
+    wait_until(20, "load", || busy.count("requests") > 1000);
+    let before = busy.count("requests");
+    let few = ["--name=few", "--iodepth=1", "--number_ios=500", "--output-format=json"];
+    let few: Vec<_> = common.iter().chain(&few).map(|word| (*word).to_owned()).collect();
+    let said = call("fio", few.into_iter().chain([node(&other.node)])).limit(60).ok();
+    let behind = busy.count("requests") - before;
+    drop(load);
+    let said: Value = serde_json::from_str(&said[said.find('{').unwrap()..]).unwrap();
+    let read = &said["jobs"][0]["read"];
+    assert_eq!(read["total_ios"], 500, "{said}");
+    let (mean, most) = (read["clat_ns"]["mean"].as_f64(), read["clat_ns"]["max"].as_f64());
+    let [mean, most] = [mean, most].map(|ns| ns.unwrap() / 1e6);
+    println!(
+        "{}: one request at a time takes {mean:.2} ms, {most:.1} ms at most, beside a disk that \
+         was served {behind} requests meanwhile",
+        kind.name()
+    );
+    // A turn of the other one is 64 requests: so many, and as many that came meanwhile, for each.
+    assert!(behind / 500 <= 4 * 64, "{behind} requests of the busy disk for 500 of the other");
+    busy.remove();
+    other.remove();
+    server.end();
+    Ok(())
+}
+
+fn mirror(kind: Kind) -> Outcome {
+    engines()?;
+    let room = Room::new();
+    let server = Server::start(&room, &["--threads", &THREADS.to_string()]);
+    let prefix = room.name();
+    let (_disks, _) = make(&room, kind, (&mut server.talk(), &prefix), 2);
+    let (a, b) = (room.file("leg-a", 17 * MIB), room.file("leg-b", 17 * MIB));
+    let stack = format!("mirror({a}, {b}, clean=200ms)");
+    room.devsplice(["format", &stack]).ok();
+    let name = format!("{prefix}mirror");
+    let disk = room.add(kind, &stack, &["--server", &server.name, "-n", &name, "--no-part-scan"]);
+    let tell = |words: &[&str]| room.devsplice(["tell", &name, "mirror"].iter().chain(words)).ok();
+    let node = disk.node.clone();
+    std::thread::scope(|scope| {
+        let fio = scope.spawn(|| verify(&Room::new(), &node, 16 * MIB, "4k-128k"));
+        assert!(tell(&["check"]).contains(" 0 differing blocks"), "a mirror that is filled");
+        tell(&["fail", "1"]);
+        std::thread::sleep(Duration::from_millis(200));
+        assert!(tell(&["add", "1"]).contains("by the log"));
+        fio.join().expect("fio");
+    });
+    assert!(tell(&["check"]).contains(" 0 differing blocks"));
+    // The server's log is for all of its disks, so each line says whose it is.
+    let log = std::fs::read_to_string(room.run.join(format!("@{}.log", server.name))).unwrap();
+    let dropped = log.lines().find(|line| line.contains("leg at port 1 dropped"));
+    assert!(dropped.is_some_and(|line| line.contains(&format!(" {name}: "))), "{log}");
+    disk.remove();
+    server.end();
+    Ok(())
+}
+
+/// Each client is a letter to an I/O thread, and so is each question for what is where.
+fn by_nbd(kind: Kind) -> Outcome {
+    need_tool("nbdinfo")?;
+    let room = Room::new();
+    let server = Server::start(&room, &["--threads", "1"]);
+    let prefix = room.name();
+    let (_disks, _) = make(&room, kind, (&mut server.talk(), &prefix), 1);
+    let (name, file, socket) = (format!("{prefix}nbd"), room.file("a", 4 * MIB), room.path("sock"));
+    let listen = format!("unix:{socket}");
+    let add = ["add", &file, "--server", &server.name, "-n", &name, "--listen", &listen];
+    room.devsplice(add).ok();
+    let export = format!("nbd+unix:///{name}?socket={socket}");
+    for _ in 0..3 {
+        let size = call("nbdinfo", ["--size", &export]).limit(20).ok();
+        assert_eq!(size.trim(), (4 * MIB).to_string());
+        let map = call("nbdinfo", ["--map", &export]).limit(20).ok();
+        assert!(map.contains("hole"), "{map}");
+    }
+    room.devsplice(["del", &name]).ok();
+    server.end();
+    Ok(())
+}
+
+fn left(kind: Kind) -> Outcome {
+    let room = Room::new();
+    let server = Server::start(&room, &[]);
+    let prefix = room.name();
+    let (disks, _) = make(&room, kind, (&mut server.talk(), &prefix), 1);
+    let thing = format!("@{}", server.name);
+    let gc = |more: &[&str]| {
+        let said = room.devsplice(["gc", "--json"].iter().chain(more)).ok();
+        let said: Vec<Value> = serde_json::from_str(&said).unwrap();
+        let of = |thing: &str| {
+            said.iter().find(|one| one["thing"] == thing).map(|one| one["done"].clone())
+        };
+        (of(&thing), of(&format!("{prefix}0")))
+    };
+    assert_eq!(gc(&[]), (None, None), "a server that lives is none of its business");
+    let process = server.process();
+    for guard in process.children() {
+        Process(guard).signal(Signal::KILL);
+    }
+    process.signal(Signal::KILL);
+    process.ends_within(20);
+    let (kept, would, removed) =
+        (Some(json!("kept")), Some(json!("would be removed")), Some(json!("removed")));
+    if disks[0]["recovery"] == "reissue" {
+        wait_until(20, "a disk that waits", || gc(&["--dry-run"]) == (kept.clone(), kept.clone()));
+        assert_eq!(gc(&["--waiting"]), (removed.clone(), removed));
+    } else {
+        assert_eq!(gc(&["--dry-run"]), (would.clone(), would));
+        assert_eq!(gc(&[]), (removed.clone(), removed));
+    }
+    wait_until(5, "no state", || room.state().is_empty());
     Ok(())
 }
 

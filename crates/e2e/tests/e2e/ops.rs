@@ -266,6 +266,11 @@ const STEPS: &str = "
     [ $second != $first ] && [ $main != $second ] && [ -d /proc/$main ] && echo guarded
     systemctl reload devsplice@UNIT; echo reloaded $? $(systemctl is-active devsplice@UNIT)
     third=$(server); [ $third != $second ] && echo another
+    main=$(systemctl show -p MainPID --value devsplice@UNIT); kill -9 $main $third
+    is_up() { systemctl -q is-active devsplice@UNIT; }
+    is_back() { now=$(server); [ -n \"$now\" ] && [ $now != $third ] && is_up; }
+    for i in $(seq 100); do is_back && break; sleep 0.1; done
+    sleep 0.5; echo back $(systemctl is-active devsplice@UNIT)
     systemctl stop devsplice@UNIT; echo stopped $? $(systemctl is-active devsplice@UNIT)
     [ -e /run/devsplice/UNIT.json ] || echo gone
 ";
@@ -311,7 +316,7 @@ fn unit(kind: Kind) -> Outcome {
     let pid = inner.unwrap().to_string();
     let out = call("nsenter", ["-t", &pid, "-p", "-m", "sh", &room.path("steps")]).limit(120).run();
     let want = "started 0 active\nbusy failed\nwritten\nkilled active\nguarded\nreloaded 0 active\n\
-                another\nstopped 0 inactive\ngone\n";
+                another\nback active\nstopped 0 inactive\ngone\n";
     assert_eq!(out.out, want, "{}", out.err);
     drop(systemd);
     Ok(())

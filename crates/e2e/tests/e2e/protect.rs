@@ -4,8 +4,8 @@
 use std::path::Path;
 
 use devsplice_e2e::{
-    Group, Kind, Mode, Outcome, Process, Room, Setting, call, mode, need, need_tool, program,
-    wait_until,
+    Group, Kind, MIB, Mode, Outcome, Process, Room, Server, Setting, call, engines, mode, need,
+    need_tool, program, verify, wait_until,
 };
 use rustix::process::Signal;
 use serde_json::Value;
@@ -16,6 +16,7 @@ pub fn add(group: &mut Group, kind: Kind) {
     group.alone("a_server_that_crashes_is_not_dumped", move || no_dump(kind));
     group.add("a_server_has_mounts_of_its_own_that_follow_the_machines", move || mounts(kind));
     group.add("every_thread_of_a_server_is_shut_in_and_no_guard", move || sandbox(kind));
+    group.add("every_thread_of_a_server_of_many_is_shut_in", move || sandbox_of_many(kind));
     group.add("a_server_can_be_made_without_a_sandbox", move || no_sandbox(kind));
     group.add("a_server_shares_mounts_that_could_not_follow", move || shared_mounts(kind));
 }
@@ -199,6 +200,44 @@ fn sandbox(kind: Kind) -> Outcome {
     assert!(word.starts_with("on, system calls"), "{word}");
     assert!(room.devsplice(["info", &disk.name]).ok().contains(word));
     disk.remove();
+    Ok(())
+}
+
+/// Its I/O threads make rings for disks that come later, and have helpers for some.
+fn sandbox_of_many(kind: Kind) -> Outcome {
+    engines()?;
+    let room = Room::new();
+    let server = Server::start(&room, &["--threads", "2"]);
+    let served = ["--server", &server.name, "--no-part-scan"];
+    for stack in [room.file("a", 16 * MIB), "mem(size=16M)".to_owned(), "zero(size=1M)".to_owned()]
+    {
+        let disk = room.add(kind, &stack, &served);
+        if disk.size() == 16 * MIB {
+            verify(&room, &disk.node, 16 * MIB, "4k-64k");
+        }
+        let word = disk.info()["sandbox"]["io_threads"].clone();
+        assert!(word.as_str().is_some_and(|word| word.starts_with("on, system calls")), "{word}");
+        let mut counts = numbers(server.process(), "Seccomp_filters");
+        counts.retain(|(name, _)| !name.starts_with("iou-"));
+        for (name, count) in &counts {
+            let wanted = if name.starts_with("io/") { 3 } else { 2 };
+            assert_eq!(*count, wanted, "{name} of {counts:?}");
+        }
+        let refused = room.add_arguments(kind, "zero(size=2M)", &served);
+        let refused = refused.iter().map(String::as_str).chain(["--sandbox", "off"]);
+        let refused = room.refusal(refused);
+        assert!(refused.contains("devsplice serve --sandbox off"), "{refused}");
+        disk.remove();
+    }
+    server.end();
+    let server = Server::start(&room, &["--sandbox", "off"]);
+    let served = ["--server", &server.name, "--no-part-scan", "--sandbox", "off"];
+    let disk = room.add(kind, "zero(size=1M)", &served);
+    assert_eq!(disk.info()["sandbox"]["process"], "off: --sandbox off");
+    let modes = numbers(server.process(), "Seccomp");
+    assert!(modes.iter().all(|(_, mode)| *mode == 0), "{modes:?}");
+    disk.remove();
+    server.end();
     Ok(())
 }
 

@@ -53,6 +53,7 @@ pub fn add(group: &mut Group, kind: Kind, is_home: bool) {
     group.add("kept_fio_verify_does_not_notice_upgrades", move || upgrades(kind));
     group.add("kept_a_program_that_does_not_start_upgrades_nothing", move || bad_upgrade(kind));
     group.add("kept_recover_takes_over_when_the_guard_is_gone_too", move || by_hand(kind));
+    group.add("kept_add_takes_back_what_waits_where_that_is_asked_for", move || taken_back(kind));
     group.add("kept_recover_with_another_stack_below_is_refused", move || wrong_stack(kind));
     group.add("kept_what_was_in_flight_fails_where_that_was_asked_for", move || policies(kind));
     group.add("kept_a_server_that_keeps_dying_is_let_be", move || dying(kind));
@@ -220,6 +221,27 @@ fn by_hand(kind: Kind) -> Outcome {
     assert!(std::fs::read(into).unwrap() == std::fs::read(&file).unwrap());
     let refused = room.refusal(["recover", &disk.name]);
     assert!(refused.contains("another process serves it"), "{refused}");
+    let _ = disk.del(&[]).ok();
+    disk.is_gone_within(5);
+    Ok(())
+}
+
+/// As a unit does that is started again after its server and its guard were killed.
+fn taken_back(kind: Kind) -> Outcome {
+    let room = Room::new();
+    let file = room.full_file("a", 8 * MIB, 0x5a);
+    let disk = room.add(kind, &file, &["--or-recover"]);
+    let add = |stack: &str| room.add_arguments(kind, stack, &["-n", &disk.name, "--or-recover"]);
+    let refused = room.refusal(add(&file));
+    assert!(refused.contains("is the name of a running disk"), "{refused}");
+    kill_both(&disk);
+    wait_until(10, "the kernel holds it", || state(&room, &disk) == "waiting");
+    let refused = room.refusal(add(&format!("linear({file}, size=4M)")));
+    assert!(refused.contains("devsplice recover"), "{refused}");
+    let reader = call("cmp", ["-n", "8388608", &file, &disk.node.to_string_lossy()]).start();
+    let said = room.devsplice(add(&file)).ok();
+    assert!(said.contains(&*disk.node.to_string_lossy()), "{said}");
+    assert_eq!(reader.finish().code, Some(0));
     let _ = disk.del(&[]).ok();
     disk.is_gone_within(5);
     Ok(())

@@ -59,7 +59,7 @@ pub fn attach(mount: &OwnedFd, wanted: &Wanted) -> Result<String> {
                     let _ = loopctl::clear(device.as_fd());
                     return Err(Error::os(path, &error));
                 }
-                tune(number, wanted);
+                tune(number, device, wanted.rotational);
                 return Ok(path);
             }
             // Somebody else asked for a free one at the same time, and was first.
@@ -78,25 +78,35 @@ fn make_writable(device: &OwnedFd, wanted: &Wanted) -> std::io::Result<()> {
 
 /// Tells the queue what a loop device cannot be told; advice, so no error if that is not possible.
 /// Only what the next use of the loop device sets anew: a limit on discards would outlast us.
-fn tune(number: u32, wanted: &Wanted) {
-    let rotational = if wanted.rotational { "1" } else { "0" };
-    let _ = std::fs::write(format!("/sys/block/loop{number}/queue/rotational"), rotational);
+///
+/// The kernel freezes the queue for that, which takes several times as long as all the rest of an
+/// attach. So nobody waits for it; `device`, which stays open meanwhile, sees to it that it is not
+/// another disk's by then.
+fn tune(number: u32, device: OwnedFd, rotational: bool) {
+    let thread = std::thread::Builder::new().name("apart".to_owned()).stack_size(64 << 10);
+    let _ = thread.spawn(move || {
+        let _ = set_queue(&format!("loop{number}"), "rotational", rotational);
+        drop(device);
+    });
 }
 
-/// Has the page cache leave pages alone while they are written, or not any more: several places may
-/// get them one by one and have to be the same. It would outlast us, so it is taken back; where it
-/// is as wanted nothing is done, which would wait for I/O.
-///
-/// # Errors
-/// As the kernel says; names the file.
-pub fn keep_pages_stable(path: &str, stable: bool) -> Result<()> {
-    let name = path.rsplit('/').next().unwrap_or_default();
-    let file = format!("/sys/block/{name}/queue/stable_writes");
-    let wanted = if stable { "1" } else { "0" };
+/// Sets a switch of a queue; where it is as wanted nothing is done, which would wait for I/O.
+fn set_queue(device: &str, switch: &str, wanted: bool) -> Result<()> {
+    let file = format!("/sys/block/{device}/queue/{switch}");
+    let wanted = if wanted { "1" } else { "0" };
     if std::fs::read_to_string(&file).is_ok_and(|is| is.trim() == wanted) {
         return Ok(());
     }
     std::fs::write(&file, wanted).map_err(|error| Error::os(file, &error))
+}
+
+/// Has the page cache leave pages alone while they are written, or not any more: several places may
+/// get them one by one and have to be the same. It would outlast us, so it is taken back.
+///
+/// # Errors
+/// As the kernel says; names the file.
+pub fn keep_pages_stable(path: &str, stable: bool) -> Result<()> {
+    set_queue(path.rsplit('/').next().unwrap_or_default(), "stable_writes", stable)
 }
 
 /// Opens the place where loop devices come from.

@@ -511,7 +511,7 @@ impl Connection {
 
     /// Has the ring forget the socket, so that it closes.
     fn let_go(&self, ring: &mut Uring) {
-        let fd: Option<OwnedFd> = self.post.desks[self.desk].bell.0.try_clone().ok();
+        let fd: Option<OwnedFd> = self.post.desks[self.desk].bell.ear().try_clone().ok();
         if let Some(fd) = fd {
             // Kept until the next client's replaces it if that fails; it is shut down in any case.
             let _ = ring.replace_file(self.socket, RingFile { fd, kind: FileKind::Other });

@@ -74,7 +74,7 @@ impl Host {
 
     /// Waits until there is something to do.
     fn wait(&self, listeners: &[Listener], guests: &[Guest]) {
-        let mut all = vec![PollFd::new(&self.post.bell.0, PollFlags::IN)];
+        let mut all = vec![PollFd::new(self.post.bell.ear(), PollFlags::IN)];
         if self.has_room(guests) {
             all.extend(listeners.iter().map(|listener| PollFd::new(listener, PollFlags::IN)));
         }

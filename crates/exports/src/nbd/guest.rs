@@ -161,7 +161,7 @@ impl Guest {
         let Line::Securing(handshake) = std::mem::replace(&mut self.line, Line::Cut) else {
             return Some(Step::Gone(None));
         };
-        let (say, name) = (post.say, self.peer.shown());
+        let (say, name) = (post.say.clone(), self.peer.shown());
         let relay = post.begin_relay();
         let secured = handshake.finish(
             move |reason| say(&format!("nbd: {name}: TLS: {reason}; disconnected")),

@@ -119,7 +119,7 @@ impl Device {
         let limits = *service.stack.limits();
         let threads = options.threads.clamp(1, options.connections.max(1));
         let connections = options.connections.max(1);
-        let post = Post::new(connections, threads, service.on_event)?;
+        let post = Post::new(connections, threads, service.on_event.clone())?;
         let may_lend = service.stack.lives().next().is_none();
         // The greeting thread looks at the same bottoms.
         let looked_at = copy(&service)?;
@@ -237,7 +237,7 @@ fn make(
         let Desk { bell, .. } = post.desks.get(desk).ok_or_else(lost)?;
         ring.work_in_place();
         let mut add = || {
-            let fd = bell.0.try_clone().map_err(|error| Error::os("a bell's copy", &error))?;
+            let fd = bell.ear().try_clone().map_err(|error| Error::os("a bell's copy", &error))?;
             ring.add_file(RingFile { fd, kind: FileKind::Other })
         };
         // The first stands in for a socket while there is none.

@@ -10,9 +10,11 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use devsplice_core::{Error, Result};
+use devsplice_core::Result;
 use devsplice_nbd::server::Session;
-use rustix::event::{EventfdFlags, eventfd};
+use devsplice_uring::Bell;
+
+use crate::threads::OnEvent;
 
 /// A client that has chosen the export.
 #[derive(Debug)]
@@ -50,27 +52,6 @@ pub(super) enum Letter {
     Answer { tag: u16, extents: Vec<Extent> },
 }
 
-/// A bell that is rung from any thread.
-#[derive(Debug)]
-pub(super) struct Bell(pub(super) OwnedFd);
-
-impl Bell {
-    fn new() -> Result<Bell> {
-        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
-        eventfd(0, flags).map(Bell).map_err(|errno| Error::os("eventfd", &errno.into()))
-    }
-
-    pub(super) fn ring(&self) {
-        // It can only fail when it was rung 2^64 - 2 times and nobody listened.
-        let _ = rustix::io::write(&self.0, &1_u64.to_ne_bytes());
-    }
-
-    /// Does not block; whatever was rung until now is heard.
-    pub(super) fn heard(&self) {
-        let _ = rustix::io::read(&self.0, &mut [0; 8]);
-    }
-}
-
 /// A place for one connection, on the I/O thread that serves it.
 pub(super) struct Desk {
     letters: Mutex<VecDeque<Letter>>,
@@ -104,11 +85,11 @@ pub(super) struct Post {
     /// Threads that there are for TLS.
     relays: AtomicUsize,
     /// Told to the log.
-    pub(super) say: fn(&str),
+    pub(super) say: OnEvent,
 }
 
 impl Post {
-    pub(super) fn new(desks: u16, threads: u16, say: fn(&str)) -> Result<Arc<Post>> {
+    pub(super) fn new(desks: u16, threads: u16, say: OnEvent) -> Result<Arc<Post>> {
         let desk = |_| {
             Ok(Desk {
                 letters: Mutex::default(),
@@ -207,7 +188,7 @@ mod tests {
 
     #[test]
     fn connections_are_shared_out_among_threads() {
-        let post = Post::new(6, 2, |_| {}).unwrap();
+        let post = Post::new(6, 2, Arc::new(|_| {})).unwrap();
         let index = |desk: &Desk| post.desks.iter().position(|one| std::ptr::eq(one, desk));
         let taken: Vec<_> = (0..4).map(|_| post.take_desk().and_then(index).unwrap() % 2).collect();
         assert_eq!(taken.iter().filter(|thread| **thread == 0).count(), 2, "{taken:?}");

@@ -25,8 +25,8 @@ mod tests {
             stack: Arc::new(builder.finish(bottom)),
             bottoms: vec![Bottom::File { fd, kind: FileKind::Regular }],
             pool: None,
-            on_stuck: |_| {},
-            on_event: |_| {},
+            on_stuck: Arc::new(|_| {}),
+            on_event: Arc::new(|_| {}),
             on_death: |error| panic!("{error}"),
         }
     }

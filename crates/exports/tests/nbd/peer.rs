@@ -87,8 +87,8 @@ impl Host {
                 fd: OwnedFd::from(file.try_clone().unwrap()),
                 kind: FileKind::Regular,
             }],
-            on_stuck: |stuck| panic!("{stuck:?}"),
-            on_event: |text| eprintln!("{text}"),
+            on_stuck: Arc::new(|stuck| panic!("{stuck:?}")),
+            on_event: Arc::new(|text| eprintln!("{text}")),
             on_death: |error| panic!("{error}"),
         };
         let options = Options {

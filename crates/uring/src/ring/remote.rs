@@ -20,10 +20,11 @@ use devsplice_engine::{FileId, Pages, Part, Splice, To};
 use devsplice_nbd::Request;
 use devsplice_nbd::client::{Agreed, Asks, Extent};
 use devsplice_nbd::wire::{ask as flag, can, command};
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::event::{PollFd, PollFlags, poll};
 
 use super::{KIND_REMOTE, Timespec, Uring};
 use crate::arena::Arena;
+use crate::bell::Bell;
 use crate::files::{FileKind, RingFile};
 use crate::probe;
 use crate::splice::PagesKind;
@@ -121,26 +122,22 @@ pub trait Remote: Send + Sync {
 #[derive(Debug)]
 pub struct Line {
     link: Mutex<Option<Link>>,
-    bell: OwnedFd,
+    bell: Bell,
 }
 
 impl Line {
     fn new() -> Result<Arc<Line>> {
-        let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
-            .map_err(|errno| Error::os("a connection's bell", &errno.into()))?;
-        Ok(Arc::new(Line { link: Mutex::default(), bell }))
+        Ok(Arc::new(Line { link: Mutex::default(), bell: Bell::new()? }))
     }
 
     /// Gives the ring its connection.
     pub fn deliver(&self, link: Link) {
         *self.link.lock().unwrap_or_else(PoisonError::into_inner) = Some(link);
-        // It can only fail when it was rung 2^64 - 2 times and nobody listened.
-        let _ = rustix::io::write(&self.bell, &1_u64.to_ne_bytes());
+        self.bell.ring();
     }
 
     fn take(&self) -> Option<Link> {
-        // Does not block; what was rung before is heard once.
-        let _ = rustix::io::read(&self.bell, &mut [0_u8; 8]);
+        self.bell.heard();
         self.link.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 }
@@ -377,7 +374,7 @@ impl Uring {
     /// Asks to hear of the next connection. As other bells, it is not among the registered files.
     fn listen_to(&mut self, index: u16) {
         let Some(remotes) = &self.remotes else { return };
-        let fd = remotes.conns[usize::from(index)].line.bell.as_raw_fd();
+        let fd = remotes.conns[usize::from(index)].line.bell.ear().as_raw_fd();
         self.queues.push(Sqe {
             opcode: OP_POLL_ADD,
             fd,

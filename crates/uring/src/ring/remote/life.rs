@@ -107,7 +107,7 @@ impl Remotes {
         }
         ring.queues.push(Sqe {
             opcode: OP_POLL_ADD,
-            fd: self.conns[index].line.bell.as_raw_fd(),
+            fd: self.conns[index].line.bell.ear().as_raw_fd(),
             op_flags: u32::try_from(libc::POLLIN).unwrap_or(1),
             user_data: user_data(index, BELL),
             ..Sqe::default()
