@@ -1,6 +1,7 @@
 //! Answers for what was said when a device was made under a tool's name that needs no target to
 //! recover one: `rublk` and ublksrv's `ublk` know by themselves what to serve again.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
 use devsplice_core::{Error, ErrorKind, Result};
@@ -15,10 +16,15 @@ fn path(id: u32) -> PathBuf {
     state::dir().join(format!("ublk-{id}.words"))
 }
 
+/// What tells a device from the next one with its number.
+fn node(id: u32) -> Option<u64> {
+    std::fs::metadata(format!("/dev/ublkc{id}")).ok().map(|node| node.ino())
+}
+
 /// Notes the words that made a device. Without the right to, it is recovered with its target named.
 pub fn keep(id: u32, words: &[String]) {
     let here = std::env::current_dir().unwrap_or_default();
-    let text = json!({ "dir": here, "words": words }).to_string();
+    let text = json!({ "node": node(id), "dir": here, "words": words }).to_string();
     let _ = state::make_dirs().map(|()| std::fs::write(path(id), text));
 }
 
@@ -36,6 +42,9 @@ pub fn words(id: u32) -> Result<Vec<String>> {
     let is_fit = std::fs::metadata(&path).is_ok_and(|file| file.len() <= MOST);
     let text = is_fit.then(|| std::fs::read_to_string(&path).ok()).flatten().ok_or_else(unknown)?;
     let value: Value = serde_json::from_str(&text).map_err(|_| unknown())?;
+    if node(id).is_none_or(|node| value["node"] != node) {
+        return Err(unknown());
+    }
     let words: Option<Vec<String>> = value["words"]
         .as_array()
         .map(|words| words.iter().filter_map(|word| word.as_str().map(str::to_owned)).collect());
