@@ -330,11 +330,11 @@ that is wide, something else was running and the ratio ranks little.
 const NBD_HEAD: &str = "# NBD servers, and copies
 
 Written by `cargo xtask bench --nbd`. Servers over a socket in the file system, of files in memory
-(tmpfs, 256 MiB) and of memory of their own, under fio with `--ioengine=nbd` (libnbd), 0.5 s a sample,
-servers in turn; `-4` has four clients with a connection each. `copy` is of a file of 4 GiB in
-memory to another, dense or with 64 KiB of data in each MiB. Ratios are each of two samples of one
-round; the middle one counts, and half of all lie in the range behind it. At 4k-qd32 with one
-connection fio itself has a CPU's time used up, under each of the servers: there the ratio says
+(tmpfs, 256 MiB) and of memory of their own, under fio with `--ioengine=nbd` (libnbd), 0.5 s a
+sample, servers in turn; `-4` has four clients with a connection each. `copy` is of a file of 4 GiB
+in memory to another, dense or with 64 KiB of data in each MiB. Ratios are each of two samples of
+one round; the middle one counts, and half of all lie in the range behind it. At 4k-qd32 with
+one connection fio itself has a CPU's time used up, under each of the servers: there the ratio says
 little about them.
 
 ![chart](nbd.svg)
