@@ -2,7 +2,8 @@
 //! commands do with their addresses.
 
 use devsplice_e2e::{
-    Group, Kind, MIB, Outcome, Process, Room, Running, call, engines, need_tool, verify, wait_until,
+    Group, Kind, MIB, Mode, Outcome, Process, Room, Running, call, engines, mode, need_tool,
+    verify, wait_until,
 };
 use rustix::process::Signal;
 use serde_json::Value;
@@ -13,8 +14,12 @@ use crate::verify::counts_fit;
 const SIZE: u64 = 32 * MIB;
 
 pub fn add(group: &mut Group, kind: Kind) {
+    if kind == Kind::FuseUring("fuse-uring") {
+        return;
+    }
     group.add("a_servers_disk_keeps_every_byte_under_fio_verify", move || every_byte(kind));
-    if matches!(kind, Kind::FuseUring(_)) {
+    // Over FUSE the rest is tested natively.
+    if matches!(kind, Kind::FuseUring(_)) || (mode() == Mode::Vm && kind == Kind::Fuse) {
         return;
     }
     group.add("a_server_that_is_killed_and_comes_back_loses_no_write", move || killed(kind));

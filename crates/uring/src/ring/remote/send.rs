@@ -199,11 +199,15 @@ impl Remotes {
             batch.out = 1;
             return conn.memory.lend(OUT);
         }
-        let count = left.min(CHAIN);
+        let mut count = left.min(CHAIN);
         // All of a chain has to go with one call; what is queued goes before it.
         if !ring.queues.has_room_for(u32::try_from(count).unwrap_or(0)) {
             let _ = ring.queues.enter(0);
             ring.queues.make_room();
+            if !ring.queues.has_room_for(u32::try_from(count).unwrap_or(0)) {
+                // The kernel is short of something: what is alone cannot be taken apart.
+                count = 1;
+            }
         }
         for (place, segment) in batch.rest().take(count).enumerate() {
             let mut sqe = Sqe { opcode: OP_SEND, addr: segment.at, len: segment.len, ..base };
