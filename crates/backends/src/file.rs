@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use devsplice_core::layer::anchored_path;
 use devsplice_core::limits::{MAX_BLOCK, SECTOR};
 use devsplice_core::{Args, Dma, Error, ErrorKind, Key, Kind, Limits, Result, Source};
-use devsplice_uring::FileKind;
+use devsplice_uring::{FileKind, is_in_memory};
 use rustix::fs::{AtFlags, FileType, FlockOperation, Mode, OFlags, StatxFlags};
 
 use crate::sysfs::Device;
@@ -33,9 +33,6 @@ pub const SOURCE: Source = Source {
 /// How long a server that was killed may take to let its files go: the kernel closes the files of a
 /// ring some time after the process is gone.
 const LOCK_PATIENCE: Duration = Duration::from_secs(1);
-
-/// `TMPFS_MAGIC` (include/uapi/linux/magic.h).
-const TMPFS: u64 = 0x0102_1994;
 
 struct Wish<'a> {
     path: &'a str,
@@ -163,7 +160,10 @@ fn open_unread(wish: &Wish<'_>) -> Result<(OwnedFd, Option<DirectNeed>, Vec<Stri
             None
         }
     };
-    let fd = if use_direct.is_some() { open_with(wish, OFlags::DIRECT)? } else { plain };
+    // A file in memory is the page cache: there is no way around it, and asked for one the kernel
+    // would copy pages that it could lend.
+    let around = use_direct.is_some() && !is_in_memory(&plain);
+    let fd = if around { open_with(wish, OFlags::DIRECT)? } else { plain };
     if wish.access != Access::Look {
         lock(&fd, wish)?;
         if !wish.read_only {
@@ -219,7 +219,6 @@ fn not_under_loop(fd: &OwnedFd, wish: &Wish<'_>) -> Result<()> {
 fn regular_limits(fd: &OwnedFd, wish: &Wish<'_>, need: DirectNeed, size: u64) -> Result<Limits> {
     let os = |errno: rustix::io::Errno| Error::os(wish.path, &errno.into());
     let stat = rustix::fs::fstat(fd).map_err(os)?;
-    let is_tmpfs = rustix::fs::fstatfs(fd).is_ok_and(|fs| fs.f_type.cast_unsigned() == TMPFS);
     let block = chosen_block(wish, need.offset)?;
     let unit = u32::try_from(stat.st_blksize).unwrap_or(MAX_BLOCK);
     let unit = if unit.is_power_of_two() { unit.clamp(block, MAX_BLOCK) } else { block };
@@ -232,7 +231,7 @@ fn regular_limits(fd: &OwnedFd, wish: &Wish<'_>, need: DirectNeed, size: u64) ->
         dma: Dma { align: need.memory, ..Dma::ANY },
         discard: unit,
         read_only: wish.read_only,
-        volatile_cache: !is_tmpfs,
+        volatile_cache: !is_in_memory(fd),
         rotational: device.is_some_and(|device| device.queue("rotational") == Some(1)),
         ..Limits::ideal(size)
     };

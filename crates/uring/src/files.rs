@@ -8,6 +8,7 @@ use devsplice_core::Result;
 use rustix::fs::OFlags;
 
 use crate::bytes::Bytes;
+use crate::ring::in_place::is_in_memory;
 
 /// What a file is, as far as moving data is concerned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,6 +52,8 @@ pub(crate) enum DiscardWay {
 pub(crate) struct Slot {
     /// Keeps the file open; the kernel's table has its own reference.
     pub(crate) fd: OwnedFd,
+    /// It lies in memory and nowhere else.
+    pub(crate) is_in_memory: bool,
     /// Served by helpers instead; the file is what they ring with.
     pub(crate) bytes: Option<Arc<dyn Bytes>>,
     pub(crate) unmap: ZeroWay,
@@ -64,7 +67,14 @@ impl Slot {
             FileKind::Block => DiscardWay::Command,
             FileKind::Regular | FileKind::Other => DiscardWay::Punch,
         };
-        Slot { fd: file.fd, bytes: None, unmap: ZeroWay::Punch, keep: ZeroWay::Range, discard }
+        Slot {
+            is_in_memory: file.kind == FileKind::Regular && is_in_memory(&file.fd),
+            fd: file.fd,
+            bytes: None,
+            unmap: ZeroWay::Punch,
+            keep: ZeroWay::Range,
+            discard,
+        }
     }
 
     pub(crate) fn zero_way(&self, unmap: bool) -> ZeroWay {

@@ -27,6 +27,7 @@ pub use bell::Bell;
 pub use bytes::Bytes;
 pub use files::{FileKind, RingFile, zeroes};
 pub use ring::batch::{Buffers, MOST_TAGS};
+pub use ring::in_place::is_in_memory;
 pub use ring::socket::{MAX_OUTGOING, Outgoing, Wait};
 pub use ring::{
     Brief, Command, Config, FUSE_OP_AT, FuseEntry, FusePayload, LaneMemory, Line, Link, Patience,

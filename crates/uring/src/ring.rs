@@ -7,7 +7,9 @@ mod brief;
 mod client;
 mod fuse;
 mod helped;
+pub(crate) mod in_place;
 mod kept;
+mod lent;
 mod remote;
 mod slots;
 pub(crate) mod socket;
@@ -147,6 +149,10 @@ pub struct Uring {
     messages: Vec<Option<Box<socket::Message>>>,
     /// For the lanes that FUSE uses.
     fuse: Vec<Option<fuse::Headers>>,
+    /// What the thread has carried out itself, if it does.
+    done: Option<in_place::Done>,
+    /// For the lanes whose replies may be sent from files.
+    loans: Vec<Option<lent::Loans>>,
     /// Rung by other threads.
     pub(crate) bell: Option<Arc<Bell>>,
     /// If it shares its thread with other rings.
@@ -217,6 +223,8 @@ impl Uring {
             batches: Vec::new(),
             messages: std::iter::repeat_with(|| None).take(config.lanes.len()).collect(),
             fuse: Vec::new(),
+            done: None,
+            loans: Vec::new(),
             bell: None,
             brief: None,
             start: Instant::now(),
@@ -335,6 +343,10 @@ impl Uring {
         if self.brief.is_some() {
             return self.enter_briefly(most > 0);
         }
+        if self.has_done() {
+            // To be reported first: what follows from it is handed over with the rest.
+            return Ok(());
+        }
         let want = if self.queues.has_completions() { 0 } else { most };
         self.enter_once(want)
     }
@@ -360,8 +372,12 @@ impl Uring {
         }
     }
 
-    /// What helpers of byte backends and servers have done.
-    fn helped_event(&mut self) -> Option<Event> {
+    /// What was done without the kernel's queues: by this thread, by helpers of byte backends, by
+    /// servers.
+    fn other_event(&mut self) -> Option<Event> {
+        if let Some(event) = self.next_done() {
+            return Some(event);
+        }
         if self.remotes.is_some()
             && let Some((key, result)) = self.landed_far()
         {
@@ -486,7 +502,7 @@ impl Ring for Uring {
 
     fn next(&mut self) -> Option<Event> {
         loop {
-            let Some(cqe) = self.queues.next() else { return self.helped_event() };
+            let Some(cqe) = self.queues.next() else { return self.other_event() };
             if let Some(event) = self.event(cqe.user_data, cqe.result, cqe.flags) {
                 return Some(event);
             }
@@ -498,7 +514,7 @@ impl Ring for Uring {
         loop {
             let ring = to.ring();
             let Some(cqe) = ring.queues.next() else {
-                match ring.helped_event() {
+                match ring.other_event() {
                     None => return Ok(()),
                     Some(event) => to.take_other(event)?,
                 }

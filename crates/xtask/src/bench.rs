@@ -4,6 +4,7 @@ mod cells;
 mod data;
 mod guest;
 mod native;
+mod nbd;
 pub mod peers;
 mod report;
 pub mod run;
@@ -29,6 +30,8 @@ const NATIVE_PACKAGES: &[(&str, &str)] = &[
 ];
 /// Fewest samples of the native part: clocks are less steady than counts.
 const NATIVE_SAMPLES: u32 = 15;
+/// Fewest samples of the NBD part.
+const NBD_SAMPLES: u32 = 3;
 /// Seconds for the machine's whole run.
 const VM_LIMIT: &str = "5400";
 /// Seconds for cargo.
@@ -36,16 +39,20 @@ const BUILD_LIMIT: u32 = 1800;
 
 /// Measure devsplice against the kernel's own devices and other userspace servers.
 ///
-/// In a VM that counts instructions, and natively through FUSE and loop; both unless one is named.
+/// In a VM that counts instructions, natively through FUSE and loop, and with NBD servers; all of
+/// it unless some is named.
 /// Tables and charts of a whole run go to docs/bench, raw data to target/bench. Needs root.
 #[derive(Args)]
 pub struct Options {
-    /// Only the part in the VM
-    #[arg(long, conflicts_with = "native")]
+    /// The part in the VM
+    #[arg(long)]
     vm: bool,
-    /// Only the part on this machine
+    /// The part on this machine, through FUSE and loop
     #[arg(long)]
     native: bool,
+    /// The part on this machine with NBD servers and copies
+    #[arg(long)]
+    nbd: bool,
     /// Measure nothing: write the pages anew from the raw data of the last whole run
     #[arg(long)]
     render: bool,
@@ -101,13 +108,37 @@ pub fn run(options: &Options) -> Fallible<u8> {
     std::fs::create_dir_all(&directory)
         .map_err(|e| format!("cannot create {}: {e}", directory.display()))?;
     let mut code = 0;
-    if !options.native {
+    if options.has(options.vm) {
         code = vm_part(options, &bin, &directory)?;
     }
-    if !options.vm && code == 0 {
+    if options.has(options.native) && code == 0 {
         native_part(options, &bin, &directory)?;
     }
+    // Last: it changes the priority of all that follows.
+    if options.has(options.nbd) && code == 0 {
+        nbd_part(options, &bin, &directory)?;
+    }
     Ok(code)
+}
+
+impl Options {
+    /// Whether a part is asked for: it is named, or none is.
+    fn has(&self, named: bool) -> bool {
+        named || !(self.vm || self.native || self.nbd)
+    }
+}
+
+/// Measures NBD servers and copies on this machine.
+fn nbd_part(options: &Options, bin: &Path, directory: &Path) -> Fallible<()> {
+    let file = directory.join("nbd.json");
+    let samples = options.samples.max(NBD_SAMPLES);
+    let mut results = nbd::run(bin, samples, &file)?;
+    results.conditions.push(("samples".into(), samples.to_string()));
+    results.conditions.extend(conditions(bin));
+    results.conditions.extend(options.note.iter().map(|note| ("note".to_owned(), note.clone())));
+    results.save(&file)?;
+    println!("\n{}", report::nbd_text(&results));
+    report::write_nbd(&results, &pages()?)
 }
 
 /// Measures on this machine.
@@ -133,11 +164,14 @@ fn native_part(options: &Options, bin: &Path, directory: &Path) -> Fallible<()> 
 /// Writes the pages from raw data.
 fn render(options: &Options) -> Fallible<u8> {
     let (raw, pages) = (tidy::workspace()?.join("target/bench"), pages()?);
-    if !options.native {
+    if options.has(options.vm) {
         report::write_vm(&Results::load(&raw.join("vm.json"))?, &pages)?;
     }
-    if !options.vm {
+    if options.has(options.native) {
         report::write_native(&Results::load(&raw.join("native.json"))?, &pages)?;
+    }
+    if options.has(options.nbd) {
+        report::write_nbd(&Results::load(&raw.join("nbd.json"))?, &pages)?;
     }
     Ok(0)
 }

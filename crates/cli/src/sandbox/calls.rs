@@ -38,6 +38,9 @@ pub const IO_THREAD: &[i64] = &[
     sys::SYS_close,
     // Sockets of clients that it serves; they are made elsewhere.
     sys::SYS_shutdown,
+    sys::SYS_sendto,
+    sys::SYS_sendfile,
+    sys::SYS_getsockopt,
     sys::SYS_dup,
     sys::SYS_fcntl,
     sys::SYS_poll,

@@ -130,6 +130,7 @@ fn serve(
     let inner = u16::try_from(inner).unwrap_or(0);
     let flights = (tags * 2).clamp(64, 4096);
     let mut ring = Uring::new(&Config { flights, files, lanes, inner })?;
+    ring.work_in_place();
     let desk = Arc::new(Mutex::new(Desk::new(work, size.depth)));
     let mut made = Vec::new();
     for side in sides {

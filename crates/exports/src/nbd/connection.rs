@@ -24,7 +24,8 @@ use devsplice_nbd::{Broken, Head, Mode};
 use devsplice_uring::{FileKind, RingFile, Uring, Wait};
 use rustix::net::Shutdown;
 
-use super::outbox::Outbox;
+use super::listen::is_local;
+use super::outbox::{Data, Outbox};
 use super::post::{Client, Extent, Letter, Post, Question};
 
 /// Bytes that are received at a time where data may come along.
@@ -108,6 +109,8 @@ pub(super) struct Connection {
     outbox: Outbox,
     /// Tags that need a flush before their reply.
     unflushed: VecDeque<u16>,
+    /// The stack leaves data where it is until somebody changes it.
+    may_lend: bool,
 }
 
 impl Connection {
@@ -118,6 +121,7 @@ impl Connection {
         limits: Limits,
         (socket, bell): (FileId, FileId),
         depth: u16,
+        may_lend: bool,
     ) -> Connection {
         Connection {
             post,
@@ -138,6 +142,7 @@ impl Connection {
             bytes: 0,
             outbox: Outbox::new(depth),
             unflushed: VecDeque::with_capacity(usize::from(depth)),
+            may_lend,
         }
     }
 
@@ -202,6 +207,7 @@ impl Connection {
         self.intake = Intake::Request;
         self.large = false;
         self.phase = Phase::Open;
+        ring.lend_files(self.lane, self.may_lend && is_local(&client.socket));
         self.client = Some(client);
     }
 
@@ -334,13 +340,14 @@ impl Connection {
     }
 
     /// Gives a request to the engine.
-    fn start(&mut self, inbox: &mut Inbox, tag: u16, io: Io, ring: &Uring) {
+    fn start(&mut self, inbox: &mut Inbox, tag: u16, io: Io, ring: &mut Uring) {
         let state = &mut self.tags[usize::from(tag)];
         if io.op.has_pages() {
             state.bytes = u32::try_from(io.extent.len).unwrap_or(u32::MAX);
             self.bytes += u64::from(state.bytes);
         }
         state.busy = true;
+        ring.forget_loan(self.lane, tag);
         let pages = ring.memory_pages(self.lane, tag);
         inbox.push(self.lane, Request { tag, io, pages });
     }
@@ -414,7 +421,7 @@ impl Connection {
     fn reply(&mut self, ring: &mut Uring, tag: u16, error: u32) {
         let Tag { cookie, offset, .. } = self.tags[usize::from(tag)];
         let head = Head::done(self.mode(), (cookie, offset), error);
-        self.outbox.put(ring, self.lane, tag, &head, 0);
+        self.outbox.put(ring, (self.lane, tag), &head, Data::None);
     }
 
     /// The reply to a question about a range.
@@ -437,7 +444,8 @@ impl Connection {
         let Tag { cookie, offset, .. } = self.tags[usize::from(tag)];
         let count = u32::try_from(extents.len()).unwrap_or(0);
         let head = Head::status(mode, (cookie, offset), ALLOCATION, count);
-        self.outbox.put(ring, self.lane, tag, &head, u32::try_from(len).unwrap_or(0));
+        let len = u32::try_from(len).unwrap_or(0);
+        self.outbox.put(ring, (self.lane, tag), &head, Data::Told(len));
     }
 
     fn free(&mut self, tag: u16) {
@@ -559,7 +567,7 @@ impl Export<Uring> for Connection {
                 // The stack has filled it to the last byte.
                 let (cookie, offset, len) = (state.cookie, state.offset, state.bytes);
                 let head = Head::data(self.mode(), (cookie, offset), len);
-                self.outbox.put(ring, self.lane, tag, &head, len);
+                self.outbox.put(ring, (self.lane, tag), &head, Data::Read(len));
             }
             Ok(()) if std::mem::take(&mut state.flush) => {
                 // Goes on with the next event, which this is.

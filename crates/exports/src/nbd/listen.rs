@@ -10,6 +10,9 @@ use std::path::{Path, PathBuf};
 use devsplice_core::{Error, ErrorKind, Result};
 use devsplice_nbd::uri::{Place, Uri};
 
+/// Bytes of replies that a socket of this machine takes, half of what the kernel then counts to.
+const ROOM: usize = 1 << 20;
+
 /// Who may connect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Rule {
@@ -157,6 +160,7 @@ impl Listener {
             Listener::Unix(listener, _) => {
                 let fd = OwnedFd::from(listener.accept()?.0);
                 let who = rustix::net::sockopt::socket_peercred(&fd)?;
+                make_room(&fd);
                 let process = who.pid.as_raw_nonzero().get();
                 Ok((fd, Peer::Process { user: who.uid.as_raw(), process }))
             }
@@ -170,6 +174,21 @@ impl Listener {
             }
         }
     }
+}
+
+/// Has a socket of this machine take what a client may have in flight: with what it takes by
+/// default a reply of 128 KiB waits for the client to have taken most of the one before.
+fn make_room(socket: &OwnedFd) {
+    use rustix::net::sockopt::{set_socket_send_buffer_size, set_socket_send_buffer_size_force};
+    if set_socket_send_buffer_size_force(socket, ROOM).is_err() {
+        // As much as anybody may (net.core.wmem_max). It works with less.
+        let _ = set_socket_send_buffer_size(socket, ROOM);
+    }
+}
+
+/// Whether a socket's other end is on this machine, and nothing but bytes pass it.
+pub(super) fn is_local(socket: &OwnedFd) -> bool {
+    rustix::net::sockopt::socket_domain(socket) == Ok(rustix::net::AddressFamily::UNIX)
 }
 
 impl Drop for Listener {

@@ -120,10 +120,14 @@ impl Device {
         let threads = options.threads.clamp(1, options.connections.max(1));
         let connections = options.connections.max(1);
         let post = Post::new(connections, threads, service.on_event.clone())?;
+        let may_lend = service.stack.lives().next().is_none();
         // The greeting thread looks at the same bottoms.
         let looked_at = copy(&service)?;
-        let work =
-            Work { service, make: make(&post, limits, options.depth), cpus: Box::new(|_| None) };
+        let work = Work {
+            service,
+            make: make(&post, limits, options.depth, may_lend),
+            cpus: Box::new(|_| None),
+        };
         let crew = Crew::start(shape(options, connections, threads), work)?;
         let host = Host {
             post: Arc::clone(&post),
@@ -220,19 +224,26 @@ fn shape(options: &Options, connections: u16, threads: u16) -> Shape {
     }
 }
 
-fn make(post: &Arc<Post>, limits: Limits, depth: u16) -> Box<crate::threads::MakeQueue> {
+fn make(
+    post: &Arc<Post>,
+    limits: Limits,
+    depth: u16,
+    may_lend: bool,
+) -> Box<crate::threads::MakeQueue> {
     let post = Arc::clone(post);
     Box::new(move |queue, ring: &mut Uring| {
         let lost = || Error::new(ErrorKind::Os, "NBD", format!("no place {queue}"));
         let desk = usize::from(queue);
         let Desk { bell, .. } = post.desks.get(desk).ok_or_else(lost)?;
+        ring.work_in_place();
         let mut add = || {
             let fd = bell.ear().try_clone().map_err(|error| Error::os("a bell's copy", &error))?;
             ring.add_file(RingFile { fd, kind: FileKind::Other })
         };
         // The first stands in for a socket while there is none.
         let files = (add()?, add()?);
-        Ok(Box::new(Connection::new((Arc::clone(&post), desk), limits, files, depth.max(1))))
+        let place = (Arc::clone(&post), desk);
+        Ok(Box::new(Connection::new(place, limits, files, depth.max(1), may_lend)))
     })
 }
 

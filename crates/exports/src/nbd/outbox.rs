@@ -10,6 +10,16 @@ use devsplice_uring::{MAX_OUTGOING, Outgoing, Uring};
 /// again only when all of them are gone.
 const BATCH: u64 = 512 << 10;
 
+/// What follows the head of a reply. Bytes.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Data {
+    None,
+    /// As the tag's memory has it.
+    Told(u32),
+    /// As the engine has read it.
+    Read(u32),
+}
+
 /// The replies of a connection that wait and that are being sent.
 pub(super) struct Outbox {
     /// In the order in which they go: a ring of as many places as there are tags.
@@ -44,19 +54,31 @@ impl Outbox {
         self.count > 0
     }
 
-    /// Puts a reply behind the others: `head`, and `len` bytes of the tag's data.
+    /// Puts a reply behind the others: `head`, and what follows it.
     ///
     /// # Panics
     /// If the tag's memory is lent, or there are more replies than tags.
     #[inline]
-    pub(super) fn put(&mut self, ring: &mut Uring, lane: u16, tag: u16, head: &Head, len: u32) {
+    pub(super) fn put(
+        &mut self,
+        ring: &mut Uring,
+        (lane, tag): (u16, u16),
+        head: &Head,
+        data: Data,
+    ) {
+        let (len, is_read) = match data {
+            Data::None => (0, false),
+            Data::Told(len) => (len, false),
+            Data::Read(len) => (len, true),
+        };
         let bytes = head.bytes();
         let at = Uring::DATA_AT - bytes.len();
         ring.memory(lane, tag)[at..Uring::DATA_AT].copy_from_slice(bytes);
         assert!(self.count < self.replies.len(), "more replies than tags");
         let reply = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);
         let place = self.place(self.count);
-        self.replies[place] = Outgoing { tag, at: reply(at), len: reply(bytes.len()) + len };
+        self.replies[place] =
+            Outgoing { tag, at: reply(at), len: reply(bytes.len()) + len, is_read };
         self.count += 1;
     }
 
@@ -134,7 +156,7 @@ mod tests {
         outbox.first = 3;
         for (tag, len) in (0..).zip(lens) {
             let place = outbox.place(outbox.count);
-            outbox.replies[place] = Outgoing { tag, at: 4080, len: *len };
+            outbox.replies[place] = Outgoing { tag, at: 4080, len: *len, is_read: false };
             outbox.count += 1;
         }
         (outbox.sending, outbox.left) = (lens.len(), lens.iter().map(|len| u64::from(*len)).sum());
@@ -148,7 +170,7 @@ mod tests {
         assert!(!outbox.is_sending() && outbox.has_any());
         assert_eq!((outbox.next_gone(), outbox.next_gone()), (Some(0), None));
         let next = outbox.replies[outbox.place(0)];
-        assert_eq!(next, Outgoing { tag: 1, at: 4180, len: 4012 });
+        assert_eq!(next, Outgoing { tag: 1, at: 4180, len: 4012, is_read: false });
         (outbox.sending, outbox.left) = (2, 4028);
         assert_eq!(outbox.sent(4028), Ok(()));
         assert_eq!([outbox.next_gone(), outbox.next_gone()], [Some(1), Some(2)]);

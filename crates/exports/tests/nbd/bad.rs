@@ -11,11 +11,19 @@ use devsplice_nbd::wire::{command, error};
 use super::peer::{Host, pattern};
 
 /// A host with a client that must not notice anything, and what it sees.
-fn undisturbed(name: &str, disturb: impl FnOnce(&Host)) {
-    let host = Host::new(name, |options| options.connections = 2);
+fn undisturbed(name: &str, disturb: impl Fn(&Host)) {
+    for in_memory in [false, true] {
+        let host = Host::new(name, |options| {
+            (options.connections, options.in_memory) = (2, in_memory);
+        });
+        undisturbed_by(&host, &disturb);
+    }
+}
+
+fn undisturbed_by(host: &Host, disturb: impl Fn(&Host)) {
     let mut witness = host.peer(Mode::Structured);
     assert_eq!(witness.write(0, &pattern(4096, 1), 0), 0);
-    disturb(&host);
+    disturb(host);
     assert_eq!(witness.read(0, 4096), Ok(pattern(4096, 1)));
     // The other place is free again.
     let mut next = host.peer(Mode::Extended);
@@ -115,6 +123,30 @@ fn a_client_that_takes_no_replies_is_not_read_from_for_ever() {
         peer.cut();
         host.wait_until(1);
     });
+}
+
+#[test]
+fn a_client_that_takes_no_replies_does_not_hold_up_those_on_its_thread() {
+    for in_memory in [false, true] {
+        let host =
+            Host::new("greedy", |wishes| (wishes.threads, wishes.in_memory) = (1, in_memory));
+        let mut witness = host.peer(Mode::Structured);
+        let mut greedy = host.peer(Mode::Structured);
+        for len in [4096, 64 << 10, 128 << 10, 256 << 10, 1 << 20] {
+            let mut bytes = Vec::new();
+            for n in 0..40 {
+                bytes.extend(greedy.request(command::READ, 0, (n << 20, len)));
+            }
+            greedy.send(&bytes);
+            witness.socket().set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+            for n in 0..100_u64 {
+                assert_eq!(witness.write(n * 4096, &pattern(4096, n), 0), 0);
+                assert_eq!(witness.read(n * 4096, 4096), Ok(pattern(4096, n)), "{len}");
+            }
+        }
+        greedy.cut();
+        host.wait_until(1);
+    }
 }
 
 #[test]

@@ -14,7 +14,12 @@ const MODES: [Mode; 3] = [Mode::Simple, Mode::Structured, Mode::Extended];
 
 #[test]
 fn what_is_written_is_there_and_what_is_read_is_what_is_there() {
-    let host = Host::new("data", |_| {});
+    for in_memory in [false, true] {
+        written_is_there(&Host::new("data", |wishes| wishes.in_memory = in_memory));
+    }
+}
+
+fn written_is_there(host: &Host) {
     for (at, mode) in (0..).map(|n| n * 8192 + 512).zip(MODES) {
         let mut peer = host.peer(mode);
         let data = pattern(4096, at);
@@ -50,7 +55,14 @@ fn the_largest_request_goes_both_ways_and_a_larger_one_is_refused() {
 /// staged, a part, none.
 #[test]
 fn requests_that_come_together_are_all_done_and_each_reply_is_whole() {
-    let host = Host::new("mixed", |wishes| wishes.depth = 16);
+    for in_memory in [false, true] {
+        mixed(&Host::new("mixed", |wishes| {
+            (wishes.depth, wishes.in_memory) = (16, in_memory);
+        }));
+    }
+}
+
+fn mixed(host: &Host) {
     for (mode, seed) in MODES.into_iter().zip([3_u64, 5, 7]) {
         let mut peer = host.peer(mode);
         let mut expected = Vec::new();
@@ -81,6 +93,65 @@ fn requests_that_come_together_are_all_done_and_each_reply_is_whole() {
             assert!(reply.data == expected[index].1, "{mode:?}: read {index} differs");
             cookies[index] = u64::MAX;
         }
+    }
+}
+
+/// Replies that are left in the file until there is room in the socket, and those for which there
+/// is none, in turns; the client takes them in portions of its own.
+#[test]
+fn a_client_that_takes_its_replies_late_gets_what_was_there() {
+    let host = Host::new("late", |wishes| wishes.in_memory = true);
+    let len = 128 << 10;
+    for (mode, seed) in MODES.into_iter().zip(1..) {
+        let mut peer = host.peer(mode);
+        for n in 0..64 {
+            assert_eq!(peer.write(n * len, &pattern(len as usize, n + seed), 0), 0);
+        }
+        let mut bytes = Vec::new();
+        for n in 0..64 {
+            // A short one between them has to stay in its place.
+            bytes.extend(peer.request(command::READ, 0, (n * len, len)));
+            bytes.extend(peer.request(command::READ, 0, (n * len, 512)));
+        }
+        let last = peer.last_cookie();
+        peer.send_from_thread(bytes);
+        for n in 0..128 {
+            if n % 16 == 0 {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            let (cookie, reply) = peer.reply();
+            let number = 127 - (last - cookie);
+            let all = pattern(len as usize, number / 2 + seed);
+            let expected = if number.is_multiple_of(2) { &all[..] } else { &all[..512] };
+            assert!(reply.data == expected, "{mode:?}: reply to request {number} differs");
+        }
+    }
+}
+
+#[test]
+fn what_is_read_from_memory_is_not_copied_for_a_client_of_this_machine() {
+    let host = Host::new("lent", |wishes| wishes.in_memory = true);
+    let mut peer = host.peer(Mode::Structured);
+    assert_eq!(peer.write(0, &pattern(256 << 10, 1), 0), 0);
+    let before = host.device().crew().counts();
+    assert_eq!(peer.read(0, 128 << 10).unwrap(), pattern(256 << 10, 1)[..128 << 10]);
+    assert_eq!(peer.read(0, 4096).unwrap(), pattern(4096, 1));
+    // Counted at the end of the turn, which may be after the reply.
+    host.wait_for(|counts| counts.bytes_copied == before.bytes_copied + 4096);
+    host.wait_for(|counts| counts.bytes_spliced == before.bytes_spliced + (128 << 10));
+}
+
+#[test]
+fn what_a_file_has_lost_is_an_error_and_no_zeros() {
+    for in_memory in [false, true] {
+        let host = Host::new("lost", |wishes| wishes.in_memory = in_memory);
+        let mut peer = host.peer(Mode::Structured);
+        assert_eq!(peer.write(0, &pattern(128 << 10, 1), 0), 0);
+        host.cut_file(100 << 10);
+        for len in [64 << 10, 4096] {
+            assert_eq!(peer.read((100 << 10) - 512, len), Err(error::EIO), "{len}");
+        }
+        assert_eq!(peer.read(0, 64 << 10).unwrap(), pattern(128 << 10, 1)[..64 << 10]);
     }
 }
 

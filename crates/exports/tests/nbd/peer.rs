@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use devsplice_core::{Limits, StackBuilder};
+use devsplice_engine::Counts;
 use devsplice_exports::nbd::{Device, Options, Secure, Uri};
 use devsplice_exports::threads::{Bottom, Service};
 use devsplice_nbd::client::{Agreed, Handshake, Outcome, Wish};
@@ -18,6 +19,7 @@ use devsplice_nbd::{Mode, Request};
 use devsplice_uring::FileKind;
 
 const SIZE: u64 = 64 << 20;
+const MEMORY: &str = "/dev/shm";
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Bytes of which each run is like no other.
@@ -41,6 +43,9 @@ pub struct Wishes {
     pub read_only: bool,
     pub connections: u16,
     pub depth: u16,
+    pub threads: u16,
+    /// Whether the file is in memory, where its data goes another way.
+    pub in_memory: bool,
     pub secure: Option<Secure>,
 }
 
@@ -53,18 +58,21 @@ pub struct Host {
 
 impl Host {
     pub fn new(name: &str, change: impl FnOnce(&mut Wishes)) -> Host {
-        let dir = std::env::temp_dir().join(format!("devsplice-nbd-{name}-{}", std::process::id()));
-        std::fs::create_dir_all(&dir).unwrap();
-        let socket = dir.join("s");
         let mut wishes = Wishes {
-            listen: vec![format!("unix:{}", socket.display())],
+            listen: Vec::new(),
             writable: false,
             read_only: false,
             connections: 8,
             depth: 64,
+            threads: 2,
+            in_memory: false,
             secure: None,
         };
         change(&mut wishes);
+        let above = if wishes.in_memory { PathBuf::from(MEMORY) } else { std::env::temp_dir() };
+        let dir = above.join(format!("devsplice-nbd-{name}-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        wishes.listen.insert(0, format!("unix:{}", dir.join("s").display()));
         let mut open = std::fs::File::options();
         open.create(true).truncate(true).read(true).write(true);
         let file = open.open(dir.join("image")).unwrap();
@@ -90,7 +98,7 @@ impl Host {
             writable: wishes.writable,
             read_only: wishes.read_only,
             connections: wishes.connections,
-            threads: 2,
+            threads: wishes.threads,
             depth: wishes.depth,
             stuck_seconds: 0,
             secure: wishes.secure,
@@ -126,6 +134,18 @@ impl Host {
         let mut bytes = vec![0; len];
         self.file.read_exact_at(&mut bytes, at).unwrap();
         bytes
+    }
+
+    pub fn cut_file(&self, len: u64) {
+        self.file.set_len(len).unwrap();
+    }
+
+    pub fn wait_for(&self, is_so: impl Fn(&Counts) -> bool) {
+        let end = Instant::now() + PATIENCE;
+        while !is_so(&self.device().crew().counts()) {
+            assert!(Instant::now() < end, "{:?}", self.device().crew().counts());
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     pub fn wait_until(&self, clients: usize) {

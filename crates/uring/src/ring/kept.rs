@@ -16,6 +16,9 @@ impl Uring {
         if self.helpers.is_some() && self.helped(key, splice) {
             return;
         }
+        if self.done.is_some() && self.in_place(key, splice) {
+            return;
+        }
         let zeroes = self.zeroes.address(0, 0, ZEROES_LEN);
         let around = Around { arenas: &self.arenas, files: &self.files, zeroes };
         let flight = &mut self.flights[key as usize];

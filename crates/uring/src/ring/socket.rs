@@ -29,6 +29,9 @@ pub struct Outgoing {
     pub at: u32,
     /// Bytes.
     pub len: u32,
+    /// They end with what was read, which may have been left in its file
+    /// ([`Uring::lend_files`]).
+    pub is_read: bool,
 }
 
 /// How a receive waits.
@@ -122,6 +125,8 @@ impl Uring {
     pub fn send_parts(&mut self, (lane, index): (u16, u32), socket: FileId, parts: &[Outgoing]) {
         let place = usize::from(lane);
         assert!((1..=MAX_OUTGOING).contains(&parts.len()), "{} ranges in a send", parts.len());
+        let Some(count) = self.send_lent((lane, index), socket, parts) else { return };
+        let parts = &parts[..count];
         let Some(arena) = &mut self.arenas[place] else { panic!("lane {lane} has no memory") };
         let message = self.messages[place].get_or_insert_with(Message::new);
         assert_eq!(message.count, 0, "a send of lane {lane} is out");

@@ -6,6 +6,7 @@ use std::path::Path;
 use super::cells::{BARS, Bar, CELLS, DEVICES, Whose};
 use super::data::{Ratio, Results};
 use super::native;
+use super::nbd;
 use super::svg::{self, Group};
 use crate::Fallible;
 
@@ -157,25 +158,65 @@ fn native_ratios(results: &Results) -> (String, Vec<Group>) {
     let cells: Vec<&str> = native::CELLS.iter().map(|cell| cell.name).collect();
     let has = |base: &&&str| results.figure(base, cells[0]).is_some();
     let base = NATIVE_BASES.iter().find(has).copied().unwrap_or(NATIVE_BASES[0]);
-    let ratio = |device: &str, cell: &str| results.ratio(device, base, cell);
     let names: Vec<&str> = native::DEVICES.iter().map(|(name, _)| *name).collect();
-    let mut rows = vec![heading(&format!("throughput, {base} = 1"), &cells)];
-    for name in &names {
+    (ratios(results, base, &names, &cells), bars_of(results, base, &names, &cells))
+}
+
+/// A table of ratios to one device.
+fn ratios(results: &Results, base: &str, names: &[&str], cells: &[&str]) -> String {
+    let mut rows = vec![heading(&format!("throughput, {base} = 1"), cells)];
+    for name in names {
         let mut row = vec![(*name).to_owned()];
         row.extend(cells.iter().map(|cell| {
-            ratio(name, cell).map_or("-".into(), |Ratio { median, low, high }| {
+            results.ratio(name, base, cell).map_or("-".into(), |ratio| {
+                let Ratio { median, low, high } = ratio;
                 format!("{median:.2} ({low:.2} to {high:.2})")
             })
         }));
         rows.push(row);
     }
+    aligned(&rows)
+}
+
+/// The same as bars, a group for each load.
+fn bars_of(results: &Results, base: &str, names: &[&str], cells: &[&str]) -> Vec<Group> {
     let group = |cell: &&str| {
         let bar = |name: &&str| {
-            Some(((*name).to_owned(), ratio(name, cell)?.median, *name == native::OWN))
+            let ratio = results.ratio(name, base, cell)?;
+            Some(((*name).to_owned(), ratio.median, name.starts_with(native::OWN)))
         };
         Group { name: (*cell).to_owned(), bars: names.iter().filter_map(bar).collect() }
     };
-    (aligned(&rows), cells.iter().map(group).collect())
+    cells.iter().map(group).collect()
+}
+
+/// The tables of the NBD part: servers over files, servers of memory, copies.
+pub fn nbd_text(results: &Results) -> String {
+    let names: Vec<&str> = nbd::SERVERS.iter().map(|(name, _)| *name).collect();
+    let (files, memory) = names.split_at(3);
+    let copiers: Vec<&str> = nbd::COPIERS.iter().map(|(name, _)| *name).collect();
+    let mut text = String::new();
+    for cells in nbd_cells().chunks(6) {
+        text += &ratios(results, "nbdkit-file", files, cells);
+        text += "\n";
+        text += &ratios(results, "nbdkit-memory", memory, cells);
+        text += "\n";
+    }
+    text + &ratios(results, "nbdcopy", &copiers, nbd::FILES)
+}
+
+fn nbd_cells() -> Vec<&'static str> {
+    nbd::CELLS.iter().map(|cell| cell.name).collect()
+}
+
+/// Writes the page of the NBD part.
+pub fn write_nbd(results: &Results, directory: &Path) -> Fallible<()> {
+    let names: Vec<&str> = nbd::SERVERS.iter().take(3).map(|(name, _)| *name).collect();
+    let groups = bars_of(results, "nbdkit-file", &names, &nbd_cells());
+    let title = "NBD servers of files in memory, nbdkit = 1; more is better";
+    save(directory, "nbd.svg", &svg::chart(title, &groups, 1.0))?;
+    let text = format!("{NBD_HEAD}{}{}", nbd_text(results), appendix(results));
+    save(directory, "nbd.md", &text)
 }
 
 /// Everything about the native part, for the terminal.
@@ -283,5 +324,19 @@ two samples of one round; the middle one counts, and half of all lie in the rang
 that is wide, something else was running and the ratio ranks little.
 
 ![chart](native.svg)
+
+";
+
+const NBD_HEAD: &str = "# NBD servers, and copies
+
+Written by `cargo xtask bench --nbd`. Servers over a socket in the file system, of files in memory
+(tmpfs, 256 MiB) and of memory of their own, under fio with `--ioengine=nbd` (libnbd), 0.5 s a
+sample, servers in turn; `-4` has four clients with a connection each. `copy` is of a file of 4 GiB
+in memory to another, dense or with 64 KiB of data in each MiB. Ratios are each of two samples of
+one round; the middle one counts, and half of all lie in the range behind it. At 4k-qd32 with
+one connection fio itself has a CPU's time used up, under each of the servers: there the ratio says
+little about them.
+
+![chart](nbd.svg)
 
 ";
