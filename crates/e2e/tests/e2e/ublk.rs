@@ -108,31 +108,43 @@ fn shared_memory() -> Outcome {
     let memory = format!("/dev/shm/{}", room.name());
     std::fs::File::create(&memory).unwrap().set_len(2 * MIB).unwrap();
     room.later("rm", &["-f", &memory]);
-    let disk = room.add(UBLK, &room.file("a", 8 * MIB), &["--shared-memory", &memory]);
+    for path in ["auto-register", "register", "user-copy"] {
+        shares(&room, path, &memory);
+    }
+    // Where the kernel would copy, it would leave out what is from there.
+    let more = ["--shared-memory", &memory];
+    room.add_refused(Kind::Ublk("copy"), "mem:1M", &more, &["copy path"]);
+    room.add_refused(UBLK, "mem:1M", &["--shared-memory", "/nowhere"], &["/nowhere"]);
+    Ok(())
+}
+
+/// A disk with this path for clients that share `memory` with it, and for others.
+fn shares(room: &Room, path: &'static str, memory: &str) {
+    let kind = Kind::Ublk(path);
+    let disk = room.add(kind, &room.file(path, 8 * MIB), &["--shared-memory", memory]);
     let info = disk.info();
-    assert!(has(&info, "shared-memory") && info["shared_memory"] == *memory, "{info}");
+    assert!(has(&info, "shared-memory") && info["shared_memory"] == memory, "{info}");
     let shown = room.devsplice(["info", &disk.name]).ok();
     assert!(shown.contains(&format!("shared      {memory}")), "{shown}");
     // A client whose buffers are in that memory, and one whose are not.
-    let words = "--name=shared --rw=randrw --bs=4k-64k --iodepth=8 --ioengine=libaio --direct=1 \
+    let words = "--name=shared --rw=randrw --bsrange=4k-64k --iodepth=8 --ioengine=libaio --direct=1 \
                  --size=8M --verify=crc32c --verify_fatal=1 --verify_state_save=0 --do_verify=1 \
                  --randrepeat=0";
     let place =
         [format!("--filename={}", disk.node.display()), format!("--mem=mmapshared:{memory}")];
     let words = words.split_whitespace().map(str::to_owned).chain(place);
     call("fio", words).dir(&room.dir).limit(60).ok();
-    assert_eq!(disk.count("bytes_copied"), 0, "{}", disk.info());
+    let (moved, other) = match kind.copies() {
+        true => ("bytes_copied", "bytes_spliced"),
+        false => ("bytes_spliced", "bytes_copied"),
+    };
     let shared = disk.count("bytes_shared");
-    assert!(shared >= 8 * MIB && shared <= disk.count("bytes_spliced"), "{}", disk.info());
-    verify(&room, &disk.node, 8 * MIB, "512-64k");
+    assert!(shared >= 8 * MIB && shared <= disk.count(moved), "{}", disk.info());
+    assert_eq!(disk.count(other), 0, "{}", disk.info());
+    verify(room, &disk.node, 8 * MIB, "512-64k");
     assert_eq!(disk.count("bytes_shared"), shared, "memory that nobody shares was counted");
     assert_eq!(disk.count("errors"), 0);
     disk.remove();
-    // Where the kernel would copy, it would leave out what is from there.
-    let more = ["--shared-memory", &memory];
-    room.add_refused(Kind::Ublk("copy"), "mem:1M", &more, &["copy path"]);
-    room.add_refused(UBLK, "mem:1M", &["--shared-memory", "/nowhere"], &["/nowhere"]);
-    Ok(())
 }
 
 /// devsplice, or another program, as a user who may make devices.
