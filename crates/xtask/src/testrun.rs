@@ -22,6 +22,7 @@ const TOOLS: &[&str] = &[
     "mkfs.ext4",
     "mkfs.xfs",
     "nbdcopy",
+    "nbdkit",
     "qemu-img",
     "sfdisk",
     "sgdisk",
