@@ -128,8 +128,8 @@ fn shares(room: &Room, path: &'static str, memory: &str) {
     assert!(shown.contains(&format!("shared      {memory}")), "{shown}");
     // A client whose buffers are in that memory, and one whose are not.
     let words = "--name=shared --rw=randrw --bsrange=4k-64k --iodepth=8 --ioengine=libaio \
-                 --direct=1 --size=8M --verify=crc32c --verify_fatal=1 --verify_state_save=0 --do_verify=1 \
-                 --randrepeat=0";
+                 --direct=1 --size=8M --verify=crc32c --verify_fatal=1 --verify_state_save=0 \
+                 --do_verify=1 --randrepeat=0";
     let place =
         [format!("--filename={}", disk.node.display()), format!("--mem=mmapshared:{memory}")];
     let words = words.split_whitespace().map(str::to_owned).chain(place);
