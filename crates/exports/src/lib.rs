@@ -1,6 +1,7 @@
 //! Answers for front ends: how block requests of this machine reach the engine.
 
 pub mod disk;
+pub mod extents;
 pub mod fuse;
 pub mod host;
 pub mod local;

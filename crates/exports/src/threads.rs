@@ -49,21 +49,6 @@ impl Bottom {
         }
     }
 
-    /// The same again.
-    ///
-    /// # Errors
-    /// If there is no further descriptor.
-    pub fn try_clone(&self) -> Result<Bottom> {
-        Ok(match self {
-            Bottom::File { fd, kind } => {
-                let fd = fd.try_clone().map_err(|error| Error::os("a file's copy", &error))?;
-                Bottom::File { fd, kind: *kind }
-            }
-            Bottom::Bytes(bytes) => Bottom::Bytes(Arc::clone(bytes)),
-            Bottom::Remote(remote) => Bottom::Remote(Arc::clone(remote)),
-        })
-    }
-
     /// The server, if it is one's.
     fn remote(&self) -> Option<Arc<dyn Remote>> {
         match self {

@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use devsplice_backends::Access;
 use devsplice_core::{Error, Result};
-use devsplice_exports::local::{self, Course, Differ, Extents, Plan, Sides, Size, Work};
+use devsplice_exports::extents::Extents;
+use devsplice_exports::local::{self, Course, Differ, Plan, Sides, Size, Work};
 use serde_json::json;
 
 use super::progress::Progress;
@@ -126,7 +127,7 @@ fn look(
     let names: Vec<_> = opened.iter().map(|one| one.name.clone()).collect();
     let block = opened.iter().map(|one| u64::from(one.limits().block)).max().unwrap_or(PAGE);
     let sides: Vec<_> = opened.into_iter().map(Open::into_side).collect();
-    let extents = sides.iter().map(|side| Extents::new(&side.served.stack, &side.bottoms));
+    let extents = sides.iter().map(|side| Extents::at_rest(&side.served.stack, &side.bottoms));
     let extents = extents.collect::<Result<Vec<_>>>()?;
     let data = u64::from(each.bytes);
     let way = Plan { from, to, align: block, data, zeroes: ZEROES };

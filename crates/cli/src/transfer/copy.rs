@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use devsplice_backends::Access;
 use devsplice_core::{Error, ErrorKind, Result};
 use devsplice_engine::Counts;
-use devsplice_exports::local::{self, Course, Extents, How, Plan, Size, Work};
+use devsplice_exports::extents::Extents;
+use devsplice_exports::local::{self, Course, How, Plan, Size, Work};
 use devsplice_spec::Plan as StackPlan;
 use serde_json::json;
 
@@ -123,7 +124,7 @@ fn transfer(
     mut kept: Option<Kept>,
 ) -> Result<Counts> {
     let sides = opened.map(Open::into_side);
-    let extents = Extents::new(&sides[0].served.stack, &sides[0].bottoms)?;
+    let extents = Extents::at_rest(&sides[0].served.stack, &sides[0].bottoms)?;
     let slots = u32::from(threads) * u32::from(each.depth);
     let course = Arc::new(Course::new(way, vec![extents], slots));
     let flushed = Arc::new(Mutex::new(Instant::now()));

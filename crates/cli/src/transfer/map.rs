@@ -3,7 +3,7 @@
 use devsplice_backends::Access;
 use devsplice_core::Result;
 use devsplice_core::size::show_size;
-use devsplice_exports::local::{Content, Extents};
+use devsplice_exports::extents::{Content, Extents};
 use serde_json::json;
 
 use super::Open;
@@ -25,7 +25,7 @@ pub fn run(map: &Map) -> Result<()> {
     let open = Open::new(&map.stack, Access::Look)?;
     let size = open.limits().size;
     let side = open.into_side();
-    let extents = Extents::new(&side.served.stack, &side.bottoms)?;
+    let extents = Extents::at_rest(&side.served.stack, &side.bottoms)?;
     if map.totals {
         totals(map, &extents, size);
         return Ok(());

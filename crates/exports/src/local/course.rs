@@ -6,7 +6,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use devsplice_core::{Errno, Io};
 
-use super::extents::Extents;
+use crate::extents::Extents;
 
 /// A range that is done at a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -7,7 +7,6 @@
 mod compare;
 mod copy;
 mod course;
-mod extents;
 mod load;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -21,7 +20,6 @@ use crate::threads::Bottom;
 pub use compare::{Compare, Differ, Sides};
 pub use copy::{Copy, How};
 pub use course::{Course, Failure, Plan};
-pub use extents::{Content, Extents};
 pub use load::{Load, Pattern};
 
 /// A request to a side.

@@ -1,56 +1,23 @@
-//! Answers for what is there: which ranges of a disk hold data, as far as layers and files know.
-//!
-//! Only where no layer has a live side: what such a layer answers is true for as long as its engine
-//! knows of the request, which this is none of. Everything that is not known to be a hole is data.
+//! Answers for what clients are told of a disk's content: runs of data and of what reads as zeros.
 
-use std::os::fd::AsFd;
-
-use devsplice_core::{Io, Op, Place, Stack};
 use devsplice_nbd::wire::{STATE_HOLE, STATE_ZERO};
-use rustix::fs::SeekFrom;
 
 use super::post::Extent;
-use crate::threads::Bottom;
-use devsplice_uring::FileKind;
+use crate::extents::Extents;
 
 const HOLE: u32 = STATE_HOLE | STATE_ZERO;
 const DATA: u32 = 0;
 
 /// The extents from `at` on, at most `most`, of at most `len` bytes together and of at least one.
-pub(super) fn extents(
-    (stack, bottoms): (&Stack, &[Bottom]),
-    (at, len): (u64, u64),
-    most: usize,
-) -> Vec<Extent> {
+pub(super) fn list(known: &Extents, (at, len): (u64, u64), most: usize) -> Vec<Extent> {
     let mut found = Found { extents: Vec::new(), most };
-    if stack.lives().next().is_some() {
-        found.add(len, DATA);
-        return found.extents;
-    }
-    let mut route = stack.route(Io::new(Op::Read, at, len));
     let mut done = 0;
-    while let Some(answer) = route.next(stack) {
-        // A fan-out or a wait is of writes; pieces of a read come in their order and tile it.
-        let Ok(piece) = answer else { break };
-        if piece.part != done {
+    while done < len {
+        let (run, content) = known.at(at + done, len - done);
+        if found.add(run, if content.reads_zero() { HOLE } else { DATA }) {
             break;
         }
-        done += piece.len;
-        let is_full = match piece.place {
-            Place::Zero => found.add(piece.len, HOLE),
-            Place::Backend(id) => match bottoms.get(usize::from(id.0)) {
-                Some(Bottom::File { fd, kind: FileKind::Regular }) => {
-                    file(&mut found, fd, (piece.at, piece.len))
-                }
-                _ => found.add(piece.len, DATA),
-            },
-        };
-        if is_full {
-            return found.extents;
-        }
-    }
-    if done < len {
-        found.add(len - done, DATA);
+        done += run;
     }
     found.extents
 }
@@ -75,41 +42,16 @@ impl Found {
     }
 }
 
-/// The extents of a range of a file; whether the list is full.
-fn file(found: &mut Found, fd: impl AsFd, (mut at, mut len): (u64, u64)) -> bool {
-    while len > 0 {
-        let data = match rustix::fs::seek(&fd, SeekFrom::Data(at)) {
-            Ok(data) => data,
-            // Nothing but a hole up to the end. The file is not shorter than the disk.
-            Err(rustix::io::Errno::NXIO) => return found.add(len, HOLE),
-            Err(_) => return found.add(len, DATA),
-        };
-        let hole = data.saturating_sub(at).min(len);
-        if found.add(hole, HOLE) {
-            return true;
-        }
-        (at, len) = (at + hole, len - hole);
-        if len == 0 {
-            return false;
-        }
-        let end = match rustix::fs::seek(&fd, SeekFrom::Hole(at)) {
-            Ok(end) if end > at => end,
-            _ => return found.add(len, DATA),
-        };
-        let data = (end - at).min(len);
-        if found.add(data, DATA) {
-            return true;
-        }
-        (at, len) = (at + data, len - data);
-    }
-    false
-}
-
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use devsplice_core::{Limits, StackBuilder};
     use std::os::unix::fs::FileExt;
+    use std::sync::Arc;
+
+    use devsplice_core::{Limits, Stack, StackBuilder};
+    use devsplice_uring::FileKind;
+
+    use super::*;
+    use crate::threads::Bottom;
 
     /// 1 MiB with 64 KiB of data at 256 KiB.
     fn sparse(name: &str) -> Bottom {
@@ -129,27 +71,28 @@ mod tests {
         builder.finish(root)
     }
 
-    fn list(found: &[Extent]) -> Vec<(u64, u32)> {
+    /// In KiB.
+    fn ask(known: &Extents, (at, len): (u64, u64), most: usize) -> Vec<(u64, u32)> {
+        let found = list(known, (at << 10, len << 10), most);
         found.iter().map(|extent| (extent.len >> 10, extent.state)).collect()
     }
 
     #[test]
     fn holes_of_a_file_are_holes_and_everything_else_is_data() {
-        let (stack, bottoms) = (flat("a"), [sparse("extents")]);
-        let ask = |at, len, most| list(&extents((&stack, &bottoms), (at, len), most));
-        assert_eq!(ask(0, 1 << 20, 9), [(256, HOLE), (64, DATA), (704, HOLE)]);
-        assert_eq!(ask(0, 1 << 20, 1), [(256, HOLE)]);
-        assert_eq!(ask(260 << 10, 8 << 10, 9), [(8, DATA)]);
-        assert_eq!(ask(300 << 10, 40 << 10, 9), [(20, DATA), (20, HOLE)]);
-        assert_eq!(ask(0, 1 << 20, 2), [(256, HOLE), (64, DATA)]);
+        let known = Extents::in_use(&Arc::new(flat("a")), &[sparse("extents")]).unwrap();
+        assert_eq!(ask(&known, (0, 1024), 9), [(256, HOLE), (64, DATA), (704, HOLE)]);
+        assert_eq!(ask(&known, (0, 1024), 1), [(256, HOLE)]);
+        assert_eq!(ask(&known, (260, 8), 9), [(8, DATA)]);
+        assert_eq!(ask(&known, (300, 40), 9), [(20, DATA), (20, HOLE)]);
+        assert_eq!(ask(&known, (0, 1024), 2), [(256, HOLE), (64, DATA)]);
     }
 
     #[test]
     fn what_nobody_knows_is_data() {
         let Bottom::File { fd, .. } = sparse("extents-other") else { panic!("no file") };
-        let (stack, bottoms) = (flat("a"), [Bottom::File { fd, kind: FileKind::Block }]);
-        let all = extents((&stack, &bottoms), (0, 1 << 20), 9);
-        assert_eq!(list(&all), [(1024, DATA)]);
+        let block = [Bottom::File { fd, kind: FileKind::Block }];
+        let known = Extents::in_use(&Arc::new(flat("a")), &block).unwrap();
+        assert_eq!(ask(&known, (0, 1024), 9), [(1024, DATA)]);
     }
 
     #[test]
@@ -161,9 +104,24 @@ mod tests {
         let args = devsplice_core::Args::new("concat", driver.keys, &[]).unwrap();
         let layer = (driver.make)(&args).unwrap();
         let top = builder.layer("concat", layer, &below, &mut |_, _, _| Ok(())).unwrap();
-        let stack = builder.finish(top);
         let bottoms = [sparse("extents-a"), sparse("extents-b")];
-        let all = list(&extents((&stack, &bottoms), (0, 2 << 20), 9));
+        let known = Extents::in_use(&Arc::new(builder.finish(top)), &bottoms).unwrap();
+        let all = ask(&known, (0, 2048), 9);
         assert_eq!(all, [(256, HOLE), (64, DATA), (960, HOLE), (64, DATA), (704, HOLE)]);
+    }
+
+    #[test]
+    fn below_a_layer_with_a_live_side_all_is_data_while_others_use_it() {
+        let mut builder = StackBuilder::new();
+        let (bottom, _) = builder.backend("a", Limits::ideal(1 << 20)).unwrap();
+        let driver = devsplice_layers::find("stats").unwrap();
+        let args = devsplice_core::Args::new("stats", driver.keys, &[]).unwrap();
+        let layer = (driver.make)(&args).unwrap();
+        let top = builder.layer("stats", layer, &[bottom], &mut |_, _, _| Ok(())).unwrap();
+        let (stack, bottoms) = (Arc::new(builder.finish(top)), [sparse("extents-alive")]);
+        let known = Extents::in_use(&stack, &bottoms).unwrap();
+        assert_eq!(ask(&known, (0, 1024), 9), [(1024, DATA)]);
+        let known = Extents::at_rest(&stack, &bottoms).unwrap();
+        assert_eq!(ask(&known, (0, 1024), 9), [(256, HOLE), (64, DATA), (704, HOLE)]);
     }
 }

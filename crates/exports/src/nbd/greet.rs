@@ -8,28 +8,22 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use devsplice_core::Stack;
 use devsplice_nbd::server::{Handshake, Offer, Tls};
 use devsplice_nbd::wire::can;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::Secure;
-use super::extents::extents;
+use super::extents;
 use super::guest::{Guest, Step};
 use super::listen::{Listener, Peer, Rule};
 use super::post::{Letter, Post};
-use crate::threads::Bottom;
-
-/// Where questions are answered from.
-pub(super) struct Looked {
-    pub(super) stack: Arc<Stack>,
-    pub(super) bottoms: Vec<Bottom>,
-}
+use crate::extents::Extents;
 
 /// What the thread serves with.
 pub(super) struct Host {
     pub(super) post: Arc<Post>,
-    pub(super) looked_at: Looked,
+    /// What questions are answered from.
+    pub(super) known: Extents,
     pub(super) offer: Offer,
     pub(super) rules: Vec<Rule>,
     /// Whether clients that come over a network may change data.
@@ -46,8 +40,8 @@ impl Host {
             self.wait(listeners, &guests);
             self.post.bell.heard();
             while let Some(question) = self.post.take_question() {
-                let of = (&*self.looked_at.stack, &*self.looked_at.bottoms);
-                let extents = extents(of, (question.at, question.len), question.most);
+                let range = (question.at, question.len);
+                let extents = extents::list(&self.known, range, question.most);
                 let letter = Letter::Answer { tag: question.tag, extents };
                 self.post.desks[question.lane].send(letter);
             }

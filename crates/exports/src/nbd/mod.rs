@@ -29,9 +29,10 @@ use devsplice_nbd::server::Offer;
 use devsplice_nbd::wire::can;
 use devsplice_uring::{FileKind, LaneMemory, RingFile, Uring};
 
-use crate::threads::{Bottom, Crew, Service, Shape, Work};
+use crate::extents::Extents;
+use crate::threads::{Crew, Service, Shape, Work};
 use connection::Connection;
-use greet::{Host, Looked};
+use greet::Host;
 use listen::Listener;
 use post::{Desk, Post};
 
@@ -122,7 +123,7 @@ impl Device {
         let post = Post::new(connections, threads, service.on_event.clone())?;
         let may_lend = service.stack.lives().next().is_none();
         // The greeting thread looks at the same bottoms.
-        let looked_at = copy(&service)?;
+        let known = Extents::in_use(&service.stack, &service.bottoms)?;
         let work = Work {
             service,
             make: make(&post, limits, options.depth, may_lend),
@@ -131,7 +132,7 @@ impl Device {
         let crew = Crew::start(shape(options, connections, threads), work)?;
         let host = Host {
             post: Arc::clone(&post),
-            looked_at,
+            known,
             offer: offer(options, &limits),
             rules: options.allow.clone(),
             writable: options.writable,
@@ -267,10 +268,4 @@ fn offer(options: &Options, limits: &Limits) -> Offer {
         block: limits.block,
         preferred: preferred.next_power_of_two().min(MAX_PAYLOAD),
     }
-}
-
-/// The stack and its bottoms once more, for looking at what is there.
-fn copy(service: &Service) -> Result<Looked> {
-    let bottoms = service.bottoms.iter().map(Bottom::try_clone);
-    Ok(Looked { stack: Arc::clone(&service.stack), bottoms: bottoms.collect::<Result<_>>()? })
 }

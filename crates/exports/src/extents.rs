@@ -1,5 +1,6 @@
 //! Answers for what is known of a stack's content without reading it: holes of files below it, and
 //! what layers answer with zeros.
+//! Everything that is not known to read as zeros is data.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -46,6 +47,8 @@ pub struct Extents {
     stack: Arc<Stack>,
     /// The bottoms that can tell.
     tellers: Vec<Option<Teller>>,
+    /// What layers answer may have changed by the time that it is used.
+    is_moving: bool,
 }
 
 /// A bottom that can tell what is there.
@@ -55,29 +58,47 @@ enum Teller {
 }
 
 impl Extents {
-    /// Of a stack over these bottoms.
+    /// Of a disk that others use meanwhile. What servers hold is data: they are not waited for. So
+    /// is everything below a layer with a live side: its answers are true for as long as its engine
+    /// knows of the request, which this is none of.
     ///
     /// # Errors
     /// If there are no descriptors left.
-    pub fn new(stack: &Arc<Stack>, bottoms: &[Bottom]) -> Result<Extents> {
+    pub fn in_use(stack: &Arc<Stack>, bottoms: &[Bottom]) -> Result<Extents> {
         let tellers = bottoms.iter().map(|bottom| match bottom {
             Bottom::File { fd, kind: FileKind::Regular } => {
                 let fd = fd.try_clone().map_err(|error| Error::os("a file's copy", &error))?;
                 Ok(Some(Teller::File(fd)))
             }
-            Bottom::Remote(remote) => {
-                remote.look_ahead();
-                Ok(Some(Teller::Remote(Arc::clone(remote))))
-            }
-            Bottom::File { .. } | Bottom::Bytes(_) => Ok(None),
+            Bottom::Remote(_) | Bottom::File { .. } | Bottom::Bytes(_) => Ok(None),
         });
-        Ok(Extents { stack: Arc::clone(stack), tellers: tellers.collect::<Result<_>>()? })
+        let is_moving = stack.lives().next().is_some();
+        let tellers = tellers.collect::<Result<_>>()?;
+        Ok(Extents { stack: Arc::clone(stack), tellers, is_moving })
+    }
+
+    /// Of a stack that nobody changes meanwhile, for a thread that may wait for servers.
+    ///
+    /// # Errors
+    /// As [`Extents::in_use`].
+    pub fn at_rest(stack: &Arc<Stack>, bottoms: &[Bottom]) -> Result<Extents> {
+        let mut extents = Extents { is_moving: false, ..Extents::in_use(stack, bottoms)? };
+        for (teller, bottom) in extents.tellers.iter_mut().zip(bottoms) {
+            if let Bottom::Remote(remote) = bottom {
+                remote.look_ahead();
+                *teller = Some(Teller::Remote(Arc::clone(remote)));
+            }
+        }
+        Ok(extents)
     }
 
     /// What the bytes from `at` on are, and how many of them for sure: at least 1, at most `most`.
     #[must_use]
     pub fn at(&self, at: u64, most: u64) -> (u64, Content) {
         let all = (most, Content::Data);
+        if self.is_moving {
+            return all;
+        }
         match self.stack.route(Io::new(Op::Read, at, most)).next(&self.stack) {
             Some(Ok(piece @ Piece { len: 1.., part: 0, .. })) => match piece.place {
                 Place::Zero => (piece.len, Content::Zero),
