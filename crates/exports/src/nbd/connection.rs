@@ -276,7 +276,10 @@ impl Connection {
         self.tags[usize::from(tag)] = Tag { cookie, offset, ..Tag::default() };
         let io = |op| Io::new(op, offset, length);
         match answer {
-            Err(Refusal::Hopeless) => return Err(Broken("a request with more data than any has")),
+            Err(Refusal::Hopeless) => {
+                self.free(tag);
+                return Err(Broken("a request with more data than any has"));
+            }
             Err(Refusal::Reply { error, skip }) => {
                 self.large = skip >= LARGE;
                 self.intake = if skip > 0 { Intake::Skip { left: skip } } else { self.intake };

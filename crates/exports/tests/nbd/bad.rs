@@ -72,6 +72,19 @@ fn a_request_that_is_refused_leaves_the_next_one_right() {
 }
 
 #[test]
+fn a_write_of_more_than_can_be_skipped_ends_the_connection_and_frees_its_place() {
+    let host = Host::new("hopeless", |options| options.connections = 1);
+    for _ in 0..2 {
+        let mut peer = host.peer(Mode::Extended);
+        let head = peer.request(command::WRITE, 0, (0, 1 << 33));
+        peer.send(&head);
+        ends(&peer.socket());
+        host.wait_until_free();
+    }
+    assert_eq!(host.peer(Mode::Extended).read(0, 512), Ok(vec![0; 512]));
+}
+
+#[test]
 fn a_write_whose_client_goes_in_the_middle_is_not_begun() {
     undisturbed("cut", |host| {
         for there in [0, 1, 511, 65_536, 99_999] {
