@@ -420,6 +420,12 @@ impl Conn {
         self.batch.out == 0 && self.receiving.out == 0
     }
 
+    /// The seconds that a good answer was waited for, if that is over.
+    fn outage(&self, now: u32) -> Option<u32> {
+        let away = now.wrapping_sub(self.down_since?);
+        self.remote.patience().outage.filter(|outage| away > *outage)
+    }
+
     fn can(&self, flag: u16) -> bool {
         self.remote.agreed().flags & flag != 0
     }

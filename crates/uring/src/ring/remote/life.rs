@@ -49,6 +49,8 @@ impl Remotes {
         }
         conn.state = State::Down;
         conn.down_since.get_or_insert(*tick);
+        // There may soon be a connection again, and no answer over that one, either.
+        let outage = conn.outage(*tick);
         conn.batch.clear();
         conn.receiving = Receiving::default();
         conn.asks.restart(Mode::Simple, None);
@@ -64,6 +66,8 @@ impl Remotes {
         conn.remote.dial(&line, Some(&conn.lost));
         if conn.strikes >= STRIKES {
             self.fail(ring, index, "speaks no NBD that can be understood");
+        } else if let Some(outage) = outage {
+            self.fail(ring, index, &format!("has been away for {outage} s"));
         }
         self.arm_tick(ring);
     }
@@ -135,17 +139,15 @@ impl Remotes {
         let mut is_waiting = false;
         for index in 0..self.conns.len() {
             let conn = &self.conns[index];
-            let Patience { answer, outage } = conn.remote.patience();
+            let Patience { answer, .. } = conn.remote.patience();
             // Seconds are counted as they end, so one more than was meant is at least that.
-            let now = self.tick;
-            let since = |then: u32| now.wrapping_sub(then);
-            if conn.state == State::Up && conn.open > 0 && answer > 0 && since(conn.heard) > answer
-            {
+            let silent = self.tick.wrapping_sub(conn.heard);
+            if conn.state == State::Up && conn.open > 0 && answer > 0 && silent > answer {
                 self.lose(ring, index, format!("it has not answered for {answer} s"));
             }
             let conn = &self.conns[index];
-            if let (State::Down, Some(then), Some(outage)) = (conn.state, conn.down_since, outage)
-                && since(then) > outage
+            if conn.state == State::Down
+                && let Some(outage) = conn.outage(self.tick)
             {
                 self.fail(ring, index, &format!("has been away for {outage} s"));
             }
