@@ -56,6 +56,7 @@ impl Pool {
     pub fn start(threads: usize) -> Result<Arc<Pool>> {
         // What a thread needs that is shut in once it runs.
         devsplice_uring::zeroes()?;
+        devsplice_uring::probe::sockets_take_slots();
         let starter = starter()?;
         let (ready, news) = mpsc::channel();
         let mut seats = Vec::new();

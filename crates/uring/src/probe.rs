@@ -48,8 +48,8 @@ pub fn features() -> Result<Features> {
 }
 
 /// Whether plain sends and receives take a registered buffer, since Linux 7.2; before, only reads
-/// and writes of a socket do. Tried once.
-pub(crate) fn sockets_take_slots() -> bool {
+/// and writes of a socket do. Tried once, which takes a socket.
+pub fn sockets_take_slots() -> bool {
     static TAKE: OnceLock<bool> = OnceLock::new();
     *TAKE.get_or_init(|| try_slot().unwrap_or(false))
 }

@@ -83,11 +83,11 @@ pub fn start_by(by: mpsc::Sender<Start>) {
     STARTER.set(Some(by));
 }
 
-/// Starts a helper thread.
-pub(crate) fn start(
-    name: String,
-    body: impl FnOnce() + Send + 'static,
-) -> io::Result<JoinHandle<()>> {
+/// Starts a helper thread, or has it started by whoever [`start_by`] has named.
+///
+/// # Errors
+/// If there is none to be had.
+pub fn start(name: String, body: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
     let start = move || std::thread::Builder::new().name(name).spawn(body);
     let Some(by) = STARTER.with_borrow(Clone::clone) else { return start() };
     let (answer, started) = mpsc::channel();

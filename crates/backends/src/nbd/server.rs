@@ -44,11 +44,33 @@ struct State {
     /// When the next attempt may be.
     next: Option<Instant>,
     wait: Duration,
+    /// When a ring got a connection last, if none was lost since.
+    handed: Option<Instant>,
     has_thread: bool,
     ended: bool,
     standing: Standing,
     away_since: Option<Instant>,
     tell: Option<Tell>,
+}
+
+impl State {
+    /// A connection was lost. Another one is tried for at once, unless this one was as short as an
+    /// attempt: a server may take connections and have no use for them.
+    fn lost(&mut self, now: Instant) {
+        match self.handed.take() {
+            Some(then) if now.duration_since(then) < LAST_WAIT => self.back_off(now),
+            Some(_) => self.wait = FIRST_WAIT,
+            None => {}
+        }
+    }
+
+    /// The next attempt has to wait, and the one after that longer.
+    fn back_off(&mut self, now: Instant) {
+        let wait = self.wait.clamp(FIRST_WAIT, LAST_WAIT);
+        self.wait = (wait * 2).min(LAST_WAIT);
+        // Not all clients of a server are to come at the same moment.
+        self.next = Some(now + wait.mul_f32(jitter()));
+    }
 }
 
 /// What is known of what is there.
@@ -138,12 +160,12 @@ impl Remote for Server {
         } else {
             shared.wait(line, lost);
         }
-        // Here the thread can be made; those that lose connections may make none.
+        // Here somebody makes the thread; whoever loses connections waits for nobody.
         let mut state = lock(&shared.state);
         if lost.is_none() && !std::mem::replace(&mut state.has_thread, true) {
             let shared = Arc::clone(shared);
-            let thread = std::thread::Builder::new().name("nbd/connect".to_owned());
-            if let Err(error) = thread.stack_size(512 << 10).spawn(move || shared.serve()) {
+            let serve = move || shared.serve();
+            if let Err(error) = devsplice_uring::thread::start("nbd/connect".to_owned(), serve) {
                 state.has_thread = false;
                 state.standing.last_error = Some(format!("no thread to connect: {error}"));
             }
@@ -195,7 +217,9 @@ impl Shared {
         state.standing.connections = state.standing.connections.saturating_sub(1);
         state.standing.last_error = Some(why.to_owned());
         let is_news = state.away_since.is_none();
-        state.away_since.get_or_insert_with(Instant::now);
+        let now = Instant::now();
+        state.away_since.get_or_insert(now);
+        state.lost(now);
         drop(state);
         self.work.notify_all();
         if is_news {
@@ -255,9 +279,10 @@ impl Shared {
 
     fn hand_over(&self, link: Link) {
         let mut state = lock(&self.state);
-        (state.next, state.wait) = (None, FIRST_WAIT);
+        state.next = None;
         let line = state.waiting.pop().and_then(|line| line.upgrade());
         let Some(line) = line else { return };
+        state.handed = Some(Instant::now());
         state.standing.connections += 1;
         let away = state.away_since.take();
         state.standing.reconnects += u64::from(away.is_some());
@@ -271,11 +296,8 @@ impl Shared {
 
     fn put_off(&self, error: &Error) {
         let mut state = lock(&self.state);
-        let wait = state.wait.clamp(FIRST_WAIT, LAST_WAIT);
-        state.wait = (wait * 2).min(LAST_WAIT);
-        // Not all clients of a server are to come at the same moment.
         let now = Instant::now();
-        state.next = Some(now + wait.mul_f32(jitter()));
+        state.back_off(now);
         state.away_since.get_or_insert(now);
         let text = error.to_string();
         let is_news = state.standing.last_error.as_ref() != Some(&text);
@@ -370,6 +392,22 @@ mod tests {
         for _ in 0..100 {
             assert!((0.75..=1.25).contains(&jitter()));
         }
+    }
+
+    #[test]
+    fn a_connection_that_was_short_is_followed_by_a_wait_and_one_that_was_not_by_none() {
+        let (start, mut state) = (Instant::now(), State::default());
+        state.lost(start);
+        assert_eq!(state.next, None, "the first one");
+        for wait in [0.1, 0.2, 0.4] {
+            (state.next, state.handed) = (None, Some(start));
+            state.lost(start);
+            let next = state.next.unwrap().duration_since(start).as_secs_f32();
+            assert!((wait * 0.74..wait * 1.26).contains(&next), "{next} s for {wait}");
+        }
+        (state.next, state.handed) = (None, Some(start));
+        state.lost(start + LAST_WAIT);
+        assert_eq!((state.next, state.wait), (None, FIRST_WAIT));
     }
 
     #[test]
