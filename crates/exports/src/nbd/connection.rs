@@ -49,8 +49,8 @@ struct Tag {
     bytes: u32,
     /// It has to be durable, which takes a flush behind it.
     flush: bool,
-    /// The engine has it.
-    busy: bool,
+    /// It is a question that has no answer yet.
+    asked: bool,
 }
 
 /// What is to come from the client next.
@@ -180,6 +180,12 @@ impl Connection {
         }
         if post.is_stopping() {
             self.lose(None);
+            // Nobody answers any more, nor are answers heard.
+            for tag in 0..self.stage() {
+                if self.tags[usize::from(tag)].asked {
+                    self.free(tag);
+                }
+            }
         } else {
             self.listen(ring);
         }
@@ -302,7 +308,7 @@ impl Connection {
                 // With 32 bits no extent can be longer.
                 let len = if mode == Mode::Extended { length } else { length.min(1 << 31) };
                 let question = Question { lane: self.desk, tag, at: offset, len, most };
-                self.tags[usize::from(tag)].busy = true;
+                self.tags[usize::from(tag)].asked = true;
                 self.post.ask(question);
             }
         }
@@ -349,7 +355,6 @@ impl Connection {
             state.bytes = u32::try_from(io.extent.len).unwrap_or(u32::MAX);
             self.bytes += u64::from(state.bytes);
         }
-        state.busy = true;
         ring.forget_loan(self.lane, tag);
         let pages = ring.memory_pages(self.lane, tag);
         inbox.push(self.lane, Request { tag, io, pages });
@@ -383,12 +388,8 @@ impl Connection {
         };
         let wait = if self.large { Wait::Some } else { Wait::First };
         self.receiving = true;
-        ring.receive(
-            (self.lane, RECEIVED << 16 | u32::from(stage)),
-            self.socket,
-            (end, most),
-            wait,
-        );
+        let index = (self.lane, RECEIVED << 16 | u32::from(stage));
+        ring.receive(index, self.socket, (end, most), wait);
     }
 
     /// A receive is over.
@@ -429,7 +430,7 @@ impl Connection {
 
     /// The reply to a question about a range.
     fn tell(&mut self, ring: &mut Uring, tag: u16, extents: &[Extent]) {
-        self.tags[usize::from(tag)].busy = false;
+        self.tags[usize::from(tag)].asked = false;
         if self.phase == Phase::Lost {
             return self.free(tag);
         }
@@ -559,7 +560,6 @@ impl Export<Uring> for Connection {
 
     fn finish(&mut self, ring: &mut Uring, tag: u16, io: &Io, result: Result<(), Errno>) {
         let state = &mut self.tags[usize::from(tag)];
-        state.busy = false;
         if self.phase == Phase::Lost {
             self.free(tag);
             return self.settle(ring);
@@ -574,7 +574,6 @@ impl Export<Uring> for Connection {
             }
             Ok(()) if std::mem::take(&mut state.flush) => {
                 // Goes on with the next event, which this is.
-                state.busy = true;
                 self.unflushed.push_back(tag);
                 self.post.desks[self.desk].bell.ring();
             }

@@ -4,6 +4,7 @@
 mod bad;
 mod peer;
 
+use std::io::Write;
 use std::time::Duration;
 
 use devsplice_nbd::Mode;
@@ -268,4 +269,27 @@ fn an_end_with_clients_in_the_middle_of_things_comes_in_time_and_frees_the_socke
     host.end();
     assert!(start.elapsed() < Duration::from_secs(8), "{:?}", start.elapsed());
     assert!(!std::path::Path::new(&host.socket()).exists());
+}
+
+#[test]
+fn an_end_does_not_wait_for_answers_to_questions_that_nobody_answers_any_more() {
+    for _ in 0..3 {
+        let mut host = Host::new("end-asked", |_| {});
+        let mut peers: Vec<_> = (0..4).map(|_| host.peer(Mode::Structured)).collect();
+        let asking: Vec<_> = peers
+            .iter_mut()
+            .map(|peer| {
+                let request = peer.request(command::BLOCK_STATUS, 0, (0, 1 << 20));
+                let (socket, mut answers) = (peer.socket(), peer.socket());
+                std::thread::spawn(move || {
+                    let _ = std::io::copy(&mut answers, &mut std::io::sink());
+                });
+                let requests = request.repeat(1000);
+                std::thread::spawn(move || while (&socket).write_all(&requests).is_ok() {})
+            })
+            .collect();
+        std::thread::sleep(Duration::from_millis(100));
+        host.end();
+        asking.into_iter().for_each(|asks| asks.join().unwrap());
+    }
 }
