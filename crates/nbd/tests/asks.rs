@@ -323,6 +323,13 @@ fn extents_are_read_as_the_mode_writes_them() {
         assert!(done && rest.is_empty());
         let found: Vec<_> = asks.extents().iter().map(|one| (one.len, one.is_hole)).collect();
         assert_eq!(found, [(4096, false), (8192, true)]);
+        let head = asks.begin(0, &request);
+        let cookie = Request::parse(head.bytes(), mode).unwrap().unwrap().cookie;
+        let nothing = chunk_of(mode, (chunk::NONE, chunk::DONE), cookie, &[]);
+        let (taken, said) = asks.next(&nothing).unwrap();
+        let said = said.or_else(|| asks.next(&nothing[taken..]).unwrap().1);
+        let none = Err(error::EIO);
+        assert_eq!(said, Some(Said::Done { key: 0, result: none }), "it says nothing");
         let other = Head::status(mode, (cookie, 0), CONTEXT + 1, 0);
         assert!(asks.next(other.bytes()).is_err(), "the question is over");
         assert!(Reply::parse(other.bytes(), mode).is_ok());

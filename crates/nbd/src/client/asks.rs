@@ -140,6 +140,10 @@ impl Asks {
             error: 0,
             filled: Filled::NONE,
         };
+        if request.command == command::BLOCK_STATUS {
+            // An answer without any must not look like the one before.
+            self.extents.clear();
+        }
         let mut flags = request.flags;
         if self.mode == Mode::Extended && request.command == command::WRITE {
             flags |= ask::PAYLOAD_LEN;
