@@ -80,8 +80,10 @@ impl Certificates {
         })
     }
 
+    /// Whether there is such a file. One that cannot be looked at is there: whoever reads it says
+    /// what is wrong.
     fn has(&self, name: &str) -> bool {
-        self.path(name).exists()
+        self.path(name).try_exists().unwrap_or(true)
     }
 
     /// What is revoked; nothing where there is no such file.
@@ -221,6 +223,15 @@ impl Client {
     }
 
     fn config(&self) -> Result<ClientConfig> {
+        if let Some(files) = &self.certificates
+            && !files.has("ca-cert.pem")
+            && !files.has("client-cert.pem")
+        {
+            // Without it the system's authorities would be believed instead.
+            let reason = "has neither ca-cert.pem nor client-cert.pem";
+            return Err(Error::new(ErrorKind::NotFound, files.0.display().to_string(), reason)
+                .next("is that the directory with the certificates?"));
+        }
         let wrong = |error: &rustls::Error| Error::invalid("TLS", error.to_string());
         let believing = ClientConfig::builder_with_provider(provider())
             .with_safe_default_protocol_versions()

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use devsplice_core::{Error, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
+use rustix::net::sockopt::set_socket_linger;
 use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, Shutdown, SocketFlags, SocketType, recv, send, shutdown,
     socketpair,
@@ -127,7 +128,7 @@ impl<S: Side> Relay<S> {
             if left.is_some_and(|left| left.is_zero()) {
                 return Err(Stop::Gone);
             }
-            let (outer_ready, inner_ready) = self.wait(inner, left);
+            let (outer_ready, inner_ready) = self.wait(inner, left)?;
             if outer_ready && self.takes_outer() {
                 self.take_outer(inner)?;
             }
@@ -146,7 +147,7 @@ impl<S: Side> Relay<S> {
     }
 
     /// Waits until something can be moved: something at the real socket, something at the pair.
-    fn wait(&self, inner: &OwnedFd, limit: Option<Duration>) -> (bool, bool) {
+    fn wait(&self, inner: &OwnedFd, limit: Option<Duration>) -> Result<(bool, bool), Stop> {
         let flags = |takes, gives| {
             let mut flags = PollFlags::empty();
             flags.set(PollFlags::IN, takes);
@@ -160,7 +161,7 @@ impl<S: Side> Relay<S> {
             PollFd::from_borrowed_fd(inner.as_fd(), inner_flags),
         ];
         // One that nothing is wanted of would only say again and again that its peer has gone.
-        let range = match (outer.is_empty(), inner_flags.is_empty()) {
+        let range = match (outer.is_empty(), inner_flags.is_empty() && !S::DROPS_REST) {
             (true, _) => 1..2,
             (_, true) => 0..1,
             _ => 0..2,
@@ -168,7 +169,12 @@ impl<S: Side> Relay<S> {
         let limit = limit.and_then(|limit| Timespec::try_from(limit).ok());
         // An interruption is as good as an event: both are looked at.
         let _ = poll(&mut all[range], limit.as_ref());
-        (!all[0].revents().is_empty(), !all[1].revents().is_empty())
+        if S::DROPS_REST && all[1].revents().contains(PollFlags::HUP) {
+            // Nothing that it has not sent yet is sent when it is closed.
+            let _ = set_socket_linger(&self.outer, Some(Duration::ZERO));
+            return Err(Stop::Gone);
+        }
+        Ok((!all[0].revents().is_empty(), !all[1].revents().is_empty()))
     }
 
     /// Takes what the peer has sent, and gives on what can be given at once.

@@ -14,6 +14,10 @@ pub trait Side: Send + 'static {
     /// What rustls tells them apart by.
     type Data: Send;
 
+    /// Whether what is on its way is of no use when our end is gone. A server's last answers are;
+    /// a client's last requests must not come after what it says over its next connection.
+    const DROPS_REST: bool;
+
     /// Takes records, says what is to be done next.
     fn process<'c, 'i>(&'c mut self, records: &'i mut [u8])
     -> UnbufferedStatus<'c, 'i, Self::Data>;
@@ -27,6 +31,7 @@ pub trait Side: Send + 'static {
 
 impl Side for ServerSide {
     type Data = ServerConnectionData;
+    const DROPS_REST: bool = false;
 
     fn process<'c, 'i>(
         &'c mut self,
@@ -46,6 +51,7 @@ impl Side for ServerSide {
 
 impl Side for ClientSide {
     type Data = ClientConnectionData;
+    const DROPS_REST: bool = true;
 
     fn process<'c, 'i>(
         &'c mut self,

@@ -333,3 +333,47 @@ fn files_that_are_not_what_they_should_be_are_named() {
     let error = Server::new(Certificates(room.dir.clone()), false).unwrap_err().to_string();
     assert!(error.contains("server-cert.pem"), "{error}");
 }
+
+#[test]
+fn a_directory_that_was_named_and_has_nothing_is_not_replaced_by_the_systems_authorities() {
+    let refused = |room: &Room, dir: &str| {
+        let (a, _b) = UnixStream::pair().unwrap();
+        let certificates = Some(Certificates(room.dir.join(dir)));
+        let client = Client { certificates, ..room.client() };
+        client.connect(OwnedFd::from(a)).map(drop).unwrap_err().to_string()
+    };
+    let room = Room::new("named");
+    let said = refused(&room, "typo");
+    assert!(said.contains("typo") && said.contains("neither ca-cert.pem"), "{said}");
+    // One that cannot be looked at.
+    let said = refused(&room, "server-cert.pem");
+    assert!(said.contains("server-cert.pem/ca-cert.pem"), "{said}");
+}
+
+#[test]
+fn a_client_that_is_gone_leaves_nothing_on_its_way() {
+    let room = Room::new("rest");
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let ours = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let mut theirs = listener.accept().unwrap().0;
+    let mut begun = room.server(false).accept(theirs.try_clone().unwrap().into()).unwrap();
+    let serving = std::thread::spawn(move || begun.wait(end()).map(|()| begun));
+    let mut client = room.client().connect(ours.into()).and_then(finish).unwrap();
+    // It takes nothing any more.
+    let _served = serving.join().unwrap().unwrap();
+    client.socket.set_nonblocking(true).unwrap();
+    let (data, mut sent, mut last) = (noise(64 << 10), 0, Instant::now());
+    while last.elapsed() < Duration::from_millis(300) {
+        match client.socket.write(&data) {
+            Ok(count) => (sent, last) = (sent + count, Instant::now()),
+            Err(_) => std::thread::sleep(Duration::from_millis(5)),
+        }
+    }
+    client.socket.shutdown(std::net::Shutdown::Both).unwrap();
+    client.over.recv_timeout(Duration::from_secs(3)).unwrap();
+    theirs.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut rest = Vec::new();
+    let error = theirs.read_to_end(&mut rest).unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+    assert!(rest.len() < sent, "{} of {sent} bytes have come", rest.len());
+}
