@@ -109,6 +109,12 @@ fn greet(socket: OwnedFd, export: &str, tls: Option<&Client>) -> Result<Link> {
         match (handshake.outcome(), tls) {
             (Outcome::Chosen(agreed), _) => {
                 limit(socket.as_fd(), None).map_err(failed)?;
+                if tls.is_none() {
+                    // What is not sent when it is closed must not come after what the next
+                    // connection says. With TLS the thread that has the socket sees to that.
+                    sockopt::set_socket_linger(&socket, Some(Duration::ZERO))
+                        .map_err(|errno| failed(errno.into()))?;
+                }
                 return Ok(Link { agreed: agreed.clone(), socket });
             }
             (Outcome::Refused(reason), _) => return Err(Error::invalid("export", reason.clone())),
