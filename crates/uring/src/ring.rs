@@ -151,6 +151,8 @@ pub struct Uring {
     fuse: Vec<Option<fuse::Headers>>,
     /// What the thread has carried out itself, if it does.
     done: Option<in_place::Done>,
+    /// How often in a row the kernel was passed by for that.
+    passed: u8,
     /// For the lanes whose replies may be sent from files.
     loans: Vec<Option<lent::Loans>>,
     /// Rung by other threads.
@@ -224,6 +226,7 @@ impl Uring {
             messages: std::iter::repeat_with(|| None).take(config.lanes.len()).collect(),
             fuse: Vec::new(),
             done: None,
+            passed: 0,
             loans: Vec::new(),
             bell: None,
             brief: None,
@@ -343,11 +346,10 @@ impl Uring {
         if self.brief.is_some() {
             return self.enter_briefly(most > 0);
         }
-        if self.has_done() {
-            // To be reported first: what follows from it is handed over with the rest.
+        if self.passes_by() {
             return Ok(());
         }
-        let want = if self.queues.has_completions() { 0 } else { most };
+        let want = if self.has_done() || self.queues.has_completions() { 0 } else { most };
         self.enter_once(want)
     }
 

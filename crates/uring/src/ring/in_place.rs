@@ -21,6 +21,9 @@ use crate::splice::{DATA_AT, IoVec, PagesKind};
 
 /// Bytes that are moved at most.
 pub(super) const MOST: u64 = 256 << 10;
+/// How often in a row the kernel is not entered: what follows from what was carried out may be such
+/// a thing again, for ever, and others wait for the kernel.
+const MOST_PASSED: u8 = 15;
 /// `TMPFS_MAGIC` and `RAMFS_MAGIC` (include/uapi/linux/magic.h).
 const IN_MEMORY: [u64; 2] = [0x0102_1994, 0x8584_58f6];
 
@@ -45,6 +48,15 @@ impl Uring {
     #[inline]
     pub(super) fn has_done(&self) -> bool {
         self.done.as_ref().is_some_and(|done| !done.is_empty())
+    }
+
+    /// Whether the kernel is not entered now, as something was carried out: that is reported first,
+    /// and what follows from it is handed over with the rest.
+    #[inline]
+    pub(super) fn passes_by(&mut self) -> bool {
+        let passes = self.has_done() && self.passed < MOST_PASSED;
+        self.passed = if passes { self.passed + 1 } else { 0 };
+        passes
     }
 
     /// Carries a splice out if it is one of those; whether it was.
@@ -99,4 +111,39 @@ impl Uring {
 pub(super) fn last_errno() -> Errno {
     let raw = std::io::Error::last_os_error().raw_os_error();
     raw.map_or(Errno::EIO, |raw| Errno::from_result(-raw))
+}
+
+#[cfg(test)]
+mod tests {
+    use devsplice_engine::{Part, Ring};
+
+    use super::*;
+    use crate::files::{FileKind, RingFile};
+    use crate::ring::{Config, LaneMemory};
+
+    #[test]
+    fn who_has_always_something_done_still_hears_of_the_rest() {
+        let lane = LaneMemory { depth: 1, bytes: 4096, slots: false, locked: false };
+        let config = Config { flights: 2, files: 1, lanes: vec![lane], inner: 0 };
+        let mut ring = Uring::new(&config).unwrap();
+        ring.work_in_place();
+        let fd = rustix::fs::memfd_create("in-place", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        let file = ring.add_file(RingFile { fd, kind: FileKind::Regular }).unwrap();
+        ring.after(1, 0);
+        let pages = ring.memory_pages(0, 0);
+        let parts = &[Part { at: 0, len: 512 }];
+        for _ in 0..100 {
+            let to = To::File(file);
+            let write = Splice { op: Op::Write, fua: false, to, at: 0, len: 512, pages, parts };
+            ring.splice(0, &write);
+            assert!(ring.has_done());
+            ring.enter(true).unwrap();
+            while let Some(event) = ring.next() {
+                if matches!(event, Event::Timer { key: 1 }) {
+                    return;
+                }
+            }
+        }
+        panic!("a timer that is over is not heard of");
+    }
 }
