@@ -23,6 +23,7 @@ use devsplice_nbd::Request;
 use devsplice_nbd::client::{Agreed, Asks, Extent};
 use devsplice_nbd::wire::{ask as flag, can, command};
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::net::{Shutdown, shutdown};
 
 use super::{KIND_REMOTE, Timespec, Uring};
 use crate::arena::Arena;
@@ -41,6 +42,8 @@ const IS_REMOTE: u16 = 1 << 15;
 const STRIKES: u8 = 3;
 /// Most bytes of a question without data: in any mode, whatever the server's block.
 const LONGEST: u64 = 0xffff_0000;
+/// Rounds of 10 ms that a server has to hang up when it was told goodbye.
+const GOODBYE: u32 = 20;
 /// How often it is looked whether a server still answers.
 static SECOND: Timespec = Timespec { seconds: 1, nanoseconds: 0 };
 
@@ -390,7 +393,12 @@ impl Uring {
     pub(super) fn hang_up(&mut self) {
         let Some(mut remotes) = self.remotes.take() else { return };
         remotes.part(self);
-        for _ in 0..100 {
+        for round in 0..100 {
+            if round == GOODBYE {
+                for conn in &remotes.conns {
+                    let _ = shutdown(conn.socket(self), Shutdown::Both);
+                }
+            }
             if remotes.conns.iter().all(Conn::is_quiet) || self.queues.enter(0).is_err() {
                 break;
             }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use devsplice_core::Errno;
 use devsplice_nbd::wire::command;
 use devsplice_nbd::{Broken, Mode, Request};
-use rustix::net::{Shutdown, shutdown};
+use rustix::net::{SendFlags, Shutdown, send, shutdown};
 
 use super::{
     BELL, Link, Patience, Receiving, Remotes, SECOND, STRIKES, State, TICK, Uring, user_data,
@@ -163,6 +163,7 @@ impl Remotes {
     pub(super) fn part(&mut self, ring: &mut Uring) {
         for conn in self.conns.iter_mut().filter(|conn| conn.state != State::Down) {
             let socket = conn.socket(ring);
+            let mut how = Shutdown::Both;
             if conn.state == State::Up && conn.batch.out == 0 {
                 let goodbye = Request {
                     flags: 0,
@@ -171,10 +172,14 @@ impl Remotes {
                     offset: 0,
                     length: 0,
                 };
-                // There is room for it, or nobody is there any more.
-                let _ = rustix::io::write(socket, goodbye.head(conn.asks.mode()).bytes());
+                // There is room for it, or nobody listens any more.
+                let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+                if send(socket, goodbye.head(conn.asks.mode()).bytes(), flags).is_ok() {
+                    // It has to get there; the server hangs up when it does.
+                    how = Shutdown::Write;
+                }
             }
-            let _ = shutdown(socket, Shutdown::Both);
+            let _ = shutdown(socket, how);
             conn.remote.part();
         }
     }

@@ -620,3 +620,34 @@ fn a_ring_that_goes_says_goodbye() {
     }
     assert_eq!(*said.lock().unwrap(), Some(command::DISCONNECT));
 }
+
+#[test]
+fn a_ring_that_goes_waits_for_no_server_that_takes_nothing() {
+    let _used = USED.lock().unwrap();
+    let deaf = |_: &mut Peer, _| {
+        std::thread::sleep(Duration::from_secs(10));
+        None
+    };
+    let mut client = Client::new((Mode::Extended, ALL), false, PATIENT, deaf);
+    while client.ring.remotes.as_ref().unwrap().conns[0].state != State::Up {
+        client.ring.enter(true).unwrap();
+        assert!(client.ring.next().is_none());
+    }
+    // The smallest that there is: a write fills it, and is sent.
+    let conn = &client.ring.remotes.as_ref().unwrap().conns[0];
+    rustix::net::sockopt::set_socket_send_buffer_size(conn.socket(&client.ring), 1).unwrap();
+    client.ask(0, WRITE, 0, 4096);
+    client.ring.enter(false).unwrap();
+    let end = Instant::now() + Duration::from_secs(5);
+    while client.ring.remotes.as_ref().unwrap().conns[0].batch.out > 0 && Instant::now() < end {
+        assert!(client.ring.next().is_none());
+        client.ring.enter(false).unwrap();
+    }
+    let conn = &client.ring.remotes.as_ref().unwrap().conns[0];
+    let mut room = [PollFd::from_borrowed_fd(conn.socket(&client.ring), PollFlags::OUT)];
+    let at_once = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+    assert_eq!((conn.batch.out, poll(&mut room, Some(&at_once))), (0, Ok(0)), "it is full");
+    let begin = Instant::now();
+    client.ring.hang_up();
+    assert!(begin.elapsed() < Duration::from_secs(3), "{:?}", begin.elapsed());
+}
