@@ -212,3 +212,63 @@ impl Write for Plain<'_> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use devsplice_nbd::server::{self, Offer};
+    use devsplice_nbd::wire::can;
+
+    use super::*;
+
+    /// Gives a client an export, and nothing after that.
+    fn serve(stream: &mut TcpStream) {
+        let (name, flags) = ("a".to_owned(), can::HAS_FLAGS);
+        let (block, preferred, size) = (512, 4096, 1 << 20);
+        let offer = Offer { description: name.clone(), name, size, flags, block, preferred };
+        let mut handshake = server::Handshake::new(vec![offer]);
+        let mut bytes = [0; 4096];
+        loop {
+            while !handshake.output().is_empty() {
+                let count = stream.write(handshake.output()).unwrap();
+                handshake.sent(count);
+            }
+            if matches!(handshake.outcome(), server::Outcome::Chosen(_)) {
+                return;
+            }
+            let mut rest = stream.read(&mut bytes).map(|count| &bytes[..count]).unwrap();
+            while !rest.is_empty() {
+                let taken = handshake.receive(rest).unwrap();
+                rest = &rest[taken..];
+            }
+        }
+    }
+
+    #[test]
+    fn what_a_connection_has_not_sent_goes_with_it() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let place = Place::Tcp("127.0.0.1".to_owned(), listener.local_addr().unwrap().port());
+        let (sent, mut theirs) = std::thread::scope(|scope| {
+            let serving = scope.spawn(|| {
+                let mut stream = listener.accept().unwrap().0;
+                serve(&mut stream);
+                stream
+            });
+            let link = greet(reach(&place).unwrap(), "a", None).unwrap();
+            let theirs = serving.join().unwrap();
+            let flags = rustix::net::SendFlags::DONTWAIT;
+            let mut sent = 0;
+            while let Ok(count) = rustix::net::send(&link.socket, &[7; 1 << 16], flags) {
+                sent += count;
+            }
+            rustix::net::shutdown(&link.socket, rustix::net::Shutdown::Both).unwrap();
+            (sent, theirs)
+        });
+        let mut rest = Vec::new();
+        theirs.set_read_timeout(Some(CONNECT)).unwrap();
+        let error = theirs.read_to_end(&mut rest).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+        assert!(rest.len() < sent, "{} of {sent} bytes have come", rest.len());
+    }
+}
