@@ -2,8 +2,8 @@
 //! commands do with their addresses.
 
 use devsplice_e2e::{
-    Group, Kind, MIB, Mode, Outcome, Process, Room, Running, call, engines, mode, need_tool,
-    verify, wait_until,
+    Group, Kind, MIB, Mode, Outcome, Process, Room, Running, Server, call, engines, mode,
+    need_tool, verify, wait_until,
 };
 use rustix::process::Signal;
 use serde_json::Value;
@@ -22,7 +22,8 @@ pub fn add(group: &mut Group, kind: Kind) {
     if matches!(kind, Kind::FuseUring(_)) || (mode() == Mode::Vm && kind == Kind::Fuse) {
         return;
     }
-    group.add("a_server_that_is_killed_and_comes_back_loses_no_write", move || killed(kind));
+    group.add("a_server_that_is_killed_and_comes_back_loses_no_write", move || killed(kind, false));
+    group.add("a_disk_of_a_server_of_many_finds_its_own_again", move || killed(kind, true));
     group.add("a_server_that_is_frozen_is_left_and_found_again", move || frozen(kind));
     group.add("a_server_that_stays_away_fails_what_waits_for_it", move || away(kind));
     group.add("a_servers_errors_are_the_disks", move || errors(kind));
@@ -131,13 +132,16 @@ fn fio(room: &Room, node: &std::path::Path, loops: u32) -> Running {
     call("fio", all).dir(&room.dir).limit(120).start()
 }
 
-fn killed(kind: Kind) -> Outcome {
+fn killed(kind: Kind, of_many: bool) -> Outcome {
     engines()?;
     need_tool("nbdkit")?;
     let room = Room::new();
     let image = room.file("served.img", SIZE);
     let mut kit = Kit::new(&room, &["file", &image]);
-    let disk = room.add(kind, &kit.uri(), &[]);
+    let server_of_many = of_many.then(|| Server::start(&room, &["--threads", "1"]));
+    let name = room.name();
+    let more = server_of_many.iter().flat_map(|one| ["--server", &one.name, "-n", &name]);
+    let disk = room.add(kind, &kit.uri(), &more.collect::<Vec<_>>());
     let mut running = fio(&room, &disk.node, 3);
     let mut kills = 0;
     while !running.is_over() {
@@ -157,6 +161,7 @@ fn killed(kind: Kind) -> Outcome {
     let events = info["events"].to_string();
     assert!(events.contains("connection lost") && events.contains("connected again"), "{events}");
     disk.remove();
+    server_of_many.into_iter().for_each(Server::end);
     Ok(())
 }
 
