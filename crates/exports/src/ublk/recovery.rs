@@ -13,7 +13,7 @@ use devsplice_core::size::show_size;
 use devsplice_core::{Error, ErrorKind, Result, Stack};
 
 use super::uapi::{
-    ATTR_READ_ONLY, F_QUIESCE, F_UPDATE_SIZE, F_USER_RECOVERY, F_USER_RECOVERY_FAIL_IO,
+    ATTR_READ_ONLY, F_QUIESCE, F_SHMEM_ZC, F_UPDATE_SIZE, F_USER_RECOVERY, F_USER_RECOVERY_FAIL_IO,
     F_USER_RECOVERY_REISSUE, PARAM_DEVT, Params,
 };
 use super::{Control, DataPath, Device, Extra, Made, Options, adopt, node};
@@ -187,6 +187,10 @@ impl Suspended {
             return Err(Error::new(ErrorKind::Unsupported, thing, reason));
         }
         let data_path = DataPath::of(info.flags);
+        if info.flags & F_SHMEM_ZC != 0 && data_path == DataPath::Copy {
+            let reason = "shares memory with its clients, whose data the driver does not copy then";
+            return Err(Error::new(ErrorKind::Unsupported, thing, reason));
+        }
         let threads = match options.threads {
             0 => info.nr_hw_queues,
             threads => threads,
