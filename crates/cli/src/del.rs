@@ -4,7 +4,7 @@ use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use devsplice_core::{Error, ErrorKind, Result};
-use devsplice_exports::host;
+use devsplice_exports::{host, ublk};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde_json::json;
@@ -86,9 +86,7 @@ fn clear(found: &Found, force: bool) -> Result<()> {
     let end = Instant::now() + END_LIMIT;
     while Instant::now() < end {
         match Claim::hold(name)? {
-            Some((_, Some(left)))
-                if !force && guard::is_kept(&left) && host::is_held(&left.device) =>
-            {
+            Some((_, Some(left))) if !force && guard::is_kept(&left) && is_in_use(&left) => {
                 let reason = "its server is gone, but it is in use; the kernel holds its requests";
                 return Err(Error::new(ErrorKind::Busy, name, reason).next(format!(
                     "devsplice recover {name} serves it again; --force loses what is not written"
@@ -110,6 +108,14 @@ fn clear(found: &Found, force: bool) -> Result<()> {
         std::thread::sleep(Duration::from_millis(10));
     }
     Err(Error::new(ErrorKind::Busy, name, "another process is starting or clearing it up"))
+}
+
+/// Whether somebody has a disk without a server claimed, mounted or, where the kernel can say so
+/// (7.0), just open. One that nobody has open is stopped by asking; it is to go anyway.
+fn is_in_use(left: &Disk) -> bool {
+    let stop = |id| ublk::Control::open().and_then(|mut control| control.stop_if_idle(id));
+    let is_open = |id| stop(id).is_err_and(|error| error.kind() == ErrorKind::Busy);
+    host::is_held(&left.device) || left.ublk_id.is_some_and(is_open)
 }
 
 fn wait_for_end(process: &OwnedFd) {

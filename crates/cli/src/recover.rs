@@ -22,6 +22,8 @@ use crate::{client, guard, keeper, say, state};
 const HAND_OVER: Duration = Duration::from_secs(150);
 /// How long it may take to let go of the name after that.
 const CLAIM: Duration = Duration::from_secs(10);
+/// How long those who just look may have the seat of a server of many.
+const GLANCE: Duration = Duration::from_secs(2);
 /// How long a server may take to take a disk back.
 const TAKE: Duration = Duration::from_secs(60);
 
@@ -120,7 +122,7 @@ type Wanted = (Option<usize>, Option<Choice>);
 /// are.
 pub fn again_many(name: &str, wanted: Wanted, why: &str) -> Result<Server> {
     let guard = guard::start()?;
-    let seat = match Seat::take(name) {
+    let seat = match seat(name) {
         Ok(Some(seat)) => seat,
         other => {
             guard.dismiss();
@@ -131,6 +133,17 @@ pub fn again_many(name: &str, wanted: Wanted, why: &str) -> Result<Server> {
         }
     };
     many(name, seat, wanted, guard, why)
+}
+
+/// The seat of a server of many. Who just looks whether it is taken takes it for a moment.
+fn seat(name: &str) -> Result<Option<Seat>> {
+    let end = Instant::now() + GLANCE;
+    loop {
+        match Seat::take(name) {
+            Ok(None) if Instant::now() < end => std::thread::sleep(Duration::from_millis(5)),
+            taken => return taken,
+        }
+    }
 }
 
 fn many(

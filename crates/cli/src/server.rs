@@ -13,7 +13,8 @@ use rustix::fs::{Mode, OFlags};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use signal_hook::consts::SIGHUP;
 
-use crate::args::{Add, Export};
+use crate::args::{Add, Export, PathChoice};
+use crate::front;
 use crate::guard::Guard;
 use crate::hall::Hall;
 use crate::hosted::{Hosted, Wish};
@@ -141,6 +142,9 @@ impl Server {
             let most = getrlimit(Resource::Nofile).maximum;
             let _ = setrlimit(Resource::Nofile, Rlimit { current: most, maximum: most });
         }
+        // Whether there is ublk is asked again for each disk, but a module cannot be loaded any more
+        // by who is shut in.
+        let _ = front::choose(Export::Auto, PathChoice::Auto);
         sandbox::process(seat.about.sandbox);
         let made = (|| {
             let pool = Pool::start(seat.about.threads)?;

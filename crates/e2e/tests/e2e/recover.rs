@@ -234,8 +234,17 @@ fn taken_back(kind: Kind) -> Outcome {
     let add = |stack: &str| room.add_arguments(kind, stack, &["-n", &disk.name, "--or-recover"]);
     let refused = room.refusal(add(&file));
     assert!(refused.contains("is the name of a running disk"), "{refused}");
+    // Not held, as a mount would: merely open.
+    let open = std::fs::File::open(&disk.node).unwrap();
+    let is_told = disk.info()["features"].to_string().contains("safe-stop");
     kill_both(&disk);
     wait_until(10, "the kernel holds it", || state(&room, &disk) == "waiting");
+    if is_told {
+        let refused = room.refusal(["del", &disk.name]);
+        assert!(refused.contains("it is in use; the kernel holds its requests"), "{refused}");
+        assert_eq!(state(&room, &disk), "waiting", "a refusal changes nothing");
+    }
+    drop(open);
     let refused = room.refusal(add(&format!("linear({file}, size=4M)")));
     assert!(refused.contains("devsplice recover"), "{refused}");
     let reader = call("cmp", ["-n", "8388608", &file, &disk.node.to_string_lossy()]).start();

@@ -40,7 +40,7 @@ pub use integrity::Integrity;
 pub use outside::{Seen, Shared, Trial};
 pub use recovery::{Fit, Recovery, Suspended};
 
-use crate::threads::{Crew, OnMade, Service, Work};
+use crate::threads::{Bottom, Crew, OnMade, Service, Work};
 use batch::BatchQueue;
 use queue::{Queue, QueueConfig};
 use shape::{is_low_depth, max_io, shape};
@@ -422,7 +422,11 @@ impl Made {
         let info = self.info;
         let file = open_char(info.dev_id)?;
         self.extra.per_io |= service.pool.is_none() && self.spreads();
-        let shape = shape((&self.options, &self.extra), &info, self.data_path);
+        // Tags are dealt to as many threads as there will be.
+        let rings = service.bottoms.iter().map(Bottom::most_rings).min().unwrap_or(u16::MAX);
+        let threads = self.options.threads.min(rings);
+        let options = Options { threads, ..self.options.clone() };
+        let shape = shape((&options, &self.extra), &info, self.data_path);
         let is_shared = shape.threads > shape.queues && !self.extra.per_io;
         // Threads of one queue are there to run beside each other.
         let affinity = self.options.affinity && !self.extra.per_io && !is_shared;

@@ -13,7 +13,7 @@ use devsplice_core::size::show_size;
 use devsplice_core::{Error, ErrorKind, Result, Stack};
 
 use super::uapi::{
-    ATTR_READ_ONLY, F_QUIESCE, F_UPDATE_SIZE, F_USER_RECOVERY, F_USER_RECOVERY_FAIL_IO,
+    ATTR_READ_ONLY, F_QUIESCE, F_SHMEM_ZC, F_UPDATE_SIZE, F_USER_RECOVERY, F_USER_RECOVERY_FAIL_IO,
     F_USER_RECOVERY_REISSUE, PARAM_DEVT, Params,
 };
 use super::{Control, DataPath, Device, Extra, Made, Options, adopt, node};
@@ -163,6 +163,12 @@ impl Device {
     }
 }
 
+/// Whether a device with these flags leaves data out: the driver does not copy that of clients
+/// whose memory is shared, and whoever copies would take what is in ours for theirs.
+fn loses_data(flags: u64) -> bool {
+    flags & F_SHMEM_ZC != 0 && DataPath::of(flags) == DataPath::Copy
+}
+
 impl Suspended {
     /// A disk whose server is gone. Of `options`, what is about threads counts (0 of them: one for
     /// each queue); all else is as it was made.
@@ -187,6 +193,10 @@ impl Suspended {
             return Err(Error::new(ErrorKind::Unsupported, thing, reason));
         }
         let data_path = DataPath::of(info.flags);
+        if loses_data(info.flags) {
+            let reason = "shares memory with its clients, whose data the driver does not copy then";
+            return Err(Error::new(ErrorKind::Unsupported, thing, reason));
+        }
         let threads = match options.threads {
             0 => info.nr_hw_queues,
             threads => threads,
@@ -308,7 +318,15 @@ impl Suspended {
 
 #[cfg(test)]
 mod tests {
+    use super::super::uapi::F_USER_COPY;
     use super::*;
+
+    #[test]
+    fn a_device_that_copies_and_shares_memory_is_not_taken_over() {
+        assert!(loses_data(F_SHMEM_ZC));
+        assert!(loses_data(F_SHMEM_ZC | F_USER_RECOVERY));
+        assert!(!loses_data(F_SHMEM_ZC | F_USER_COPY) && !loses_data(F_USER_RECOVERY));
+    }
 
     #[test]
     fn a_policy_is_known_by_its_flags_and_the_best_is_chosen_that_a_kernel_has() {
