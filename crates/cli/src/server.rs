@@ -142,7 +142,7 @@ impl Server {
             let most = getrlimit(Resource::Nofile).maximum;
             let _ = setrlimit(Resource::Nofile, Rlimit { current: most, maximum: most });
         }
-        // Whether there is ublk is asked again for each disk, but a module cannot be loaded any more
+        // Whether there is ublk is asked again for each disk, but no module can be loaded any more
         // by who is shut in.
         let _ = front::choose(Export::Auto, PathChoice::Auto);
         sandbox::process(seat.about.sandbox);
