@@ -76,6 +76,14 @@ impl<'r> Kit<'r> {
         Process(self.running.as_ref().map_or(0, Running::pid))
     }
 
+    /// Starts it again if it has ended by itself: nbdkit 1.32 now and then aborts over a failed
+    /// assertion when a client leaves amid its requests.
+    fn revive(&mut self) {
+        if self.running.as_mut().is_some_and(|running| running.is_over()) {
+            self.start();
+        }
+    }
+
     fn kill(&mut self) {
         self.process().signal(Signal::KILL);
         drop(self.running.take());
@@ -170,7 +178,7 @@ fn frozen(kind: Kind) -> Outcome {
     need_tool("nbdkit")?;
     let room = Room::new();
     let image = room.file("served.img", SIZE);
-    let kit = Kit::new(&room, &["file", &image]);
+    let mut kit = Kit::new(&room, &["file", &image]);
     let disk = room.add(kind, &kit.with("timeout=3s, on-loss=hold"), &[]);
     let mut running = fio(&room, &disk.node, 2);
     std::thread::sleep(std::time::Duration::from_millis(500));
@@ -179,6 +187,10 @@ fn frozen(kind: Kind) -> Outcome {
     wait_until(20, "the server is left", lost);
     assert!(!running.is_over(), "{}", running.said());
     kit.process().signal(Signal::CONT);
+    wait_until(120, "fio is done", || {
+        kit.revive();
+        running.is_over()
+    });
     let said = running.finish().ok();
     assert!(said.out.contains("err= 0"), "{}", said.out);
     let info = disk.info();
