@@ -37,7 +37,8 @@ fn device(plan: &Plan, place: usize, line: &mut String) {
 /// A value as it must be typed.
 fn quote(value: &str) -> String {
     let special = |c: char| c.is_whitespace() || c.is_control() || "\"\\(),=".contains(c);
-    if !value.is_empty() && !value.contains(special) {
+    // In front, a bracket begins a command.
+    if !value.is_empty() && !value.starts_with('[') && !value.contains(special) {
         return value.to_owned();
     }
     format!("\"{}\"", value.replace('\\', "\\\\").replace('"', "\\\""))

@@ -39,7 +39,7 @@ fn near_tomls() -> impl Strategy<Value = String> {
 }
 
 fn value() -> impl Strategy<Value = String> {
-    prop_oneof![".{0,12}", "[a-z/.(),=\\\\\" ]{0,12}"]
+    prop_oneof![".{0,12}", r#"[a-z/.(),=\\" \[\]]{0,12}"#]
 }
 
 fn quoted(value: &str) -> String {
