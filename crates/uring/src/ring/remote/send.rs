@@ -1,9 +1,9 @@
 //! Answers for what goes out over a connection: headers, and the pages of writes between them.
 //!
-//! A batch is a list of segments in the order of the stream. Headers alone, and those before the
-//! first slot, go out at once. Where all segments are memory of ours, one entry sends them. A slot
-//! needs an entry of its own, so there they are linked: each is sent when the one before it is,
-//! whole; one that stops short stops the rest, which goes out anew.
+//! A batch is a list of segments in the order of the stream. Headers alone go out at once. Where
+//! all segments are memory of ours, one entry sends them. A slot needs an entry of its own, so there
+//! they are linked: each is sent when the one before it is, whole; one that stops short stops the
+//! rest, which goes out anew.
 
 use std::os::fd::AsFd;
 
@@ -139,23 +139,18 @@ impl Remotes {
         talk.is_up() && batch.out == 0 && talk.has_unsent()
     }
 
-    /// Sends the headers that a batch begins with, if there is room for them; whether that was all.
+    /// Sends a batch that is only headers, if there is room for them; whether that was all.
     ///
     /// An entry's completion would end the wait for an answer, so that there would be two calls
-    /// into the kernel for a request; and one that is linked before a slot's costs more than this.
+    /// into the kernel for a request. A header with data behind it is not sent so: the server would
+    /// be woken for it, and again for the data.
     fn send_now(&mut self, ring: &Uring, index: usize) -> bool {
         let conn = &mut self.conns[index];
-        let segments = &conn.batch.segments[..conn.batch.count];
-        let [first, rest @ ..] = segments else { return true };
-        // What is all memory of ours goes out as one message.
-        if rest.first().is_some_and(|next| next.slot.is_none()) {
-            return false;
-        }
-        // A batch begins with a header, and headers with the memory that they have.
-        let len = first.len as usize;
-        debug_assert!(first.slot.is_none() && first.at == conn.memory.address(OUT, 0, len));
-        let more = if rest.is_empty() { SendFlags::empty() } else { SendFlags::MORE };
-        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL | more;
+        let [only] = &conn.batch.segments[..conn.batch.count] else { return false };
+        // Headers lie together in the memory that they have.
+        let len = only.len as usize;
+        debug_assert!(only.slot.is_none() && only.at == conn.memory.address(OUT, 0, len));
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
         let socket = ring.files[usize::from(conn.file.0)].fd.as_fd();
         // What goes wrong with this goes wrong again with an entry, which says so.
         if let Ok(done @ 1..) = send(socket, &conn.memory.bytes(OUT)[..len], flags) {

@@ -656,7 +656,7 @@ fn a_socket_that_is_full_is_waited_for_and_no_header_is_lost_or_cut() {
 fn a_header_that_comes_alone_is_sent_without_an_entry() {
     let _used = USED.lock().unwrap();
     let mut client = Client::new((Mode::Simple, ALL), true, PATIENT, |peer, _| peer.well(4096));
-    for (what, most) in [(READ, 2), (WRITE, 2), ((Op::Flush, false), 1)] {
+    for (what, most) in [(READ, 2), (WRITE, 3), ((Op::Flush, false), 1)] {
         // The first of each makes the timer go.
         client.one(what, 0, 512).unwrap();
         let before = client.ring.counts().sqes;
