@@ -143,7 +143,7 @@ impl Remotes {
     ///
     /// An entry's completion would end the wait for an answer, so that there would be two calls
     /// into the kernel for a request. A header with data behind it is not sent so: the server would
-    /// be woken for it, and again for the data.
+    /// run for the header alone.
     fn send_now(&mut self, ring: &Uring, index: usize) -> bool {
         let conn = &mut self.conns[index];
         let [only] = &conn.batch.segments[..conn.batch.count] else { return false };
