@@ -65,8 +65,8 @@ they are.
 const NBD_ABOUT: &str = "\
 Devices of an export of nbdkit's memory plugin (64 MiB, filled) over a Unix socket, a server each.
 What nbdkit does is in the figures. `nbd.ko` is the kernel's own client with one connection, as
-`nbd-client` sets it up; `nbd` is devsplice over ublk, with one connection as well, `nbd-simple` the same with
-`replies=simple`, as `nbd.ko` has them.
+`nbd-client` sets it up; `nbd` is devsplice over ublk, with one connection as well, `nbd-simple` the
+same with `replies=simple`, as `nbd.ko` has them.
 
 | load | fio |
 |---|---|

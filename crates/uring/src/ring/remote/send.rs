@@ -1,9 +1,9 @@
 //! Answers for what goes out over a connection: headers, and the pages of writes between them.
 //!
 //! A batch is a list of segments in the order of the stream. Headers alone go out at once. Where
-//! all segments are memory of ours, one entry sends them. A slot needs an entry of its own, so there
-//! they are linked: each is sent when the one before it is, whole; one that stops short stops the
-//! rest, which goes out anew.
+//! all segments are memory of ours, one entry sends them. A slot needs an entry of its own, so
+//! there they are linked: each is sent when the one before it is, whole; one that stops short stops
+//! the rest, which goes out anew.
 
 use std::os::fd::AsFd;
 
