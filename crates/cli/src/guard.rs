@@ -31,8 +31,6 @@ struct Pipes {
     answers: PipeReader,
 }
 
-/// How long the rings of a dead server may hold its lock.
-const LINGER: Duration = Duration::from_secs(2);
 /// How long a dead server's device may take to go.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -366,7 +364,7 @@ impl Voice {
             return Err(failed("cannot have descriptors of the server"));
         }
         let pid = u32::try_from(self.pid).unwrap_or(0);
-        Ok(Keeper { pid, fds: fds_there, told: told.to_owned() })
+        Ok(Keeper { pid, fds: fds_there, own: fds.to_vec(), told: told.to_owned() })
     }
 }
 
@@ -408,7 +406,7 @@ impl Guard {
 pub fn claim_kept(name: &str, is_kept_here: bool) -> Result<(Claim, Disk)> {
     let busy = |reason: &str| Error::new(ErrorKind::Busy, name, reason);
     // A dead server's rings hold it for a moment longer than the server lived.
-    let end = Instant::now() + LINGER;
+    let end = Instant::now() + state::LINGER;
     let held = loop {
         match Claim::hold(name)? {
             None if Instant::now() < end => std::thread::sleep(Duration::from_millis(5)),

@@ -19,7 +19,7 @@ use crate::guard::Voice;
 use crate::hosted::{Hosted, Wish, stuck_text};
 use crate::listen::News;
 use crate::state::{self, Claim, Disk, Keeper};
-use crate::{front, guard};
+use crate::{front, guard, keeper};
 
 /// Disks that are removed at a time where all are.
 const AT_A_TIME: usize = 8;
@@ -88,7 +88,10 @@ impl Line {
             return;
         }
         match self.keep(&fds, told) {
-            Ok(keeper) => disk.keeper = Some(keeper),
+            Ok(keeper) => {
+                disk.keeper = Some(keeper);
+                keeper::store(disk);
+            }
             Err(error) => {
                 front.forget();
                 disk.keeper = None;
