@@ -115,6 +115,7 @@ fn groups() -> Vec<Group> {
             protect::add(&mut group, kind);
             ops::add(&mut group, kind);
             reach::add_once(&mut group, kind);
+            many::add_thousand(&mut group, kind);
             if kind == home {
                 dialect::add(&mut group, kind);
                 if kind.is_ublk() {
