@@ -23,6 +23,10 @@ use crate::{client, front, guard, keeper, protect, recover, say, servers, state}
 const LIMIT: Duration = Duration::from_secs(90);
 /// How long what a dead server has in flight may be waited for: less than a unit may take to start.
 const STUCK: Duration = Duration::from_secs(120);
+/// How long a process may take to die that has been killed.
+const DYING: Duration = Duration::from_secs(1);
+/// How many servers may die just when they are to be taken over from.
+const MOST_TRIES: u32 = 3;
 /// How often it is looked whether that is over.
 const STEP: Duration = Duration::from_millis(20);
 
@@ -48,14 +52,30 @@ pub fn run(add: &Add) -> Result<ExitCode> {
         show(add, &server.disk()?);
         return server.run().map(|()| ExitCode::SUCCESS);
     }
-    let disk = match there(add, &plan)? {
-        // Nobody guards it any more, or a process that is none of the unit's.
-        Some(found) if found.alive => recover::taken(&found)?,
-        Some(found) => recover::back(&found.disk)?,
+    let disk = match again(add, &plan)? {
+        Some(disk) => disk,
         None => alone(add, &plan)?,
     };
     show(add, &disk);
     Ok(ExitCode::SUCCESS)
+}
+
+/// Takes over, or serves again, a disk that is there already; `None` if one is to be made.
+fn again(add: &Add, plan: &Plan) -> Result<Option<Disk>> {
+    let mut tries = 0;
+    while let Some(found) = there(add, plan)? {
+        if !found.alive {
+            return recover::back(&found.disk).map(Some);
+        }
+        // Nobody guards it any more, or a process that is none of the unit's.
+        tries += 1;
+        match recover::taken(&found) {
+            // It was dying already.
+            Err(_) if tries < MOST_TRIES && found.ends_within(DYING) => {}
+            taken => return taken.map(Some),
+        }
+    }
+    Ok(None)
 }
 
 /// The disk that is to be taken over or served again rather than made.

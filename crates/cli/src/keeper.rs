@@ -4,7 +4,7 @@
 //! The guard has them. Where the disk is a unit's, systemd has them, too: the unit's next start
 //! gets them if server and guard are both gone.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 
 use devsplice_core::{Error, ErrorKind, Result};
 use devsplice_exports::fuse::Kept;
@@ -62,13 +62,15 @@ fn is_ours(pid: u32, fd: i32, disk: &Disk) -> bool {
 }
 
 /// Has systemd keep what this process serves the disk by, where it is a unit's.
-pub fn store(disk: &Disk) {
-    let fds = disk.keeper.as_ref().map_or(&[][..], |keeper| &keeper.own);
-    if let Some(name) = stored_as(disk).filter(|_| notify::is_heard())
-        && let Ok(fds) = pull(std::process::id(), fds)
-    {
-        notify::store(&name, &fds);
+pub fn store(disk: &Disk, fds: &[OwnedFd]) {
+    if let Some(name) = stored_as(disk) {
+        notify::store(&name, fds);
     }
+}
+
+/// The numbers of descriptors here.
+pub fn numbers(fds: &[OwnedFd]) -> Vec<i32> {
+    fds.iter().map(AsRawFd::as_raw_fd).collect()
 }
 
 /// What systemd has kept of the disk for this process, as long as the kernel has its connection.
@@ -105,8 +107,6 @@ pub fn unlist(text: &str) -> Vec<i32> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::fd::AsRawFd;
-
     use super::*;
     use crate::state::Keeper;
 

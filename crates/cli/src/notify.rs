@@ -34,11 +34,6 @@ pub fn stopping() {
     send("STOPPING=1\nSTATUS=removing the disk");
 }
 
-/// Whether there is a systemd that has started this.
-pub fn is_heard() -> bool {
-    std::env::var_os("NOTIFY_SOCKET").is_some()
-}
-
 /// Has systemd keep these descriptors as `name`, and give them to the unit's next start; nothing
 /// else as `name` any more. It does not poll them: it would be woken for each request.
 pub fn store(name: &str, fds: &[OwnedFd]) {

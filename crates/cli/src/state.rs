@@ -385,6 +385,15 @@ impl Found {
     pub fn lives(&self) -> bool {
         runs(self.disk.pid)
     }
+
+    /// Whether that process ends in this time.
+    pub fn ends_within(&self, limit: Duration) -> bool {
+        let end = Instant::now() + limit;
+        while self.lives() && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        !self.lives()
+    }
 }
 
 /// Whether a process is there and has not ended. (Threads of one that has may be about to.)
