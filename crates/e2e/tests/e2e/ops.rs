@@ -4,12 +4,10 @@
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use devsplice_e2e::{
-    Group, Kind, MIB, Mode, Outcome, Room, call, engines, kernel_is, mode, need, need_tool,
-    program, verify, wait_until,
+    Group, Kind, MIB, Mode, Outcome, Room, call, mode, need, need_tool, program, wait_until,
 };
 use serde_json::Value;
 
@@ -258,38 +256,28 @@ const STEPS: &str = "
     systemctl stop devsplice@UNIT; echo busy $(systemctl is-active devsplice@UNIT)
     touch MNT/still-there && sync -f MNT && echo written
     umount MNT; PROGRAM del UNIT; systemctl reset-failed
-    systemctl start devsplice@UNIT; echo again $(systemctl is-active devsplice@UNIT)
-";
-
-/// The same while fio writes and verifies: a line for each time that something was killed, or the
-/// unit reloaded, and another server serves the disk, with a guard that is the unit's main process.
-const KILLS: &str = "
+    systemctl start devsplice@UNIT
     server() { PROGRAM info UNIT --json | sed -n 's/^  \"pid\": \\([0-9]*\\).*/\\1/p'; }
-    main() { systemctl show -p MainPID --value devsplice@UNIT; }
-    parent() { sed -n 's/^PPid:[^0-9]*//p' /proc/$1/status; }
-    is_next() {
-        now=$(server); [ -n \"$now\" ] && [ $now != $old ] && [ \"$(parent $(main))\" = $now ] &&
-            systemctl -q is-active devsplice@UNIT
-    }
-    next() { for i in $(seq 150); do is_next && echo $1 && return; sleep 0.1; done; echo no $1; }
-    for round in 1 2; do
-        old=$(server); kill -9 $old; next server
-        old=$(server); kill -9 $(main); next guard
-        old=$(server); kill -9 $(main) $old; next both
-        old=$(server); systemctl reload devsplice@UNIT; next reloaded
-    done
-";
-
-/// The end.
-const STOP: &str = "
+    first=$(server); kill -9 $first
+    is_new() { now=$(server); [ -n \"$now\" ] && [ $now != $first ]; }
+    for i in $(seq 100); do is_new && break; sleep 0.1; done
+    sleep 0.5; echo killed $(systemctl is-active devsplice@UNIT)
+    second=$(server); main=$(systemctl show -p MainPID --value devsplice@UNIT)
+    [ $second != $first ] && [ $main != $second ] && [ -d /proc/$main ] && echo guarded
+    systemctl reload devsplice@UNIT; echo reloaded $? $(systemctl is-active devsplice@UNIT)
+    third=$(server); [ $third != $second ] && echo another
+    main=$(systemctl show -p MainPID --value devsplice@UNIT); kill -9 $main $third
+    is_up() { systemctl -q is-active devsplice@UNIT; }
+    is_back() { now=$(server); [ -n \"$now\" ] && [ $now != $third ] && is_up; }
+    for i in $(seq 100); do is_back && break; sleep 0.1; done
+    sleep 0.5; echo back $(systemctl is-active devsplice@UNIT)
     systemctl stop devsplice@UNIT; echo stopped $? $(systemctl is-active devsplice@UNIT)
     [ -e /run/devsplice/UNIT.json ] || echo gone
 ";
 
 fn unit(kind: Kind) -> Outcome {
     need(mode() == Mode::Vm, "starts systemd")?;
-    need(kind.is_ublk() || kernel_is(6, 9), "FUSE sends no request again before Linux 6.9")?;
-    engines()?;
+    need(kind.is_ublk(), "stored.rs does it for FUSE")?;
     need(Path::new("/lib/systemd/systemd").exists(), "no systemd here")?;
     need_tool("nsenter")?;
     let room = Room::new();
@@ -304,15 +292,11 @@ fn unit(kind: Kind) -> Outcome {
             &packaged("systemd/devsplice@.service"),
         ),
         Placed::new("/etc/systemd/system/e2e.target", target),
-        Placed::new(
-            &format!("/etc/devsplice/{name}.conf"),
-            &format!("DEVSPLICE_OPTIONS={}\n", kind.arguments().join(" ")),
-        ),
-        // More often than anybody would want it to be started again.
-        Placed::new(
-            &format!("/etc/systemd/system/devsplice@{name}.service.d/e2e.conf"),
-            "[Unit]\nStartLimitIntervalSec=0\n",
-        ),
+        Placed::new(&room.path("steps"), &{
+            let mnt = room.mount_point("mnt").display().to_string();
+            let program = program().expect("a program").display().to_string();
+            STEPS.replace("UNIT", &name).replace("PROGRAM", &program).replace("MNT", &mnt)
+        }),
     ];
     std::fs::create_dir_all("/run/systemd/system").unwrap();
     let line = "mkdir -p /sys/fs/cgroup/e2e; echo $$ > /sys/fs/cgroup/e2e/cgroup.procs; \
@@ -330,37 +314,10 @@ fn unit(kind: Kind) -> Outcome {
         inner.is_some()
     });
     let pid = inner.unwrap().to_string();
-    let mnt = room.mount_point("mnt").display().to_string();
-    let program = program().expect("a program").display().to_string();
-    let does = |steps: &str, want: &str| {
-        let steps = steps.replace("UNIT", &name).replace("PROGRAM", &program).replace("MNT", &mnt);
-        let words = ["-t", &pid, "-p", "-m", "sh", "-c", &steps];
-        let out = call("nsenter", words).limit(150).run();
-        assert_eq!(out.out, want, "{}", out.err);
-    };
-    does(STEPS, "started 0 active\nbusy failed\nwritten\nagain active\n");
-    let (node, done) = (PathBuf::from("/dev/devsplice").join(&name), AtomicBool::new(false));
-    std::thread::scope(|scope| {
-        let fio = scope.spawn(|| {
-            while !done.load(Ordering::Relaxed) {
-                verify(&Room::new(), &node, 16 * MIB, "512-128k");
-            }
-        });
-        let end = Finally(|| done.store(true, Ordering::Relaxed));
-        does(KILLS, &"server\nguard\nboth\nreloaded\n".repeat(2));
-        drop(end);
-        fio.join().expect("fio notices nothing");
-    });
-    does(STOP, "stopped 0 inactive\ngone\n");
+    let out = call("nsenter", ["-t", &pid, "-p", "-m", "sh", &room.path("steps")]).limit(120).run();
+    let want = "started 0 active\nbusy failed\nwritten\nkilled active\nguarded\nreloaded 0 active\n\
+                another\nback active\nstopped 0 inactive\ngone\n";
+    assert_eq!(out.out, want, "{}", out.err);
     drop(systemd);
     Ok(())
-}
-
-/// What is done in any case, so that a failure does not leave a thread that waits for it.
-struct Finally<F: Fn()>(F);
-
-impl<F: Fn()> Drop for Finally<F> {
-    fn drop(&mut self) {
-        (self.0)();
-    }
 }

@@ -72,7 +72,7 @@ pub fn add(group: &mut Group, kind: Kind, is_home: bool) {
 }
 
 /// Who serves it now.
-fn server(disk: &Disk<'_>) -> Process {
+pub(crate) fn server(disk: &Disk<'_>) -> Process {
     Process(disk.info()["pid"].as_u64().and_then(|pid| u32::try_from(pid).ok()).unwrap_or(0))
 }
 
@@ -100,7 +100,7 @@ pub(crate) fn kill(room: &Room, disk: &Disk<'_>) {
 }
 
 /// Does something `count` times while fio writes and verifies, over and over.
-fn under_verify(disk: &Disk<'_>, count: u32, mut each: impl FnMut(u32)) {
+pub(crate) fn under_verify(disk: &Disk<'_>, count: u32, mut each: impl FnMut(u32)) {
     let done = AtomicBool::new(false);
     let node = disk.node.clone();
     std::thread::scope(|scope| {
