@@ -11,8 +11,8 @@ use devsplice_exports::fuse::Kept;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
-use crate::notify;
 use crate::state::Disk;
+use crate::{notify, passed};
 
 /// Copies of a process's descriptors with these numbers.
 ///
@@ -77,7 +77,7 @@ pub fn numbers(fds: &[OwnedFd]) -> Vec<i32> {
 pub fn stored(disk: &Disk) -> Vec<OwnedFd> {
     let Some(name) = stored_as(disk) else { return Vec::new() };
     let pid = std::process::id();
-    let numbers = notify::stored(&name).into_iter().filter(|fd| is_ours(pid, *fd, disk));
+    let numbers = passed::numbers(&name).into_iter().filter(|fd| is_ours(pid, *fd, disk));
     // The numbers themselves stay open beside these copies; that changes nothing, as the guard has
     // the same.
     let fds = pull(pid, &numbers.collect::<Vec<_>>()).unwrap_or_default();

@@ -16,10 +16,6 @@ use std::time::Duration;
 
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
-/// The first number that systemd gives descriptors to (sd_listen_fds(3)).
-const FIRST_STORED: i32 = 3;
-/// How many it may have kept: more than the unit's `FileDescriptorStoreMax=`.
-const MOST_STORED: i32 = 4096;
 /// How many the kernel takes in one message (`SCM_MAX_FD`).
 const AT_ONCE: usize = 253;
 
@@ -43,22 +39,6 @@ pub fn store(name: &str, fds: &[OwnedFd]) {
         // Where it cannot, the disk is kept by its guard alone.
         let _ = send_with(&socket, &format!("FDSTORE=1\nFDPOLL=0\nFDNAME={name}"), fds);
     }
-}
-
-/// The numbers of the descriptors that systemd has kept as `name`, if it has started this very
-/// process with them.
-pub fn stored(name: &str) -> Vec<i32> {
-    let get = |name: &str| std::env::var(name).unwrap_or_default();
-    if get("LISTEN_PID") != std::process::id().to_string() {
-        return Vec::new();
-    }
-    named(&get("LISTEN_FDS"), &get("LISTEN_FDNAMES"), name)
-}
-
-fn named(count: &str, names: &str, wanted: &str) -> Vec<i32> {
-    let count = count.parse().unwrap_or(0).clamp(0, MOST_STORED);
-    let numbers = FIRST_STORED..FIRST_STORED + count;
-    numbers.zip(names.split(':')).filter(|(_, name)| *name == wanted).map(|(fd, _)| fd).collect()
 }
 
 /// Takes the next message, as `recv` does. Where systemd wants a sign of life every now and then
@@ -145,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn descriptors_are_handed_over_and_found_by_name() {
+    fn descriptors_are_handed_over() {
         let name = format!("devsplice-store-{}", std::process::id());
         let address = SocketAddr::from_abstract_name(&name).unwrap();
         let systemd = UnixDatagram::bind_addr(&address).unwrap();
@@ -171,14 +151,6 @@ mod tests {
         let mut said = String::new();
         reader.read_to_string(&mut said).unwrap();
         assert_eq!(said, "x");
-
-        assert_eq!(named("3", "fuse-7:other:fuse-7", "fuse-7"), [3, 5]);
-        // Names that are missing, too many, and counts that are none.
-        for (count, names) in [("", "fuse-7"), ("-1", "fuse-7"), ("x", "fuse-7"), ("2", "a:b")] {
-            assert!(named(count, names, "fuse-7").is_empty(), "{count} {names}");
-        }
-        assert_eq!(named("1", "fuse-7:fuse-7", "fuse-7"), [3]);
-        assert!(stored("fuse-7").is_empty());
     }
 
     #[test]
