@@ -23,15 +23,18 @@ const PROGRAMS: &[&str] =
     &["fio", "sfdisk", "mkfs.ext4", "lsblk", "blockdev", "taskset", "wipefs", "findmnt"];
 /// Seconds of tests after which a machine starts no further one, so that others get a turn.
 const TURN: u64 = 300;
+/// Where a remark for the page is kept.
+const NOTE: &str = "note.txt";
 /// Seconds for booting and clearing up.
 const OVERHEAD: u64 = 150;
 
 /// Run the kernel's own ublk tests, or those of blktests, with devsplice in the place of their
 /// server.
 ///
-/// The kernel's tests come from Debian's package of its source, those of blktests from a checkout of
-/// yours. They run unmodified in the VM, each with a time limit. Results are kept in target/conformance, and the page docs/conformance.md is
-/// written from all that are kept. Needs root.
+/// The kernel's tests come from Debian's package of its source, those of blktests from a checkout
+/// of yours. They run unmodified in the VM, each with a time limit. Results are kept in
+/// target/conformance, and the page docs/conformance.md is written from all that are kept. Needs
+/// root.
 #[derive(Args)]
 pub struct Options {
     /// Tests, by the start of their names without test_, such as loop or generic_03 [default: all]
@@ -45,6 +48,9 @@ pub struct Options {
     /// Where the suite is: a checkout of blktests
     #[arg(long, value_name = "DIR", required_if_eq("suite", "blktests"))]
     path: Option<PathBuf>,
+    /// What the page says of this run of such a checkout: its commit, or how it was run
+    #[arg(long, value_name = "TEXT", requires = "path")]
+    note: Option<String>,
     /// Run them with the kernel's own server, for comparison
     #[arg(long, conflicts_with = "path")]
     kublk: bool,
@@ -94,6 +100,10 @@ pub fn run(options: &Options) -> Fallible<u8> {
     };
     let directory = home.join(whose);
     let suite = set_up(&directory, &server, options)?;
+    if let Some(note) = &options.note {
+        let file = directory.join(NOTE);
+        fs::write(&file, note).map_err(|e| format!("cannot write {}: {e}", file.display()))?;
+    }
     let wanted = names(&suite, options)?;
     if wanted.is_empty() {
         return Err("no test of that name".into());
@@ -210,9 +220,10 @@ fn render(home: &Path) -> Fallible<u8> {
     let ours = Results::load(&home.join("devsplice/results.json"));
     let theirs = Results::load(&home.join("kublk/results.json"));
     let others = Results::load(&home.join("blktests/results.json"));
+    let note = fs::read_to_string(home.join("blktests").join(NOTE)).unwrap_or_default();
     let names = Suite::Kernel.names(&home.join("devsplice/suite"))?;
     let page = tidy::workspace()?.join("docs/conformance.md");
-    fs::write(&page, results::page(&names, &ours, &theirs, &others))
+    fs::write(&page, results::page(&names, (&ours, &theirs), (&others, &note)))
         .map_err(|e| format!("cannot write {}: {e}", page.display()))?;
     Ok(0)
 }

@@ -128,19 +128,24 @@ the scripts: a program is missing there, or is too old.
 const BLKTESTS: &str = "
 ## blktests and ublksrv
 
-No package of Debian has them. `cargo xtask conformance --suite blktests --path DIR` runs the tests of
-blktests' group ublk from a checkout of it, unmodified, with devsplice as their `src/miniublk`.
+No package of Debian has them. `cargo xtask conformance --suite blktests --path DIR` runs the tests
+of blktests' group ublk from a checkout of it, unmodified, with devsplice as their `src/miniublk`.
 
 ";
 
 const UBLKSRV: &str = "
-Those of ublksrv are not run. The end-to-end tests whose names begin with `miniublks_`, `rublks_` and
-`ublks_` make, kill, recover and delete devices as these suites do, and read the lists as they do.
+Those of ublksrv are not run. The end-to-end tests whose names begin with `miniublks_`, `rublks_`
+and `ublks_` make, kill, recover and delete devices as these suites do, and read the lists as they
+do.
 ";
 
 /// The page about the tests called `names`: how `ours` ended, beside `theirs`; and how `others` of
-/// blktests did.
-pub fn page(names: &[String], ours: &Results, theirs: &Results, others: &Results) -> String {
+/// blktests did, with a note on that.
+pub fn page(
+    names: &[String],
+    (ours, theirs): (&Results, &Results),
+    (others, note): (&Results, &str),
+) -> String {
     let mut text = String::from(HEAD);
     let _ = writeln!(text, "devsplice: {}.\n", ours.summary());
     if !theirs.is_empty() {
@@ -164,6 +169,9 @@ pub fn page(names: &[String], ours: &Results, theirs: &Results, others: &Results
         );
     }
     text += BLKTESTS;
+    if !note.is_empty() {
+        let _ = writeln!(text, "{note}\n");
+    }
     let _ = writeln!(text, "devsplice: {}.\n", others.summary());
     text += "| test | devsplice | s | at commit | reason |\n|---|---|---|---|---|\n";
     for (name, (Outcome { verdict, seconds, reason }, tested)) in &others.0 {
@@ -211,9 +219,10 @@ mod tests {
         let mut kept = Results::default();
         kept.merge_from(&results, "abc");
         let results = kept;
-        let page = page(&names, &results, &Results::default(), &results);
+        let page = page(&names, (&results, &Results::default()), (&results, "Of May."));
         assert!(page.contains("| loop_05 | not run yet |"), "{page}");
         assert!(page.contains("| loop_04 | fail | 2 | abc |  |  | x\\|y |"), "{page}");
+        assert!(page.contains("\nOf May.\n"), "{page}");
         assert!(page.contains("| ublk/loop_04 | fail | 2 | abc | x\\|y |"), "{page}");
     }
 }
