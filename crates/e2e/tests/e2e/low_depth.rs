@@ -1,7 +1,7 @@
 //! Answers for ublk served for requests that come one at a time: every byte at any depth, fewer
 //! calls, and nothing that ticks when there is nothing to do.
 
-use devsplice_e2e::{Disk, Group, Kind, MIB, Outcome, Process, Room, call, engines};
+use devsplice_e2e::{Disk, Group, Kind, MIB, Outcome, PATHS, Process, Room, call, engines};
 
 use crate::verify::counts_fit;
 
@@ -34,7 +34,7 @@ fn changing() -> Outcome {
     engines()?;
     let room = Room::new();
     let [a, b] = ["a", "b"].map(|name| room.file(name, 8 * MIB));
-    let disk = room.add(Kind::LowDepth, &format!("stripe(chunk=64k, {a}, {b})"), &[]);
+    let disk = room.add(Kind::Ublk(PATHS[0]), &format!("stripe(chunk=64k, {a}, {b})"), &[]);
     let verify = ["--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0", "--do_verify=1"];
     // One, many, and as many as come between two waits, with flushes and discards among them.
     let loads: [&[&str]; 4] = [
@@ -70,7 +70,7 @@ fn calls() -> Outcome {
         disk.remove();
         calls
     };
-    let (ordinary, low) = (each(Kind::Ublk("auto-register")), each(Kind::LowDepth));
+    let (ordinary, low) = (each(Kind::ManyAtATime), each(Kind::Ublk(PATHS[0])));
     // 4096 requests.
     assert!(ordinary > 7000 && low < 5500, "{low} calls, {ordinary} without");
     Ok(())
@@ -86,12 +86,13 @@ fn ticks(server: Process) -> u64 {
 fn idle() -> Outcome {
     let room = Room::new();
     let file = room.full_file("a", 4 * MIB, 0x2d);
-    let disk = room.add(Kind::LowDepth, &file, &["--no-part-scan"]);
+    let disk = room.add(Kind::Ublk(PATHS[0]), &file, &["--no-part-scan"]);
     let node = format!("if={}", disk.node.display());
     call("dd", [&node[..], "of=/dev/null", "bs=4096", "count=64", "iflag=direct"]).ok();
     std::thread::sleep(std::time::Duration::from_millis(4000));
     let (requests, enters) = (disk.count("requests"), disk.count("enters"));
     assert!(requests >= 64, "the last one is counted: {requests}");
+    assert_eq!(disk.info()["low_depth"], true);
     let before = ticks(disk.server());
     std::thread::sleep(std::time::Duration::from_millis(3000));
     assert_eq!(ticks(disk.server()), before);

@@ -18,6 +18,7 @@ pub struct Cell {
 /// The loads of the VM part.
 pub const CELLS: &[Cell] = &[
     cell("4k-qd1", "randread", "4k", 1, 20_000),
+    cell("4k-qd2", "randread", "4k", 2, 20_000),
     cell("4k-qd32-read", "randread", "4k", 32, 20_000),
     cell("4k-qd32-write", "randwrite", "4k", 32, 20_000),
     cell("64k-qd8", "randread", "64k", 8, 8000),
@@ -142,8 +143,8 @@ pub const DEVICES: &[Device] = &[
     device("file", Whose::Ours, 1, add!("devsplice", "auto-register", "{0}"), UBLK),
     device("batch", Whose::Ours, 1,
         add!("devsplice", "auto-register", "{0}", "--batch", "on"), UBLK),
-    device("low-depth", Whose::Ours, 1,
-        add!("devsplice", "auto-register", "{0}", "--low-depth", "on"), UBLK),
+    device("many-at-a-time", Whose::Ours, 1,
+        add!("devsplice", "auto-register", "{0}", "--low-depth", "off"), UBLK),
     device("null", Whose::Ours, 0, add!("devsplice", "auto-register", "null(size=64M)"), UBLK),
     device("stripe", Whose::Ours, 2,
         add!("devsplice", "auto-register", "stripe(chunk=64k, {0}, {1})"), UBLK),
@@ -190,6 +191,6 @@ pub const BARS: &[Bar] = &[
     bar("stack", "file", "", 1.03),
     bar("batch", "file", "4k-qd32-read", 0.97),
     bar("batch", "loop", "4k-qd32", 1.03),
-    bar("low-depth", "file", "4k-qd1", 0.97),
+    bar("file", "many-at-a-time", "4k-qd1", 0.97),
     bar("mirror", "file", "4k-qd32-write", 1.6),
 ];

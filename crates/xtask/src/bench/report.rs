@@ -302,7 +302,7 @@ that is nothing but its loop (crates/xtask/src/bench/bare.c). `kublk` is the ker
 server (zero copy by automatic registration), `rublk` the one of libublk-rs (zero copy). `file` is a
 devsplice device over one backing device, `stripe` over two, `stack` a `linear` over such a stripe,
 `mirror` one over two that are in sync (`dm-mirror` is the kernel's, without a log on disk); the
-suffix names a forced data path. A read of devsplice's `null` fills the pages with zeros; the
+suffix names a forced data path, `many-at-a-time` is `file` with `--low-depth off`. A read of devsplice's `null` fills the pages with zeros; the
 other null servers leave them as they are.
 
 ";
