@@ -1,10 +1,13 @@
 //! Answers for what a client says until a server has given it an export (fixed newstyle), with as
-//! much of the protocol as the server speaks. What it asks then is in [`asks`].
+//! much of the protocol as the server speaks. What it asks then is in [`asks`], and what becomes of
+//! that when a connection is lost in [`conversation`].
 
 pub mod asks;
+pub mod conversation;
 mod filled;
 
 pub use asks::{Asks, Extent, Said};
+pub use conversation::{Conversation, Patience};
 
 use crate::Broken;
 use crate::limits::{MAX_OPTION, MAX_PAYLOAD, MAX_REPLIES};

@@ -2,15 +2,17 @@
 //! that a seed decides. One seed is one run, to the byte.
 //!
 //! [`run`] builds a world from a seed (random stacks of the real layers over disks with volatile
-//! caches, clients with habits, faults), lets the engine serve it, cuts the power, rebuilds the
-//! engine over what survived, and judges every result by an oracle that knows what each sector may
-//! hold. [`Mutant`]s are bugs put in on purpose, by which the simulator itself is tested.
+//! caches, some of them behind NBD servers, clients with habits, faults), lets the engine serve it,
+//! cuts the power, rebuilds the engine over what survived, and judges every result by an oracle
+//! that knows what each sector may hold. [`Mutant`]s are bugs put in on purpose, by which the
+//! simulator itself is tested.
 #![forbid(unsafe_code)]
 
 mod cells;
 mod disk;
 mod export;
 mod failure;
+mod far;
 mod live;
 mod mirror;
 mod mutants;
@@ -19,7 +21,9 @@ mod plan;
 mod ring;
 mod rng;
 mod run;
+mod server;
 mod splices;
+mod stream;
 mod trace;
 mod tree;
 mod workload;

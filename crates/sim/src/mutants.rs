@@ -66,6 +66,22 @@ pub enum Mutant {
     CopySkipped,
     /// A live layer does not wait for what is under way.
     GraceSkipped,
+    /// What a lost connection left unanswered is taken for done.
+    FarHeldLost,
+    /// A flush that a lost connection left unanswered is taken for done.
+    FarFlushLost,
+    /// An answer to what was asked before is taken for one to what is asked now.
+    FarCookie,
+    /// Data of a read that was cut is taken for all of it.
+    FarReplyCut,
+    /// A write over an old connection is done after what came over the new one.
+    FarOldWrites,
+    /// A server that cannot force a write is not asked to flush behind it.
+    FarForced,
+    /// A request ends when it is answered, though it is not sent to its end.
+    FarEarly,
+    /// A server that says nothing is waited for for ever.
+    FarSilence,
 }
 
 impl Mutant {
@@ -100,6 +116,14 @@ impl Mutant {
         Mutant::MetaFlushSkipped,
         Mutant::CopySkipped,
         Mutant::GraceSkipped,
+        Mutant::FarHeldLost,
+        Mutant::FarFlushLost,
+        Mutant::FarCookie,
+        Mutant::FarReplyCut,
+        Mutant::FarOldWrites,
+        Mutant::FarForced,
+        Mutant::FarEarly,
+        Mutant::FarSilence,
     ];
 
     /// The layer that has the bug; empty for all layers, `None` for a bug that is in no layer.

@@ -31,6 +31,8 @@ struct Change {
     count: usize,
     start: u64,
     end: u64,
+    /// It is durable when it ends.
+    forced: bool,
 }
 
 /// What is known of one device.
@@ -48,16 +50,19 @@ pub(crate) struct Oracle {
     /// Whether a sector at rest reads the same each time. Not over a mirror whose legs differ.
     stable: bool,
     restarted: u64,
+    /// For each sector when what lies below it last forgot what was not flushed.
+    forgotten: Vec<u64>,
 }
 
 impl Oracle {
     /// `kept` tells which sectors keep what is written to them.
     pub(crate) fn new(kept: impl Iterator<Item = bool>, cached: bool, stable: bool) -> Oracle {
-        let start = Change { first: 0, count: 0, start: 0, end: 0 };
+        let start = Change { first: 0, count: 0, start: 0, end: 0, forced: true };
         let mut oracle =
             Oracle { changes: vec![start], free: NONE, cached, stable, ..Oracle::default() };
         for kept in kept {
             oracle.heads.push(NONE);
+            oracle.forgotten.push(0);
             if kept {
                 let sector = oracle.heads.len() - 1;
                 oracle.add(sector, ZERO, 0);
@@ -114,7 +119,8 @@ impl Oracle {
         let first = index(io.extent.at / 512);
         let count = index(io.extent.len / 512);
         let change = self.changes.len() as u32;
-        self.changes.push(Change { first, count, start: now, end: NEVER });
+        let forced = io.fua || !self.cached;
+        self.changes.push(Change { first, count, start: now, end: NEVER, forced });
         for sector in first..first + count {
             if self.heads[sector] != NONE {
                 self.add(sector, value(sector as u64), change);
@@ -139,7 +145,12 @@ impl Oracle {
 
     fn rule_out(&mut self, change: u32, now: u64, durable: bool, oldest: u64) {
         let Change { first, count, start, .. } = self.changes[change as usize];
+        let forced = self.changes[change as usize].forced;
         for sector in first..first + count {
+            if start < self.forgotten[sector] && !forced {
+                // It may have been done before that, in part.
+                continue;
+            }
             let mut place = self.heads[sector];
             let mut useless = false;
             while let Some(candidate) = self.candidates.get_mut(place as usize) {
@@ -179,12 +190,14 @@ impl Oracle {
         self.allowed(sector, got, mixes, |candidate| candidate.unseen_from > start)?;
         let quiet = |candidate: &Candidate| self.changes[candidate.change as usize].end <= start;
         let single = self.of(sector).take(2).count() < 2;
-        if single || !self.stable || is_mixed(got) || !self.of(sector).all(quiet) {
+        let restarted = self.restarted.max(self.forgotten[sector]);
+        let before = start < self.forgotten[sector];
+        if single || !self.stable || before || is_mixed(got) || !self.of(sector).all(quiet) {
             return Ok(());
         }
         // Nothing was changing it, so from now on it is what was read.
         let since_restart =
-            |candidate: &Candidate| self.changes[candidate.change as usize].end > self.restarted;
+            |candidate: &Candidate| self.changes[candidate.change as usize].end > restarted;
         let settled = !self.of(sector).any(since_restart);
         let mut place = self.heads[sector];
         while let Some(candidate) = self.candidates.get_mut(place as usize) {
@@ -226,6 +239,22 @@ impl Oracle {
         }
         let may: Vec<_> = values().map(show).collect();
         Err(format!("sector {sector} holds {}, may be: {}", show(got), may.join(", ")))
+    }
+
+    /// What lies below the sectors that are `there` has forgotten what was not flushed, while
+    /// clients and all else live on: what was durable is certain, all newer may be or not. No flush
+    /// that comes later says anything of changes from before.
+    pub(crate) fn forgot(&mut self, now: u64, there: impl Fn(usize) -> bool) {
+        for sector in (0..self.heads.len()).filter(|sector| there(*sector)) {
+            self.forgotten[sector] = now;
+            let mut place = self.heads[sector];
+            while let Some(candidate) = self.candidates.get_mut(place as usize) {
+                if !candidate.gone {
+                    candidate.unseen_from = NEVER;
+                }
+                place = candidate.next;
+            }
+        }
     }
 
     /// The power went: what was in flight has ended, what may have survived is all there is.
@@ -271,6 +300,33 @@ mod tests {
         oracle.flushed(4, 6, 6);
         assert!(oracle.survived(0, 0, &mixes).is_err());
         assert!(oracle.survived(0, 100, &mixes).is_ok());
+    }
+
+    #[test]
+    fn what_is_forgotten_below_comes_back_unless_it_was_flushed_or_written_after() {
+        let (mut oracle, mixes) = (oracle(), Mixes::default());
+        let ask = |oracle: &mut Oracle, value, fua, start, end| {
+            let io = write(0, fua);
+            let change = oracle.begin(&io, start, |_| value);
+            oracle.end(change, &io, true, end, end);
+        };
+        ask(&mut oracle, 100, false, 1, 2);
+        oracle.flushed(3, 4, 4);
+        ask(&mut oracle, 200, false, 5, 6);
+        assert!(oracle.read(0, 100, 7, &mixes).is_err());
+        oracle.forgot(8, |sector| sector == 1);
+        assert!(oracle.read(0, 100, 9, &mixes).is_err(), "another sector");
+        oracle.forgot(10, |sector| sector == 0);
+        oracle.flushed(11, 12, 12);
+        assert!(oracle.read(0, 0, 13, &mixes).is_err(), "it was overwritten durably");
+        assert!(oracle.survived(0, 100, &mixes).is_ok() && oracle.survived(0, 200, &mixes).is_ok());
+        assert!(oracle.read(0, 100, 13, &mixes).is_ok());
+        assert!(oracle.read(0, 200, 14, &mixes).is_err(), "what was read once stays");
+        ask(&mut oracle, 300, true, 15, 16);
+        oracle.forgot(17, |_| true);
+        assert!(
+            oracle.read(0, 100, 18, &mixes).is_err() && oracle.read(0, 300, 18, &mixes).is_ok()
+        );
     }
 
     #[test]

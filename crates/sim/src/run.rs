@@ -12,6 +12,7 @@ use crate::cells::{SECTOR, ZERO};
 use crate::disk::Disk;
 use crate::export::SimExport;
 use crate::failure::{Failure, Kind};
+use crate::far::Far;
 use crate::live::{Direct, mirror_of};
 use crate::mutants::Mutant;
 use crate::oracle::Oracle;
@@ -48,6 +49,10 @@ pub struct Report {
     pub crashes: u64,
     /// Of these, such that a mirror survived.
     pub mirror_crashes: u64,
+    /// Connections to servers that were lost.
+    pub losses: u64,
+    /// Servers that died.
+    pub deaths: u64,
     /// What went wrong.
     pub failure: Option<Failure>,
 }
@@ -71,7 +76,7 @@ pub fn run(seed: u64, options: Options) -> Report {
     run.world.rng = Rng::new(seed, 1);
     run.world.trace.lines = options.trace.then(Vec::new);
     let failure = run.all(plan, &mut rng).err();
-    let World { trace, asked, counts, .. } = run.world;
+    let World { trace, asked, counts, losses, deaths, .. } = run.world;
     Report {
         seed,
         digest: trace.digest,
@@ -80,6 +85,8 @@ pub fn run(seed: u64, options: Options) -> Report {
         splices: counts.sqes,
         crashes: run.crashes,
         mirror_crashes: run.mirror_crashes,
+        losses,
+        deaths,
         failure,
     }
 }
@@ -107,8 +114,10 @@ impl Run {
         let lives = plan.crashes.clone();
         self.world.keys = vec![false; plan.flights as usize];
         self.world.streaks = vec![0; plan.flights as usize];
-        if self.world.devices.iter().any(|device| device.habits.is_some()) {
-            // A request that waits for a layer that waits for a lost splice is not the one lost.
+        let is_live = self.world.devices.iter().any(|device| device.habits.is_some());
+        if is_live || !self.world.fars.is_empty() {
+            // A request that waits for a layer that waits for a lost splice is not the one lost,
+            // nor is one that waits for a server.
             plan.faults.lost_at = 0;
         }
         self.world.plan = plan;
@@ -138,6 +147,7 @@ impl Run {
         self.world.forget();
         self.world.crash = Crash::Never;
         self.world.plan.faults = Faults::default();
+        self.world.fars.iter_mut().for_each(Far::calm);
         let mut most = 0;
         for device in &mut self.world.devices {
             most = most.max(device.workload.sweep());
@@ -180,6 +190,7 @@ impl Run {
         self.note(format_args!("device {number}: {:?} over {:?}", grown.tree, grown.disks));
         let first_disk = self.world.disks.len();
         self.world.disks.extend(grown.disks.iter().map(|limits| Disk::new(*limits)));
+        let has_servers = self.add_servers(number, first_disk, &grown.disks, habits.is_some());
         let disks = (first_disk, grown.disks.len());
         let mutant = self.world.mutant;
         let stack = build(&grown.tree, mutant, &mut self.world, disks, true)?;
@@ -202,6 +213,7 @@ impl Run {
             + u64::from(faults.disk_queue);
         let settles = limits.discard == 0
             && failures == 0
+            && !has_servers
             && habits.is_none_or(|habits| habits.commands == 0);
         let stable = if habits.is_some() { settles } else { !tree.has_mirror() };
         let oracle = Oracle::new((0..sectors).map(kept), limits.volatile_cache, stable);
@@ -217,6 +229,23 @@ impl Run {
         });
         self.trees.push(grown.tree);
         Ok(())
+    }
+
+    /// Puts some of a device's disks behind servers; whether there are any.
+    fn add_servers(&mut self, device: u64, first: usize, disks: &[Limits], is_live: bool) -> bool {
+        let mut rng = Rng::new(self.world.seed, 100 + device);
+        if !rng.percent(25) {
+            return false;
+        }
+        let before = self.world.fars.len();
+        for (disk, limits) in (first..).zip(disks) {
+            if rng.percent(60) {
+                let far = Far::new((index(device), disk), limits, is_live, &mut rng);
+                self.note(format_args!("disk {disk} is far: {:?} {:?}", far.weather(), far.offer));
+                self.world.fars.push(far);
+            }
+        }
+        self.world.fars.len() > before
     }
 
     /// Each device has at least one lane; their tags are slots one after another.
@@ -250,6 +279,7 @@ impl Run {
             told.push((stuck.lane, stuck.tag));
         });
         let silent = self.world.mutant == Some(Mutant::WatchdogSilent);
+        self.world.call_servers();
         let watch = (if silent { 0 } else { self.world.plan.stuck_s }, on_stuck);
         let ring = SimRing::new(std::mem::take(&mut self.world), home.clone());
         let shared = Arc::new(Shared::default());

@@ -32,6 +32,9 @@ impl World {
 
     fn begin(&mut self, splice: u32) {
         let mut flying = self.flying[splice as usize];
+        if let Some(far) = self.far_of(flying.disk) {
+            return self.ask_far(far, splice);
+        }
         (flying.result, flying.moves) = self.fault(&flying);
         flying.error = self.lasting(&flying);
         self.bend(&mut flying);
@@ -187,7 +190,7 @@ impl World {
                 let beyond = self.mutant == Some(Mutant::DiscardNeighbour);
                 let beyond = beyond && flying.op == Op::Discard;
                 let disk = &mut self.disks[usize::from(disk)];
-                zero(disk, &mut self.rng, &flying, (at, len), beyond);
+                zero(disk, &mut self.rng, (flying.op, flying.serial), (at, len), beyond);
             }
             return;
         }
@@ -257,7 +260,9 @@ impl World {
             let disk = &mut self.disks[usize::from(disk)];
             disk.busy -= 1;
             if flying.result.is_ok() {
-                harden(disk, &flying, &self.ended, self.mutant);
+                let Flying { op, fua, serial, ended_before, .. } = flying;
+                let change = Change { op, fua, serial, ended_before };
+                harden(disk, &change, disk.limits.fua, &self.ended, self.mutant);
             }
             if self.mutant == Some(Mutant::Echo) && flying.op == Op::Write {
                 self.keep_echo(&flying);
@@ -290,31 +295,52 @@ impl World {
     }
 }
 
-/// Makes durable what the end of a splice promises.
-fn harden(disk: &mut Disk, flying: &Flying, ended: &[u32], mutant: Option<Mutant>) {
-    let Flying { serial, ended_before, .. } = *flying;
-    if flying.op == Op::Flush {
+/// What is done to a disk.
+pub(crate) struct Change {
+    pub(crate) op: Op,
+    pub(crate) fua: bool,
+    pub(crate) serial: u32,
+    /// What had been seen to end when it was asked for.
+    pub(crate) ended_before: u32,
+}
+
+/// Makes durable what the end of something promises.
+pub(crate) fn harden(
+    disk: &mut Disk,
+    change: &Change,
+    has_fua: bool,
+    ended: &[u32],
+    mutant: Option<Mutant>,
+) {
+    let Change { op, fua, serial, ended_before } = *change;
+    if op == Op::Flush {
         if mutant != Some(Mutant::FlushEarly) {
             disk.settle(|other| (1..=ended_before).contains(&ended[other as usize]));
         }
         return;
     }
-    let forced = flying.fua && disk.limits.fua && mutant != Some(Mutant::FuaIgnored);
+    let forced = fua && has_fua && mutant != Some(Mutant::FuaIgnored);
     if forced || !disk.limits.volatile_cache {
         disk.settle(|other| other == serial);
     }
 }
 
 /// Zeros a range, or after a discard any part of it; with the bug one sector more.
-fn zero(disk: &mut Disk, rng: &mut Rng, flying: &Flying, (at, len): (usize, usize), beyond: bool) {
-    let chance = if flying.op == Op::Discard { rng.pick(&[0, 50, 100]) } else { 100 };
+pub(crate) fn zero(
+    disk: &mut Disk,
+    rng: &mut Rng,
+    (op, serial): (Op, u32),
+    (at, len): (usize, usize),
+    beyond: bool,
+) {
+    let chance = if op == Op::Discard { rng.pick(&[0, 50, 100]) } else { 100 };
     let end = (at + len) / SECTOR;
     for sector in at / SECTOR..end {
         if rng.percent(chance) {
-            disk.put(sector, ZERO, flying.serial);
+            disk.put(sector, ZERO, serial);
         }
     }
     if beyond && end < disk.visible().len() {
-        disk.put(end, ZERO, flying.serial);
+        disk.put(end, ZERO, serial);
     }
 }

@@ -9,6 +9,7 @@ use devsplice_engine::{Event, Part, RingCounts};
 use crate::cells::{Cell, Mixes};
 use crate::disk::Disk;
 use crate::failure::{Failure, Kind};
+use crate::far::Far;
 use crate::live::Habits;
 use crate::mutants::Mutant;
 use crate::oracle::Oracle;
@@ -49,6 +50,35 @@ pub(crate) enum What {
     Fetch {
         lane: u16,
         tag: u16,
+    },
+    /// Bytes arrive at a server or at its client.
+    Flow {
+        far: usize,
+        connection: u32,
+        way: usize,
+    },
+    /// A server works on a request.
+    Serve {
+        far: usize,
+        job: u32,
+    },
+    /// A client hears that its connection has ended.
+    Cut {
+        far: usize,
+        connection: u32,
+    },
+    /// A client tries to connect.
+    Dial {
+        far: usize,
+    },
+    /// A handshake has had its time.
+    Impatient {
+        far: usize,
+        connection: u32,
+    },
+    /// A client of a server has waited for a second.
+    Second {
+        far: usize,
     },
 }
 
@@ -223,6 +253,11 @@ pub(crate) struct World {
     /// In this life some splice has failed for good.
     pub(crate) erred: bool,
     pub(crate) echoes: Vec<Echo>,
+    /// Disks that are behind servers.
+    pub(crate) fars: Vec<Far>,
+    /// Connections that were lost, and deaths of servers.
+    pub(crate) losses: u64,
+    pub(crate) deaths: u64,
     heap: BinaryHeap<Due>,
     number: u64,
     pub(crate) events: u64,
@@ -295,6 +330,10 @@ impl World {
                 self.tell(Event::Timer { key });
                 return;
             }
+            // Nor is one who waits for a server.
+            What::Second { far } => return self.second(far),
+            What::Dial { far } => return self.connect(far),
+            What::Impatient { far, connection } => return self.impatient(far, connection),
             What::Timer { key } => self.tell(Event::Timer { key }),
             What::Fetch { lane, tag } => {
                 let index = u32::from(tag);
@@ -304,6 +343,9 @@ impl World {
             What::Move { splice, from, to } => self.carry(splice, u64::from(from), u64::from(to)),
             What::Complete { splice } => self.complete(splice),
             What::Again { echo } => self.echo(echo),
+            What::Flow { far, connection, way } => self.flow(far, connection, way),
+            What::Serve { far, job } => self.serve(far, job),
+            What::Cut { far, connection } => self.heard_of_cut(far, connection),
         }
         self.progress = self.now;
     }

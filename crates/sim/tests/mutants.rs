@@ -22,12 +22,13 @@ fn kinds(mutant: Mutant) -> &'static [Kind] {
         | Mutant::FlushTooOld
         | Mutant::FlushOneLeg
         | Mutant::CacheHidden => &[Kind::LostData],
-        Mutant::ShortRead => &[Kind::Unfilled],
+        Mutant::ShortRead | Mutant::FarReplyCut => &[Kind::Unfilled],
         Mutant::ZeroesOffered => &[Kind::Contract],
         Mutant::WatchdogSilent => &[Kind::Silent],
-        Mutant::AckEarly => &[Kind::StalePages],
+        Mutant::AckEarly | Mutant::FarEarly => &[Kind::StalePages],
         Mutant::ErrorSwallowed => &[Kind::WrongResult],
-        Mutant::CompletionLost => &[Kind::Hang],
+        Mutant::CompletionLost | Mutant::FarSilence => &[Kind::Hang],
+        Mutant::FarForced | Mutant::FarFlushLost => &[Kind::LostData, Kind::WrongData],
         Mutant::StripeSwapped | Mutant::LinearOff => &[Kind::Misplaced, Kind::LostData],
         Mutant::LogLost
         | Mutant::StateLost
@@ -36,6 +37,9 @@ fn kinds(mutant: Mutant) -> &'static [Kind] {
         | Mutant::CopySkipped
         | Mutant::GraceSkipped => &[Kind::WrongData, Kind::Misplaced, Kind::Build],
         Mutant::WriteDropped
+        | Mutant::FarHeldLost
+        | Mutant::FarCookie
+        | Mutant::FarOldWrites
         | Mutant::ShortWrite
         | Mutant::ReadOff
         | Mutant::Echo

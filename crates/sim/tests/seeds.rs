@@ -8,13 +8,17 @@ fn seeds_run_without_a_failure() {
     let mut crashes = 0;
     let mut mirror_crashes = 0;
     let mut requests = 0;
+    let (mut losses, mut deaths) = (0, 0);
     for seed in 0..1500 {
         let report = run(seed, Options::default());
         assert_eq!(report.failure, None, "cargo xtask sim --seed {seed} --trace");
         crashes += report.crashes;
         mirror_crashes += report.mirror_crashes;
         requests += report.requests;
+        losses += report.losses;
+        deaths += report.deaths;
     }
+    assert!(losses > 1500 && deaths > 250, "{losses} connections and {deaths} servers lost");
     assert!(mirror_crashes > 500, "{mirror_crashes} crashes of mirrors");
     assert!(crashes > 1500 && requests > 75_000, "{crashes} crashes, {requests} requests");
 }

@@ -17,11 +17,11 @@ use serde_json::{Map, Value, json};
 
 use crate::proc::run_quiet;
 use crate::{Fallible, deps, proc, tidy, vm};
-use cells::{CELLS, DEVICES, Device, Whose};
+use cells::{Device, GROUPS, Whose};
 use data::Results;
 
 /// What the VM part starts in the machine.
-const VM_PROGRAMS: &[&str] = &["fio", "dmsetup", "losetup", "modprobe"];
+const VM_PROGRAMS: &[&str] = &["fio", "dmsetup", "losetup", "modprobe", "nbdkit", "nbd-client"];
 /// Peers of the native part, and the packages that have them; without one the others go on.
 const NATIVE_PACKAGES: &[(&str, &str)] = &[
     ("qemu-storage-daemon", "qemu-system-common"),
@@ -225,11 +225,12 @@ fn is_whole(options: &Options) -> bool {
 /// Measures in a machine that counts instructions.
 fn vm_part(options: &Options, bin: &Path, directory: &Path) -> Fallible<u8> {
     deps::ensure(VM_PROGRAMS)?;
-    let wanted: Vec<&Device> = DEVICES.iter().filter(|d| is_wanted(options, d)).collect();
+    let wanted: Vec<&Device> = cells::devices().filter(|d| is_wanted(options, d)).collect();
     let named = |name: &str| {
         options.cells.is_empty() || options.cells.iter().any(|start| name.starts_with(start))
     };
-    let cells: Vec<&str> = CELLS.iter().map(|cell| cell.name).filter(|name| named(name)).collect();
+    let cells = GROUPS.iter().flat_map(|group| group.cells).map(|cell| cell.name);
+    let cells: Vec<&str> = cells.filter(|name| named(name)).collect();
     let (mut programs, mut reasons) = (Map::new(), Map::new());
     programs.insert("devsplice".into(), json!(bin));
     if let Some(other) = &options.against {
@@ -273,9 +274,10 @@ fn vm_part(options: &Options, bin: &Path, directory: &Path) -> Fallible<u8> {
 /// Runs the plan in the machine.
 fn boot(directory: &Path) -> Fallible<u8> {
     let this = std::env::current_exe().map_err(|e| format!("where is this program? {e}"))?;
-    let words = ["vm", "--accel", "icount", "--cpus", "1", "--timeout", VM_LIMIT, "--rw"];
+    let words = ["vm", "--accel", "icount", "--cpus", "1", "--timeout", VM_LIMIT];
     let mut words: Vec<std::ffi::OsString> = words.map(Into::into).to_vec();
-    words.extend([directory.into(), "--".into(), this.into(), "bench".into()]);
+    words.extend(["--mods".into(), "nbd".into(), "--rw".into(), directory.into()]);
+    words.extend(["--".into(), this.into(), "bench".into()]);
     words.extend(["--inside".into(), directory.into()]);
     let machine = Machine::try_parse_from(words).map_err(|e| format!("the VM's options: {e}"))?;
     vm::run(&machine.options)

@@ -5,6 +5,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use devsplice_core::{Error, ErrorKind, Result};
+use devsplice_nbd::client::conversation::same_export;
 use devsplice_nbd::client::{Agreed, Extent};
 use devsplice_nbd::wire::can;
 use devsplice_uring::{Line, Link, Patience, Remote, Standing};
@@ -260,21 +261,13 @@ impl Shared {
     /// Another connection, to the same export.
     fn again(&self) -> Result<Link> {
         let link = connect(&self.target)?;
-        let (then, now) = (&self.agreed, &link.agreed);
-        let other = |what: String| {
-            let reason = format!("the export is another one by now: {what}");
-            Err(Error::new(ErrorKind::Invalid, &self.name, reason))
-        };
-        if then.size != now.size {
-            return other(format!("{} bytes, it had {}", now.size, then.size));
+        match same_export(&self.agreed, &link.agreed) {
+            Ok(()) => Ok(link),
+            Err(what) => {
+                let reason = format!("the export is another one by now: {what}");
+                Err(Error::new(ErrorKind::Invalid, &self.name, reason))
+            }
         }
-        if then.flags != now.flags {
-            return other(format!("flags {:#x}, it had {:#x}", now.flags, then.flags));
-        }
-        if now.block > then.block || now.most < then.most {
-            return other(format!("requests of {} to {} bytes", now.block, now.most));
-        }
-        Ok(link)
     }
 
     fn hand_over(&self, link: Link) {

@@ -76,7 +76,7 @@ pub(super) fn is_low_depth(extra: &Extra, info: &DevInfo, path: DataPath) -> boo
 /// Whether most requests of this disk can go one at a time with fewer calls: their ends can be sent
 /// ahead, behind the splice to a file, and nothing has to hear of them in between.
 pub(super) fn pays_low_depth(extra: &Extra, service: &Service) -> bool {
-    let is_plain = !extra.per_io && !extra.shared_memory && service.pool.is_none();
+    let is_plain = !extra.per_io && service.pool.is_none();
     let is_file = |bottom: &Bottom| matches!(bottom, Bottom::File { .. });
     is_plain && service.bottoms.iter().all(is_file) && service.stack.lives().next().is_none()
 }

@@ -3,8 +3,8 @@
 //!
 //! A socket is a stream, so one send and one receive of a connection are under way at a time, or
 //! several that are linked. What has no answer when a connection ends is held, and sent again over
-//! the next one: reads, writes, zeroes and discards have the same effect when they are done twice.
-//! The kernel uses none of a request's pages any more when that happens, nor when it is answered.
+//! the next one, as `nbd/client/conversation` decides. The kernel uses none of a request's pages
+//! any more when that happens, nor when it is answered.
 
 mod life;
 mod receive;
@@ -19,9 +19,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use devsplice_core::{Errno, Error, Op, Result};
 use devsplice_engine::ring::MAX_PARTS;
 use devsplice_engine::{FileId, Pages, Part, Splice, To};
-use devsplice_nbd::Request;
-use devsplice_nbd::client::{Agreed, Asks, Extent};
-use devsplice_nbd::wire::{ask as flag, can, command};
+pub use devsplice_nbd::client::Patience;
+use devsplice_nbd::client::conversation::{Question, Verdict};
+use devsplice_nbd::client::{Agreed, Conversation, Extent};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::{Shutdown, shutdown};
 
@@ -37,11 +37,6 @@ use send::Batch;
 
 /// Set in the identity of a file that is a connection; the rest is its index.
 const IS_REMOTE: u16 = 1 << 15;
-/// Connections that end over something that is no NBD, without a good answer between them, before
-/// what is asked fails: the server will not do better.
-const STRIKES: u8 = 3;
-/// Most bytes of a question without data: in any mode, whatever the server's block.
-const LONGEST: u64 = 0xffff_0000;
 /// Rounds of 10 ms that a server has to hang up when it was told goodbye.
 const GOODBYE: u32 = 20;
 /// How often it is looked whether a server still answers.
@@ -61,16 +56,6 @@ pub struct Link {
     pub socket: OwnedFd,
     /// What was agreed on.
     pub agreed: Agreed,
-}
-
-/// How long a server is waited for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Patience {
-    /// Seconds without a word from a server that owes an answer after which the connection is given
-    /// up; 0 for never.
-    pub answer: u32,
-    /// Seconds without a connection after which requests fail; `None` for never.
-    pub outage: Option<u32>,
 }
 
 /// How things stand with a server.
@@ -147,43 +132,27 @@ impl Line {
     }
 }
 
-/// A splice that was asked for and has not landed.
+/// A splice that was asked for and has not landed: where its data is.
 #[derive(Clone, Copy)]
 struct Ask {
-    is_open: bool,
     conn: u16,
     op: Op,
-    fua: bool,
     at: u64,
     len: u64,
     pages: Pages,
     parts: [Part; MAX_PARTS],
     part_count: usize,
-    /// Their order.
-    serial: u64,
-    /// Entries that name its pages may be in the kernel's hands.
-    is_sending: bool,
-    /// It was written, and is being flushed since the server has no other way to make it durable.
-    is_flushing: bool,
-    /// The answer came before all of it was sent.
-    early: Option<Result<(), Errno>>,
 }
 
 impl Ask {
     const NONE: Ask = Ask {
-        is_open: false,
         conn: 0,
         op: Op::Flush,
-        fua: false,
         at: 0,
         len: 0,
         pages: Pages(0),
         parts: [Part { at: 0, len: 0 }; MAX_PARTS],
         part_count: 0,
-        serial: 0,
-        is_sending: false,
-        is_flushing: false,
-        early: None,
     };
 
     fn parts(&self) -> &[Part] {
@@ -206,33 +175,6 @@ impl Ask {
         }
         None
     }
-
-    /// As the protocol says it.
-    fn request(&self, has_fua: bool) -> Request {
-        let fua = if self.fua && has_fua { flag::FUA } else { 0 };
-        let (command, flags) = match self.op {
-            _ if self.is_flushing => (command::FLUSH, 0),
-            Op::Read => (command::READ, 0),
-            Op::Write => (command::WRITE, fua),
-            Op::Discard => (command::TRIM, fua),
-            Op::WriteZeroes { unmap: true } => (command::WRITE_ZEROES, fua),
-            Op::WriteZeroes { unmap: false } => (command::WRITE_ZEROES, fua | flag::NO_HOLE),
-            Op::Flush | Op::Reset | Op::Finish => (command::FLUSH, 0),
-        };
-        let (offset, length) = if command == command::FLUSH { (0, 0) } else { (self.at, self.len) };
-        Request { flags, command, cookie: 0, offset, length }
-    }
-}
-
-/// How a connection stands.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum State {
-    /// Requests go over it.
-    Up,
-    /// It was given up, and entries that name it are still out.
-    Ending,
-    /// There is none.
-    Down,
 }
 
 /// A ring's connection to a server.
@@ -241,26 +183,16 @@ struct Conn {
     line: Arc<Line>,
     /// Its socket's place in the ring's table of files.
     file: FileId,
-    state: State,
-    asks: Asks,
-    /// Keys of what is not sent yet, in order.
-    unsent: VecDeque<u32>,
-    /// What was asked for and has not landed; how much of that are large reads.
-    open: u32,
+    /// What is asked of the server.
+    talk: Conversation,
+    /// How much of what is not answered are large reads.
     large: u32,
     batch: Box<Batch>,
     receiving: Receiving,
     /// What becomes of headers: a slot for those that are sent, one for those that come.
     memory: Arena,
-    /// When the server was last heard of, or owed nothing.
-    heard: u32,
-    /// Since when there has been no good answer over any connection, if one was lost.
-    down_since: Option<u32>,
     /// Why the last one ended.
     lost: String,
-    strikes: u8,
-    /// Nothing is held any more.
-    is_failing: bool,
 }
 
 /// The connections of a ring, and what was asked over them.
@@ -270,9 +202,7 @@ pub(super) struct Remotes {
     asks: Box<[Ask]>,
     /// What has landed and was not reported.
     landed: VecDeque<(u32, Result<u64, Errno>)>,
-    serial: u64,
-    /// Seconds, counted while somebody waits.
-    tick: u32,
+    /// Seconds are counted, since somebody waits.
     is_ticking: bool,
     /// Requests of this ring may have pages that are not ours.
     has_slots: bool,
@@ -298,25 +228,18 @@ impl Uring {
         }
         let Some(remotes) = &mut self.remotes else { return Err(full()) };
         let index = u16::try_from(remotes.conns.len()).map_err(|_| full())?;
-        let flights = remotes.asks.len();
+        let flights = u32::try_from(remotes.asks.len()).unwrap_or(u32::MAX);
         let line = Line::new()?;
         remotes.conns.push(Conn {
             remote: Arc::clone(remote),
             line: Arc::clone(&line),
             file,
-            state: State::Down,
-            asks: Asks::new(u32::try_from(flights).unwrap_or(u32::MAX)),
-            unsent: VecDeque::with_capacity(flights),
-            open: 0,
+            talk: Conversation::new(flights, remote.agreed(), remote.patience()),
             large: 0,
             batch: Batch::new(),
             receiving: Receiving::default(),
             memory: Arena::new(2, receive::ROOM, false)?,
-            heard: 0,
-            down_since: None,
             lost: String::new(),
-            strikes: 0,
-            is_failing: false,
         });
         self.listen_to(index);
         remote.dial(&line, None);
@@ -428,16 +351,6 @@ impl Conn {
         self.batch.out == 0 && self.receiving.out == 0
     }
 
-    /// The seconds that a good answer was waited for, if that is over.
-    fn outage(&self, now: u32) -> Option<u32> {
-        let away = now.wrapping_sub(self.down_since?);
-        self.remote.patience().outage.filter(|outage| away > *outage)
-    }
-
-    fn can(&self, flag: u16) -> bool {
-        self.remote.agreed().flags & flag != 0
-    }
-
     fn socket<'a>(&self, ring: &'a Uring) -> BorrowedFd<'a> {
         ring.files[usize::from(self.file.0)].fd.as_fd()
     }
@@ -450,8 +363,6 @@ impl Remotes {
             conns: Vec::new(),
             asks: vec![Ask::NONE; flights].into(),
             landed: VecDeque::with_capacity(flights),
-            serial: 0,
-            tick: 0,
             is_ticking: false,
             has_slots: ring.slot_bases.iter().any(Option::is_some),
             takes_slots: probe::sockets_take_slots(),
@@ -462,25 +373,15 @@ impl Remotes {
         let To::File(FileId(id)) = splice.to else { return };
         let index = usize::from(id & !IS_REMOTE);
         let conn = &mut self.conns[index];
-        self.serial += 1;
         let mut ask = Ask {
-            is_open: true,
             conn: id & !IS_REMOTE,
             op: splice.op,
-            fua: splice.fua,
             at: splice.at,
-            len: splice.len,
+            // What is more is asked for when this has landed, short.
+            len: conn.talk.fit(splice.op, splice.len),
             pages: splice.pages,
-            serial: self.serial,
             ..Ask::NONE
         };
-        let agreed = conn.remote.agreed();
-        // What is more is asked for when this has landed, short.
-        let most = match splice.op.has_pages() {
-            true => u64::from(agreed.most),
-            false => LONGEST,
-        };
-        ask.len = ask.len.min(most);
         let mut left = ask.len;
         for part in splice.parts {
             let len = u64::from(part.len).min(left);
@@ -497,39 +398,20 @@ impl Remotes {
         {
             arena.lend(usize::from(slot));
         }
-        let refused = match splice.op {
-            Op::Read => None,
-            Op::Write if !conn.can(can::READ_ONLY) => None,
-            Op::Write => Some(Err(Errno::EROFS)),
-            // Nothing that it has said is done could be lost.
-            Op::Flush if !conn.can(can::FLUSH) => Some(Ok(())),
-            Op::Flush => None,
-            Op::Discard if conn.can(can::TRIM) => None,
-            Op::WriteZeroes { .. } if conn.can(can::WRITE_ZEROES) => None,
-            _ => Some(Err(Errno::EOPNOTSUPP)),
-        };
-        let refused = refused.or(conn.is_failing.then_some(Err(Errno::EIO)));
-        if conn.open == 0 {
-            conn.heard = self.tick;
-        }
-        conn.open += 1;
         conn.large += u32::from(ask.is_large());
+        let question = Question { op: splice.op, fua: splice.fua, at: splice.at, len: ask.len };
+        let refused = conn.talk.ask(key, question);
         self.asks[key as usize] = ask;
         match refused {
             Some(result) => self.land(ring, key, result),
-            None => {
-                conn.unsent.push_back(key);
-                self.arm_tick(ring);
-            }
+            None => self.arm_tick(ring),
         }
     }
 
     /// A splice is over; nothing of the kernel's names its pages.
     fn land(&mut self, ring: &mut Uring, key: u32, result: Result<(), Errno>) {
-        let ask = &mut self.asks[key as usize];
-        ask.is_open = false;
+        let ask = &self.asks[key as usize];
         let conn = &mut self.conns[usize::from(ask.conn)];
-        conn.open -= 1;
         conn.large -= u32::from(ask.is_large());
         let result = result.map(|()| ask.len);
         if ask.op.has_pages() {
@@ -550,29 +432,18 @@ impl Remotes {
 
     /// The server has answered.
     fn answered(&mut self, ring: &mut Uring, key: u32, result: Result<(), u32>) {
-        use devsplice_nbd::client::asks::errno;
-        use devsplice_nbd::wire::error::ESHUTDOWN;
-        let ask = &mut self.asks[key as usize];
+        let ask = &self.asks[key as usize];
         let index = usize::from(ask.conn);
         let conn = &mut self.conns[index];
-        if let Some(blame) = conn.asks.take_blame() {
+        let (blame, verdict) = conn.talk.answered(key, result);
+        if let Some(blame) = blame {
             conn.remote.tell(&format!("gives {blame}: {} failed", shown(ask)));
         }
-        if result == Err(ESHUTDOWN) {
-            return self.lose(ring, index, "it is being shut down".to_owned());
+        match verdict {
+            Verdict::Open => {}
+            Verdict::Over(result) => self.land(ring, key, result),
+            Verdict::Parting => self.lose(ring, index, "it is being shut down".to_owned()),
         }
-        (conn.down_since, conn.strikes) = (None, 0);
-        let is_lasting = conn.can(can::FUA) || !conn.can(can::FLUSH);
-        if result.is_ok() && ask.fua && ask.op != Op::Read && !is_lasting && !ask.is_flushing {
-            ask.is_flushing = true;
-            return conn.unsent.push_back(key);
-        }
-        let result = result.map_err(errno);
-        if ask.is_sending {
-            ask.early = Some(result);
-            return;
-        }
-        self.land(ring, key, result);
     }
 
     /// As the completion of an entry, where nobody wants to know its result.

@@ -15,8 +15,73 @@ pub struct Cell {
     pub ios: u32,
 }
 
-/// The loads of the VM part.
-pub const CELLS: &[Cell] = &[
+/// Devices that are measured in one boot, with one table.
+#[derive(Debug)]
+pub struct Group {
+    /// Its name on the page.
+    pub name: &'static str,
+    /// What the page says of its loads and devices.
+    pub about: &'static str,
+    /// The loads.
+    pub cells: &'static [Cell],
+    /// The devices under them.
+    pub devices: &'static [Device],
+    /// What they are held to.
+    pub bars: &'static [Bar],
+}
+
+/// The groups of the VM part.
+pub const GROUPS: &[Group] = &[
+    Group { name: "Over memory", about: ABOUT, cells: CELLS, devices: DEVICES, bars: BARS },
+    Group {
+        name: "Over NBD",
+        about: NBD_ABOUT,
+        cells: NBD_CELLS,
+        devices: NBD_DEVICES,
+        bars: NBD_BARS,
+    },
+];
+
+const ABOUT: &str = "\
+The backing device is memory (`null_blk`, 64 MiB, 4 KiB blocks, filled) that completes an I/O where
+it is submitted.
+
+| load | fio |
+|---|---|
+| 4k-qd1, 4k-qd2 | `--rw=randread --bs=4k --iodepth=1` or `2`, 20000 I/Os |
+| 4k-qd32-read, 4k-qd32-write | `--rw=randread` or `randwrite`, `--bs=4k --iodepth=32`, 20000 I/Os |
+| 64k-qd8 | `--rw=randread --bs=64k --iodepth=8`, 8000 I/Os |
+| 1m-read, 1m-write | `--rw=read` or `write`, `--bs=1M --iodepth=4`, 600 I/Os |
+
+`bare` is the floor: a ublk server in C that is nothing but its loop
+(crates/xtask/src/bench/bare.c). `kublk` is the kernel's own test server (zero copy by automatic
+registration), `rublk` the one of libublk-rs (zero copy). `file` is a devsplice device over one
+backing device, `stripe` over two, `stack` a `linear` over such a stripe, `mirror` one over two that
+are in sync (`dm-mirror` is the kernel's, without a log on disk); the suffix names a forced data
+path, `many-at-a-time` is `file` with `--low-depth off`. A read of devsplice's `null` fills the
+pages with zeros; the other null servers leave them as they are.
+";
+
+const NBD_ABOUT: &str = "\
+Devices of an export of nbdkit's memory plugin (64 MiB, filled) over a Unix socket, a server each.
+What nbdkit does is in the figures. `nbd.ko` is the kernel's own client with one connection, as
+`nbd-client` sets it up; `nbd` is devsplice over ublk, with one connection as well.
+
+| load | fio |
+|---|---|
+| 4k-qd1-read, 4k-qd1-write | `--rw=randread` or `randwrite`, `--bs=4k --iodepth=1`, 8000 I/Os |
+| 4k-qd32-read, 4k-qd32-write | the same, `--iodepth=32`, 16000 I/Os |
+| 64k-read, 64k-write | the same, `--bs=64k --iodepth=8`, 3000 I/Os |
+| 1m-read, 1m-write | `--rw=read` or `write`, `--bs=1M --iodepth=4`, 300 I/Os |
+";
+
+/// The devices of all groups.
+pub fn devices() -> impl Iterator<Item = &'static Device> {
+    GROUPS.iter().flat_map(|group| group.devices)
+}
+
+/// The loads over memory.
+const CELLS: &[Cell] = &[
     cell("4k-qd1", "randread", "4k", 1, 20_000),
     cell("4k-qd2", "randread", "4k", 2, 20_000),
     cell("4k-qd32-read", "randread", "4k", 32, 20_000),
@@ -24,6 +89,18 @@ pub const CELLS: &[Cell] = &[
     cell("64k-qd8", "randread", "64k", 8, 8000),
     cell("1m-read", "read", "1M", 4, 600),
     cell("1m-write", "write", "1M", 4, 600),
+];
+
+/// The loads over NBD.
+const NBD_CELLS: &[Cell] = &[
+    cell("4k-qd1-read", "randread", "4k", 1, 8000),
+    cell("4k-qd1-write", "randwrite", "4k", 1, 8000),
+    cell("4k-qd32-read", "randread", "4k", 32, 16_000),
+    cell("4k-qd32-write", "randwrite", "4k", 32, 16_000),
+    cell("64k-read", "randread", "64k", 8, 3000),
+    cell("64k-write", "randwrite", "64k", 8, 3000),
+    cell("1m-read", "read", "1M", 4, 300),
+    cell("1m-write", "write", "1M", 4, 300),
 ];
 
 const fn cell(
@@ -112,9 +189,9 @@ const MIRROR: Device = Device {
 const UBLK: &str = "/dev/ublkb{id}";
 const DM: &str = "/dev/mapper/bench{id}";
 
-/// The devices of the VM part; each is made over backing devices of its own.
+/// The devices over memory; each is made over backing devices of its own.
 #[rustfmt::skip]
-pub const DEVICES: &[Device] = &[
+const DEVICES: &[Device] = &[
     device("null_blk", Whose::Peer, 1, &[], "{0}"),
     device("loop", Whose::Peer, 1,
         &["losetup", "--direct-io=on", "/dev/loop0", "{0}"], "/dev/loop0"),
@@ -160,6 +237,32 @@ pub const DEVICES: &[Device] = &[
         add!("other", "auto-register", "linear(stripe(chunk=64k, {0}, {1}))"), UBLK),
 ];
 
+/// A server of memory for a device of its own.
+const SERVER: &[&str] = &["nbdkit", "--unix", "/run/bench-{id}.socket", "memory", "64M"];
+/// What lies in its memory has to be data.
+const FILL: &[&str] = &["fio", "--name=fill", "--rw=write", "--bs=1M", "--filename={node}"];
+
+/// A device over NBD.
+const fn over_nbd(
+    name: &'static str,
+    whose: Whose,
+    make: &'static [&'static str],
+    node: &'static str,
+) -> Device {
+    Device { around: [SERVER, FILL], ..device(name, whose, 0, make, node) }
+}
+
+/// The devices over NBD; each is made over a server of its own.
+#[rustfmt::skip]
+const NBD_DEVICES: &[Device] = &[
+    over_nbd("nbd.ko", Whose::Peer,
+        &["nbd-client", "-unix", "/run/bench-{id}.socket", "/dev/nbd0"], "/dev/nbd0"),
+    over_nbd("nbd", Whose::Ours,
+        add!("devsplice", "auto-register", "nbd+unix:///?socket=/run/bench-{id}.socket"), UBLK),
+    over_nbd("other-nbd", Whose::Against,
+        add!("other", "auto-register", "nbd+unix:///?socket=/run/bench-{id}.socket"), UBLK),
+];
+
 /// An upper bound: `what` costs at most `factor` times what `against` costs, in these cells.
 #[derive(Debug)]
 pub struct Bar {
@@ -178,7 +281,7 @@ const fn bar(what: &'static str, against: &'static str, cells: &'static str, fac
 }
 
 /// What devsplice has to reach.
-pub const BARS: &[Bar] = &[
+const BARS: &[Bar] = &[
     bar("file", "loop", "4k-qd1", 1.15),
     bar("file", "loop", "4k-qd32", 1.07),
     bar("file", "loop", "64k", 1.07),
@@ -193,4 +296,11 @@ pub const BARS: &[Bar] = &[
     bar("batch", "loop", "4k-qd32", 1.03),
     bar("file", "many-at-a-time", "4k-qd1", 0.97),
     bar("mirror", "file", "4k-qd32-write", 1.6),
+];
+
+/// The same over NBD.
+const NBD_BARS: &[Bar] = &[
+    bar("nbd", "nbd.ko", "4k", 1.0),
+    bar("nbd", "nbd.ko", "64k", 0.7),
+    bar("nbd", "nbd.ko", "1m", 0.7),
 ];

@@ -28,6 +28,8 @@ pub struct Results {
     pub absent: Vec<(String, String)>,
     /// The devices' commands.
     pub commands: Vec<(String, String)>,
+    /// The bytes that went through each device of ours, and how.
+    pub moved: Vec<(String, String)>,
     /// What it was measured on.
     pub conditions: Vec<(String, String)>,
 }
@@ -89,6 +91,7 @@ impl Results {
             "samples": samples,
             "absent": self.absent,
             "commands": self.commands,
+            "moved": self.moved,
             "conditions": self.conditions,
         });
         std::fs::write(path, format!("{all:#}\n"))
@@ -114,6 +117,7 @@ impl Results {
             samples: samples.collect(),
             absent: pairs(&all["absent"]),
             commands: pairs(&all["commands"]),
+            moved: pairs(&all["moved"]),
             conditions: pairs(&all["conditions"]),
         })
     }
@@ -170,8 +174,8 @@ mod tests {
     fn what_is_saved_can_be_loaded() {
         let pair = || vec![("a".to_owned(), "b".to_owned())];
         let sample = Sample { device: "d".into(), cell: "c".into(), value: 1.5, idle: 0.0 };
-        let results =
-            Results { samples: vec![sample], absent: pair(), commands: pair(), conditions: pair() };
+        let [absent, commands, moved, conditions] = [pair(), pair(), pair(), pair()];
+        let results = Results { samples: vec![sample], absent, commands, moved, conditions };
         let path = std::env::temp_dir().join(format!("devsplice-bench.{}", std::process::id()));
         results.save(&path).unwrap();
         let loaded = Results::load(&path);

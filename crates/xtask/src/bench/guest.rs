@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use super::cells::{CELLS, Cell, DEVICES, Device};
+use super::cells::{Cell, Device, GROUPS, Whose};
 use super::data::{Results, Sample};
 use super::run::{bounded, fio, fio_arguments, run_detached};
 use crate::Fallible;
@@ -58,6 +58,7 @@ impl Plan {
 
 /// A device that is there.
 struct Live {
+    id: usize,
     device: &'static Device,
     node: String,
 }
@@ -70,41 +71,66 @@ pub fn run(plan: &Plan) -> Fallible<u8> {
     let release = String::from_utf8_lossy(&release).trim().to_owned();
     results.conditions.push(("kernel in the machine".into(), release));
     load_null_blk()?;
-    let mut live = Vec::new();
-    let wanted = DEVICES.iter().filter(|device| plan.names("devices", device.name));
-    for (id, device) in wanted.enumerate() {
-        match make(plan, id, device) {
-            Ok((node, command)) => {
-                if !command.is_empty() {
-                    results.commands.push((device.name.into(), command));
-                }
-                live.push(Live { device, node });
+    let mut live: Vec<Vec<Live>> = Vec::new();
+    let mut ids = 0..;
+    for group in GROUPS {
+        let wanted = group.devices.iter().filter(|device| plan.names("devices", device.name));
+        let made = wanted.zip(&mut ids).filter_map(|(device, id)| {
+            let (node, command) = make(plan, id, device)
+                .inspect_err(|reason| {
+                    println!("{:16} not measured: {reason}", device.name);
+                    results.absent.push((device.name.into(), reason.clone()));
+                })
+                .ok()?;
+            if !command.is_empty() {
+                results.commands.push((device.name.into(), command));
             }
-            Err(reason) => {
-                println!("{:16} not measured: {reason}", device.name);
-                results.absent.push((device.name.into(), reason));
-            }
-        }
+            Some(Live { id, device, node })
+        });
+        live.push(made.collect());
     }
     let samples = plan.plan["samples"].as_u64().unwrap_or(1);
     for number in 1..=samples {
-        for cell in CELLS.iter().filter(|cell| plan.names("cells", cell.name)) {
-            for device in &live {
-                proc::check_interrupt()?;
-                match measure(device, cell) {
-                    Ok(sample) => {
-                        let (value, idle) = (sample.value, sample.idle);
-                        let name = device.device.name;
-                        println!("{number} {:14} {name:16} {value:8.2} k{}", cell.name, note(idle));
-                        results.samples.push(sample);
-                    }
-                    Err(e) => println!("{number} {:14} {}: {e}", cell.name, device.device.name),
-                }
+        for (group, live) in GROUPS.iter().zip(&live) {
+            for cell in group.cells.iter().filter(|cell| plan.names("cells", cell.name)) {
+                sample(number, cell, live, &mut results)?;
+                results.save(&file)?;
             }
-            results.save(&file)?;
         }
     }
+    results.moved = live.iter().flatten().filter_map(|live| moved(plan, live)).collect();
     results.save(&file).map(|()| 0)
+}
+
+/// Runs a load on each device, in turn.
+fn sample(number: u64, cell: &Cell, live: &[Live], results: &mut Results) -> Fallible<()> {
+    for device in live {
+        proc::check_interrupt()?;
+        let name = device.device.name;
+        match measure(device, cell) {
+            Ok(sample) => {
+                let (value, idle) = (sample.value, sample.idle);
+                println!("{number} {:14} {name:16} {value:8.2} k{}", cell.name, note(idle));
+                results.samples.push(sample);
+            }
+            Err(e) => println!("{number} {:14} {name}: {e}", cell.name),
+        }
+    }
+    Ok(())
+}
+
+/// What a device of ours has counted of the data that it moved.
+fn moved(plan: &Plan, live: &Live) -> Option<(String, String)> {
+    if live.device.whose == Whose::Peer {
+        return None;
+    }
+    let program = plan.program(live.device.make[0]).ok()?;
+    let mut info = bounded(20, program);
+    info.args(["info", "--json", &format!("b{}", live.id)]);
+    let info: Value = serde_json::from_slice(&run_quiet(&mut info).ok()?).ok()?;
+    let of = |key: &str| info["counts"][key].as_u64();
+    let text = format!("{} spliced, {} copied", of("bytes_spliced")?, of("bytes_copied")?);
+    Some((live.device.name.into(), text))
 }
 
 fn note(idle: f64) -> String {
@@ -169,7 +195,7 @@ fn make(plan: &Plan, id: usize, device: &Device) -> Fallible<(String, String)> {
     let words: Vec<String> = device.make.iter().map(|word| filled(word, id, &legs)).collect();
     let node = filled(device.node, id, &legs);
     let [before, after] = device.around;
-    step(plan, (id, &legs), before)?;
+    step(plan, (id, &legs), before, &node)?;
     if let Some(program) = program {
         let mut real = words.clone();
         real[0] = program.to_string_lossy().into_owned();
@@ -179,15 +205,15 @@ fn make(plan: &Plan, id: usize, device: &Device) -> Fallible<(String, String)> {
         }
     }
     appeared(&node)?;
-    step(plan, (id, &legs), after)?;
+    step(plan, (id, &legs), after, &node)?;
     Ok((node, words.join(" ")))
 }
 
 /// Runs a command that a device needs around its own.
-fn step(plan: &Plan, (id, legs): (usize, &[String]), words: &[&str]) -> Fallible<()> {
+fn step(plan: &Plan, (id, legs): (usize, &[String]), words: &[&str], node: &str) -> Fallible<()> {
     let Some((name, rest)) = words.split_first() else { return Ok(()) };
     let mut command = bounded(120, plan.program(name)?);
-    command.args(rest.iter().map(|word| filled(word, id, legs)));
+    command.args(rest.iter().map(|word| filled(word, id, legs).replace("{node}", node)));
     run_quiet(&mut command).map(drop)
 }
 
@@ -222,6 +248,7 @@ fn idle_ticks() -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use super::super::cells::devices;
     use super::*;
 
     #[test]
@@ -233,7 +260,7 @@ mod tests {
 
     #[test]
     fn every_device_takes_the_legs_that_its_command_names() {
-        for device in DEVICES {
+        for device in devices() {
             let words = device.make.join(" ") + device.node;
             let named = (0..4).take_while(|leg| words.contains(&format!("{{{leg}}}"))).count();
             assert_eq!(named, device.legs, "{}", device.name);

@@ -3,26 +3,29 @@
 use std::fmt::Write;
 use std::path::Path;
 
-use super::cells::{BARS, Bar, CELLS, DEVICES, Whose};
+use super::cells::{Bar, GROUPS, Group as Devices, Whose};
 use super::data::{Ratio, Results};
 use super::native;
 use super::nbd;
 use super::svg::{self, Group};
 use crate::Fallible;
 
-/// The loads that there are figures of.
-fn cells(results: &Results) -> Vec<&'static str> {
-    let known = |name: &&str| results.samples.iter().any(|sample| sample.cell == *name);
-    CELLS.iter().map(|cell| cell.name).filter(known).collect()
+/// The loads of a group that there are figures of.
+fn cells(results: &Results, group: &Devices) -> Vec<&'static str> {
+    let is_its = |device: &str| group.devices.iter().any(|one| one.name == device);
+    let known = |name: &&str| {
+        results.samples.iter().any(|sample| sample.cell == *name && is_its(&sample.device))
+    };
+    group.cells.iter().map(|cell| cell.name).filter(known).collect()
 }
 
-/// The devices that there are figures of, or reasons why not.
-fn devices(results: &Results) -> Vec<&'static str> {
+/// The devices of a group that there are figures of, or reasons why not.
+fn devices(results: &Results, group: &Devices) -> Vec<&'static str> {
     let known = |name: &&str| {
         results.samples.iter().any(|sample| sample.device == *name)
             || results.absent.iter().any(|(device, _)| device == name)
     };
-    DEVICES.iter().map(|device| device.name).filter(known).collect()
+    group.devices.iter().map(|device| device.name).filter(known).collect()
 }
 
 /// A table of texts, its columns aligned; the first to the left.
@@ -61,11 +64,11 @@ fn short(value: f64) -> String {
     if value < 100.0 { format!("{value:.1}") } else { format!("{value:.0}") }
 }
 
-/// The table of figures.
-fn figures(results: &Results) -> String {
-    let cells = cells(results);
+/// The table of a group's figures.
+fn figures(results: &Results, group: &Devices) -> String {
+    let cells = cells(results, group);
     let mut rows = vec![heading("device", &cells)];
-    for device in devices(results) {
+    for device in devices(results, group) {
         let mut row = vec![device.to_owned()];
         match results.absent.iter().find(|(name, _)| name == device) {
             Some(_) => row.extend(cells.iter().map(|_| "-".to_owned())),
@@ -77,7 +80,8 @@ fn figures(results: &Results) -> String {
     }
     let mut row = vec!["largest spread".to_owned()];
     row.extend(cells.iter().map(|cell| {
-        let spreads = devices(results).into_iter().filter_map(|d| results.figure(d, cell));
+        let devices = devices(results, group).into_iter();
+        let spreads = devices.filter_map(|device| results.figure(device, cell));
         format!("{:.1} %", spreads.map(|figure| figure.spread).fold(0.0, f64::max))
     }));
     rows.push(row);
@@ -97,11 +101,11 @@ fn judge(results: &Results, bar: &Bar, cell: &str) -> Option<(f64, bool)> {
     Some((ratio, ratio <= bar.factor))
 }
 
-/// The table of bars: a ratio each, marked where it is above its bound.
-fn bars(results: &Results) -> String {
-    let cells = cells(results);
+/// The table of a group's bars: a ratio each, marked where it is above its bound.
+fn bars(results: &Results, group: &Devices) -> String {
+    let cells = cells(results, group);
     let mut rows = vec![heading("ratio, bound", &cells)];
-    for bar in BARS {
+    for bar in group.bars {
         let mut row = vec![format!("{} / {} <= {}", bar.what, bar.against, bar.factor)];
         row.extend(cells.iter().map(|cell| match judge(results, bar, cell) {
             Some((ratio, true)) => format!("{ratio:.3}"),
@@ -115,11 +119,24 @@ fn bars(results: &Results) -> String {
     aligned(&rows)
 }
 
+/// The tables of the groups that were measured, each below its `head`.
+fn groups(results: &Results, head: impl Fn(&Devices) -> String, between: &str) -> String {
+    let mut text = String::new();
+    for group in GROUPS.iter().filter(|group| !cells(results, group).is_empty()) {
+        text += &head(group);
+        text += &figures(results, group);
+        text += between;
+        text += &bars(results, group);
+    }
+    text
+}
+
 /// Everything about the VM part, for the terminal.
 pub fn vm_text(results: &Results) -> String {
-    let mut text = figures(results);
-    text += "\n";
-    text += &bars(results);
+    let mut text = groups(results, |group| format!("\n{}:\n\n", group.name), "\n");
+    for (device, moved) in &results.moved {
+        let _ = write!(text, "\n{device}: bytes {moved}");
+    }
     for (device, reason) in &results.absent {
         let _ = write!(text, "\n{device}: not measured: {reason}");
     }
@@ -128,11 +145,8 @@ pub fn vm_text(results: &Results) -> String {
 
 /// Writes the page of the VM part.
 pub fn write_vm(results: &Results, directory: &Path) -> Fallible<()> {
-    let mut text = String::from(VM_HEAD);
-    text += &figures(results);
-    text += VM_BARS;
-    text += &bars(results);
-    text += &appendix(results);
+    let head = |group: &Devices| format!("\n## {}\n\n{}\n", group.name, group.about);
+    let text = format!("{VM_HEAD}{}{}", groups(results, head, VM_BARS), appendix(results));
     save(directory, "vm.svg", &vm_chart(results))?;
     save(directory, "vm.md", &text)
 }
@@ -142,14 +156,14 @@ fn vm_chart(results: &Results) -> String {
     let group = |cell: &&'static str| {
         let base = results.figure(CHART_BASE, cell)?.median;
         let bar = |name: &&str| {
-            let device = DEVICES.iter().find(|device| device.name == *name)?;
+            let device = GROUPS[0].devices.iter().find(|device| device.name == *name)?;
             let ratio = results.figure(name, cell)?.median / base;
             Some(((*name).to_owned(), ratio, device.whose == Whose::Ours))
         };
         let bars = CHARTED.iter().filter_map(bar).collect();
         Some(Group { name: (*cell).to_owned(), bars })
     };
-    let groups: Vec<Group> = cells(results).iter().filter_map(group).collect();
+    let groups: Vec<Group> = cells(results, &GROUPS[0]).iter().filter_map(group).collect();
     svg::chart("Instructions per I/O; kernel loop = 1; less is better", &groups, 1.0)
 }
 
@@ -246,6 +260,7 @@ fn appendix(results: &Results) -> String {
         }
     };
     list("Not measured", &results.absent, "");
+    list("Bytes that went through devsplice", &results.moved, "");
     list("Conditions", &results.conditions, "");
     list("The devices", &results.commands, "`");
     text
@@ -281,36 +296,17 @@ Written by `cargo xtask bench --vm`. Thousand instructions of the whole machine 
 server) for each I/O; less is better.
 
 The machine is QEMU's software emulation, one CPU, one instruction one nanosecond of guest time
-(`-icount shift=0,sleep=off`). The backing device is memory (`null_blk`, 64 MiB, 4 KiB blocks,
-filled) that completes an I/O where it is submitted, so the CPU is never idle while fio runs, and
-fio's own run time divided by its I/Os is instructions per I/O. Every device has one queue, depth
-64 and backing devices of its own; all are made in the same boot; samples go round the devices; the
+(`-icount shift=0,sleep=off`). The CPU is never idle while fio runs, so fio's own run time divided
+by its I/Os is instructions per I/O. Every device of ours has one queue and depth 64, each has a
+backing of its own; all are made in the same boot; samples go round the devices of a group; the
 median is shown. Such counts know no caches, no second CPU and no contention: they rank code paths,
-not disks.
+not disks. All loads with `--ioengine=io_uring --direct=1 --norandommap`.
 
 ![chart](vm.svg)
-
-| load | fio |
-|---|---|
-| 4k-qd1 | `--rw=randread --bs=4k --iodepth=1`, 20000 I/Os |
-| 4k-qd32-read, 4k-qd32-write | `--rw=randread` or `randwrite`, `--bs=4k --iodepth=32`, 20000 I/Os |
-| 64k-qd8 | `--rw=randread --bs=64k --iodepth=8`, 8000 I/Os |
-| 1m-read, 1m-write | `--rw=read` or `write`, `--bs=1M --iodepth=4`, 600 I/Os |
-
-All with `--ioengine=io_uring --direct=1 --norandommap`. `bare` is the floor: a ublk server in C
-that is nothing but its loop (crates/xtask/src/bench/bare.c). `kublk` is the kernel's own test
-server (zero copy by automatic registration), `rublk` the one of libublk-rs (zero copy). `file` is a
-devsplice device over one backing device, `stripe` over two, `stack` a `linear` over such a stripe,
-`mirror` one over two that are in sync (`dm-mirror` is the kernel's, without a log on disk); the
-suffix names a forced data path, `many-at-a-time` is `file` with `--low-depth off`. A read of devsplice's `null` fills the pages with zeros; the
-other null servers leave them as they are.
-
 ";
 
 const VM_BARS: &str = "
-## Bounds
-
-Ratio of two lines of the table above; **bold** where it is above its bound.
+Ratio of two lines of this table; **bold** where it is above its bound.
 
 ";
 

@@ -15,7 +15,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("backends", &["core", "engine", "uring", "nbd", "tls"]),
     ("tls", &["core", "uring"]),
     ("exports", &["core", "engine", "uring", "nbd", "tls"]),
-    ("sim", &["core", "engine", "layers"]),
+    ("sim", &["core", "engine", "layers", "nbd"]),
     ("contract", &["core", "engine", "uring"]),
 ];
 /// Crates above all arrows.

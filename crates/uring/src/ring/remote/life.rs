@@ -6,35 +6,31 @@ use std::sync::Arc;
 
 use devsplice_core::Errno;
 use devsplice_nbd::wire::command;
-use devsplice_nbd::{Broken, Mode, Request};
+use devsplice_nbd::{Broken, Request};
 use rustix::net::{SendFlags, Shutdown, send, shutdown};
 
-use super::{
-    BELL, Link, Patience, Receiving, Remotes, SECOND, STRIKES, State, TICK, Uring, user_data,
-};
+use super::{BELL, Link, Receiving, Remotes, SECOND, TICK, Uring, user_data};
 use crate::files::{FileKind, RingFile};
 use crate::uapi::{OP_POLL_ADD, OP_TIMEOUT, Sqe};
 
 impl Remotes {
     /// What the server has said is no NBD.
     pub(super) fn broke(&mut self, ring: &mut Uring, index: usize, broken: Broken) {
-        let conn = &mut self.conns[index];
-        conn.strikes = conn.strikes.saturating_add(1);
-        self.lose(ring, index, format!("it sends {}", broken.0));
+        if self.conns[index].talk.broke() {
+            self.end(ring, index, format!("it sends {}", broken.0));
+        }
     }
 
     /// A connection is of no use any more.
     pub(super) fn lose(&mut self, ring: &mut Uring, index: usize, why: String) {
+        if self.conns[index].talk.lose() {
+            self.end(ring, index, why);
+        }
+    }
+
+    fn end(&mut self, ring: &mut Uring, index: usize, why: String) {
         let conn = &mut self.conns[index];
-        if conn.state != State::Up {
-            return;
-        }
-        conn.state = State::Ending;
         conn.lost = why;
-        if conn.open == 0 {
-            // Nobody has waited so far.
-            conn.down_since = None;
-        }
         // What is out ends by it. It may be closed already.
         let _ = shutdown(conn.socket(ring), Shutdown::Both);
         self.settle(ring, index);
@@ -42,45 +38,25 @@ impl Remotes {
 
     /// Begins to hold what is open, when no entry of the connection is out any more.
     pub(super) fn settle(&mut self, ring: &mut Uring, index: usize) {
-        let Remotes { conns, asks, tick, .. } = self;
-        let conn = &mut conns[index];
-        if conn.state != State::Ending || !conn.is_quiet() {
+        let conn = &mut self.conns[index];
+        if !conn.is_quiet() || !conn.talk.hold() {
             return;
         }
-        conn.state = State::Down;
-        conn.down_since.get_or_insert(*tick);
-        // There may soon be a connection again, and no answer over that one, either.
-        let outage = conn.outage(*tick);
         conn.batch.clear();
         conn.receiving = Receiving::default();
-        conn.asks.restart(Mode::Simple, None);
-        conn.unsent.clear();
-        for (key, ask) in (0..).zip(asks.iter_mut()) {
-            if ask.is_open && usize::from(ask.conn) == index {
-                (ask.is_sending, ask.is_flushing, ask.early) = (false, false, None);
-                conn.unsent.push_back(key);
-            }
-        }
-        conn.unsent.make_contiguous().sort_unstable_by_key(|key| asks[*key as usize].serial);
         let line = Arc::clone(&conn.line);
         conn.remote.dial(&line, Some(&conn.lost));
-        if conn.strikes >= STRIKES {
-            self.fail(ring, index, "speaks no NBD that can be understood");
-        } else if let Some(outage) = outage {
-            self.fail(ring, index, &format!("has been away for {outage} s"));
-        }
+        // There may soon be a connection again, and no answer over that one, either.
+        self.give_up(ring, index);
         self.arm_tick(ring);
     }
 
-    /// Gives up what is held, and what comes until there is a connection.
-    fn fail(&mut self, ring: &mut Uring, index: usize, why: &str) {
+    /// Fails what is held, and what comes until there is a connection, if it is time for that.
+    fn give_up(&mut self, ring: &mut Uring, index: usize) {
         let conn = &mut self.conns[index];
-        if std::mem::replace(&mut conn.is_failing, true) {
-            return;
-        }
-        let count = conn.unsent.len();
+        let Some((why, count)) = conn.talk.give_up() else { return };
         conn.remote.tell(&format!("{why}: {count} requests fail, and all until it is back"));
-        while let Some(key) = self.conns[index].unsent.pop_front() {
+        while let Some(key) = self.conns[index].talk.abandoned() {
             self.land(ring, key, Err(Errno::EIO));
         }
     }
@@ -90,17 +66,12 @@ impl Remotes {
         let conn = &mut self.conns[index];
         let link = conn.line.take();
         if let Some(link) = link
-            && conn.state == State::Down
+            && conn.talk.is_down()
         {
             let Link { socket, agreed } = link;
             match ring.replace_file(conn.file, RingFile { fd: socket, kind: FileKind::Other }) {
                 Ok(()) => {
-                    conn.state = State::Up;
-                    conn.asks.restart(agreed.mode, agreed.allocation);
-                    (conn.heard, conn.is_failing) = (self.tick, false);
-                    if conn.open == 0 {
-                        conn.down_since = None;
-                    }
+                    conn.talk.connected(&agreed);
                     self.receive(ring, index);
                 }
                 Err(error) => {
@@ -135,24 +106,13 @@ impl Remotes {
     /// A second is over.
     pub(super) fn tick(&mut self, ring: &mut Uring) {
         self.is_ticking = false;
-        self.tick = self.tick.wrapping_add(1);
         let mut is_waiting = false;
         for index in 0..self.conns.len() {
-            let conn = &self.conns[index];
-            let Patience { answer, .. } = conn.remote.patience();
-            // Seconds are counted as they end, so one more than was meant is at least that.
-            let silent = self.tick.wrapping_sub(conn.heard);
-            if conn.state == State::Up && conn.open > 0 && answer > 0 && silent > answer {
-                self.lose(ring, index, format!("it has not answered for {answer} s"));
+            if let Some(seconds) = self.conns[index].talk.second() {
+                self.lose(ring, index, format!("it has not answered for {seconds} s"));
             }
-            let conn = &self.conns[index];
-            if conn.state == State::Down
-                && let Some(outage) = conn.outage(self.tick)
-            {
-                self.fail(ring, index, &format!("has been away for {outage} s"));
-            }
-            let conn = &self.conns[index];
-            is_waiting |= conn.open > 0 || (conn.state != State::Up && !conn.is_failing);
+            self.give_up(ring, index);
+            is_waiting |= self.conns[index].talk.is_waiting();
         }
         if is_waiting {
             self.arm_tick(ring);
@@ -161,10 +121,10 @@ impl Remotes {
 
     /// Says goodbye where that can be, and ends the connections.
     pub(super) fn part(&mut self, ring: &mut Uring) {
-        for conn in self.conns.iter_mut().filter(|conn| conn.state != State::Down) {
+        for conn in self.conns.iter_mut().filter(|conn| !conn.talk.is_down()) {
             let socket = conn.socket(ring);
             let mut how = Shutdown::Both;
-            if conn.state == State::Up && conn.batch.out == 0 {
+            if conn.talk.is_up() && conn.batch.out == 0 {
                 let goodbye = Request {
                     flags: 0,
                     command: command::DISCONNECT,
@@ -174,7 +134,7 @@ impl Remotes {
                 };
                 // There is room for it, or nobody listens any more.
                 let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
-                if send(socket, goodbye.head(conn.asks.mode()).bytes(), flags).is_ok() {
+                if send(socket, goodbye.head(conn.talk.mode()).bytes(), flags).is_ok() {
                     // It has to get there; the server hangs up when it does.
                     how = Shutdown::Write;
                 }

@@ -7,7 +7,7 @@
 
 use devsplice_nbd::client::Said;
 
-use super::{Conn, DATA, HEAD, Remotes, State, Uring, user_data};
+use super::{Conn, DATA, HEAD, Remotes, Uring, user_data};
 use crate::arena::Arena;
 use crate::splice::{DATA_AT, PagesKind, with_slot, zero_slot};
 use crate::uapi::{MSG_WAITALL, OP_RECV, SQE_FIXED_FILE, SQE_IO_LINK, Sqe};
@@ -55,7 +55,7 @@ impl Remotes {
     /// Looks at what has come, and asks for more.
     pub(super) fn receive(&mut self, ring: &mut Uring, index: usize) {
         // Each round takes bytes, ends an answer or returns.
-        while self.conns[index].state == State::Up {
+        while self.conns[index].talk.is_up() {
             let conn = &mut self.conns[index];
             if let Some(target) = conn.receiving.target {
                 match self.fill(ring, index, target) {
@@ -66,7 +66,7 @@ impl Remotes {
             let Receiving { from, to, is_heading, .. } = conn.receiving;
             // While an entry for headers is out, nothing is there that was not looked at.
             let bytes = if is_heading { &[][..] } else { &conn.memory.bytes(IN)[from..to] };
-            match conn.asks.next(bytes) {
+            match conn.talk.next(bytes) {
                 Ok((0, None)) => return self.receive_head(ring, index),
                 Ok((taken, said)) => {
                     conn.receiving.from += taken;
@@ -132,7 +132,7 @@ impl Remotes {
         let conn = &self.conns[index];
         let have = conn.receiving.to - conn.receiving.from;
         let is_careful = self.has_slots || conn.large > 0;
-        if is_careful { conn.asks.room(have).min(ROOM - have) } else { ROOM - have }
+        if is_careful { conn.talk.room(have).min(ROOM - have) } else { ROOM - have }
     }
 
     /// Brings the next of a read's data to where it belongs; whether it is there already.
@@ -187,13 +187,13 @@ impl Remotes {
     pub(super) fn headed(&mut self, ring: &mut Uring, index: usize, result: i32) {
         let conn = &mut self.conns[index];
         conn.receiving.head_back(&mut conn.memory);
-        if conn.state != State::Up {
+        if !conn.talk.is_up() {
             return self.settle(ring, index);
         }
         match result {
             1.. => {
                 conn.receiving.to += usize::try_from(result).unwrap_or(0);
-                conn.heard = self.tick;
+                conn.talk.hear();
             }
             // Linked behind data that has not come whole.
             _ if result == -libc::ECANCELED => {}
@@ -209,13 +209,13 @@ impl Remotes {
     pub(super) fn filled(&mut self, ring: &mut Uring, index: usize, result: i32) {
         let conn = &mut self.conns[index];
         conn.receiving.out -= 1;
-        if conn.state != State::Up {
+        if !conn.talk.is_up() {
             return self.settle(ring, index);
         }
         let Some(target) = conn.receiving.target else { return };
         match u32::try_from(result) {
             Ok(done) if done > 0 => {
-                conn.heard = self.tick;
+                conn.talk.hear();
                 self.aim(index, advanced(target, done));
             }
             Err(_) if is_transient(result) => {}

@@ -4,10 +4,7 @@
 //! one entry sends them. A slot needs an entry of its own, so there they are linked: each is sent
 //! when the one before it is, whole; one that stops short stops the rest, which goes out anew.
 
-use devsplice_core::Op;
-use devsplice_nbd::wire::can;
-
-use super::{Remotes, SENT, State, Uring, user_data};
+use super::{Remotes, SENT, Uring, user_data};
 use crate::arena::Arena;
 use crate::ring::socket::MessageHeader;
 use crate::splice::{DATA_AT, IoVec, PagesKind, with_slot};
@@ -122,7 +119,7 @@ impl Remotes {
     /// Sends what was asked for, unless something is on its way.
     pub(super) fn send(&mut self, ring: &mut Uring, index: usize) {
         let conn = &self.conns[index];
-        if conn.state != State::Up || conn.batch.out > 0 || conn.unsent.is_empty() {
+        if !conn.talk.is_up() || conn.batch.out > 0 || !conn.talk.has_unsent() {
             return;
         }
         self.gather(ring, index);
@@ -133,20 +130,17 @@ impl Remotes {
     fn gather(&mut self, ring: &Uring, index: usize) {
         let Remotes { conns, asks, .. } = self;
         let conn = &mut conns[index];
-        let has_fua = conn.can(can::FUA);
         let batch = &mut *conn.batch;
         batch.clear();
         // Bytes of headers; there is room for those of a batch.
         let mut heads = 0;
-        while let Some(key) = conn.unsent.front().copied() {
-            let ask = &mut asks[key as usize];
-            let is_write = ask.op == Op::Write && !ask.is_flushing;
-            let parts = if is_write { ask.part_count } else { 0 };
+        while let Some((key, has_data)) = conn.talk.first_unsent() {
+            let ask = &asks[key as usize];
+            let parts = if has_data { ask.part_count } else { 0 };
             if batch.key_count == MOST || batch.count + 1 + parts > SEGMENTS {
                 break;
             }
-            conn.unsent.pop_front();
-            let head = conn.asks.begin(key, &ask.request(has_fua));
+            let Some(head) = conn.talk.send() else { break };
             let (place, bytes) = (heads, head.bytes());
             heads += bytes.len();
             conn.memory.bytes(OUT)[place..place + bytes.len()].copy_from_slice(bytes);
@@ -166,7 +160,6 @@ impl Remotes {
                     }
                 });
             }
-            ask.is_sending = true;
             batch.keys[batch.key_count] = key;
             batch.key_count += 1;
         }
@@ -238,7 +231,7 @@ impl Remotes {
                 Ok(done) if done > 0 => {
                     batch.is_cut = is_chain && done < left;
                     batch.advance(done);
-                    conn.heard = self.tick;
+                    conn.talk.hear();
                 }
                 Ok(_) => (batch.is_cut, batch.error) = (true, libc::EPIPE),
                 Err(_) => (batch.is_cut, batch.error) = (true, -result),
@@ -248,7 +241,7 @@ impl Remotes {
             return;
         }
         batch.header.vector_len = 0;
-        if conn.state != State::Up {
+        if !conn.talk.is_up() {
             return self.settle(ring, index);
         }
         match batch.error {
@@ -267,9 +260,7 @@ impl Remotes {
         let (keys, count) = (batch.keys, batch.key_count);
         batch.clear();
         for key in &keys[..count] {
-            let ask = &mut self.asks[*key as usize];
-            ask.is_sending = false;
-            if let Some(result) = ask.early.take() {
+            if let Some(result) = self.conns[index].talk.sent(*key) {
                 self.land(ring, *key, result);
             }
         }

@@ -9,8 +9,8 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use devsplice_engine::{Event, Ring};
-use devsplice_nbd::Mode;
-use devsplice_nbd::wire::{Head, chunk, error};
+use devsplice_nbd::wire::{Head, ask as flag, can, chunk, command, error};
+use devsplice_nbd::{Mode, Request};
 
 use super::*;
 use crate::ring::LaneMemory;
@@ -631,7 +631,7 @@ fn a_ring_that_goes_waits_for_no_server_that_takes_nothing() {
         None
     };
     let mut client = Client::new((Mode::Extended, ALL), false, PATIENT, deaf);
-    while client.ring.remotes.as_ref().unwrap().conns[0].state != State::Up {
+    while !client.ring.remotes.as_ref().unwrap().conns[0].talk.is_up() {
         client.ring.enter(true).unwrap();
         assert!(client.ring.next().is_none());
     }
