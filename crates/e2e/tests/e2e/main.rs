@@ -18,6 +18,7 @@ mod low_depth;
 mod luck;
 mod manners;
 mod many;
+mod matrix;
 mod mirror;
 mod nbd;
 mod ops;
@@ -86,6 +87,7 @@ fn groups() -> Vec<Group> {
     let mut nbd = Group::new("nbd", Ok(()));
     nbd::add(&mut nbd);
     remote::add_copies(&mut nbd);
+    matrix::add(&mut nbd);
     let mut tls = Group::new("tls", Ok(()));
     tls::add(&mut tls);
     let mut groups = vec![cli, bad, copies, nbd, tls];

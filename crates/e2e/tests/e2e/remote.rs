@@ -298,6 +298,12 @@ fn captive() -> Outcome {
     wait_until(10, "the server has ended", || !ran.lives());
     let said = room.refusal(["copy", "[ ]", &back]);
     assert!(said.contains("names no program"), "{said}");
+    let many = Server::start(&room, &[]);
+    let listen = format!("unix:{}", room.path("nbd.sock"));
+    let said = room
+        .refusal(["add", &server, "--server", &many.name, "--listen", &listen, "-n", "captive"]);
+    assert!(said.contains("starts no programs") && said.contains("without --server"), "{said}");
+    many.end();
     Ok(())
 }
 
