@@ -1,6 +1,7 @@
 //! Answers for who talks to whom over NBD: our client to every server that people use, every client
 //! that they use to our server, with TLS and without, verified 32 deep.
 
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use devsplice_e2e::{
@@ -8,6 +9,7 @@ use devsplice_e2e::{
     wait_until,
 };
 use rustix::process::Signal;
+use serde_json::Value;
 
 use crate::nbd::{Served, verify_32_deep};
 use crate::tls::certificates;
@@ -23,6 +25,7 @@ pub fn add(group: &mut Group) {
             below(which, true)
         });
     }
+    group.add("holes_below_a_server_below_us_are_told_as_they_are_now", holes);
     group.add("qemu_writes_32_deep_to_our_server", || qemu(false));
     group.add("qemu_writes_32_deep_to_our_server_with_tls", || qemu(true));
     group.alone("the_kernels_client_keeps_every_byte_over_our_server", || kernel(false));
@@ -160,6 +163,59 @@ fn below(which: Which, is_secure: bool) -> Outcome {
     Ok(())
 }
 
+/// What nbdinfo says is data, in KiB: from where, how much.
+fn data_of(room: &Room, uri: &str) -> Vec<(u64, u64)> {
+    let text = tool(room, "nbdinfo", &["--map", "--json", uri]).ok();
+    let all: Value = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}"));
+    let all = all.as_array().unwrap_or_else(|| panic!("no list: {text}")).iter();
+    let number = |one: &Value, key: &str| one[key].as_u64().unwrap_or_else(|| panic!("{text}"));
+    let data = all.filter(|one| number(one, "type") == 0);
+    data.map(|one| (number(one, "offset") >> 10, number(one, "length") >> 10)).collect()
+}
+
+fn holes() -> Outcome {
+    need(mode() == Mode::Native, "it needs nothing of the machine's kernel")?;
+    for tool in ["nbdkit", "nbdinfo", "qemu-io"] {
+        need_tool(tool)?;
+    }
+    let room = Room::new();
+    let (socket, image) = (room.path("below.sock"), room.file("below.img", SIZE));
+    let file = std::fs::File::options().write(true).open(&image).unwrap();
+    file.write_all_at(&[7; 1 << 20], 4 << 20).unwrap();
+    for (is_shared, before, after) in [
+        (true, vec![(4096, 1024)], vec![(4096, 1024), (8192, 64)]),
+        // Whoever takes one connection cannot be asked beside it.
+        (false, vec![(0, SIZE >> 10)], vec![(0, SIZE >> 10)]),
+    ] {
+        let mut all = vec!["-f", "-U", &socket];
+        if !is_shared {
+            all.push("--filter=multi-conn");
+        }
+        all.extend(["file", &image]);
+        if !is_shared {
+            all.push("multi-conn-mode=disable");
+        }
+        let kit = call("nbdkit", all).dir(&room.dir).limit(60).start();
+        wait_until(20, "nbdkit listens", || Path::new(&socket).exists());
+        let served = Served::new(&room, &format!("nbd+unix:///?socket={socket}"), &[]);
+        assert_eq!(data_of(&room, &served.uri), before);
+        let write = ["-f", "raw", "-c", "write -P 9 8M 64k", &served.uri];
+        let _ = tool(&room, "qemu-io", &write).ok();
+        assert_eq!(data_of(&room, &served.uri), after, "it is asked anew each time");
+        served.remove();
+        let halves = format!("nbd+unix:///?socket={socket}");
+        let two =
+            format!("concat(linear({halves}, size=5M), linear({halves}, offset=7M, size=2M))");
+        let served = Served::new(&room, &two, &[]);
+        let expected = if is_shared { vec![(4096, 1024), (6144, 64)] } else { vec![(0, 7168)] };
+        assert_eq!(data_of(&room, &served.uri), expected);
+        served.remove();
+        drop(kit);
+        let _ = std::fs::remove_file(&socket);
+    }
+    Ok(())
+}
+
 /// An export of ours as QEMU names it, and what has to be said before.
 fn for_qemu(served: &Served<'_>, pki: Option<&str>) -> (Vec<String>, String) {
     let (socket, name) = (served.socket.clone(), served.name.clone());
@@ -232,7 +288,8 @@ fn kernel(is_secure: bool) -> Outcome {
     });
     let mut all = vec!["-unix", &socket, device, "-name", &name];
     if let Some([authority, own, key]) = &files {
-        all.extend(["-A", authority, "-F", own, "-K", key, "-H", "localhost"]);
+        all.extend(["-cacertfile", authority, "-certfile", own, "-keyfile", key]);
+        all.extend(["-tlshostname", "localhost"]);
     } else {
         all.extend(["-connections", "2"]);
     }
