@@ -267,12 +267,13 @@ pub struct Add {
     #[command(flatten)]
     #[serde(flatten)]
     pub ublk: Ublk,
-    /// Where NBD clients connect: unix:PATH, nbd://HOST:PORT or nbd+unix:///?socket=PATH. More
-    /// than once for more places. Says `--export nbd`.
+    /// Where NBD clients connect: unix:PATH, nbd://HOST:PORT, nbd+unix:///?socket=PATH,
+    /// nbd+vsock://any:PORT, systemd:NAME for what it has passed. More than once for more places.
+    /// Says `--export nbd`.
     #[arg(long, value_name = "URI")]
     #[serde(default)]
     pub listen: Vec<String>,
-    /// Who may connect by NBD: uid:1000, 192.0.2.7, 192.0.2.0/24. More than once for more.
+    /// Who may connect by NBD: uid:1000, 192.0.2.7, 192.0.2.0/24, cid:3. More than once for more.
     #[arg(long, value_name = "WHO")]
     #[serde(default)]
     pub allow: Vec<String>,

@@ -11,6 +11,7 @@ use devsplice_exports::ublk::Fit;
 use devsplice_exports::{fuse, nbd, ublk};
 
 use crate::args::{Add, Export, PathChoice, Switch};
+use crate::passed;
 use crate::state::{Claim, Disk};
 
 /// A disk of either kind.
@@ -116,12 +117,19 @@ pub fn nbd(add: &Add) -> Result<(Export, String)> {
 /// What to serve by NBD, and where.
 fn nbd_options(add: &Add, name: &str) -> Result<nbd::Options> {
     let here = std::env::current_dir().map_err(|error| Error::os("current directory", &error))?;
-    let address = |text: &String| nbd::Uri::parse(text).map(|uri| uri.anchored(&here));
+    let address = |text: &&String| nbd::Uri::parse(text).map(|uri| uri.anchored(&here));
+    let is_passed = |text: &&String| text.starts_with(passed::SCHEME);
+    let (passed, listen): (Vec<_>, Vec<_>) = add.listen.iter().partition(is_passed);
+    let mut sockets = Vec::new();
+    for text in passed {
+        sockets.extend(passed::sockets(text)?.into_iter().map(Arc::new));
+    }
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = add.threads.unwrap_or_else(|| u16::try_from(cpus.min(QUEUES)).unwrap_or(1));
     Ok(nbd::Options {
         name: name.to_owned(),
-        listen: add.listen.iter().map(address).collect::<Result<_>>()?,
+        listen: listen.iter().map(address).collect::<Result<_>>()?,
+        passed: sockets,
         allow: add.allow.iter().map(|text| nbd::Rule::parse(text)).collect::<Result<_>>()?,
         writable: add.writable,
         read_only: add.read_only,

@@ -38,7 +38,8 @@ pub struct Room {
     pub run: PathBuf,
     /// What is to be called, last first, when the test is over.
     tidy: RefCell<Vec<(String, Vec<String>)>>,
-    program: PathBuf,
+    /// The command under test.
+    pub program: PathBuf,
 }
 
 impl Room {
@@ -149,14 +150,14 @@ impl Room {
         node.trim().to_owned()
     }
 
-    /// A device in memory, made by the kernel's null_blk; its path.
+    /// A device in memory, made by the kernel's null_blk with `more` of its attributes; its path.
     ///
     /// # Errors
     /// The skip, where the kernel has no null_blk that can be configured.
     ///
     /// # Panics
     /// If it has, and does not make one.
-    pub fn null_device(&self, size: u64) -> Result<String, Skip> {
+    pub fn null_device(&self, size: u64, more: &[(&str, &str)]) -> Result<String, Skip> {
         let root = Path::new("/sys/kernel/config/nullb");
         need(root.exists(), "no null_blk with configfs here")?;
         let name = format!("e2e{}n{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
@@ -164,15 +165,15 @@ impl Room {
         std::fs::create_dir(&dir).expect("a null_blk device");
         self.later("rmdir", &[&dir.to_string_lossy()]);
         let mib = (size / MIB).to_string();
-        for (file, value) in [
+        let usual = [
             ("size", mib.as_str()),
             ("memory_backed", "1"),
             ("blocksize", "512"),
             ("discard", "1"),
             ("completion_nsec", "0"),
             ("irqmode", "0"),
-            ("power", "1"),
-        ] {
+        ];
+        for (file, value) in usual.iter().chain(more).chain(&[("power", "1")]) {
             std::fs::write(dir.join(file), value)
                 .unwrap_or_else(|error| panic!("null_blk: {file}={value}: {error}"));
         }

@@ -120,6 +120,8 @@ fn limits(agreed: &Agreed) -> Result<Limits> {
         io_min: physical,
         discard: if has(can::TRIM) { physical } else { 0 },
         write_zeroes: has(can::WRITE_ZEROES),
+        // It may be, but is not asked for with the flag that has it refused otherwise.
+        fast_zeroes: false,
         read_only: has(can::READ_ONLY),
         volatile_cache: has(can::FLUSH),
         fua: has(can::FUA),

@@ -3,11 +3,13 @@
 
 use devsplice_e2e::{Disk, Group, Kind, MIB, Outcome, Process, Room, call, engines};
 
+use crate::ublk::offers;
 use crate::verify::counts_fit;
 
 pub fn add(group: &mut Group) {
     group.add("depths_that_change_keep_every_byte", changing);
     group.add("one_at_a_time_takes_about_one_call", calls);
+    group.add("memory_of_clients_takes_about_one_call", shared);
     group.add("an_idle_disk_costs_nothing_behind_a_last_request", idle);
 }
 
@@ -73,6 +75,29 @@ fn calls() -> Outcome {
     let (ordinary, low) = (each(Kind::Ublk("auto-register")), each(Kind::LowDepth));
     // 4096 requests.
     assert!(ordinary > 7000 && low < 5500, "{low} calls, {ordinary} without");
+    Ok(())
+}
+
+fn shared() -> Outcome {
+    engines()?;
+    let room = Room::new();
+    offers(&room, "shared-memory")?;
+    let memory = format!("/dev/shm/{}", room.name());
+    std::fs::File::create(&memory).unwrap().set_len(MIB).unwrap();
+    room.later("rm", &["-f", &memory]);
+    let more = ["--no-part-scan", "--queues", "1", "--shared-memory", &memory];
+    let disk = room.add(Kind::LowDepth, &room.file("a", 16 * MIB), &more);
+    let before = disk.count("enters");
+    let place = format!("--mem=mmapshared:{memory}");
+    fio(&room, &disk, &["--rw=randwrite", "--bs=4k", "--iodepth=1", "--verify=crc32c", &place]);
+    // 4096 writes, and as many reads to verify them.
+    let calls = disk.count("enters") - before;
+    assert!(calls < 11_000, "{calls} calls");
+    // The last one's splice is heard of within a second.
+    std::thread::sleep(std::time::Duration::from_millis(1500));
+    let bytes = disk.count("bytes_shared");
+    assert!(bytes >= 32 * MIB && bytes <= disk.count("bytes_spliced"), "{}", disk.info());
+    disk.remove();
     Ok(())
 }
 

@@ -12,6 +12,7 @@ mod cli;
 mod contract;
 mod copy;
 mod dialect;
+mod doors;
 mod layers;
 mod life;
 mod low_depth;
@@ -86,6 +87,7 @@ fn groups() -> Vec<Group> {
     copy::add(&mut copies, home);
     let mut nbd = Group::new("nbd", Ok(()));
     nbd::add(&mut nbd);
+    doors::add(&mut nbd);
     remote::add_copies(&mut nbd);
     matrix::add(&mut nbd);
     let mut tls = Group::new("tls", Ok(()));

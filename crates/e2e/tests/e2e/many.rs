@@ -10,6 +10,7 @@ use devsplice_e2e::{
     need_tool, verify, wait_until,
 };
 use devsplice_uring::loopctl;
+use rustix::fs::{FlockOperation, flock};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
@@ -36,10 +37,38 @@ pub fn add(group: &mut Group, kind: Kind) {
     group.add("many_a_mirror_among_other_disks", move || mirror(kind));
     group.add("many_one_is_served_by_nbd_time_and_again", move || by_nbd(kind));
     group.alone("many_what_a_dead_server_has_left_is_removed_by_gc", move || left(kind));
+    group.add("many_a_server_waits_for_who_only_looks_at_its_seat", move || seat(kind));
     group.add("many_configurations_are_saved_and_loaded_whole", move || configuration(kind));
     if kind.is_ublk() {
         group.add("many_disks_survive_their_server_and_its_upgrade", move || survive(kind));
     }
+}
+
+/// Whoever looks whether a server runs takes its seat for a moment: one that starts then waits.
+fn seat(kind: Kind) -> Outcome {
+    need_tool("flock")?;
+    let room = Room::new();
+    let name = room.name();
+    // The directory is there afterwards.
+    Server::named(&room, name.clone(), &[]).end();
+    let seat = room.run.join(format!("@{name}.server"));
+    let taken_for = |seconds: &str| {
+        let running = call("flock", [seat.to_str().unwrap(), "sleep", seconds]).start();
+        let is_taken = |file: File| flock(file, FlockOperation::NonBlockingLockShared).is_err();
+        wait_until(10, "a lock", || File::open(&seat).is_ok_and(is_taken));
+        running
+    };
+    let looking = taken_for("1");
+    let server = Server::named(&room, name.clone(), &[]);
+    let _ = looking.finish().ok();
+    server.talk().result("add", &wish(&room, kind, &room.name(), 1));
+    server.end();
+    let staying = taken_for("30");
+    let said = room.devsplice(["serve", &name]).limit(20).run().ended_with(1).err;
+    assert!(said.contains("runs already"), "{said}");
+    drop(staying);
+    let _ = std::fs::remove_file(&seat);
+    Ok(())
 }
 
 /// What `add` is told for disk `number`: every other one of a file.

@@ -88,6 +88,7 @@ fn nbdinfo() -> Outcome {
         ("can_multi_conn", true),
         ("can_trim", true),
         ("can_zero", true),
+        ("can_fast_zero", true),
         ("can_df", true),
     ] {
         assert_eq!(export[key], value, "{key} in {text}");
@@ -211,6 +212,12 @@ fn qemu() -> Outcome {
     )
     .ok();
     assert!(!said.contains("failed") && !said.contains("rror"), "{said}");
+    // Zeroes only if that is fast: it is where room may be given back.
+    for (zeroes, may) in [("write -zun 12M 1M", true), ("write -zn 12M 1M", false)] {
+        let ran = tool(&room, "qemu-io", &["-f", "raw", "-c", zeroes, &served.uri]).run();
+        let said = ran.out + &ran.err;
+        assert_eq!(!said.contains("not supported"), may, "{zeroes}: {said}");
+    }
     let same = ["compare", "-f", "raw", "-F", "raw", &a, &served.uri];
     let _ = tool(&room, "qemu-img", &same).ok();
     let map = ["map", "-f", "raw", "--output=json", &served.uri];

@@ -24,7 +24,7 @@ pub fn add(group: &mut Group) {
 }
 
 /// Goes on if the driver has this.
-fn offers(room: &Room, feature: &str) -> Outcome {
+pub fn offers(room: &Room, feature: &str) -> Outcome {
     let text = room.devsplice(["features", "--json"]).ok();
     let value: Value = serde_json::from_str(&text).unwrap();
     let is_there = value["ublk"]["features"][feature] == true;

@@ -30,7 +30,7 @@ impl Bottom {
         match self {
             Bottom::File | Bottom::CachedFile => Ok(room.file(name, size)),
             Bottom::LoopDevice => Ok(room.loop_device(name, size)),
-            Bottom::NullBlk => room.null_device(size),
+            Bottom::NullBlk => room.null_device(size, &[]),
         }
     }
 

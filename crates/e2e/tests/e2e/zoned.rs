@@ -21,7 +21,7 @@ pub fn add(group: &mut Group, kind: Kind, is_home: bool) {
         group.add("zones_outlive_servers_that_are_killed_while_they_are_written", move || {
             killed(kind)
         });
-        group.add("zones_what_was_appended_is_where_zonefs_says", move || appended(kind));
+        group.add("zones_what_is_appended_is_where_btrfs_is_told", move || appended(kind));
     }
 }
 
@@ -34,8 +34,8 @@ fn zoned<'r>(room: &'r Room, kind: Kind, count: u32, keys: &str) -> Disk<'r> {
 }
 
 /// What blkzone reports of each zone: bytes written, and its condition.
-fn report(disk: &Disk<'_>) -> Vec<(u64, String)> {
-    let said = call("blkzone", ["report", disk.node.to_str().unwrap()]).limit(20).ok();
+pub fn report(node: &Path) -> Vec<(u64, String)> {
+    let said = call("blkzone", ["report", node.to_str().unwrap()]).limit(20).ok();
     let zone = |line: &str| {
         let behind = |key: &str| line.split(key).nth(1).unwrap_or_default().to_owned();
         let pointer = behind("wptr 0x");
@@ -46,10 +46,16 @@ fn report(disk: &Disk<'_>) -> Vec<(u64, String)> {
     said.lines().map(zone).collect()
 }
 
-fn blkzone(disk: &Disk<'_>, verb: &str, zone: u64) -> bool {
-    let at = (zone * SECTORS).to_string();
-    let node = disk.node.to_str().unwrap();
-    call("blkzone", [verb, "-o", &at, "-c", "1", node]).limit(20).run().code == Some(0)
+/// Does this to so many zones from a byte on, or to all behind it; whether that went well.
+pub fn blkzone(node: &Path, verb: &str, at: u64, zones: Option<u64>) -> bool {
+    let mut words = vec![verb.to_owned(), "-o".to_owned(), (at / 512).to_string()];
+    words.extend(zones.iter().flat_map(|count| ["-c".to_owned(), count.to_string()]));
+    words.push(node.display().to_string());
+    call("blkzone", words).limit(20).run().code == Some(0)
+}
+
+fn manage(disk: &Disk<'_>, verb: &str, zone: u64) -> bool {
+    blkzone(&disk.node, verb, zone * ZONE, Some(1))
 }
 
 /// Writes `count` blocks of 64 KiB at a place of a zone.
@@ -112,7 +118,7 @@ fn verified(kind: Kind) -> Outcome {
     assert!(disk.count("bytes_spliced") + disk.count("bytes_copied") >= 2 * 3 * 8 * MIB);
     let random = ["--name=r", "--rw=randwrite", "--bsrange=4k-64k", "--offset=8m", "--size=48m"];
     fio(&room, &disk.node, &[&random[..], &["--io_size=24m", "--max_open_zones=4"]].concat());
-    for (zone, (written, condition)) in report(&disk).iter().enumerate().skip(2) {
+    for (zone, (written, condition)) in report(&disk.node).iter().enumerate().skip(2) {
         let written = if condition == "fu" { ZONE } else { *written };
         assert_eq!(length(&room, zone as u64), written, "zone {zone}, {condition}");
     }
@@ -129,24 +135,24 @@ fn managed(kind: Kind) -> Outcome {
     let room = Room::new();
     let disk = zoned(&room, kind, 6, ", open=2, capacity=3M");
     let conditions = |disk: &Disk<'_>| -> Vec<String> {
-        report(disk).into_iter().map(|(_, condition)| condition).collect()
+        report(&disk.node).into_iter().map(|(_, condition)| condition).collect()
     };
     assert_eq!(conditions(&disk), ["nw", "nw", "em", "em", "em", "em"]);
     assert!(write(&disk, 2, 0, 2) && !write(&disk, 2, 0, 1) && !write(&disk, 2, 5, 1));
-    assert_eq!(report(&disk)[2], (128 << 10, "oi".to_owned()));
-    assert!(blkzone(&disk, "open", 3) && blkzone(&disk, "open", 4));
+    assert_eq!(report(&disk.node)[2], (128 << 10, "oi".to_owned()));
+    assert!(manage(&disk, "open", 3) && manage(&disk, "open", 4));
     assert_eq!(conditions(&disk), ["nw", "nw", "cl", "oe", "oe", "em"]);
-    assert!(!blkzone(&disk, "open", 5) && !write(&disk, 5, 0, 1));
-    assert!(blkzone(&disk, "close", 3) && blkzone(&disk, "finish", 4));
+    assert!(!manage(&disk, "open", 5) && !write(&disk, 5, 0, 1));
+    assert!(manage(&disk, "close", 3) && manage(&disk, "finish", 4));
     assert_eq!(conditions(&disk), ["nw", "nw", "cl", "em", "fu", "em"]);
     assert_eq!((length(&room, 2), length(&room, 4)), (128 << 10, 3 * MIB));
     assert!(write(&disk, 2, 2, 46) && !write(&disk, 2, 48, 1));
     assert_eq!(conditions(&disk)[2], "fu");
-    assert!(write(&disk, 0, 7, 1) && write(&disk, 0, 3, 1) && !blkzone(&disk, "reset", 0));
+    assert!(write(&disk, 0, 7, 1) && write(&disk, 0, 3, 1) && !manage(&disk, "reset", 0));
     // Another server finds what the files say.
     let _ = room.devsplice(["upgrade", &disk.name]).ok();
     assert_eq!(conditions(&disk), ["nw", "nw", "fu", "em", "fu", "em"]);
-    assert!(blkzone(&disk, "reset", 4) && blkzone(&disk, "reset", 4));
+    assert!(manage(&disk, "reset", 4) && manage(&disk, "reset", 4));
     assert_eq!((length(&room, 2), length(&room, 4)), (3 * MIB, 0));
     let node = disk.node.to_str().unwrap();
     let _ = call("blkzone", ["reset", "-o", &(2 * SECTORS).to_string(), node]).limit(20).ok();
@@ -181,7 +187,7 @@ fn killed(kind: Kind) -> Outcome {
         fio.join().expect("fio");
         assert!(kills >= 3, "killed {kills} times");
     });
-    for (zone, (written, condition)) in report(&disk).iter().enumerate().skip(2) {
+    for (zone, (written, condition)) in report(&disk.node).iter().enumerate().skip(2) {
         let written = if condition == "fu" { ZONE } else { *written };
         assert_eq!(length(&room, zone as u64), written, "zone {zone}, {condition}");
     }
@@ -189,23 +195,33 @@ fn killed(kind: Kind) -> Outcome {
     Ok(())
 }
 
-/// zonefs appends with zone append where a file is opened for synchronous direct I/O.
+/// btrfs writes data with zone append, and finds it where it was told that it is.
 fn appended(kind: Kind) -> Outcome {
-    devsplice_e2e::need(devsplice_e2e::kernel_has_file_system("zonefs"), "no zonefs here")?;
-    need_tool("mkzonefs")?;
+    engines()?;
+    devsplice_e2e::need(devsplice_e2e::kernel_has_file_system("btrfs"), "no btrfs here")?;
+    need_tool("mkfs.btrfs")?;
     let room = Room::new();
-    let disk = zoned(&room, kind, 8, "");
+    let disk = zoned(&room, kind, 64, "");
+    assert_ne!(disk.queue("zone_append_max_bytes"), "0");
     let node = disk.node.to_str().unwrap();
-    let _ = call("mkzonefs", ["-f", node]).limit(60).ok();
-    let at = room.mount_point("zonefs");
-    room.mount(&["-t", "zonefs", node], &at);
-    let file = at.join("seq/1");
-    let words =
-        ["if=/dev/urandom", "bs=64k", "count=16", "oflag=direct,sync,append", "conv=notrunc"];
-    let of = format!("of={}", file.display());
-    let _ = call("dd", words.iter().copied().chain([of.as_str()])).limit(60).ok();
-    assert_eq!(std::fs::metadata(&file).unwrap().len(), MIB);
+    let _ = call("mkfs.btrfs", ["-q", "-O", "zoned", "-d", "single", "-m", "single", node]).ok();
+    let at = room.mount_point("btrfs");
+    room.mount(&["-t", "btrfs", node], &at);
+    let job = "--name=a --rw=randwrite --bsrange=4k-128k --numjobs=2 --size=12m --direct=1 \
+               --ioengine=libaio --iodepth=16 --verify=crc32c --verify_fatal=1 \
+               --verify_state_save=0 --do_verify=1 --group_reporting";
+    let place = format!("--directory={}", at.display());
+    let words: Vec<&str> = job.split_whitespace().chain([place.as_str()]).collect();
+    let said = call("fio", &words).dir(&room.dir).limit(120).ok();
+    assert!(said.contains("err= 0:"), "{said}");
+    let data = |name: &str| std::fs::read(at.join(name)).unwrap();
+    let before = ["a.0.0", "a.1.0"].map(data);
     room.unmount(&at);
+    let _ = call("btrfs", ["check", "--check-data-csum", node]).limit(120).ok();
+    room.mount(&["-t", "btrfs", node], &at);
+    assert!(before == ["a.0.0", "a.1.0"].map(data), "other data than before");
+    room.unmount(&at);
+    assert_eq!(disk.count("errors"), 0, "{}", disk.info());
     disk.remove();
     Ok(())
 }

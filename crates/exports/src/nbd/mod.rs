@@ -18,6 +18,7 @@ pub use devsplice_nbd::uri::Uri;
 pub use devsplice_tls::{Certificates, Server};
 pub use listen::Rule;
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -68,6 +69,8 @@ pub struct Options {
     pub name: String,
     /// Where to listen.
     pub listen: Vec<Uri>,
+    /// Sockets that somebody listens at already, and has passed on.
+    pub passed: Vec<Arc<OwnedFd>>,
     /// Who may connect.
     pub allow: Vec<Rule>,
     /// Whether clients that come over a network may change data.
@@ -110,6 +113,11 @@ impl Device {
                     .next("write nbd://, and --tls require --tls-certificates DIR"));
             }
             listeners.extend(Listener::open(&uri.place, &options.allow)?);
+        }
+        for socket in &options.passed {
+            let socket =
+                socket.try_clone().map_err(|error| Error::os("a passed socket", &error))?;
+            listeners.push(Listener::adopt(socket)?);
         }
         if listeners.is_empty() {
             return Err(Error::invalid("--listen", "no address to serve NBD at")
@@ -246,6 +254,7 @@ fn make(
         let desk = usize::from(queue);
         let Desk { bell, .. } = post.desks.get(desk).ok_or_else(lost)?;
         ring.work_in_place();
+        ring.linger(Arc::clone(&post.roomy));
         let mut add = || {
             let fd = bell.ear().try_clone().map_err(|error| Error::os("a bell's copy", &error))?;
             ring.add_file(RingFile { fd, kind: FileKind::Other })
@@ -265,6 +274,7 @@ fn offer(options: &Options, limits: &Limits) -> Offer {
     set(can::ROTATIONAL, limits.rotational);
     set(can::TRIM, limits.discard != 0);
     set(can::WRITE_ZEROES, limits.write_zeroes);
+    set(can::FAST_ZERO, limits.write_zeroes);
     if options.read_only || limits.read_only {
         flags = greet::read_only(flags);
     }
