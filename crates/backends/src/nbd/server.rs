@@ -108,7 +108,10 @@ impl Server {
         connections: Option<u16>,
         patience: Patience,
     ) -> Result<Server> {
-        let link = connect(&target)?;
+        let mut link = connect(&target)?;
+        if !target.is_there_again() {
+            link.agreed.flags &= !can::MULTI_CONN;
+        }
         let agreed = link.agreed.clone();
         let can_share = agreed.flags & can::MULTI_CONN != 0;
         let most = if can_share { u16::MAX } else { 1 };
