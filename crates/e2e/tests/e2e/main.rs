@@ -19,6 +19,7 @@ mod low_depth;
 mod luck;
 mod manners;
 mod many;
+mod matrix;
 mod mirror;
 mod nbd;
 mod ops;
@@ -88,6 +89,7 @@ fn groups() -> Vec<Group> {
     nbd::add(&mut nbd);
     doors::add(&mut nbd);
     remote::add_copies(&mut nbd);
+    matrix::add(&mut nbd);
     let mut tls = Group::new("tls", Ok(()));
     tls::add(&mut tls);
     let mut groups = vec![cli, bad, copies, nbd, tls];
