@@ -326,6 +326,7 @@ fn open_block(wish: &Wish<'_>, rdev: u64) -> Result<Opened> {
         dma: if direct { dma(&device) } else { Dma::ANY },
         discard: if can_discard { number("discard_granularity", block).max(block) } else { 0 },
         read_only: wish.read_only,
+        fast_zeroes: device.queue("write_zeroes_max_bytes").is_some_and(|most| most > 0),
         volatile_cache: device.queue_text("write_cache").as_deref() != Some("write through"),
         rotational: device.queue("rotational") == Some(1),
         ..Limits::ideal(size)

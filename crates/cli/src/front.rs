@@ -10,7 +10,8 @@ use devsplice_exports::threads::{Crew, OnMade, Service};
 use devsplice_exports::ublk::Fit;
 use devsplice_exports::{fuse, nbd, ublk};
 
-use crate::args::{Add, Export, PathChoice, Switch};
+use crate::args::{Add, Export, PathChoice};
+use crate::passed;
 use crate::state::{Claim, Disk};
 
 /// A disk of either kind.
@@ -116,12 +117,19 @@ pub fn nbd(add: &Add) -> Result<(Export, String)> {
 /// What to serve by NBD, and where.
 fn nbd_options(add: &Add, name: &str) -> Result<nbd::Options> {
     let here = std::env::current_dir().map_err(|error| Error::os("current directory", &error))?;
-    let address = |text: &String| nbd::Uri::parse(text).map(|uri| uri.anchored(&here));
+    let address = |text: &&String| nbd::Uri::parse(text).map(|uri| uri.anchored(&here));
+    let is_passed = |text: &&String| text.starts_with(passed::SCHEME);
+    let (passed, listen): (Vec<_>, Vec<_>) = add.listen.iter().partition(is_passed);
+    let mut sockets = Vec::new();
+    for text in passed {
+        sockets.extend(passed::sockets(text)?.into_iter().map(Arc::new));
+    }
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = add.threads.unwrap_or_else(|| u16::try_from(cpus.min(QUEUES)).unwrap_or(1));
     Ok(nbd::Options {
         name: name.to_owned(),
-        listen: add.listen.iter().map(address).collect::<Result<_>>()?,
+        listen: listen.iter().map(address).collect::<Result<_>>()?,
+        passed: sockets,
         allow: add.allow.iter().map(|text| nbd::Rule::parse(text)).collect::<Result<_>>()?,
         writable: add.writable,
         read_only: add.read_only,
@@ -377,6 +385,14 @@ impl Front {
         }
     }
 
+    /// Whether it is served for requests that come one at a time.
+    pub fn is_low_depth(&self) -> bool {
+        match self {
+            Front::Ublk(device) => device.is_low_depth(),
+            Front::Fuse(_) | Front::Nbd(_) => false,
+        }
+    }
+
     /// Clients that are connected, of a disk that has such.
     pub fn clients(&self) -> Option<usize> {
         match self {
@@ -449,7 +465,7 @@ pub fn fuse_options(
 /// What else is asked of the driver.
 pub fn extra(add: &Add) -> ublk::Extra {
     ublk::Extra {
-        low_depth: add.low_depth == Switch::On,
+        low_depth: add.low_depth.forced(),
         need_get_data: add.data_path == PathChoice::GetData,
         unprivileged: add.ublk.unprivileged,
         shared_memory: add.ublk.shared_memory.is_some(),

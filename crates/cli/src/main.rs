@@ -30,6 +30,7 @@ mod methods;
 mod metrics;
 mod notify;
 mod papers;
+mod passed;
 mod protect;
 mod recover;
 mod rpc;
@@ -52,6 +53,7 @@ use args::{Command, Options};
 
 fn main() -> ExitCode {
     abort_on_panic();
+    passed::take();
     if let Some(code) = dialect::run() {
         return code;
     }

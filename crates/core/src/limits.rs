@@ -51,6 +51,8 @@ pub struct Limits {
     pub discard: u32,
     /// Whether write-zeroes is supported (natively, or by writing zeros).
     pub write_zeroes: bool,
+    /// Whether write-zeroes that may give room back writes nothing, and takes next to no time.
+    pub fast_zeroes: bool,
     /// Whether anything that changes data is refused.
     pub read_only: bool,
     /// Whether completed writes may be lost with power until a flush.
@@ -79,6 +81,7 @@ impl Limits {
             dma: Dma::ANY,
             discard: SECTOR,
             write_zeroes: true,
+            fast_zeroes: true,
             read_only: false,
             volatile_cache: false,
             fua: true,
@@ -108,6 +111,7 @@ impl Limits {
             all.discard =
                 if all.discard == 0 || one.discard == 0 { 0 } else { all.discard.max(one.discard) };
             all.write_zeroes &= one.write_zeroes;
+            all.fast_zeroes &= one.fast_zeroes;
             all.read_only |= one.read_only;
             all.volatile_cache |= one.volatile_cache;
             all.fua &= one.fua;

@@ -38,7 +38,8 @@ pub struct Room {
     pub run: PathBuf,
     /// What is to be called, last first, when the test is over.
     tidy: RefCell<Vec<(String, Vec<String>)>>,
-    program: PathBuf,
+    /// The command under test.
+    pub program: PathBuf,
 }
 
 impl Room {

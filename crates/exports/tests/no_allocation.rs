@@ -204,6 +204,7 @@ fn on_nbd(with_bytes: bool) {
     let options = nbd::Options {
         name: "disk".to_owned(),
         listen: vec![nbd::Uri::parse(&format!("unix:{}", socket.display())).unwrap()],
+        passed: Vec::new(),
         allow: Vec::new(),
         writable: false,
         read_only: false,

@@ -10,6 +10,9 @@ use devsplice_core::{Error, Result};
 /// The port that IANA has for NBD.
 pub const PORT: u16 = 10809;
 
+/// The number that stands for whichever machine this is (`any`), to listen as.
+pub const ANY_MACHINE: u32 = u32::MAX;
+
 /// Where a server is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Place {
@@ -161,7 +164,8 @@ fn tcp(text: &str) -> Option<Place> {
 fn vsock(text: &str) -> Option<Place> {
     let (machine, port) = text.split_once(':').unwrap_or((text, ""));
     let port = if port.is_empty() { u32::from(PORT) } else { port.parse().ok()? };
-    Some(Place::Vsock(machine.parse().ok()?, port))
+    let machine = if machine == "any" { ANY_MACHINE } else { machine.parse().ok()? };
+    Some(Place::Vsock(machine, port))
 }
 
 /// `%41` as `A`.
@@ -207,6 +211,7 @@ impl fmt::Display for Uri {
                 write!(f, "nbd{s}://[{host}]:{port}/{export}")?;
             }
             Place::Tcp(host, port) => write!(f, "nbd{s}://{host}:{port}/{export}")?,
+            Place::Vsock(ANY_MACHINE, port) => write!(f, "nbd{s}+vsock://any:{port}/{export}")?,
             Place::Vsock(machine, port) => write!(f, "nbd{s}+vsock://{machine}:{port}/{export}")?,
         }
         let Some(tls) = &self.tls else { return Ok(()) };
@@ -256,6 +261,7 @@ mod tests {
             ("tcp:127.0.0.1:2", "nbd://127.0.0.1:2/"),
             ("nbd+vsock://2", "nbd+vsock://2:10809/"),
             ("nbd+vsock://3:5/x", "nbd+vsock://3:5/x"),
+            ("nbd+vsock://any", "nbd+vsock://any:10809/"),
             ("nbds://h/x", "nbds://h:10809/x"),
             ("nbds://h/?tls-verify-peer=no", "nbds://h:10809/?tls-verify-peer=false"),
             (

@@ -10,6 +10,7 @@ mod helped;
 pub(crate) mod in_place;
 mod kept;
 mod lent;
+mod linger;
 mod remote;
 mod slots;
 pub(crate) mod socket;
@@ -153,6 +154,8 @@ pub struct Uring {
     done: Option<in_place::Done>,
     /// How often in a row the kernel was passed by for that.
     passed: u8,
+    /// If it stays awake before it sleeps.
+    linger: Option<linger::Linger>,
     /// For the lanes whose replies may be sent from files.
     loans: Vec<Option<lent::Loans>>,
     /// Rung by other threads.
@@ -227,6 +230,7 @@ impl Uring {
             fuse: Vec::new(),
             done: None,
             passed: 0,
+            linger: None,
             loans: Vec::new(),
             bell: None,
             brief: None,
@@ -350,7 +354,7 @@ impl Uring {
             return Ok(());
         }
         let want = if self.has_done() || self.queues.has_completions() { 0 } else { most };
-        self.enter_once(want)
+        if self.linger.is_some() { self.enter_awake(want) } else { self.enter_once(want) }
     }
 
     /// Hands over what is queued, and waits for `want` completions.

@@ -12,7 +12,6 @@
 //! tags and bytes in flight are bounded.
 
 use std::collections::VecDeque;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use devsplice_core::{Errno, Io, Limits, Op, Result};
@@ -206,8 +205,7 @@ impl Connection {
             (self.post.say)(&format!("nbd: {}: {error}", client.peer));
             return self.post.leave(self.desk);
         }
-        let stage = self.stage();
-        let early = client.early.len();
+        let (stage, early) = (self.stage(), client.early.len());
         ring.memory(self.lane, stage)[..early].copy_from_slice(&client.early);
         self.staged = (0, early);
         self.intake = Intake::Request;
@@ -297,6 +295,11 @@ impl Connection {
             Ok(Ask::Trim { fua }) => {
                 self.tags[usize::from(tag)].flush = fua;
                 self.start(inbox, tag, io(Op::Discard), ring);
+            }
+            Ok(Ask::WriteZeroes { unmap, fast: true, .. })
+                if !(unmap && self.limits.fast_zeroes) =>
+            {
+                self.reply(ring, tag, error::ENOTSUP);
             }
             Ok(Ask::WriteZeroes { fua, unmap, .. }) => {
                 self.tags[usize::from(tag)].flush = fua;
@@ -506,8 +509,7 @@ impl Connection {
             return;
         }
         self.lose(None);
-        self.phase = Phase::Free;
-        self.staged = (0, 0);
+        (self.phase, self.staged) = (Phase::Free, (0, 0));
         self.client = None;
         self.let_go(ring);
         self.post.leave(self.desk);
@@ -515,8 +517,7 @@ impl Connection {
 
     /// Has the ring forget the socket, so that it closes.
     fn let_go(&self, ring: &mut Uring) {
-        let fd: Option<OwnedFd> = self.post.desks[self.desk].bell.ear().try_clone().ok();
-        if let Some(fd) = fd {
+        if let Ok(fd) = self.post.desks[self.desk].bell.ear().try_clone() {
             // Kept until the next client's replaces it if that fails; it is shut down in any case.
             let _ = ring.replace_file(self.socket, RingFile { fd, kind: FileKind::Other });
         }

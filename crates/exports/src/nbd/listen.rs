@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 
 use devsplice_core::{Error, ErrorKind, Result};
 use devsplice_nbd::uri::{Place, Uri};
+use devsplice_uring::vsock;
+use rustix::net::{AddressFamily, SocketFlags};
 
 /// Bytes of replies that a socket of this machine takes, half of what the kernel then counts to.
 const ROOM: usize = 1 << 20;
@@ -20,20 +22,25 @@ pub enum Rule {
     User(u32),
     /// Addresses that begin with so many bits of this one.
     Net(IpAddr, u8),
+    /// The virtual machine of this number, or its host, over vsock.
+    Machine(u32),
 }
 
 impl Rule {
-    /// Reads `uid:1000`, `192.0.2.7`, `192.0.2.0/24` or `2001:db8::/32`.
+    /// Reads `uid:1000`, `cid:3`, `192.0.2.7`, `192.0.2.0/24` or `2001:db8::/32`.
     ///
     /// # Errors
     /// If it is none of these.
     pub fn parse(text: &str) -> Result<Rule> {
         let wrong = || {
             Error::invalid(text, "says nobody who may connect")
-                .next("write uid:1000, 192.0.2.7 or 192.0.2.0/24")
+                .next("write uid:1000, cid:3, 192.0.2.7 or 192.0.2.0/24")
         };
         if let Some(user) = text.strip_prefix("uid:") {
             return user.parse().map(Rule::User).map_err(|_| wrong());
+        }
+        if let Some(machine) = text.strip_prefix("cid:") {
+            return machine.parse().map(Rule::Machine).map_err(|_| wrong());
         }
         let (address, bits) = text.split_once('/').map_or((text, None), |(a, b)| (a, Some(b)));
         let address: IpAddr = address.parse().map_err(|_| wrong())?;
@@ -49,6 +56,7 @@ impl Rule {
         };
         match (self, peer) {
             (Rule::User(user), Peer::Process { user: theirs, .. }) => user == *theirs,
+            (Rule::Machine(machine), Peer::Machine(theirs, _)) => machine == *theirs,
             (Rule::Net(net, bits), Peer::Address(address)) => {
                 match (net, address.ip().to_canonical()) {
                     (IpAddr::V4(net), IpAddr::V4(ip)) => {
@@ -70,6 +78,7 @@ impl Rule {
 pub(super) enum Peer {
     Process { user: u32, process: i32 },
     Address(SocketAddr),
+    Machine(u32, u32),
 }
 
 impl Peer {
@@ -77,20 +86,21 @@ impl Peer {
         match self {
             Peer::Process { user, process } => format!("process {process} of user {user}"),
             Peer::Address(address) => address.to_string(),
+            Peer::Machine(machine, port) => format!("port {port} of machine {machine}"),
         }
     }
 
     /// Whether nothing but the network stands between us.
     pub(super) fn is_remote(&self) -> bool {
-        matches!(self, Peer::Address(_))
+        !matches!(self, Peer::Process { .. })
     }
 
-    /// Whether it may connect. Without a rule of its kind: any address that reaches us, and of
-    /// processes those that could read our memory as well.
+    /// Whether it may connect. Without a rule of its kind: any address and machine that reaches us,
+    /// and of processes those that could read our memory as well.
     pub(super) fn may_enter(&self, rules: &[Rule]) -> bool {
-        let is_of_kind = |rule: &Rule| matches!(rule, Rule::Net(..)) == self.is_remote();
         let by_default = match self {
-            Peer::Address(_) => !rules.iter().any(is_of_kind),
+            Peer::Address(_) => !rules.iter().any(|rule| matches!(rule, Rule::Net(..))),
+            Peer::Machine(..) => !rules.iter().any(|rule| matches!(rule, Rule::Machine(_))),
             Peer::Process { user, .. } => {
                 *user == 0 || *user == rustix::process::geteuid().as_raw()
             }
@@ -101,15 +111,19 @@ impl Peer {
 
 /// A socket that clients connect to.
 pub(super) enum Listener {
-    Unix(UnixListener, PathBuf),
+    /// With its file, and whether that is removed when it goes.
+    Unix(UnixListener, PathBuf, bool),
     Tcp(TcpListener),
+    /// With the machine that it listens as.
+    Vsock(OwnedFd, u32),
 }
 
 impl AsFd for Listener {
     fn as_fd(&self) -> BorrowedFd<'_> {
         match self {
-            Listener::Unix(listener, _) => listener.as_fd(),
+            Listener::Unix(listener, ..) => listener.as_fd(),
             Listener::Tcp(listener) => listener.as_fd(),
+            Listener::Vsock(listener, _) => listener.as_fd(),
         }
     }
 }
@@ -120,9 +134,10 @@ impl Listener {
         match place {
             Place::Unix(path) => unix(path, rules).map(|listener| vec![listener]),
             Place::Vsock(machine, port) => {
-                let reason = "vsock can be connected to, not listened at";
-                Err(Error::invalid(format!("nbd+vsock://{machine}:{port}"), reason)
-                    .next("listen at a socket or TCP, and forward"))
+                let listener = vsock::listen(*machine, *port).map_err(|errno| {
+                    Error::os(format!("nbd+vsock://{machine}:{port}"), &errno.into())
+                })?;
+                Ok(vec![Listener::Vsock(listener, *machine)])
             }
             Place::Tcp(host, port) => {
                 let name = format!("{host}:{port}");
@@ -139,12 +154,39 @@ impl Listener {
         }
     }
 
+    /// Takes a socket that somebody else listens at and has passed on. Its file is theirs.
+    pub(super) fn adopt(socket: OwnedFd) -> Result<Listener> {
+        let os = |error: &io::Error| Error::os("a socket that was passed", error);
+        rustix::io::ioctl_fionbio(&socket, true).map_err(|errno| os(&errno.into()))?;
+        match rustix::net::sockopt::socket_domain(&socket) {
+            Ok(AddressFamily::UNIX) => {
+                let listener = UnixListener::from(socket);
+                let address = listener.local_addr().map_err(|error| os(&error))?;
+                let path = address.as_pathname().map(Path::to_owned).unwrap_or_default();
+                Ok(Listener::Unix(listener, path, false))
+            }
+            Ok(AddressFamily::INET | AddressFamily::INET6) => {
+                Ok(Listener::Tcp(TcpListener::from(socket)))
+            }
+            Ok(AddressFamily::VSOCK) => {
+                let (machine, _) = vsock::own(&socket).map_err(|errno| os(&errno.into()))?;
+                Ok(Listener::Vsock(socket, machine))
+            }
+            _ => Err(Error::invalid("a socket that was passed", "is of no kind that NBD has")
+                .next("ListenStream= with a path, a port or vsock:CID:PORT")),
+        }
+    }
+
     /// Where it listens, and whether all have to speak TLS there: the port is the one that it has
     /// got if none was asked for.
     pub(super) fn uri(&self, export: &str, is_secure: bool) -> Uri {
         let export = export.to_owned();
         let place = match self {
-            Listener::Unix(_, path) => Place::Unix(path.clone()),
+            Listener::Unix(_, path, _) => Place::Unix(path.clone()),
+            Listener::Vsock(listener, machine) => {
+                let port = vsock::own(listener).map_or(0, |(_, port)| port);
+                Place::Vsock(*machine, port)
+            }
             Listener::Tcp(listener) => match listener.local_addr() {
                 Ok(address) => Place::Tcp(address.ip().to_string(), address.port()),
                 Err(_) => Place::Tcp("localhost".to_owned(), devsplice_nbd::uri::PORT),
@@ -157,7 +199,7 @@ impl Listener {
     /// The next client, if one waits.
     pub(super) fn accept(&self) -> io::Result<(OwnedFd, Peer)> {
         match self {
-            Listener::Unix(listener, _) => {
+            Listener::Unix(listener, ..) => {
                 let fd = OwnedFd::from(listener.accept()?.0);
                 let who = rustix::net::sockopt::socket_peercred(&fd)?;
                 make_room(&fd);
@@ -171,6 +213,11 @@ impl Listener {
                 let fd = OwnedFd::from(stream);
                 rustix::net::sockopt::set_socket_keepalive(&fd, true)?;
                 Ok((fd, Peer::Address(address)))
+            }
+            Listener::Vsock(listener, _) => {
+                let fd = rustix::net::accept_with(listener, SocketFlags::CLOEXEC)?;
+                let (machine, port) = vsock::peer(&fd)?;
+                Ok((fd, Peer::Machine(machine, port)))
             }
         }
     }
@@ -188,12 +235,12 @@ fn make_room(socket: &OwnedFd) {
 
 /// Whether a socket's other end is on this machine, and nothing but bytes pass it.
 pub(super) fn is_local(socket: &OwnedFd) -> bool {
-    rustix::net::sockopt::socket_domain(socket) == Ok(rustix::net::AddressFamily::UNIX)
+    rustix::net::sockopt::socket_domain(socket) == Ok(AddressFamily::UNIX)
 }
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        if let Listener::Unix(_, path) = self {
+        if let Listener::Unix(_, path, true) = self {
             let _ = std::fs::remove_file(path);
         }
     }
@@ -213,8 +260,8 @@ fn unix(path: &Path, rules: &[Rule]) -> Result<Listener> {
     }
     let listener = UnixListener::bind(path).map_err(|error| os(&error))?;
     // From here on the file is removed again in any case.
-    let listener = Listener::Unix(listener, path.to_owned());
-    let Listener::Unix(socket, _) = &listener else { return Ok(listener) };
+    let listener = Listener::Unix(listener, path.to_owned(), true);
+    let Listener::Unix(socket, ..) = &listener else { return Ok(listener) };
     socket.set_nonblocking(true).map_err(|error| os(&error))?;
     // Who else may come in is asked of each; see `Peer::may_enter`.
     let others = rules.iter().any(|rule| matches!(rule, Rule::User(_)));
@@ -268,8 +315,54 @@ mod tests {
     }
 
     #[test]
+    fn a_machine_is_known_by_its_number() {
+        let peer = Peer::Machine(7, 1);
+        assert!(peer.is_remote() && peer.may_enter(&[]));
+        assert!(peer.may_enter(&[Rule::parse("cid:7").unwrap()]));
+        assert!(!peer.may_enter(&[Rule::parse("cid:8").unwrap()]));
+        // Rules of other kinds say nothing about machines.
+        assert!(peer.may_enter(&[Rule::parse("192.0.2.7").unwrap(), Rule::User(7)]));
+        assert!(!Peer::Process { user: 4_000_000, process: 1 }.may_enter(&[Rule::Machine(7)]));
+    }
+
+    #[test]
+    fn a_passed_socket_is_listened_at_and_its_file_stays() {
+        let dir = std::env::temp_dir().join(format!("devsplice-passed-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let path = dir.join("socket");
+        let socket = OwnedFd::from(UnixListener::bind(&path).unwrap());
+        let listener = Listener::adopt(socket).unwrap();
+        assert_eq!(listener.uri("x", false).place, Place::Unix(path.clone()));
+        assert!(listener.accept().is_err_and(|e| e.kind() == io::ErrorKind::WouldBlock));
+        let _client = UnixStream::connect(&path).unwrap();
+        assert!(matches!(listener.accept(), Ok((_, Peer::Process { .. }))));
+        drop(listener);
+        assert!(is_socket(&path), "it is somebody else's");
+        std::fs::remove_dir_all(&dir).unwrap();
+
+        let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = tcp.local_addr().unwrap().port();
+        let listener = Listener::adopt(tcp.into()).unwrap();
+        assert_eq!(listener.uri("x", false).to_string(), format!("nbd://127.0.0.1:{port}/x"));
+        let other = std::io::pipe().unwrap().0;
+        assert!(Listener::adopt(other.into()).is_err());
+    }
+
+    #[test]
     fn what_is_no_rule_is_refused() {
-        for text in ["", "any", "uid:", "uid:x", "1.2.3.4/33", "::/129", "1.2.3", "1.2.3.4/-1"] {
+        for text in [
+            "cid:",
+            "cid:x",
+            "cid:-1",
+            "",
+            "any",
+            "uid:",
+            "uid:x",
+            "1.2.3.4/33",
+            "::/129",
+            "1.2.3",
+            "1.2.3.4/-1",
+        ] {
             assert!(Rule::parse(text).is_err(), "{text}");
         }
     }
@@ -281,7 +374,7 @@ mod tests {
         let path = dir.join("socket");
         let first = unix(&path, &[]).unwrap();
         assert!(unix(&path, &[]).is_err(), "it is listened at");
-        let Listener::Unix(socket, _) = &first else { panic!("no socket") };
+        let Listener::Unix(socket, ..) = &first else { panic!("no socket") };
         let copy = socket.try_clone().unwrap();
         drop(first);
         drop(copy);

@@ -18,6 +18,7 @@ pub use devsplice_nbd::uri::Uri;
 pub use devsplice_tls::{Certificates, Server};
 pub use listen::Rule;
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -68,6 +69,8 @@ pub struct Options {
     pub name: String,
     /// Where to listen.
     pub listen: Vec<Uri>,
+    /// Sockets that somebody listens at already, and has passed on.
+    pub passed: Vec<Arc<OwnedFd>>,
     /// Who may connect.
     pub allow: Vec<Rule>,
     /// Whether clients that come over a network may change data.
@@ -111,6 +114,11 @@ impl Device {
             }
             listeners.extend(Listener::open(&uri.place, &options.allow)?);
         }
+        for socket in &options.passed {
+            let socket =
+                socket.try_clone().map_err(|error| Error::os("a passed socket", &error))?;
+            listeners.push(Listener::adopt(socket)?);
+        }
         if listeners.is_empty() {
             return Err(Error::invalid("--listen", "no address to serve NBD at")
                 .next("--listen unix:/run/disk.sock, or --listen nbd://127.0.0.1"));
@@ -124,6 +132,8 @@ impl Device {
         let may_lend = service.stack.lives().next().is_none();
         // The greeting thread looks at the same bottoms.
         let known = Extents::in_use(&service.stack, &service.bottoms)?;
+        let (known, patient) =
+            if known.may_wait() { (None, Some(known)) } else { (Some(known), None) };
         let work = Work {
             service,
             make: make(&post, limits, options.depth, may_lend),
@@ -138,11 +148,18 @@ impl Device {
             writable: options.writable,
             secure: options.secure.clone(),
         };
-        let greeter = std::thread::Builder::new()
-            .name("nbd/greet".to_owned())
-            .stack_size(256 << 10)
-            .spawn(move || host.run(&listeners))
-            .map_err(|error| Error::os("the thread that greets clients", &error))?;
+        let begin = |name: &str, work: Box<dyn FnOnce() + Send>| {
+            let builder = std::thread::Builder::new().name(name.to_owned());
+            let thread = builder.stack_size(256 << 10).spawn(work);
+            thread.map_err(|error| Error::os("a thread for clients", &error))
+        };
+        if let Some(known) = patient {
+            let post = Arc::clone(&post);
+            // It is not waited for: what it asks of a server may take a while. It ends by itself.
+            let work = move || greet::answer_all(&post, &known);
+            drop(begin("nbd/tell", Box::new(work))?);
+        }
+        let greeter = begin("nbd/greet", Box::new(move || host.run(&listeners)))?;
         let features = options.secure.as_ref().map_or(Vec::new(), Secure::features);
         Ok(Device { uris, crew, post, greeter: Some(greeter), features })
     }
@@ -237,6 +254,7 @@ fn make(
         let desk = usize::from(queue);
         let Desk { bell, .. } = post.desks.get(desk).ok_or_else(lost)?;
         ring.work_in_place();
+        ring.linger(Arc::clone(&post.roomy));
         let mut add = || {
             let fd = bell.ear().try_clone().map_err(|error| Error::os("a bell's copy", &error))?;
             ring.add_file(RingFile { fd, kind: FileKind::Other })
@@ -256,6 +274,7 @@ fn offer(options: &Options, limits: &Limits) -> Offer {
     set(can::ROTATIONAL, limits.rotational);
     set(can::TRIM, limits.discard != 0);
     set(can::WRITE_ZEROES, limits.write_zeroes);
+    set(can::FAST_ZERO, limits.write_zeroes);
     if options.read_only || limits.read_only {
         flags = greet::read_only(flags);
     }

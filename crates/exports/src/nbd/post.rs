@@ -81,9 +81,15 @@ pub(super) struct Post {
     questions: Mutex<VecDeque<Question>>,
     /// Rung for the greeting thread.
     pub(super) bell: Bell,
+    /// Rung for who answers questions.
+    pub(super) asked: Bell,
     stop: AtomicBool,
     /// Threads that there are for TLS.
     relays: AtomicUsize,
+    /// CPUs that this process may use.
+    cpus: usize,
+    /// There is a CPU for each client and each thread that serves them: who waits may do so awake.
+    pub(super) roomy: Arc<AtomicBool>,
     /// Told to the log.
     pub(super) say: OnEvent,
 }
@@ -103,10 +109,20 @@ impl Post {
             threads: usize::from(threads.max(1)),
             questions: Mutex::default(),
             bell: Bell::new()?,
+            asked: Bell::new()?,
             stop: AtomicBool::new(false),
             relays: AtomicUsize::new(0),
+            cpus: std::thread::available_parallelism().map_or(1, usize::from),
+            roomy: Arc::new(AtomicBool::new(false)),
             say,
         }))
+    }
+
+    /// Finds out anew whether there is room for everybody.
+    fn count(&self) {
+        let clients = self.taken();
+        let all = clients + clients.min(self.threads) + self.relays();
+        self.roomy.store(clients > 0 && all <= self.cpus, Ordering::Relaxed);
     }
 
     /// How many desks are taken.
@@ -123,12 +139,14 @@ impl Post {
         let index = free.min_by_key(|index| load(index % self.threads))?;
         self.desks[index].taken.store(true, Ordering::Release);
         self.desks[index].served.fetch_add(1, Ordering::Relaxed);
+        self.count();
         Some(&self.desks[index])
     }
 
     /// The connection at a desk is over.
     pub(super) fn leave(&self, desk: usize) {
         self.desks[desk].taken.store(false, Ordering::Release);
+        self.count();
         // Somebody may have waited for that.
         self.bell.ring();
     }
@@ -146,7 +164,7 @@ impl Post {
 
     pub(super) fn ask(&self, question: Question) {
         lock(&self.questions).push_back(question);
-        self.bell.ring();
+        self.asked.ring();
     }
 
     pub(super) fn take_question(&self) -> Option<Question> {
@@ -157,6 +175,7 @@ impl Post {
     pub(super) fn stop(&self) {
         self.stop.store(true, Ordering::Release);
         self.bell.ring();
+        self.asked.ring();
         for desk in &self.desks {
             desk.bell.ring();
         }
@@ -173,6 +192,7 @@ pub(super) struct Relayed(Arc<Post>);
 impl Drop for Relayed {
     fn drop(&mut self) {
         self.0.relays.fetch_sub(1, Ordering::AcqRel);
+        self.0.count();
         self.0.bell.ring();
     }
 }
@@ -185,6 +205,22 @@ fn lock<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn nobody_waits_awake_where_clients_want_the_cpus() {
+        let post = Post::new(6, 2, Arc::new(|_| {})).unwrap();
+        let mut post = Arc::into_inner(post).unwrap();
+        post.cpus = 4;
+        let is_roomy = |post: &Post| post.roomy.load(Ordering::Relaxed);
+        assert!(!is_roomy(&post), "there is nobody to wait for");
+        let roomy = [true, true, false].map(|_| {
+            post.take_desk().unwrap();
+            is_roomy(&post)
+        });
+        assert_eq!(roomy, [true, true, false]);
+        post.leave(0);
+        assert!(is_roomy(&post));
+    }
 
     #[test]
     fn connections_are_shared_out_among_threads() {

@@ -245,6 +245,28 @@ fn over_a_network_nothing_is_changed_unless_that_was_said() {
 }
 
 #[test]
+fn what_is_to_be_zeroed_fast_is_refused_where_that_takes_as_long_as_writing() {
+    for slow_zeroes in [false, true] {
+        let host = Host::new("zeroes", |options| options.slow_zeroes = slow_zeroes);
+        let mut peer = host.peer(Mode::Structured);
+        assert_eq!(peer.write(0, &pattern(8192, 1), 0), 0);
+        let zero = |flags| (command::WRITE_ZEROES, flags);
+        let mut send = |(command, flags), at| peer.plain(command, flags, (at, 4096));
+        let fast = if slow_zeroes { error::ENOTSUP } else { 0 };
+        assert_eq!(send(zero(ask::FAST_ZERO), 0), fast);
+        assert_eq!(send(zero(ask::FAST_ZERO | ask::NO_HOLE), 4096), error::ENOTSUP);
+        let mut expected = pattern(8192, 1);
+        if !slow_zeroes {
+            expected[..4096].fill(0);
+        }
+        assert_eq!(host.file(0, 8192), expected, "who is refused has changed nothing");
+        assert_eq!(send(zero(0), 0), 0);
+        assert_eq!(send(zero(ask::NO_HOLE), 4096), 0);
+        assert_eq!(host.file(0, 8192), vec![0; 8192]);
+    }
+}
+
+#[test]
 fn a_read_only_disk_refuses_changes_from_everybody() {
     let host = Host::new("ro", |options| options.read_only = true);
     let mut peer = host.peer(Mode::Structured);

@@ -44,6 +44,8 @@ pub struct Wishes {
     pub connections: u16,
     pub depth: u16,
     pub threads: u16,
+    /// Whether zeroing takes as long as writing.
+    pub slow_zeroes: bool,
     /// Whether the file is in memory, where its data goes another way.
     pub in_memory: bool,
     pub secure: Option<Secure>,
@@ -65,6 +67,7 @@ impl Host {
             connections: 8,
             depth: 64,
             threads: 2,
+            slow_zeroes: false,
             in_memory: false,
             secure: None,
         };
@@ -78,7 +81,8 @@ impl Host {
         let file = open.open(dir.join("image")).unwrap();
         file.set_len(SIZE).unwrap();
         let mut builder = StackBuilder::new();
-        let limits = Limits { volatile_cache: true, ..Limits::ideal(SIZE) };
+        let fast_zeroes = !wishes.slow_zeroes;
+        let limits = Limits { volatile_cache: true, fast_zeroes, ..Limits::ideal(SIZE) };
         let (root, _) = builder.backend("image", limits).unwrap();
         let service = Service {
             pool: None,
@@ -94,6 +98,7 @@ impl Host {
         let options = Options {
             name: "disk".to_owned(),
             listen: wishes.listen.iter().map(|text| Uri::parse(text).unwrap()).collect(),
+            passed: Vec::new(),
             allow: Vec::new(),
             writable: wishes.writable,
             read_only: wishes.read_only,

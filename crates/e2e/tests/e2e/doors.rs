@@ -1,0 +1,140 @@
+//! Answers for the less common ways into a disk over NBD: sockets that systemd has passed, and
+//! vsock.
+
+use devsplice_e2e::{Call, Group, Outcome, Room, call, need, need_tool, wait_until};
+use serde_json::Value;
+
+pub fn add(group: &mut Group) {
+    group.add("who_starts_it_with_a_socket_is_served_there", started_with_a_socket);
+    group.add("systemd_starts_it_when_the_first_client_comes", activated);
+    group.add("a_socket_that_nobody_has_passed_is_refused_by_name", not_passed);
+    group.add("clients_of_this_machine_come_in_over_vsock", vsock);
+}
+
+/// A call of a client, which starts the server itself where its arguments say so.
+fn client(room: &Room, name: &str, arguments: &[&str]) -> Call {
+    call(name, arguments).env("DEVSPLICE_RUN", &room.run).dir(&room.dir).limit(60)
+}
+
+fn export(text: &str) -> Value {
+    // A server that its client has started writes to the same place, where it is reached.
+    let start = text.find('{').unwrap_or(0);
+    let told: Value =
+        serde_json::from_str(&text[start..]).unwrap_or_else(|e| panic!("{e}: {text}"));
+    told["exports"][0].clone()
+}
+
+/// libnbd starts a server as systemd would: the judge of what such a server has to do.
+fn started_with_a_socket() -> Outcome {
+    need_tool("nbdinfo")?;
+    let room = Room::new();
+    let (name, program) = (room.name(), room.program.to_string_lossy().into_owned());
+    for listen in ["systemd:", "systemd:disk"] {
+        let words = [
+            "--json",
+            "--",
+            "[",
+            "env",
+            "LISTEN_FDNAMES=disk",
+            &program,
+            "add",
+            "-f",
+            "-n",
+            &name,
+            "--listen",
+            listen,
+            "mem:8M",
+            "]",
+        ];
+        let found = export(&client(&room, "nbdinfo", &words).ok());
+        assert_eq!(found["export-size"], 8 << 20, "{listen}: {found}");
+        // Who comes over a socket of this machine may write.
+        assert_eq!(
+            (&found["is_read_only"], &found["can_fast_zero"]),
+            (&false.into(), &true.into())
+        );
+        wait_until(20, "the server has gone with its client", || {
+            room.devsplice(["list", "--json"]).ok().trim() == "[]"
+        });
+    }
+    Ok(())
+}
+
+fn activated() -> Outcome {
+    need_tool("nbdinfo")?;
+    need_tool("systemd-socket-activate")?;
+    let room = Room::new();
+    let (name, program) = (room.name(), room.program.to_string_lossy().into_owned());
+    let (socket, run) = (room.path("door"), format!("DEVSPLICE_RUN={}", room.run.display()));
+    let words = [
+        "-l",
+        &socket,
+        "-E",
+        &run,
+        "--fdname=door",
+        &program,
+        "add",
+        "-f",
+        "-n",
+        &name,
+        "--listen",
+        "systemd:door",
+        "mem:8M",
+    ];
+    let systemd = client(&room, "systemd-socket-activate", &words).start();
+    wait_until(10, "systemd listens", || std::path::Path::new(&socket).exists());
+    assert_eq!(room.devsplice(["list", "--json"]).ok().trim(), "[]", "nobody has come");
+    let uri = format!("nbd+unix:///{name}?socket={socket}");
+    let found = export(&client(&room, "nbdinfo", &["--json", &uri]).ok());
+    assert_eq!(found["export-size"], 8 << 20);
+    let told = room.devsplice(["info", "--json", &name]).ok();
+    let told: Value = serde_json::from_str(&told).unwrap_or_else(|e| panic!("{e}: {told}"));
+    assert_eq!(told["device"], uri.as_str());
+    wait_until(10, "the client has gone", || room.devsplice(["del", &name]).run().code == Some(0));
+    let _ = systemd.finish();
+    assert!(std::path::Path::new(&socket).exists(), "the socket is systemd's");
+    Ok(())
+}
+
+fn not_passed() -> Outcome {
+    let room = Room::new();
+    let name = room.name();
+    let said = room.refusal(["add", "mem:1M", "-n", &name, "--listen", "systemd:web"]);
+    assert!(said.contains("systemd:web") && said.contains("LISTEN_FDS"), "{said}");
+    // What was passed to somebody else is not ours.
+    let call = room.devsplice(["add", "mem:1M", "-n", &name, "--listen", "systemd:"]);
+    let ran = call.env("LISTEN_PID", "1").env("LISTEN_FDS", "1").run();
+    assert!(ran.code == Some(1) && ran.err.contains("LISTEN_PID"), "{}", ran.err);
+    Ok(())
+}
+
+fn vsock() -> Outcome {
+    need_tool("nbdinfo")?;
+    if need_tool("modprobe").is_ok() {
+        let _ = call("modprobe", ["-q", "vsock_loopback"]).run();
+    }
+    let has_loopback = std::path::Path::new("/sys/module/vsock_loopback").exists();
+    need(has_loopback, "no vsock within this machine")?;
+    let room = Room::new();
+    for (more, may_enter, may_write) in [
+        (&[][..], true, false),
+        (&["--writable"], true, true),
+        (&["--allow", "cid:1"], true, false),
+        (&["--allow", "cid:77"], false, false),
+    ] {
+        let (name, listen) = (room.name(), "nbd+vsock://any:20809");
+        let mut words = vec!["add", "mem:8M", "-n", &name, "--listen", listen];
+        words.extend(more);
+        let told = room.devsplice(words).ok();
+        assert_eq!(told.trim(), format!("{listen}/{name}"));
+        let ran = client(&room, "nbdinfo", &["--json", "nbd+vsock://1:20809/"]).run();
+        assert_eq!(ran.code == Some(0), may_enter, "{more:?}: {}", ran.err);
+        if may_enter {
+            let found = export(&ran.out);
+            assert_eq!(found["export-size"], 8 << 20);
+            assert_eq!(found["is_read_only"], !may_write, "{more:?}");
+        }
+        let _ = room.devsplice(["del", "--force", &name]).ok();
+    }
+    Ok(())
+}
