@@ -36,6 +36,7 @@ pub fn add(group: &mut Group, kind: Kind) {
     group.add("many_a_server_waits_for_who_only_looks_at_its_seat", move || seat(kind));
     group.add("many_configurations_are_saved_and_loaded_whole", move || configuration(kind));
     if kind.is_ublk() {
+        group.alone("many_a_server_that_is_shut_in_has_its_driver", move || driver(kind));
         group.add("many_disks_survive_their_server_and_its_upgrade", move || survive(kind));
     }
 }
@@ -72,6 +73,20 @@ fn seat(kind: Kind) -> Outcome {
     assert!(said.contains("runs already"), "{said}");
     drop(staying);
     let _ = std::fs::remove_file(&seat);
+    Ok(())
+}
+
+/// A server that is shut in can load no module: the driver is there before that.
+fn driver(kind: Kind) -> Outcome {
+    need(mode() == Mode::Vm, "takes the driver away")?;
+    need_tool("modprobe")?;
+    let is_gone = call("modprobe", ["-r", "ublk_drv"]).run().code == Some(0);
+    need(is_gone, "the driver is in use, or no module")?;
+    let room = Room::new();
+    let server = Server::start(&room, &["--sandbox", "on"]);
+    let disk = server.talk().result("add", &wish(&room, kind, &room.name(), 1));
+    assert!(disk["device"].as_str().is_some_and(|node| node.starts_with("/dev/ublkb")), "{disk}");
+    server.end();
     Ok(())
 }
 
