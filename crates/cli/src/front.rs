@@ -10,7 +10,7 @@ use devsplice_exports::threads::{Crew, OnMade, Service};
 use devsplice_exports::ublk::Fit;
 use devsplice_exports::{fuse, nbd, ublk};
 
-use crate::args::{Add, Export, PathChoice, Switch};
+use crate::args::{Add, Export, PathChoice};
 use crate::passed;
 use crate::state::{Claim, Disk};
 
@@ -392,6 +392,14 @@ impl Front {
         }
     }
 
+    /// Whether it is served for requests that come one at a time.
+    pub fn is_low_depth(&self) -> bool {
+        match self {
+            Front::Ublk(device) => device.is_low_depth(),
+            Front::Fuse(_) | Front::Nbd(_) => false,
+        }
+    }
+
     /// Clients that are connected, of a disk that has such.
     pub fn clients(&self) -> Option<usize> {
         match self {
@@ -464,7 +472,7 @@ pub fn fuse_options(
 /// What else is asked of the driver.
 pub fn extra(add: &Add) -> ublk::Extra {
     ublk::Extra {
-        low_depth: add.low_depth == Switch::On,
+        low_depth: add.low_depth.forced(),
         need_get_data: add.data_path == PathChoice::GetData,
         unprivileged: add.ublk.unprivileged,
         shared_memory: add.ublk.shared_memory.is_some(),

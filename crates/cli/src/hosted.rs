@@ -189,6 +189,7 @@ impl Hosted {
         disk.data_path = front.data_path().to_owned();
         disk.recovery = front.recovery().to_owned();
         disk.batch = front.is_batched();
+        disk.low_depth = front.is_low_depth();
         disk.features = front.features().into_iter().map(str::to_owned).collect();
         if front.clients().is_none() {
             make_link(&disk);

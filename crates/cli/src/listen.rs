@@ -64,6 +64,7 @@ impl Ears {
     /// From now on, what is asked of `hall` is done.
     pub fn listen(self, hall: &Arc<Hall>, news: &Sender<News>) {
         let Ears { listener, mut signals } = self;
+        devsplice_backends::nbd::nothing_more_is_given();
         let out = news.clone();
         spawn("signals", move || {
             for signal in signals.forever() {

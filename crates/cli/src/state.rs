@@ -41,6 +41,9 @@ pub struct Disk {
     /// Whether requests come and go in batches.
     #[serde(default)]
     pub batch: bool,
+    /// Whether it is served for requests that come one at a time.
+    #[serde(default)]
+    pub low_depth: bool,
     /// What of the driver's features it was made with, as `devsplice features` names them.
     #[serde(default)]
     pub features: Vec<String>,

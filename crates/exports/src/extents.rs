@@ -54,25 +54,77 @@ pub struct Extents {
 /// A bottom that can tell what is there.
 enum Teller {
     File(OwnedFd),
+    /// Nobody changes what it has.
     Remote(Arc<dyn Remote>),
+    /// Others do, so it is asked each time.
+    Now(Arc<dyn Remote>),
+}
+
+/// Bytes of a server that it is asked about at a time; it tells of as many as it likes.
+const LOOK: u64 = 1 << 30;
+/// Questions to servers for one answer.
+const QUESTIONS: u32 = 64;
+
+/// What servers have told while one question is answered.
+#[derive(Default)]
+pub struct Told {
+    /// Which bottom, where it begins, and what it is.
+    lists: Vec<(u16, u64, Vec<Extent>)>,
+    questions: u32,
+}
+
+impl Told {
+    /// Whether no more should be asked.
+    #[must_use]
+    pub fn is_enough(&self) -> bool {
+        self.questions >= QUESTIONS
+    }
+
+    fn find(&self, bottom: u16, at: u64) -> Option<Extent> {
+        let (_, from, list) = self.lists.iter().find(|(whose, ..)| *whose == bottom)?;
+        let mut from = *from;
+        for extent in list {
+            let end = from.saturating_add(extent.len);
+            if (from..end).contains(&at) {
+                return Some(Extent { len: end - at, ..*extent });
+            }
+            from = end;
+        }
+        None
+    }
+
+    /// What a server's bytes are now.
+    fn ask(&mut self, bottom: u16, remote: &dyn Remote, at: u64) -> Option<Extent> {
+        if let Some(known) = self.find(bottom, at) {
+            return Some(known);
+        }
+        self.questions += 1;
+        let list = remote.look_now(at, LOOK)?;
+        self.lists.retain(|(whose, ..)| *whose != bottom);
+        self.lists.push((bottom, at, list));
+        self.find(bottom, at)
+    }
 }
 
 impl Extents {
-    /// Of a disk that others use meanwhile. What servers hold is data: they are not waited for. So
-    /// is everything below a layer with a live side: its answers are true for as long as its engine
-    /// knows of the request, which this is none of.
+    /// Of a disk that others use meanwhile. Servers that can be asked beside that are waited for,
+    /// if [`Extents::may_wait`]. Everything below a layer with a live side is data: its answers are
+    /// true for as long as its engine knows of the request, which this is none of.
     ///
     /// # Errors
     /// If there are no descriptors left.
     pub fn in_use(stack: &Arc<Stack>, bottoms: &[Bottom]) -> Result<Extents> {
+        let is_moving = stack.lives().next().is_some();
         let tellers = bottoms.iter().map(|bottom| match bottom {
             Bottom::File { fd, kind: FileKind::Regular } => {
                 let fd = fd.try_clone().map_err(|error| Error::os("a file's copy", &error))?;
                 Ok(Some(Teller::File(fd)))
             }
+            Bottom::Remote(remote) if remote.tells_now() && !is_moving => {
+                Ok(Some(Teller::Now(Arc::clone(remote))))
+            }
             Bottom::Remote(_) | Bottom::File { .. } | Bottom::Bytes(_) => Ok(None),
         });
-        let is_moving = stack.lives().next().is_some();
         let tellers = tellers.collect::<Result<_>>()?;
         Ok(Extents { stack: Arc::clone(stack), tellers, is_moving })
     }
@@ -92,9 +144,22 @@ impl Extents {
         Ok(extents)
     }
 
+    /// Whether answers may have to wait for a server.
+    #[must_use]
+    pub fn may_wait(&self) -> bool {
+        self.tellers.iter().any(|teller| matches!(teller, Some(Teller::Now(_))))
+    }
+
     /// What the bytes from `at` on are, and how many of them for sure: at least 1, at most `most`.
     #[must_use]
     pub fn at(&self, at: u64, most: u64) -> (u64, Content) {
+        self.look(at, most, &mut Told::default())
+    }
+
+    /// The same. What servers tell of more than that is put into `told`, for the next time. A
+    /// question that comes later must begin without it: it may not be so any more.
+    #[must_use]
+    pub fn look(&self, at: u64, most: u64, told: &mut Told) -> (u64, Content) {
         let all = (most, Content::Data);
         if self.is_moving {
             return all;
@@ -105,7 +170,12 @@ impl Extents {
                 Place::Backend(id) => {
                     match self.tellers.get(usize::from(id.0)).and_then(Option::as_ref) {
                         Some(Teller::File(file)) => look(file, piece.at, piece.len),
-                        Some(Teller::Remote(remote)) => look_far(&**remote, piece.at, piece.len),
+                        Some(Teller::Remote(remote)) => {
+                            content(remote.look(piece.at, piece.len), piece.len)
+                        }
+                        Some(Teller::Now(remote)) => {
+                            content(told.ask(id.0, &**remote, piece.at), piece.len)
+                        }
                         None => (piece.len, Content::Data),
                     }
                 }
@@ -116,14 +186,14 @@ impl Extents {
     }
 }
 
-/// What a server's bytes are. Where it does not say, they are data.
-fn look_far(remote: &dyn Remote, at: u64, len: u64) -> (u64, Content) {
-    match remote.look(at, len) {
-        Some(Extent { len, is_zero: true, is_hole: true }) => (len, Content::Hole),
-        Some(Extent { len, is_zero: true, is_hole: false }) => (len, Content::Zero),
-        Some(Extent { len, .. }) => (len, Content::Data),
-        None => (len, Content::Data),
-    }
+/// What a server's `len` bytes are, by what it says. Where it does not say, they are data.
+fn content(said: Option<Extent>, len: u64) -> (u64, Content) {
+    let content = match said {
+        Some(Extent { is_zero: true, is_hole: true, .. }) => Content::Hole,
+        Some(Extent { is_zero: true, is_hole: false, .. }) => Content::Zero,
+        _ => Content::Data,
+    };
+    (said.map_or(len, |extent| extent.len.min(len)), content)
 }
 
 /// What a file's bytes are. Where it does not know, they are data.

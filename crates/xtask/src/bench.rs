@@ -68,6 +68,9 @@ pub struct Options {
     /// Samples of each figure; the median counts
     #[arg(long, value_name = "N", default_value_t = 3)]
     samples: u32,
+    /// Nanoseconds that the backing devices of the VM part take for each request
+    #[arg(long, value_name = "NS", default_value_t = 0)]
+    disk_ns: u32,
     /// Another build of devsplice, measured in turn with this one
     #[arg(long, value_name = "PATH")]
     against: Option<PathBuf>,
@@ -215,7 +218,8 @@ fn is_wanted(options: &Options, device: &Device) -> bool {
 
 /// Whether everything that goes into the tables is measured.
 fn is_whole(options: &Options) -> bool {
-    options.cells.is_empty() && options.peers.is_empty() && options.ours.is_empty()
+    let named = [&options.cells, &options.peers, &options.ours];
+    options.disk_ns == 0 && named.iter().all(|names| names.is_empty())
 }
 
 /// Measures in a machine that counts instructions.
@@ -247,6 +251,7 @@ fn vm_part(options: &Options, bin: &Path, directory: &Path) -> Fallible<u8> {
         "devices": wanted.iter().map(|device| device.name).collect::<Vec<_>>(),
         "cells": cells,
         "samples": options.samples,
+        "disk_ns": options.disk_ns,
     });
     let write = |path: PathBuf, text: String| {
         std::fs::write(&path, text).map_err(|e| format!("cannot write {}: {e}", path.display()))

@@ -21,6 +21,8 @@ const TOOLS: &[&str] = &[
     "mkfs.btrfs",
     "mkfs.ext4",
     "mkfs.xfs",
+    "nbd-client",
+    "nbd-server",
     "nbdcopy",
     "nbdkit",
     "qemu-img",

@@ -21,6 +21,10 @@ kill "$!" 2>/dev/null
 wait
 "#;
 
+/// What a process that confines itself may not do, and who may.
+const NO_PROGRAMS: &str = "a server of many, or one that runs already, starts no programs: start \
+                           this one yourself and give its socket, or add the disk without --server";
+
 /// A program that serves.
 pub(super) struct Captive {
     words: Vec<String>,
@@ -56,7 +60,13 @@ impl Captive {
             .stdin(Stdio::from(OwnedFd::from(listener)))
             .stdout(Stdio::from(OwnedFd::from(theirs)))
             .spawn()
-            .map_err(os)?;
+            .map_err(|error| {
+                let _ = std::fs::remove_file(&socket);
+                match error.kind() {
+                    io::ErrorKind::PermissionDenied => os(error).next(NO_PROGRAMS),
+                    _ => os(error),
+                }
+            })?;
         Ok(Captive { words, socket, line: Some(line), keeper })
     }
 

@@ -17,6 +17,7 @@ use devsplice_uring::{Link, vsock};
 use rustix::net::sockopt;
 
 use super::captive::Captive;
+use super::given::Given;
 
 /// Where a server is.
 pub(super) enum Target {
@@ -24,14 +25,22 @@ pub(super) enum Target {
     At(Uri),
     /// It is a program of ours.
     Captive(Captive),
+    /// Behind a socket that we were started with.
+    Given(Given),
 }
 
 impl Target {
+    /// Whether it can be connected to again, and beside other connections.
+    pub(super) fn is_there_again(&self) -> bool {
+        !matches!(self, Target::Given(_))
+    }
+
     /// What messages call it.
     pub(super) fn name(&self) -> String {
         match self {
             Target::At(uri) => uri.to_string(),
             Target::Captive(captive) => captive.name(),
+            Target::Given(given) => given.name(),
         }
     }
 }
@@ -47,6 +56,7 @@ pub(super) fn connect(target: &Target) -> Result<Link> {
     let (socket, export, tls) = match target {
         Target::At(uri) => (reach(&uri.place), uri.export.as_str(), client(uri)),
         Target::Captive(captive) => (captive.reach(), "", None),
+        Target::Given(given) => (Ok(given.reach()?), given.export.as_str(), None),
     };
     let name = target.name();
     let socket = socket.map_err(|error| Error::os(&name, &error).next("is the server there?"))?;

@@ -5,6 +5,7 @@
 
 mod captive;
 mod connect;
+mod given;
 mod server;
 mod talk;
 
@@ -18,18 +19,24 @@ use devsplice_nbd::uri::Uri;
 use devsplice_nbd::wire::can;
 use devsplice_uring::{Patience, Remote};
 
+pub use given::nothing_more_is_given;
 pub use server::Server;
 
 use crate::{Access, Body, Opened};
 use captive::Captive;
 use connect::Target;
+use given::Given;
 
 /// `nbd(uri)`.
 pub const SOURCE: Source = Source {
     name: "nbd",
     about: "an export of an NBD server",
     keys: &[
-        Key::required("uri", Kind::Text, "where it is: nbd://..., nbd+unix://..., [ COMMAND ]"),
+        Key::required(
+            "uri",
+            Kind::Text,
+            "where it is: nbd://..., nbd+unix://..., fd:N, [ COMMAND ]",
+        ),
         Key::optional("readonly", Kind::Switch, "change nothing (off)"),
         Key::optional("connections", Kind::Count, "most connections (one a thread)"),
         Key::optional("timeout", Kind::Duration, "give a silent connection up (60s; 0: never)"),
@@ -51,7 +58,12 @@ fn anchored(uri: &str, here: &Path) -> String {
 
 /// Whether what is in it is still there when our process is not.
 pub(crate) fn outlives_process(args: &Args) -> bool {
-    !args.text("uri").is_some_and(|uri| uri.starts_with('['))
+    !args.text("uri").is_some_and(|uri| uri.starts_with('[') || is_given(uri))
+}
+
+/// A socket that this process was started with.
+fn is_given(uri: &str) -> bool {
+    uri.starts_with("fd:")
 }
 
 /// Opens one.
@@ -61,8 +73,18 @@ pub(crate) fn outlives_process(args: &Args) -> bool {
 /// disk.
 pub fn open(args: &Args, access: Access) -> Result<Opened> {
     let uri = args.text("uri").unwrap_or_default();
+    let mut patience = patience(args)?;
     let target = match uri.starts_with('[') {
         true => Target::Captive(Captive::start(uri)?),
+        false if is_given(uri) => {
+            if args.text("on-loss") == Some("hold") {
+                let reason =
+                    "`hold` waits for a connection, and none comes after one that was given";
+                return Err(Error::invalid("on-loss", reason));
+            }
+            patience.outage = Some(0);
+            Target::Given(Given::take(uri)?)
+        }
         false => {
             let here =
                 std::env::current_dir().map_err(|error| Error::os("current directory", &error))?;
@@ -71,7 +93,7 @@ pub fn open(args: &Args, access: Access) -> Result<Opened> {
     };
     let connections = args.count("connections")?;
     let connections = connections.map(|count| u16::try_from(count).unwrap_or(u16::MAX));
-    let server = Server::open(target, connections, patience(args)?)?;
+    let server = Server::open(target, connections, patience)?;
     let name = server.name().to_owned();
     let limits = limits(server.agreed()).map_err(|error| error.within(&name))?;
     let asked = args.switch("readonly")?.unwrap_or(false);

@@ -16,6 +16,8 @@ use super::talk::Talk;
 /// The first wait between attempts to connect; it doubles up to the last.
 const FIRST_WAIT: Duration = Duration::from_millis(100);
 const LAST_WAIT: Duration = Duration::from_secs(5);
+/// How long nothing is asked of what is there when that has failed.
+const SILENCE: Duration = Duration::from_secs(10);
 /// Extents that are kept of a server that takes one connection only.
 const KEPT: usize = 1 << 16;
 
@@ -37,6 +39,16 @@ struct Shared {
     work: Condvar,
     /// Asked by whoever wants to know what is there.
     talk: Mutex<Looks>,
+    /// Asked what is there while rings have their connections.
+    beside: Mutex<Beside>,
+}
+
+/// A connection for questions that come while the disk is used.
+#[derive(Default)]
+struct Beside {
+    talk: Option<Talk>,
+    /// Before that, it is not tried again.
+    next: Option<Instant>,
 }
 
 #[derive(Default)]
@@ -96,7 +108,10 @@ impl Server {
         connections: Option<u16>,
         patience: Patience,
     ) -> Result<Server> {
-        let link = connect(&target)?;
+        let mut link = connect(&target)?;
+        if !target.is_there_again() {
+            link.agreed.flags &= !can::MULTI_CONN;
+        }
         let agreed = link.agreed.clone();
         let can_share = agreed.flags & can::MULTI_CONN != 0;
         let most = if can_share { u16::MAX } else { 1 };
@@ -111,6 +126,7 @@ impl Server {
             state: Mutex::default(),
             work: Condvar::new(),
             talk,
+            beside: Mutex::default(),
         };
         Ok(Server { shared: Arc::new(shared) })
     }
@@ -196,6 +212,14 @@ impl Remote for Server {
 
     fn look(&self, at: u64, most: u64) -> Option<Extent> {
         self.shared.look(at, most)
+    }
+
+    fn look_now(&self, at: u64, most: u64) -> Option<Vec<Extent>> {
+        self.shared.look_now(at, most)
+    }
+
+    fn tells_now(&self) -> bool {
+        self.shared.tells_now()
     }
 }
 
@@ -349,6 +373,37 @@ impl Shared {
         let extents = self.talk(&mut looks)?.extents(at, most).ok()?.to_vec();
         (looks.at, looks.extents) = (at, extents);
         looks.find(at, most)
+    }
+}
+
+impl Shared {
+    /// One that takes several connections shows over each what was done over the others.
+    fn tells_now(&self) -> bool {
+        self.agreed.flags & can::MULTI_CONN != 0 && self.agreed.allocation.is_some()
+    }
+
+    fn look_now(&self, at: u64, most: u64) -> Option<Vec<Extent>> {
+        if !self.tells_now() {
+            return None;
+        }
+        let mut beside = lock(&self.beside);
+        if beside.talk.is_none() {
+            if beside.next.is_some_and(|next| next > Instant::now()) {
+                return None;
+            }
+            beside.talk = self.again().ok().map(Talk::new);
+        }
+        let most = most.min(self.agreed.size.saturating_sub(at));
+        let told = beside.talk.as_mut().map(|talk| talk.extents(at, most).map(<[_]>::to_vec));
+        match told {
+            Some(Ok(extents)) => Some(extents),
+            // A connection over which something has failed is not asked again.
+            Some(Err(_)) | None => {
+                beside.talk = None;
+                beside.next = Some(Instant::now() + SILENCE);
+                None
+            }
+        }
     }
 }
 

@@ -19,6 +19,7 @@ mod low_depth;
 mod luck;
 mod manners;
 mod many;
+mod matrix;
 mod mirror;
 mod nbd;
 mod ops;
@@ -88,6 +89,7 @@ fn groups() -> Vec<Group> {
     nbd::add(&mut nbd);
     doors::add(&mut nbd);
     remote::add_copies(&mut nbd);
+    matrix::add(&mut nbd);
     let mut tls = Group::new("tls", Ok(()));
     tls::add(&mut tls);
     let mut groups = vec![cli, bad, copies, nbd, tls];
@@ -121,6 +123,7 @@ fn groups() -> Vec<Group> {
                 dialect::add(&mut group, kind);
                 if kind.is_ublk() {
                     ublk::add(&mut group);
+                    low_depth::add(&mut group);
                 }
                 many::add(&mut group, kind);
                 rpc::add(&mut group, kind);
@@ -147,13 +150,12 @@ fn groups() -> Vec<Group> {
         }
         groups.push(group);
     }
-    if mode() == Mode::Vm || Kind::LowDepth.gate().is_ok() {
-        let mut group = Group::of(Kind::LowDepth);
-        low_depth::add(&mut group);
-        verify::add(&mut group, Kind::LowDepth);
-        contract::add(&mut group, Kind::LowDepth);
-        luck::add(&mut group, Kind::LowDepth);
-        recover::add(&mut group, Kind::LowDepth, false);
+    if mode() == Mode::Vm || Kind::ManyAtATime.gate().is_ok() {
+        let mut group = Group::of(Kind::ManyAtATime);
+        verify::add(&mut group, Kind::ManyAtATime);
+        contract::add(&mut group, Kind::ManyAtATime);
+        luck::add(&mut group, Kind::ManyAtATime);
+        recover::add(&mut group, Kind::ManyAtATime, false);
         groups.push(group);
     }
     if mode() == Mode::Native && Kind::Ublk(PATHS[3]).gate().is_err() {

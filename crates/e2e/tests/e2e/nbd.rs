@@ -15,24 +15,34 @@ pub fn add(group: &mut Group) {
 }
 
 /// A disk that goes with the test.
-struct Served<'a> {
+pub struct Served<'a> {
     room: &'a Room,
-    name: String,
-    uri: String,
+    /// What it is called.
+    pub name: String,
+    /// Where it listens.
+    pub socket: String,
+    /// The same as an address.
+    pub uri: String,
 }
 
 impl<'a> Served<'a> {
-    fn new(room: &'a Room, stack: &str, more: &[&str]) -> Served<'a> {
-        let (name, socket) = (room.name(), room.path("nbd.sock"));
+    pub fn new(room: &'a Room, stack: &str, more: &[&str]) -> Served<'a> {
+        Served::at(room, "nbd.sock", stack, more)
+    }
+
+    /// At a socket of this name.
+    pub fn at(room: &'a Room, socket: &str, stack: &str, more: &[&str]) -> Served<'a> {
+        let (name, socket) = (room.name(), room.path(socket));
         let listen = format!("unix:{socket}");
         let mut arguments = vec!["add", stack, "-n", &name, "--listen", &listen];
         arguments.extend(more);
         let uri = room.devsplice(arguments).ok().trim().to_owned();
-        assert_eq!(uri, format!("nbd+unix:///{name}?socket={socket}"));
-        Served { room, name, uri }
+        let scheme = if more.contains(&"--tls-certificates") { "nbds" } else { "nbd" };
+        assert_eq!(uri, format!("{scheme}+unix:///{name}?socket={socket}"));
+        Served { room, name, socket, uri }
     }
 
-    fn info(&self) -> Value {
+    pub fn info(&self) -> Value {
         let text = self.room.devsplice(["info", "--json", &self.name]).ok();
         serde_json::from_str(&text).unwrap_or_else(|error| panic!("info: {error}: {text}"))
     }
@@ -42,12 +52,12 @@ impl<'a> Served<'a> {
     }
 
     /// It ends in good order, and nothing has gone wrong in it.
-    fn remove(self) {
+    pub fn remove(self) {
         let info = self.info();
         assert_eq!((&info["counts"]["errors"], &info["counts"]["stuck"]), (&0.into(), &0.into()));
         wait_until(10, "clients have gone", || self.info()["clients"] == 0);
         let _ = self.del(&[]).ok();
-        assert!(!std::path::Path::new(&self.room.path("nbd.sock")).exists());
+        assert!(!std::path::Path::new(&self.socket).exists());
     }
 }
 
@@ -92,10 +102,33 @@ fn nbdinfo() -> Outcome {
     Ok(())
 }
 
-fn fio() -> Outcome {
+/// fio writes and reads the first `size` bytes of an export, 32 deep, and verifies them.
+pub fn verify_32_deep(room: &Room, uri: &str, size: u64) -> Outcome {
     need_tool("fio")?;
     let known = call("fio", ["--enghelp"]).ok();
     need(known.split_whitespace().any(|one| one == "nbd"), "fio has no nbd")?;
+    let (uri, size) = (format!("--uri={uri}"), format!("--size={size}"));
+    let arguments = [
+        "--name=verify",
+        "--ioengine=nbd",
+        &uri,
+        "--rw=randrw",
+        "--bsrange=512-128k",
+        "--blockalign=512",
+        &size,
+        "--iodepth=32",
+        "--verify=crc32c",
+        "--verify_fatal=1",
+        "--do_verify=1",
+        "--verify_state_save=0",
+        "--randrepeat=0",
+    ];
+    let said = tool(room, "fio", &arguments).ok();
+    assert!(said.contains("err= 0"), "{said}");
+    Ok(())
+}
+
+fn fio() -> Outcome {
     let room = Room::new();
     let (a, b) = (room.file("a.img", 32 * MIB), room.file("b.img", 32 * MIB));
     for stack in [
@@ -109,24 +142,7 @@ fn fio() -> Outcome {
             let _ = room.devsplice(["format", &stack]).ok();
         }
         let served = Served::new(&room, &stack, &[]);
-        let uri = format!("--uri={}", served.uri);
-        let arguments = [
-            "--name=verify",
-            "--ioengine=nbd",
-            &uri,
-            "--rw=randrw",
-            "--bsrange=512-128k",
-            "--blockalign=512",
-            "--size=24m",
-            "--iodepth=32",
-            "--verify=crc32c",
-            "--verify_fatal=1",
-            "--do_verify=1",
-            "--verify_state_save=0",
-            "--randrepeat=0",
-        ];
-        let said = tool(&room, "fio", &arguments).ok();
-        assert!(said.contains("err= 0"), "{stack}: {said}");
+        verify_32_deep(&room, &served.uri, 24 * MIB)?;
         let counts = &served.info()["counts"];
         let at_least = |name: &str, count: u64| {
             assert!(counts[name].as_u64().is_some_and(|found| found >= count), "{name}: {counts}");

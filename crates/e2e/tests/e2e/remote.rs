@@ -1,6 +1,8 @@
 //! Answers for disks of NBD servers: every byte of them, whatever becomes of the server, and what
 //! commands do with their addresses.
 
+use std::os::fd::AsRawFd;
+
 use devsplice_e2e::{
     Group, Kind, MIB, Mode, Outcome, Process, Room, Running, Server, call, engines, mode,
     need_tool, verify, wait_until,
@@ -8,6 +10,7 @@ use devsplice_e2e::{
 use rustix::process::Signal;
 use serde_json::Value;
 
+use crate::nbd::{Served, verify_32_deep};
 use crate::verify::counts_fit;
 
 /// Bytes of a server's disk.
@@ -32,6 +35,7 @@ pub fn add(group: &mut Group, kind: Kind) {
 pub fn add_copies(group: &mut Group) {
     group.add("copy_compare_and_map_take_addresses", copies);
     group.add("a_server_in_brackets_ends_with_us", captive);
+    group.add("a_socket_that_was_given_is_a_server_until_it_is_lost", given);
     group.add("addresses_that_lead_nowhere_are_refused_by_name", nowhere);
 }
 
@@ -298,6 +302,58 @@ fn captive() -> Outcome {
     wait_until(10, "the server has ended", || !ran.lives());
     let said = room.refusal(["copy", "[ ]", &back]);
     assert!(said.contains("names no program"), "{said}");
+    let many = Server::start(&room, &[]);
+    let listen = format!("unix:{}", room.path("nbd.sock"));
+    let said = room
+        .refusal(["add", &server, "--server", &many.name, "--listen", &listen, "-n", "captive"]);
+    assert!(said.contains("starts no programs") && said.contains("without --server"), "{said}");
+    many.end();
+    Ok(())
+}
+
+fn given() -> Outcome {
+    need_tool("nbdkit")?;
+    need_tool("nbdcopy")?;
+    let room = Room::new();
+    let image = room.full_file("image", 8 * MIB, 0x5a);
+    let target = room.file("target.img", SIZE);
+    let mut kit = Kit::new(&room, &["file", &target]);
+    let give = || {
+        let socket = std::os::unix::net::UnixStream::connect(kit.socket()).unwrap();
+        rustix::io::fcntl_setfd(&socket, rustix::io::FdFlags::empty()).unwrap();
+        let stack = format!("nbd(fd:{})", socket.as_raw_fd());
+        (socket, stack)
+    };
+    let (socket, stack) = give();
+    let _ = room.devsplice(["copy", &image, &stack]).ok();
+    assert!(std::fs::read(&target).unwrap()[..8 << 20] == std::fs::read(&image).unwrap());
+    drop(socket);
+    let (socket, stack) = give();
+    let many = Server::start(&room, &[]);
+    let listen = format!("unix:{}", room.path("many.sock"));
+    let to_many = ["add", &stack, "--server", &many.name, "-n", "given", "--listen", &listen];
+    let said = room.refusal(to_many);
+    assert!(said.contains("was given no socket"), "{said}");
+    many.end();
+    let served = Served::new(&room, &stack, &[]);
+    drop(socket);
+    verify_32_deep(&room, &served.uri, 8 * MIB)?;
+    kit.kill();
+    let begin = std::time::Instant::now();
+    let read = call("nbdcopy", [&served.uri, "null:"]).limit(30).run();
+    assert_ne!(read.code, Some(0), "it cannot be connected to again");
+    assert!(begin.elapsed().as_secs() < 10, "{:?}", begin.elapsed());
+    let info = served.info();
+    assert_eq!(server(&info), (0, 0), "{info:#}");
+    drop(served);
+    for (stack, words) in [
+        ("nbd(fd:2)", "from 3 on"),
+        ("nbd(fd:999)", "started with a connected socket?"),
+        ("nbd(fd:9, on-loss=hold)", "none comes after one that was given"),
+    ] {
+        let said = room.refusal(["map", stack]);
+        assert!(said.contains(words), "{stack}: {said}");
+    }
     Ok(())
 }
 

@@ -33,7 +33,8 @@ struct Secret<'a> {
     port: String,
 }
 
-fn certificates(room: &Room, name: &str) -> String {
+/// A directory of the room with all that a server and a client need.
+pub fn certificates(room: &Room, name: &str) -> String {
     let dir = room.path(name);
     std::fs::create_dir_all(&dir).unwrap();
     let authority = Authority::new(name);

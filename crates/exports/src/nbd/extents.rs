@@ -3,18 +3,25 @@
 use devsplice_nbd::wire::{STATE_HOLE, STATE_ZERO};
 
 use super::post::Extent;
-use crate::extents::Extents;
+use crate::extents::{Content, Extents, Told};
 
 const HOLE: u32 = STATE_HOLE | STATE_ZERO;
 const DATA: u32 = 0;
 
 /// The extents from `at` on, at most `most`, of at most `len` bytes together and of at least one.
+/// No more than servers can tell in a moment.
 pub(super) fn list(known: &Extents, (at, len): (u64, u64), most: usize) -> Vec<Extent> {
     let mut found = Found { extents: Vec::new(), most };
     let mut done = 0;
-    while done < len {
-        let (run, content) = known.at(at + done, len - done);
-        if found.add(run, if content.reads_zero() { HOLE } else { DATA }) {
+    // It is as old as the question, not older.
+    let mut told = Told::default();
+    while done < len && !told.is_enough() {
+        let (run, content) = known.look(at + done, len - done, &mut told);
+        let state = match content {
+            Content::Data => DATA,
+            Content::Hole | Content::Zero => HOLE,
+        };
+        if found.add(run, state) {
             break;
         }
         done += run;

@@ -1,6 +1,6 @@
 //! Answers for the thread that greets clients: accepts them, leads the handshake, hands those that
 //! have chosen to the I/O threads. It also answers questions about ranges, which may wait for a
-//! file system.
+//! file system. Those that may wait for a server are answered by a thread of their own.
 //!
 //! All clients that are being greeted are served in turn, none for longer than it has sent bytes
 //! for. There are never more of them than free desks: others wait in the kernel's queue.
@@ -22,8 +22,8 @@ use crate::extents::Extents;
 /// What the thread serves with.
 pub(super) struct Host {
     pub(super) post: Arc<Post>,
-    /// What questions are answered from.
-    pub(super) known: Extents,
+    /// What questions are answered from, unless somebody else does.
+    pub(super) known: Option<Extents>,
     pub(super) offer: Offer,
     pub(super) rules: Vec<Rule>,
     /// Whether clients that come over a network may change data.
@@ -39,11 +39,8 @@ impl Host {
         while !self.post.is_stopping() {
             self.wait(listeners, &guests);
             self.post.bell.heard();
-            while let Some(question) = self.post.take_question() {
-                let range = (question.at, question.len);
-                let extents = extents::list(&self.known, range, question.most);
-                let letter = Letter::Answer { tag: question.tag, extents };
-                self.post.desks[question.lane].send(letter);
+            if let Some(known) = &self.known {
+                answer(&self.post, known);
             }
             let mut left = Vec::with_capacity(guests.len());
             for mut guest in guests {
@@ -69,6 +66,9 @@ impl Host {
     /// Waits until there is something to do.
     fn wait(&self, listeners: &[Listener], guests: &[Guest]) {
         let mut all = vec![PollFd::new(self.post.bell.ear(), PollFlags::IN)];
+        if self.known.is_some() {
+            all.push(PollFd::new(self.post.asked.ear(), PollFlags::IN));
+        }
         if self.has_room(guests) {
             all.extend(listeners.iter().map(|listener| PollFd::new(listener, PollFlags::IN)));
         }
@@ -120,6 +120,25 @@ impl Host {
         if let Some(reason) = reason {
             (self.post.say)(&format!("nbd: {}: {reason}; disconnected", peer.shown()));
         }
+    }
+}
+
+/// Answers all questions that there are.
+fn answer(post: &Post, known: &Extents) {
+    post.asked.heard();
+    while let Some(question) = post.take_question() {
+        let range = (question.at, question.len);
+        let extents = extents::list(known, range, question.most);
+        let letter = Letter::Answer { tag: question.tag, extents };
+        post.desks[question.lane].send(letter);
+    }
+}
+
+/// Answers questions until told to stop, where that may take a while.
+pub(super) fn answer_all(post: &Post, known: &Extents) {
+    while !post.is_stopping() {
+        let _ = poll(&mut [PollFd::new(post.asked.ear(), PollFlags::IN)], None);
+        answer(post, known);
     }
 }
 

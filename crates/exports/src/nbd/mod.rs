@@ -142,6 +142,8 @@ impl Device {
         let may_lend = service.stack.lives().next().is_none();
         // The greeting thread looks at the same bottoms.
         let known = Extents::in_use(&service.stack, &service.bottoms)?;
+        let (known, patient) =
+            if known.may_wait() { (None, Some(known)) } else { (Some(known), None) };
         let work = Work {
             service,
             make: make(&post, limits, options.depth, may_lend),
@@ -156,14 +158,19 @@ impl Device {
             writable: options.writable,
             secure: options.secure.clone(),
         };
-        let greeter = std::thread::Builder::new()
-            .name("nbd/greet".to_owned())
-            .stack_size(256 << 10)
-            .spawn({
-                let listeners = Arc::clone(listeners);
-                move || host.run(&listeners)
-            })
-            .map_err(|error| Error::os("the thread that greets clients", &error))?;
+        let begin = |name: &str, work: Box<dyn FnOnce() + Send>| {
+            let builder = std::thread::Builder::new().name(name.to_owned());
+            let thread = builder.stack_size(256 << 10).spawn(work);
+            thread.map_err(|error| Error::os("a thread for clients", &error))
+        };
+        if let Some(known) = patient {
+            let post = Arc::clone(&post);
+            // It is not waited for: what it asks of a server may take a while. It ends by itself.
+            let work = move || greet::answer_all(&post, &known);
+            drop(begin("nbd/tell", Box::new(work))?);
+        }
+        let doors = Arc::clone(listeners);
+        let greeter = begin("nbd/greet", Box::new(move || host.run(&doors)))?;
         let features = options.secure.as_ref().map_or(Vec::new(), Secure::features);
         let (options, listeners) = (options.clone(), Arc::clone(listeners));
         Ok(Device { uris, crew, post, greeter: Some(greeter), options, listeners, features })

@@ -81,6 +81,8 @@ pub(super) struct Post {
     questions: Mutex<VecDeque<Question>>,
     /// Rung for the greeting thread.
     pub(super) bell: Bell,
+    /// Rung for who answers questions.
+    pub(super) asked: Bell,
     stop: AtomicBool,
     /// Clients get their answers before that.
     gently: AtomicBool,
@@ -109,6 +111,7 @@ impl Post {
             threads: usize::from(threads.max(1)),
             questions: Mutex::default(),
             bell: Bell::new()?,
+            asked: Bell::new()?,
             stop: AtomicBool::new(false),
             gently: AtomicBool::new(false),
             relays: AtomicUsize::new(0),
@@ -164,7 +167,7 @@ impl Post {
 
     pub(super) fn ask(&self, question: Question) {
         lock(&self.questions).push_back(question);
-        self.bell.ring();
+        self.asked.ring();
     }
 
     pub(super) fn take_question(&self) -> Option<Question> {
@@ -186,6 +189,7 @@ impl Post {
     fn end(&self) {
         self.stop.store(true, Ordering::Release);
         self.bell.ring();
+        self.asked.ring();
         for desk in &self.desks {
             desk.bell.ring();
         }

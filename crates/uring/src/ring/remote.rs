@@ -106,6 +106,13 @@ pub trait Remote: Send + Sync {
     /// What is there from `at` on, of at most `most` bytes, as far as the server tells. It is
     /// waited for.
     fn look(&self, at: u64, most: u64) -> Option<Extent>;
+
+    /// What is there from `at` on, of at most `most` bytes, while others change it: it is asked
+    /// now, and waited for. Nothing where the server does not tell, or not beside its connections.
+    fn look_now(&self, at: u64, most: u64) -> Option<Vec<Extent>>;
+
+    /// Whether that is ever anything.
+    fn tells_now(&self) -> bool;
 }
 
 /// What a ring has of a [`Remote`]: where its next connection is put.

@@ -144,8 +144,8 @@ fn load_null_blk() -> Fallible<()> {
     run_quiet(bounded(10, "modprobe").args(["null_blk", "nr_devices=0"])).map(drop)
 }
 
-/// Makes a backing device: memory that completes an I/O where it is submitted.
-fn make_backing(name: &str) -> Fallible<String> {
+/// Makes a backing device: memory that completes an I/O where it is submitted, or some time later.
+fn make_backing(name: &str, ns: &str) -> Fallible<String> {
     let home = Path::new("/sys/kernel/config/nullb").join(name);
     fs::create_dir(&home).map_err(|e| format!("cannot make {}: {e}", home.display()))?;
     let size = SIZE.to_string();
@@ -153,7 +153,8 @@ fn make_backing(name: &str) -> Fallible<String> {
         ("size", size.as_str()),
         ("blocksize", "4096"),
         ("memory_backed", "1"),
-        ("irqmode", "0"),
+        ("irqmode", if ns == "0" { "0" } else { "2" }),
+        ("completion_nsec", ns),
         ("queue_mode", "2"),
         ("submit_queues", "1"),
         ("hw_queue_depth", "64"),
@@ -188,7 +189,8 @@ fn make(plan: &Plan, id: usize, device: &Device) -> Fallible<(String, String)> {
     let program = device.make.first().map(|name| plan.program(name)).transpose()?;
     let mut legs = Vec::new();
     for leg in 0..device.legs {
-        legs.push(make_backing(&format!("nullb{id}_{leg}"))?);
+        let ns = plan.plan["disk_ns"].as_u64().unwrap_or(0).to_string();
+        legs.push(make_backing(&format!("nullb{id}_{leg}"), &ns)?);
     }
     let words: Vec<String> = device.make.iter().map(|word| filled(word, id, &legs)).collect();
     let node = filled(device.node, id, &legs);

@@ -85,6 +85,12 @@ impl Remote for Fake {
         Standing::default()
     }
     fn look_ahead(&self) {}
+    fn tells_now(&self) -> bool {
+        false
+    }
+    fn look_now(&self, _: u64, _: u64) -> Option<Vec<Extent>> {
+        None
+    }
     fn look(&self, _: u64, _: u64) -> Option<Extent> {
         None
     }
