@@ -231,9 +231,9 @@ impl Run {
         Ok(())
     }
 
-    /// Puts some of a device's disks behind servers; whether there are any. Not where a mirror calls
-    /// regions clean sooner than a server answers: a write over many regions has to have all of them
-    /// dirty at a time, so it would wait for ever.
+    /// Puts some of a device's disks behind servers; whether there are any. Not where a mirror
+    /// calls regions clean sooner than a server answers: a write over many regions has to have all
+    /// of them dirty at a time, so it would wait for ever.
     fn add_servers(&mut self, device: u64, first: usize, grown: &Grown, is_live: bool) -> bool {
         let mut rng = Rng::new(self.world.seed, 100 + device);
         let is_patient = match &grown.tree {
