@@ -243,15 +243,29 @@ impl BatchChoice {
     }
 }
 
-/// On or off, as typed.
+/// `--low-depth`, as typed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Switch {
-    /// Yes.
-    On,
-    /// No.
+pub enum LowDepthChoice {
+    /// On the data path auto-register without batches, if the stack ends in files and no layer
+    /// works beside requests.
     #[default]
+    Auto,
+    /// Less work for a request that comes alone, a little more if it is not one piece of a file.
+    On,
+    /// Like requests that come many at a time.
     Off,
+}
+
+impl LowDepthChoice {
+    /// What is forced, if anything is.
+    pub fn forced(self) -> Option<bool> {
+        match self {
+            LowDepthChoice::Auto => None,
+            LowDepthChoice::On => Some(true),
+            LowDepthChoice::Off => Some(false),
+        }
+    }
 }
 
 #[derive(Args, Clone, Debug, Serialize, Deserialize)]
@@ -296,11 +310,10 @@ pub struct Add {
     /// Whether ublk's requests come and go in batches (Linux 7.0).
     #[arg(long, value_enum, default_value = "auto")]
     pub batch: BatchChoice,
-    /// Whether ublk is served for requests that come one at a time: less work for each of those, a
-    /// little more for others that come alone; counters may lag behind by one request for a second.
-    #[arg(long, value_enum, default_value = "off")]
+    /// Whether ublk is served for requests that come one at a time.
+    #[arg(long, value_enum, default_value = "auto")]
     #[serde(default)]
-    pub low_depth: Switch,
+    pub low_depth: LowDepthChoice,
     /// Number of the ublk device: 3 for /dev/ublkb3. The first free one if not given.
     #[arg(long, value_name = "N")]
     pub id: Option<u32>,
@@ -344,7 +357,7 @@ pub struct Add {
     #[arg(long, value_name = "NAME", conflicts_with = "foreground")]
     #[serde(skip)]
     pub server: Option<String>,
-    /// Where the disk of this name waits for a server, serve that again (devsplice recover).
+    /// Where a disk of this name and stack waits for a server or has one, recover or upgrade it.
     #[arg(long, requires = "name", conflicts_with_all = ["server", "foreground"])]
     #[serde(skip)]
     pub or_recover: bool,

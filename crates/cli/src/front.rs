@@ -1,6 +1,6 @@
 //! Answers for the choice of a front end, and for treating them alike.
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ use devsplice_exports::threads::{Crew, OnMade, Service};
 use devsplice_exports::ublk::Fit;
 use devsplice_exports::{fuse, nbd, ublk};
 
-use crate::args::{Add, Export, PathChoice, Switch};
+use crate::args::{Add, Export, PathChoice};
 use crate::passed;
 use crate::state::{Claim, Disk};
 
@@ -54,10 +54,10 @@ impl Suspended {
     }
 
     /// The descriptors that keep it, and what its users were told of it, over FUSE.
-    pub fn kept(&self) -> Option<(Vec<i32>, &str)> {
+    pub fn kept(&self) -> Option<(&[OwnedFd], &str)> {
         let Suspended::Fuse(suspended) = self else { return None };
         let kept = suspended.kept();
-        Some((kept.fuse.iter().map(AsRawFd::as_raw_fd).collect(), &kept.told))
+        Some((&kept.fuse, &kept.told))
     }
 
     /// Serves it again.
@@ -335,12 +335,10 @@ impl Front {
 
     /// The descriptors that keep the disk while its server is replaced, and what its users were
     /// told of it; none where the kernel keeps it, or nobody does.
-    pub fn kept(&self) -> (Vec<i32>, &str) {
+    pub fn kept(&self) -> (&[OwnedFd], &str) {
         match self {
-            Front::Ublk(_) | Front::Nbd(_) => (Vec::new(), ""),
-            Front::Fuse(device) => {
-                (device.kept().iter().map(AsRawFd::as_raw_fd).collect(), device.told())
-            }
+            Front::Ublk(_) | Front::Nbd(_) => (&[], ""),
+            Front::Fuse(device) => (device.kept(), device.told()),
         }
     }
 
@@ -381,6 +379,14 @@ impl Front {
     pub fn is_batched(&self) -> bool {
         match self {
             Front::Ublk(device) => device.is_batched(),
+            Front::Fuse(_) | Front::Nbd(_) => false,
+        }
+    }
+
+    /// Whether it is served for requests that come one at a time.
+    pub fn is_low_depth(&self) -> bool {
+        match self {
+            Front::Ublk(device) => device.is_low_depth(),
             Front::Fuse(_) | Front::Nbd(_) => false,
         }
     }
@@ -457,7 +463,7 @@ pub fn fuse_options(
 /// What else is asked of the driver.
 pub fn extra(add: &Add) -> ublk::Extra {
     ublk::Extra {
-        low_depth: add.low_depth == Switch::On,
+        low_depth: add.low_depth.forced(),
         need_get_data: add.data_path == PathChoice::GetData,
         unprivileged: add.ublk.unprivileged,
         shared_memory: add.ublk.shared_memory.is_some(),

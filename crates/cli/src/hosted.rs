@@ -138,7 +138,7 @@ impl Hosted {
             let (plan, suspended) = (left.plan()?, Suspended::find(left, &claim, kept)?);
             // Before anything else: what has kept the disk so far may be this very process.
             disk.keeper = match suspended.kept() {
-                Some((fds, told)) => Some(line.keep(&fds, told)?),
+                Some((fds, told)) => Some(line.keep(fds, told)?),
                 None => None,
             };
             Ok((plan, suspended))
@@ -189,6 +189,7 @@ impl Hosted {
         disk.data_path = front.data_path().to_owned();
         disk.recovery = front.recovery().to_owned();
         disk.batch = front.is_batched();
+        disk.low_depth = front.is_low_depth();
         disk.features = front.features().into_iter().map(str::to_owned).collect();
         if front.clients().is_none() {
             make_link(&disk);

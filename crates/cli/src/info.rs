@@ -44,7 +44,8 @@ fn show(value: &Value) {
     say!("access      {}", if value["read_only"] == true { "read-only" } else { "read-write" });
     say!("export      {} ({})", text("export"), text("why"));
     let batches = if value["batch"] == true { ", in batches" } else { "" };
-    say!("data path   {}{batches}", text("data_path"));
+    let low = if value["low_depth"] == true { ", low depth" } else { "" };
+    say!("data path   {}{batches}{low}", text("data_path"));
     let features = value["features"].as_array().into_iter().flatten();
     let features: Vec<&str> = features.filter_map(Value::as_str).collect();
     if !features.is_empty() {

@@ -104,8 +104,8 @@ pub enum Kind {
     Batch(&'static str),
     /// The same, with one queue that several threads share.
     Shared(&'static str),
-    /// ublk without copies, for requests that come one at a time.
-    LowDepth,
+    /// ublk without copies, not for requests that come one at a time.
+    ManyAtATime,
 }
 
 impl Kind {
@@ -118,7 +118,7 @@ impl Kind {
             Kind::Ublk(path) => format!("ublk::{}", path.replace('-', "_")),
             Kind::Batch(path) => format!("ublk::batch_{}", path.replace('-', "_")),
             Kind::Shared(path) => format!("ublk::shared_{}", path.replace('-', "_")),
-            Kind::LowDepth => "ublk::low_depth".to_owned(),
+            Kind::ManyAtATime => "ublk::many_at_a_time".to_owned(),
         }
     }
 
@@ -130,8 +130,8 @@ impl Kind {
             Kind::FuseUring(path) => vec!["--export", "fuse", "--data-path", path],
             Kind::Ublk(path) => vec!["--export", "ublk", "--data-path", path],
             Kind::Batch(path) => [&Kind::Ublk(path).arguments()[..], &["--batch", "on"]].concat(),
-            Kind::LowDepth => {
-                [&Kind::Ublk(PATHS[0]).arguments()[..], &["--low-depth", "on"]].concat()
+            Kind::ManyAtATime => {
+                [&Kind::Ublk(PATHS[0]).arguments()[..], &["--low-depth", "off"]].concat()
             }
             Kind::Shared(path) => {
                 let threads = ["--queues", "1", "--threads", "3"];
@@ -146,7 +146,7 @@ impl Kind {
         match self {
             Kind::Fuse => true,
             Kind::FuseUring(path) => path == "fuse-uring",
-            Kind::LowDepth => false,
+            Kind::ManyAtATime => false,
             Kind::Ublk(path) | Kind::Batch(path) | Kind::Shared(path) => {
                 !matches!(path, "auto-register" | "register")
             }
@@ -186,7 +186,7 @@ impl Kind {
                 let has_batches = features()["ublk"]["features"]["batch-io"] == true;
                 need(has_batches, "this kernel's ublk has no batches")
             }
-            Kind::LowDepth => Kind::Ublk(PATHS[0]).gate(),
+            Kind::ManyAtATime => Kind::Ublk(PATHS[0]).gate(),
             Kind::Ublk(path) => {
                 need(Path::new("/dev/ublk-control").exists(), "no /dev/ublk-control: no ublk_drv")?;
                 let offered = offered_paths("ublk");

@@ -10,11 +10,12 @@ use devsplice_core::Result;
 use crate::export::Inbox;
 use crate::queue::Worker;
 use crate::ring::{Ring, To};
-use crate::watch::TICK_NS;
 
 /// The timer that brings the second completion when the watchdog's brings the first. No flight's,
 /// and no sleeper's.
 pub(crate) const SECOND_TICK_KEY: u32 = u32::MAX - 10;
+/// How long a splice that is done may go unnoticed when no request follows it.
+const SECOND_TICK_NS: u64 = 5_000_000;
 /// Requests that come alone and are not sent ahead after one has met another.
 const FIRST_PAUSE: u32 = 64;
 /// The pause doubles up to this, each time that it happens again soon.
@@ -126,13 +127,13 @@ impl<R: Ring> Worker<R> {
         }
     }
 
-    /// Waits for a splice and the next request. The ticks bring two completions as well, so a
-    /// thread wakes within seconds even if nothing else comes.
+    /// Waits for a splice and the next request. If that does not come, this tick does soon; and it
+    /// and the watchdog's together wake a thread whose splice is stuck.
     #[inline(never)]
     pub(crate) fn enter_for_two(&mut self) -> Result<()> {
         if !self.ahead.is_second_armed {
             self.ahead.is_second_armed = true;
-            self.ring.after(SECOND_TICK_KEY, TICK_NS);
+            self.ring.after(SECOND_TICK_KEY, SECOND_TICK_NS);
         }
         self.ring.enter_for_two()
     }

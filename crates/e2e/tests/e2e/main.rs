@@ -29,6 +29,7 @@ mod recover;
 mod remote;
 mod replay;
 mod rpc;
+mod stored;
 mod tls;
 mod ublk;
 mod verify;
@@ -119,10 +120,15 @@ fn groups() -> Vec<Group> {
             protect::add(&mut group, kind);
             ops::add(&mut group, kind);
             reach::add_once(&mut group, kind);
+            many::add_thousand(&mut group, kind);
+            if kind == Kind::Fuse {
+                stored::add(&mut group, kind);
+            }
             if kind == home {
                 dialect::add(&mut group, kind);
                 if kind.is_ublk() {
                     ublk::add(&mut group);
+                    low_depth::add(&mut group);
                 }
                 many::add(&mut group, kind);
                 rpc::add(&mut group, kind);
@@ -149,13 +155,12 @@ fn groups() -> Vec<Group> {
         }
         groups.push(group);
     }
-    if mode() == Mode::Vm || Kind::LowDepth.gate().is_ok() {
-        let mut group = Group::of(Kind::LowDepth);
-        low_depth::add(&mut group);
-        verify::add(&mut group, Kind::LowDepth);
-        contract::add(&mut group, Kind::LowDepth);
-        luck::add(&mut group, Kind::LowDepth);
-        recover::add(&mut group, Kind::LowDepth, false);
+    if mode() == Mode::Vm || Kind::ManyAtATime.gate().is_ok() {
+        let mut group = Group::of(Kind::ManyAtATime);
+        verify::add(&mut group, Kind::ManyAtATime);
+        contract::add(&mut group, Kind::ManyAtATime);
+        luck::add(&mut group, Kind::ManyAtATime);
+        recover::add(&mut group, Kind::ManyAtATime, false);
         groups.push(group);
     }
     if mode() == Mode::Native && Kind::Ublk(PATHS[3]).gate().is_err() {

@@ -55,8 +55,9 @@ pub struct Extra {
     /// Whether every thread serves some tags of every queue, as many threads as are asked for.
     pub per_io: bool,
     /// Whether requests that come one at a time are served with fewer calls, at the price of some
-    /// work where a request is of several pieces (`DataPath::AutoRegister`, not in batches).
-    pub low_depth: bool,
+    /// work where a request is of several pieces (`DataPath::AutoRegister`, not in batches). If
+    /// nothing is said, where that pays.
+    pub low_depth: Option<bool>,
     /// Whether each tag has two slots that take turns (`DataPath::AutoRegister` in batches alone).
     pub rotates: bool,
     /// Whether all slots are taken, so that every request has to fall back to a copy.

@@ -43,7 +43,7 @@ pub use recovery::{Fit, Recovery, Suspended};
 use crate::threads::{Bottom, Crew, OnMade, Service, Work};
 use batch::BatchQueue;
 use queue::{Queue, QueueConfig};
-use shape::{is_low_depth, max_io, shape};
+use shape::{is_low_depth, max_io, pays_low_depth, shape};
 use shared::Marked;
 use uapi::{
     DevInfo, F_AUTO_BUF_REG, F_BATCH_IO, F_NEED_GET_DATA, F_NO_AUTO_PART_SCAN, F_PER_IO_DAEMON,
@@ -413,7 +413,7 @@ impl Made {
     fn spreads(&self) -> bool {
         let (Options { threads, queues, .. }, flags) = (&self.options, self.info.flags);
         let is_plain = flags & (F_BATCH_IO | F_ZONED) == 0 && self.extra.integrity.is_none();
-        let is_odd = self.extra.low_depth || self.extra.dies_fetching;
+        let is_odd = self.extra.low_depth == Some(true) || self.extra.dies_fetching;
         threads > queues && flags & F_PER_IO_DAEMON != 0 && is_plain && !is_odd
     }
 
@@ -422,6 +422,8 @@ impl Made {
         let info = self.info;
         let file = open_char(info.dev_id)?;
         self.extra.per_io |= service.pool.is_none() && self.spreads();
+        let pays = pays_low_depth(&self.extra, &service);
+        self.extra.low_depth.get_or_insert(pays);
         // Tags are dealt to as many threads as there will be.
         let rings = service.bottoms.iter().map(Bottom::most_rings).min().unwrap_or(u16::MAX);
         let threads = self.options.threads.min(rings);

@@ -6,7 +6,7 @@ use rustix::process::{Resource, getrlimit};
 
 use super::uapi::{DevInfo, F_BATCH_IO, F_UNPRIVILEGED};
 use super::{DataPath, Extra, MAX_IO, Options};
-use crate::threads::Shape;
+use crate::threads::{Bottom, Service, Shape};
 
 /// Bytes that the requests of a device may have locked where the kernel copies (`DataPath::Copy`):
 /// that memory has to be there before a request comes. Requests are smaller then.
@@ -70,7 +70,15 @@ pub(super) fn shape((options, extra): (&Options, &Extra), info: &DevInfo, path: 
 
 /// Whether it is served as one whose requests come one at a time.
 pub(super) fn is_low_depth(extra: &Extra, info: &DevInfo, path: DataPath) -> bool {
-    extra.low_depth && path == DataPath::AutoRegister && info.flags & F_BATCH_IO == 0
+    extra.low_depth == Some(true) && path == DataPath::AutoRegister && info.flags & F_BATCH_IO == 0
+}
+
+/// Whether most requests of this disk can go one at a time with fewer calls: their ends can be sent
+/// ahead, behind the splice to a file, and nothing has to hear of them in between.
+pub(super) fn pays_low_depth(extra: &Extra, service: &Service) -> bool {
+    let is_plain = !extra.per_io && service.pool.is_none();
+    let is_file = |bottom: &Bottom| matches!(bottom, Bottom::File { .. });
+    is_plain && service.bottoms.iter().all(is_file) && service.stack.lives().next().is_none()
 }
 
 #[cfg(test)]

@@ -48,7 +48,7 @@ it is submitted.
 
 | load | fio |
 |---|---|
-| 4k-qd1 | `--rw=randread --bs=4k --iodepth=1`, 20000 I/Os |
+| 4k-qd1, 4k-qd2 | `--rw=randread --bs=4k --iodepth=1` or `2`, 20000 I/Os |
 | 4k-qd32-read, 4k-qd32-write | `--rw=randread` or `randwrite`, `--bs=4k --iodepth=32`, 20000 I/Os |
 | 64k-qd8 | `--rw=randread --bs=64k --iodepth=8`, 8000 I/Os |
 | 1m-read, 1m-write | `--rw=read` or `write`, `--bs=1M --iodepth=4`, 600 I/Os |
@@ -58,8 +58,8 @@ it is submitted.
 registration), `rublk` the one of libublk-rs (zero copy). `file` is a devsplice device over one
 backing device, `stripe` over two, `stack` a `linear` over such a stripe, `mirror` one over two that
 are in sync (`dm-mirror` is the kernel's, without a log on disk); the suffix names a forced data
-path. A read of devsplice's `null` fills the pages with zeros; the other null servers leave them as
-they are.
+path, `many-at-a-time` is `file` with `--low-depth off`. A read of devsplice's `null` fills the
+pages with zeros; the other null servers leave them as they are.
 ";
 
 const NBD_ABOUT: &str = "\
@@ -83,6 +83,7 @@ pub fn devices() -> impl Iterator<Item = &'static Device> {
 /// The loads over memory.
 const CELLS: &[Cell] = &[
     cell("4k-qd1", "randread", "4k", 1, 20_000),
+    cell("4k-qd2", "randread", "4k", 2, 20_000),
     cell("4k-qd32-read", "randread", "4k", 32, 20_000),
     cell("4k-qd32-write", "randwrite", "4k", 32, 20_000),
     cell("64k-qd8", "randread", "64k", 8, 8000),
@@ -219,8 +220,8 @@ const DEVICES: &[Device] = &[
     device("file", Whose::Ours, 1, add!("devsplice", "auto-register", "{0}"), UBLK),
     device("batch", Whose::Ours, 1,
         add!("devsplice", "auto-register", "{0}", "--batch", "on"), UBLK),
-    device("low-depth", Whose::Ours, 1,
-        add!("devsplice", "auto-register", "{0}", "--low-depth", "on"), UBLK),
+    device("many-at-a-time", Whose::Ours, 1,
+        add!("devsplice", "auto-register", "{0}", "--low-depth", "off"), UBLK),
     device("null", Whose::Ours, 0, add!("devsplice", "auto-register", "null(size=64M)"), UBLK),
     device("stripe", Whose::Ours, 2,
         add!("devsplice", "auto-register", "stripe(chunk=64k, {0}, {1})"), UBLK),
@@ -293,7 +294,7 @@ const BARS: &[Bar] = &[
     bar("stack", "file", "", 1.03),
     bar("batch", "file", "4k-qd32-read", 0.97),
     bar("batch", "loop", "4k-qd32", 1.03),
-    bar("low-depth", "file", "4k-qd1", 0.97),
+    bar("file", "many-at-a-time", "4k-qd1", 0.97),
     bar("mirror", "file", "4k-qd32-write", 1.6),
 ];
 
