@@ -1,6 +1,6 @@
 //! Answers for the choice of a front end, and for treating them alike.
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -56,10 +56,10 @@ impl Suspended {
     }
 
     /// The descriptors that keep it, and what its users were told of it, over FUSE.
-    pub fn kept(&self) -> Option<(Vec<i32>, &str)> {
+    pub fn kept(&self) -> Option<(&[OwnedFd], &str)> {
         let Suspended::Fuse(suspended) = self else { return None };
         let kept = suspended.kept();
-        Some((kept.fuse.iter().map(AsRawFd::as_raw_fd).collect(), &kept.told))
+        Some((&kept.fuse, &kept.told))
     }
 
     /// Serves it again.
@@ -342,12 +342,10 @@ impl Front {
 
     /// The descriptors that keep the disk while its server is replaced, and what its users were
     /// told of it; none where the kernel keeps it, or nobody does.
-    pub fn kept(&self) -> (Vec<i32>, &str) {
+    pub fn kept(&self) -> (&[OwnedFd], &str) {
         match self {
-            Front::Ublk(_) | Front::Nbd(_) => (Vec::new(), ""),
-            Front::Fuse(device) => {
-                (device.kept().iter().map(AsRawFd::as_raw_fd).collect(), device.told())
-            }
+            Front::Ublk(_) | Front::Nbd(_) => (&[], ""),
+            Front::Fuse(device) => (device.kept(), device.told()),
         }
     }
 

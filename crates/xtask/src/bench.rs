@@ -9,6 +9,7 @@ pub mod peers;
 mod report;
 pub mod run;
 mod svg;
+mod threads;
 
 use std::path::{Path, PathBuf};
 
@@ -32,8 +33,8 @@ const NATIVE_PACKAGES: &[(&str, &str)] = &[
 const NATIVE_SAMPLES: u32 = 15;
 /// Fewest samples of the NBD part.
 const NBD_SAMPLES: u32 = 3;
-/// Seconds for the machine's whole run.
-const VM_LIMIT: &str = "5400";
+/// The machine of the VM part, which counts instructions, with a limit for its whole run.
+const MACHINE: &[&str] = &["--accel", "icount", "--cpus", "1", "--timeout", "5400"];
 /// Seconds for cargo.
 const BUILD_LIMIT: u32 = 1800;
 
@@ -53,6 +54,9 @@ pub struct Options {
     /// The part on this machine with NBD servers and copies
     #[arg(long)]
     nbd: bool,
+    /// The part in the VM with several threads for one client; only if it is named
+    #[arg(long)]
+    threads: bool,
     /// Measure nothing: write the pages anew from the raw data of the last whole run
     #[arg(long)]
     render: bool,
@@ -95,7 +99,8 @@ struct Machine {
 /// Runs what the options ask for.
 pub fn run(options: &Options) -> Fallible<u8> {
     if let Some(directory) = &options.inside {
-        return guest::run(&guest::Plan::read(directory)?);
+        let plan = guest::Plan::read(directory)?;
+        return if plan.is_of_threads() { threads::run(&plan) } else { guest::run(&plan) };
     }
     if options.render {
         return render(options);
@@ -117,6 +122,9 @@ pub fn run(options: &Options) -> Fallible<u8> {
     if options.has(options.native) && code == 0 {
         native_part(options, &bin, &directory)?;
     }
+    if options.threads && code == 0 {
+        code = threads_part(options, &bin, &directory)?;
+    }
     // Last: it changes the priority of all that follows.
     if options.has(options.nbd) && code == 0 {
         nbd_part(options, &bin, &directory)?;
@@ -127,7 +135,7 @@ pub fn run(options: &Options) -> Fallible<u8> {
 impl Options {
     /// Whether a part is asked for: it is named, or none is.
     fn has(&self, named: bool) -> bool {
-        named || !(self.vm || self.native || self.nbd)
+        named || !(self.vm || self.native || self.nbd || self.threads)
     }
 }
 
@@ -253,13 +261,9 @@ fn vm_part(options: &Options, bin: &Path, directory: &Path) -> Fallible<u8> {
         "samples": options.samples,
         "disk_ns": options.disk_ns,
     });
-    let write = |path: PathBuf, text: String| {
-        std::fs::write(&path, text).map_err(|e| format!("cannot write {}: {e}", path.display()))
-    };
-    write(directory.join("plan.json"), format!("{plan:#}\n"))?;
     // Of an earlier run; this one may end before its first figure.
     let _ = std::fs::remove_file(directory.join("vm.json"));
-    let code = boot(directory)?;
+    let code = boot(directory, &plan, MACHINE)?;
     let mut results = Results::load(&directory.join("vm.json"))?;
     results.conditions.extend(conditions(bin));
     results.conditions.extend(options.note.iter().map(|note| ("note".to_owned(), note.clone())));
@@ -271,11 +275,30 @@ fn vm_part(options: &Options, bin: &Path, directory: &Path) -> Fallible<u8> {
     Ok(code)
 }
 
-/// Runs the plan in the machine.
-fn boot(directory: &Path) -> Fallible<u8> {
+/// Measures several threads that serve one client.
+fn threads_part(options: &Options, bin: &Path, directory: &Path) -> Fallible<u8> {
+    deps::ensure(VM_PROGRAMS)?;
+    let plan = json!({
+        "part": "threads", "programs": { "devsplice": bin }, "samples": options.samples,
+    });
+    let file = directory.join("threads.json");
+    let _ = std::fs::remove_file(&file);
+    let code = boot(directory, &plan, threads::MACHINE)?;
+    let mut results = Results::load(&file)?;
+    results.conditions.extend(conditions(bin));
+    results.save(&file)?;
+    println!("\n{}", threads::text(&results));
+    Ok(code)
+}
+
+/// Runs a plan in a machine of this kind.
+fn boot(directory: &Path, plan: &Value, machine: &[&str]) -> Fallible<u8> {
+    let path = directory.join("plan.json");
+    std::fs::write(&path, format!("{plan:#}\n"))
+        .map_err(|e| format!("cannot write {}: {e}", path.display()))?;
     let this = std::env::current_exe().map_err(|e| format!("where is this program? {e}"))?;
-    let words = ["vm", "--accel", "icount", "--cpus", "1", "--timeout", VM_LIMIT];
-    let mut words: Vec<std::ffi::OsString> = words.map(Into::into).to_vec();
+    let mut words: Vec<std::ffi::OsString> = vec!["vm".into()];
+    words.extend(machine.iter().map(Into::into));
     words.extend(["--mods".into(), "nbd".into(), "--rw".into(), directory.into()]);
     words.extend(["--".into(), this.into(), "bench".into()]);
     words.extend(["--inside".into(), directory.into()]);

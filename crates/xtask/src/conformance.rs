@@ -1,7 +1,8 @@
-//! Answers for `cargo xtask conformance`: the kernel's own tests of ublk, unmodified, on devsplice.
+//! Answers for `cargo xtask conformance`: others' tests of ublk, unmodified, on devsplice.
 
 mod guest;
 mod results;
+mod suites;
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -15,21 +16,25 @@ use crate::bench::{self, peers};
 use crate::proc::run_quiet;
 use crate::{Fallible, deps, proc, tidy, vm};
 use results::{Outcome, Results};
+use suites::Suite;
 
 /// What the tests start in the machine.
-const PROGRAMS: &[&str] = &["fio", "sfdisk", "mkfs.ext4", "lsblk", "blockdev", "taskset"];
+const PROGRAMS: &[&str] =
+    &["fio", "sfdisk", "mkfs.ext4", "lsblk", "blockdev", "taskset", "wipefs", "findmnt"];
 /// Seconds of tests after which a machine starts no further one, so that others get a turn.
 const TURN: u64 = 300;
+/// Where a remark for the page is kept.
+const NOTE: &str = "note.txt";
 /// Seconds for booting and clearing up.
 const OVERHEAD: u64 = 150;
-/// The program that the tests start, by their directory.
-const SERVER: &str = "kublk";
 
-/// Run the kernel's own ublk tests with devsplice in the place of their server.
+/// Run the kernel's own ublk tests, or those of blktests, with devsplice in the place of their
+/// server.
 ///
-/// The tests come from Debian's package of the kernel's source and run unmodified in the VM, each
-/// with a time limit. Results are kept in target/conformance, and the page docs/conformance.md is
-/// written from all that are kept. Needs root.
+/// The kernel's tests come from Debian's package of its source, those of blktests from a checkout
+/// of yours. They run unmodified in the VM, each with a time limit. Results are kept in
+/// target/conformance, and the page docs/conformance.md is written from all that are kept. Needs
+/// root.
 #[derive(Args)]
 pub struct Options {
     /// Tests, by the start of their names without test_, such as loop or generic_03 [default: all]
@@ -37,8 +42,17 @@ pub struct Options {
     /// Tests to leave out, by the start of their names
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     without: Vec<String>,
+    /// Whose tests
+    #[arg(long, value_enum, default_value = "kernel")]
+    suite: Suite,
+    /// Where the suite is: a checkout of blktests
+    #[arg(long, value_name = "DIR", required_if_eq("suite", "blktests"))]
+    path: Option<PathBuf>,
+    /// What the page says of this run of such a checkout: its commit, or how it was run
+    #[arg(long, value_name = "TEXT", requires = "path")]
+    note: Option<String>,
     /// Run them with the kernel's own server, for comparison
-    #[arg(long)]
+    #[arg(long, conflicts_with = "path")]
     kublk: bool,
     /// Seconds that a test may take
     #[arg(long, value_name = "S", default_value_t = 300)]
@@ -81,11 +95,15 @@ pub fn run(options: &Options) -> Fallible<u8> {
     }
     let (whose, server) = match (&options.bin, options.kublk) {
         (_, true) => ("kublk", peers::find("kublk")?),
-        (Some(bin), _) => ("devsplice", bin.canonicalize().map_err(|e| e.to_string())?),
-        (None, _) => ("devsplice", bench::build()?),
+        (Some(bin), _) => (options.suite.home(), bin.canonicalize().map_err(|e| e.to_string())?),
+        (None, _) => (options.suite.home(), bench::build()?),
     };
     let directory = home.join(whose);
-    let suite = set_up(&directory, &server)?;
+    let suite = set_up(&directory, &server, options)?;
+    if let Some(note) = &options.note {
+        let file = directory.join(NOTE);
+        fs::write(&file, note).map_err(|e| format!("cannot write {}: {e}", file.display()))?;
+    }
     let wanted = names(&suite, options)?;
     if wanted.is_empty() {
         return Err("no test of that name".into());
@@ -98,7 +116,8 @@ pub fn run(options: &Options) -> Fallible<u8> {
     let tracer = peers::tracer().inspect_err(|reason| {
         eprintln!("xtask: going on without bpftrace, so some tests will skip: {reason}");
     });
-    let setting = json!({ "limit": options.limit, "turn": TURN, "server": SERVER,
+    let suite = options.suite.name();
+    let setting = json!({ "limit": options.limit, "turn": TURN, "suite": suite,
         "tracer": tracer.unwrap_or_default() });
     let done = run_all(&directory, &wanted, setting, &commit)?;
     println!("\n{}", done.table());
@@ -107,7 +126,7 @@ pub fn run(options: &Options) -> Fallible<u8> {
 }
 
 /// Puts the tests into `directory`, with `server` as their server.
-fn set_up(directory: &Path, server: &Path) -> Fallible<PathBuf> {
+fn set_up(directory: &Path, server: &Path, options: &Options) -> Fallible<PathBuf> {
     let suite = directory.join("suite");
     let _ = fs::remove_dir_all(&suite);
     let make = |directory: &Path| {
@@ -116,25 +135,27 @@ fn set_up(directory: &Path, server: &Path) -> Fallible<PathBuf> {
     };
     make(directory)?;
     make(&directory.join("logs"))?;
-    run_quiet(bounded(60, "cp").arg("-r").arg(peers::ublk_tests()?).arg(&suite))?;
-    let place = suite.join(SERVER);
+    let from = match &options.path {
+        Some(path) => path.clone(),
+        None => peers::ublk_tests()?,
+    };
+    run_quiet(bounded(60, "cp").arg("-r").arg(from).arg(&suite))?;
+    let place = suite.join(options.suite.server());
+    // What was built there stays out of it.
+    let _ = fs::remove_file(&place);
+    if let Some(parent) = place.parent() {
+        make(parent)?;
+    }
     symlink(server, &place).map_err(|e| format!("cannot make {}: {e}", place.display()))?;
     Ok(suite)
 }
 
 /// The tests that were asked for.
 fn names(suite: &Path, options: &Options) -> Fallible<Vec<String>> {
-    let list = fs::read_dir(suite).map_err(|e| format!("cannot list {}: {e}", suite.display()))?;
-    let name = |file: std::ffi::OsString| {
-        let name = file.to_str()?.strip_prefix("test_")?.strip_suffix(".sh")?.to_owned();
-        (name != "common").then_some(name)
-    };
-    let mut names: Vec<String> =
-        list.flatten().filter_map(|entry| name(entry.file_name())).collect();
+    let mut names = options.suite.names(suite)?;
     let starts = |list: &[String], name: &str| list.iter().any(|start| name.starts_with(start));
     names.retain(|name| options.tests.is_empty() || starts(&options.tests, name));
     names.retain(|name| !starts(&options.without, name));
-    names.sort();
     Ok(names)
 }
 
@@ -198,19 +219,11 @@ fn boot(directory: &Path, limit: u64) -> Fallible<u8> {
 fn render(home: &Path) -> Fallible<u8> {
     let ours = Results::load(&home.join("devsplice/results.json"));
     let theirs = Results::load(&home.join("kublk/results.json"));
-    let suite = home.join("devsplice/suite");
-    let all = Options {
-        tests: Vec::new(),
-        without: Vec::new(),
-        kublk: false,
-        limit: 0,
-        bin: None,
-        render: false,
-        inside: None,
-    };
-    let names = names(&suite, &all)?;
+    let others = Results::load(&home.join("blktests/results.json"));
+    let note = fs::read_to_string(home.join("blktests").join(NOTE)).unwrap_or_default();
+    let names = Suite::Kernel.names(&home.join("devsplice/suite"))?;
     let page = tidy::workspace()?.join("docs/conformance.md");
-    fs::write(&page, results::page(&names, &ours, &theirs))
+    fs::write(&page, results::page(&names, (&ours, &theirs), (&others, &note)))
         .map_err(|e| format!("cannot write {}: {e}", page.display()))?;
     Ok(0)
 }

@@ -44,8 +44,23 @@ impl Plan {
         self.plan[key].as_array().into_iter().flatten().any(|value| value == name)
     }
 
+    /// Whether it is one of the threads part.
+    pub fn is_of_threads(&self) -> bool {
+        self.plan["part"] == "threads"
+    }
+
+    /// How often each figure is taken.
+    pub fn samples(&self) -> u64 {
+        self.plan["samples"].as_u64().unwrap_or(1)
+    }
+
+    /// A file for the host.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.directory.join(name)
+    }
+
     /// Where a program is: as the host said, or wherever it is found.
-    fn program(&self, name: &str) -> Fallible<PathBuf> {
+    pub fn program(&self, name: &str) -> Fallible<PathBuf> {
         if let Some(reason) = self.plan["reasons"][name].as_str() {
             return Err(reason.to_owned());
         }
@@ -65,7 +80,7 @@ struct Live {
 
 /// Makes the devices and runs the loads on them in turn.
 pub fn run(plan: &Plan) -> Fallible<u8> {
-    let file = plan.directory.join("vm.json");
+    let file = plan.file("vm.json");
     let mut results = Results::default();
     let release = run_quiet(Command::new("uname").arg("-r"))?;
     let release = String::from_utf8_lossy(&release).trim().to_owned();
@@ -89,8 +104,7 @@ pub fn run(plan: &Plan) -> Fallible<u8> {
         });
         live.push(made.collect());
     }
-    let samples = plan.plan["samples"].as_u64().unwrap_or(1);
-    for number in 1..=samples {
+    for number in 1..=plan.samples() {
         for (group, live) in GROUPS.iter().zip(&live) {
             for cell in group.cells.iter().filter(|cell| plan.names("cells", cell.name)) {
                 sample(number, cell, live, &mut results)?;
@@ -173,7 +187,7 @@ fn make_backing(name: &str, ns: &str) -> Fallible<String> {
 }
 
 /// Waits for a block device.
-fn appeared(node: &str) -> Fallible<()> {
+pub fn appeared(node: &str) -> Fallible<()> {
     let start = Instant::now();
     while !fs::metadata(node).is_ok_and(|meta| meta.file_type().is_block_device()) {
         if start.elapsed() > APPEARS {

@@ -11,14 +11,14 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use super::results::{Outcome, Results};
+use super::suites::Suite as Kind;
 use crate::Fallible;
 use crate::bench::run::bounded;
 use crate::proc;
 
 /// Where the tests put their files: a file system of a real kind.
 const FILES: &str = "/scratch";
-/// Exit codes of a test: skipped, out of time, out of time and killed.
-const SKIPPED: i32 = 4;
+/// Exit codes of a test: out of time, out of time and killed.
 const LATE: [i32; 2] = [124, 137];
 /// Seconds for the removal of what a test has left.
 const REMOVAL: u32 = 60;
@@ -27,6 +27,7 @@ const END: Duration = Duration::from_secs(5);
 
 /// A test and where it runs.
 struct Suite {
+    kind: Kind,
     directory: PathBuf,
     server: PathBuf,
     limit: u32,
@@ -40,10 +41,11 @@ pub fn run(directory: &Path) -> Fallible<u8> {
     let text =
         fs::read_to_string(&file).map_err(|e| format!("cannot read {}: {e}", file.display()))?;
     let plan: Value = serde_json::from_str(&text).map_err(|e| format!("the plan: {e}"))?;
-    let server = plan["server"].as_str().unwrap_or_default();
+    let kind = Kind::named(plan["suite"].as_str().unwrap_or_default());
     let suite = Suite {
+        kind,
         directory: directory.into(),
-        server: directory.join("suite").join(server),
+        server: directory.join("suite").join(kind.server()),
         limit: plan["limit"].as_u64().and_then(|limit| u32::try_from(limit).ok()).unwrap_or(300),
         path: path_with(plan["tracer"].as_str().unwrap_or_default()),
     };
@@ -71,24 +73,26 @@ pub fn run(directory: &Path) -> Fallible<u8> {
 impl Suite {
     fn test(&self, name: &str) -> Fallible<Outcome> {
         let log = self.directory.join("logs").join(format!("{name}.txt"));
-        let script = self.directory.join("suite").join(format!("test_{name}.sh"));
+        let place = self.directory.join("suite");
         let mut command = bounded(self.limit, "bash");
         // To a file: a server that a test leaves behind would hold a pipe open.
-        command.args(["-c", "exec bash \"$1\" >\"$0\" 2>&1 </dev/null"]).arg(&log).arg(&script);
+        command.args(["-c", "exec bash \"$@\" >\"$0\" 2>&1 </dev/null"]).arg(&log);
         command
+            .args(self.kind.words(&place, name))
             .env("PATH", &self.path)
             .env("TMPDIR", FILES)
-            .current_dir(self.directory.join("suite"));
+            .current_dir(&place);
         let start = Instant::now();
         let status = command.status().map_err(|e| format!("cannot start a test: {e}"))?;
         let seconds = start.elapsed().as_secs_f64();
         let said = fs::read_to_string(&log).unwrap_or_default();
         let (verdict, reason) = match status.code() {
-            Some(0) => ("pass", String::new()),
-            Some(SKIPPED) => {
-                let script = fs::read_to_string(&script).unwrap_or_default();
+            Some(code) if self.kind.was_skipped(code, &said) => {
+                let script = self.kind.script(&place, name);
+                let script = fs::read_to_string(script).unwrap_or_default();
                 ("skip", missing(&script, &self.path).unwrap_or_else(|| last_word(&said)))
             }
+            Some(0) => ("pass", String::new()),
             Some(code) if LATE.contains(&code) => {
                 let said = last_word(&said);
                 ("hang", format!("not done in {} s: {said}", self.limit))

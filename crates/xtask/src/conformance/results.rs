@@ -123,14 +123,29 @@ their server `kublk` would, under that name. Linux 7.3, two emulated CPUs (QEMU 
 on ext4. `kublk` beside it is that server itself in the same machine. What is skipped is skipped by
 the scripts: a program is missing there, or is too old.
 
-The tests of blktests and of ublksrv are in no package of Debian and are not run here. Their command
-lines are: the end-to-end tests whose names begin with `miniublks_`, `rublks_` and `ublks_` make,
-kill, recover and delete devices as those suites do, and read the lists as they do.
+";
+
+const BLKTESTS: &str = "
+## blktests and ublksrv
+
+No package of Debian has them. `cargo xtask conformance --suite blktests --path DIR` runs the tests
+of blktests' group ublk from a checkout of it, unmodified, with devsplice as their `src/miniublk`.
 
 ";
 
-/// The page about the tests called `names`: how `ours` ended, beside `theirs`.
-pub fn page(names: &[String], ours: &Results, theirs: &Results) -> String {
+const UBLKSRV: &str = "
+Those of ublksrv are not run. The end-to-end tests whose names begin with `miniublks_`, `rublks_`
+and `ublks_` make, kill, recover and delete devices as these suites do, and read the lists as they
+do.
+";
+
+/// The page about the tests called `names`: how `ours` ended, beside `theirs`; and how `others` of
+/// blktests did, with a note on that.
+pub fn page(
+    names: &[String],
+    (ours, theirs): (&Results, &Results),
+    (others, note): (&Results, &str),
+) -> String {
     let mut text = String::from(HEAD);
     let _ = writeln!(text, "devsplice: {}.\n", ours.summary());
     if !theirs.is_empty() {
@@ -153,7 +168,17 @@ pub fn page(names: &[String], ours: &Results, theirs: &Results) -> String {
             "| {name} | {verdict} | {seconds:.0} | {tested} | {other} | {time} | {reason} |"
         );
     }
-    text
+    text += BLKTESTS;
+    if !note.is_empty() {
+        let _ = writeln!(text, "{note}\n");
+    }
+    let _ = writeln!(text, "devsplice: {}.\n", others.summary());
+    text += "| test | devsplice | s | at commit | reason |\n|---|---|---|---|---|\n";
+    for (name, (Outcome { verdict, seconds, reason }, tested)) in &others.0 {
+        let reason = reason.replace('|', "\\|");
+        let _ = writeln!(text, "| ublk/{name} | {verdict} | {seconds:.0} | {tested} | {reason} |");
+    }
+    text + UBLKSRV
 }
 
 #[cfg(test)]
@@ -194,8 +219,10 @@ mod tests {
         let mut kept = Results::default();
         kept.merge_from(&results, "abc");
         let results = kept;
-        let page = page(&names, &results, &Results::default());
+        let page = page(&names, (&results, &Results::default()), (&results, "Of May."));
         assert!(page.contains("| loop_05 | not run yet |"), "{page}");
         assert!(page.contains("| loop_04 | fail | 2 | abc |  |  | x\\|y |"), "{page}");
+        assert!(page.contains("\nOf May.\n"), "{page}");
+        assert!(page.contains("| ublk/loop_04 | fail | 2 | abc | x\\|y |"), "{page}");
     }
 }
