@@ -30,6 +30,8 @@ pub enum Suspended {
     Ublk(Box<ublk::Suspended>),
     /// /dev/loopN over a file of ours.
     Fuse(Box<fuse::Suspended>),
+    /// Clients wait to be let in.
+    Nbd(Box<nbd::Suspended>),
 }
 
 impl Suspended {
@@ -75,6 +77,10 @@ impl Suspended {
                 Ok(device) => Ok(Front::Fuse(Box::new(device))),
                 Err((suspended, error)) => Err((Suspended::Fuse(suspended), error)),
             },
+            Suspended::Nbd(suspended) => match suspended.resume(service) {
+                Ok(device) => Ok(Front::Nbd(Box::new(device))),
+                Err((suspended, error)) => Err((Suspended::Nbd(suspended), error)),
+            },
         }
     }
 
@@ -86,6 +92,7 @@ impl Suspended {
         match self {
             Suspended::Ublk(suspended) => suspended.remove(),
             Suspended::Fuse(suspended) => suspended.remove(),
+            Suspended::Nbd(_) => Ok(()),
         }
     }
 }
@@ -303,7 +310,8 @@ impl Front {
         match self {
             Front::Ublk(device) => device.can_be_suspended(),
             Front::Fuse(device) if !device.kept().is_empty() => Ok(()),
-            Front::Fuse(_) | Front::Nbd(_) => {
+            Front::Nbd(_) => Ok(()),
+            Front::Fuse(_) => {
                 let reason = "goes with its server, so it cannot be suspended";
                 Err(Error::new(ErrorKind::Unsupported, self.path(), reason))
             }
@@ -325,11 +333,10 @@ impl Front {
                 Ok(suspended) => Ok(Suspended::Fuse(Box::new(suspended))),
                 Err((back, error)) => Err((back.map(Front::Fuse), error)),
             },
-            Front::Nbd(_) => {
-                let reason = "a disk that is reached by NBD cannot be suspended";
-                let error = Error::new(ErrorKind::Unsupported, self.path(), reason);
-                Err((Some(self), error))
-            }
+            Front::Nbd(device) => device
+                .suspend()
+                .map(|suspended| Suspended::Nbd(Box::new(suspended)))
+                .map_err(|error| (None, error)),
         }
     }
 
