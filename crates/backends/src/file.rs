@@ -11,7 +11,7 @@ use devsplice_core::layer::anchored_path;
 use devsplice_core::limits::{MAX_BLOCK, SECTOR};
 use devsplice_core::{Args, Dma, Error, ErrorKind, Key, Kind, Limits, Result, Source};
 use devsplice_uring::{FileKind, is_in_memory};
-use rustix::fs::{AtFlags, FileType, FlockOperation, Mode, OFlags, StatxFlags};
+use rustix::fs::{AtFlags, FallocateFlags, FileType, FlockOperation, Mode, OFlags, StatxFlags};
 
 use crate::sysfs::Device;
 use crate::{Access, Body, Opened};
@@ -231,11 +231,24 @@ fn regular_limits(fd: &OwnedFd, wish: &Wish<'_>, need: DirectNeed, size: u64) ->
         dma: Dma { align: need.memory, ..Dma::ANY },
         discard: unit,
         read_only: wish.read_only,
+        fast_zeroes: punches(fd, wish),
         volatile_cache: !is_in_memory(fd),
         rotational: device.is_some_and(|device| device.queue("rotational") == Some(1)),
         ..Limits::ideal(size)
     };
     limits.checked().map_err(|error| error.within(wish.path))
+}
+
+/// Whether holes can be punched: else zeros are written. Asked for where nothing is, far beyond the
+/// end, which changes nothing.
+fn punches(fd: &OwnedFd, wish: &Wish<'_>) -> bool {
+    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    let at = 1 << 42;
+    let is_beyond = size_of_file(fd, wish).is_ok_and(|size| size < at);
+    is_beyond
+        && !wish.read_only
+        && wish.access != Access::Look
+        && rustix::fs::fallocate(fd, flags, at, u64::from(MAX_BLOCK)).is_ok()
 }
 
 fn chosen_block(wish: &Wish<'_>, least: u32) -> Result<u32> {
@@ -383,6 +396,22 @@ mod tests {
         let path = temp("empty", 0);
         assert!(refusal(&[("path", &path)]).contains("is empty"));
         std::fs::remove_file(path).unwrap();
+    }
+
+    #[test]
+    fn only_what_can_be_punched_zeroes_fast() {
+        use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        for (seals, is_fast) in [(SealFlags::empty(), true), (SealFlags::FUTURE_WRITE, false)] {
+            // Opened for writing, and the file system refuses holes all the same.
+            let fd = memfd_create("devsplice-test", flags).unwrap();
+            rustix::fs::ftruncate(&fd, 1 << 20).unwrap();
+            fcntl_add_seals(&fd, seals).unwrap();
+            let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&fd));
+            let opened = file(&[("path", &path)]).unwrap();
+            assert_eq!(opened.limits.fast_zeroes, is_fast, "{seals:?}");
+            assert_eq!(rustix::fs::fstat(&fd).unwrap().st_size, 1 << 20);
+        }
     }
 
     #[test]

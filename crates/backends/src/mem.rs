@@ -24,7 +24,7 @@ pub const SOURCE: Source = Source {
 pub fn open(args: &Args) -> Result<Opened> {
     let size = args.size("size")?.unwrap_or(0);
     // A page is what a memory file can give back.
-    let limits = Limits { discard: 4096, ..Limits::ideal(size) };
+    let limits = Limits { discard: 4096, fast_zeroes: true, ..Limits::ideal(size) };
     let limits = limits.checked().map_err(|error| error.within("mem"))?;
     let thing = || format!("{size} bytes of memory");
     let fd = memfd_create("devsplice-mem", MemfdFlags::CLOEXEC)

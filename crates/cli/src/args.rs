@@ -56,13 +56,14 @@ pub enum Command {
     /// Have this very program take over from the one that serves a disk, while it is used.
     Upgrade(Upgrade),
     /// Finish what a disk has in flight, have the kernel hold what comes, let go of what is below.
+    /// Clients of a disk over NBD are disconnected.
     #[command(alias = "suspend")]
     Quiesce(Quiesce),
     /// Go on with a disk that was quiesced.
     Resume(Resume),
-    /// Have a disk go on with another stack, without its users' noticing.
+    /// Have a disk go on with another stack, unnoticed; clients over NBD are disconnected.
     Swap(Swap),
-    /// Tell a disk's users of the size that what is below it has by now.
+    /// Tell a disk's users of the size that it has by now; clients over NBD are disconnected.
     Resize(Resize),
     /// Stop serving a disk and remove it. Refused while it is mounted, held or (Linux 7.0) open,
     /// unless forced.

@@ -322,7 +322,8 @@ impl Front {
     ///
     /// # Errors
     /// If this disk cannot be suspended (it is as before then), or what is in flight does not come
-    /// back (nothing can be done with it then but to end).
+    /// back: over NBD it is on its way then ([`Front::is_ending`]); with the others nothing can be
+    /// done but to end, for somebody keeps the disk.
     pub fn suspend(self) -> Result<Suspended, (Option<Front>, Error)> {
         match self {
             Front::Ublk(device) => match device.suspend() {
@@ -333,10 +334,20 @@ impl Front {
                 Ok(suspended) => Ok(Suspended::Fuse(Box::new(suspended))),
                 Err((back, error)) => Err((back.map(Front::Fuse), error)),
             },
-            Front::Nbd(device) => device
-                .suspend()
-                .map(|suspended| Suspended::Nbd(Box::new(suspended)))
-                .map_err(|error| (None, error)),
+            Front::Nbd(device) => match device.suspend() {
+                Ok(suspended) => Ok(Suspended::Nbd(Box::new(suspended))),
+                // Nobody keeps it, so whoever has other disks must not end for it.
+                Err((back, error)) => Err((Some(Front::Nbd(back)), error)),
+            },
+        }
+    }
+
+    /// Whether it serves nobody, and has not let go of what is below: suspending it can be tried
+    /// again.
+    pub fn is_ending(&self) -> bool {
+        match self {
+            Front::Ublk(_) | Front::Fuse(_) => false,
+            Front::Nbd(device) => device.is_ending(),
         }
     }
 

@@ -103,7 +103,9 @@ impl Hosted {
                 Ok(())
             }
             Err((Some(front), error)) => {
-                self.line.serve(front.crew());
+                if !front.is_ending() {
+                    self.line.serve(front.crew());
+                }
                 self.phase = Phase::Up(front);
                 Err(error)
             }
@@ -162,6 +164,9 @@ impl Hosted {
 
     /// Goes on.
     pub(crate) fn resume(&mut self) -> Result<String> {
+        if self.is_ending() {
+            self.hold()?;
+        }
         self.go_on_as_before()?;
         let said = format!("{} is served again", self.thing());
         self.line.tell("resumed", &said);
@@ -174,9 +179,15 @@ impl Hosted {
         self.go_on(&plan, adopt::fit(&self.disk))
     }
 
+    /// Whether it was to be held, and what is below has not let it.
+    fn is_ending(&self) -> bool {
+        matches!(&self.phase, Phase::Up(front) if front.is_ending())
+    }
+
     /// In what state it is, in a word.
     pub(crate) fn state(&self) -> &'static str {
         match self.phase {
+            Phase::Up(_) if self.is_ending() => "ending",
             Phase::Up(_) => "live",
             Phase::Held(_) => "quiesced",
             Phase::Between => "broken",
@@ -199,11 +210,18 @@ impl Hosted {
 
     fn exchange(&mut self, plan: &Plan) -> Result<()> {
         let old = self.plan.clone();
+        let clients = match &self.phase {
+            Phase::Up(front) => front.clients().unwrap_or(0),
+            _ => 0,
+        };
         if matches!(self.phase, Phase::Up(_)) {
             self.hold()?;
         }
         if let Err(error) = self.go_on(plan, Fit::Resized) {
             return Err(match self.go_on(&old, adopt::fit(&self.disk)) {
+                Ok(()) if clients > 0 => {
+                    error.next("its clients were disconnected; else nothing was changed")
+                }
                 Ok(()) => error.next("nothing was changed"),
                 Err(second) => error.next(format!(
                     "the disk is quiesced now, for the old stack cannot be had again: {second}"

@@ -281,7 +281,7 @@ impl Hosted {
         let shared = front.shared_bytes().map(|bytes| ("bytes_shared", bytes));
         let counts: serde_json::Map<String, Value> =
             counted.chain(shared).map(|(k, v)| (k.to_owned(), v.into())).collect();
-        info["state"] = json!("live");
+        info["state"] = json!(self.state());
         if let Some(clients) = front.clients() {
             info["clients"] = json!(clients);
             info["held"] = json!(clients > 0);

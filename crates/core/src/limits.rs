@@ -67,7 +67,8 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// A device of `size` bytes with 512-byte blocks that can do everything and loses nothing:
+    /// A device of `size` bytes with 512-byte blocks that can do everything (zeroing at once it has to
+    /// promise by itself) and loses nothing:
     /// what a device without anything below starts from.
     #[must_use]
     pub const fn ideal(size: u64) -> Limits {
@@ -81,7 +82,7 @@ impl Limits {
             dma: Dma::ANY,
             discard: SECTOR,
             write_zeroes: true,
-            fast_zeroes: true,
+            fast_zeroes: false,
             read_only: false,
             volatile_cache: false,
             fua: true,
@@ -95,7 +96,7 @@ impl Limits {
     /// # Errors
     /// If `size` is no multiple of the strictest block.
     pub fn stack(below: &[Limits], size: u64) -> Result<Limits> {
-        let mut all = Limits::ideal(size);
+        let mut all = Limits { fast_zeroes: !below.is_empty(), ..Limits::ideal(size) };
         for one in below {
             all.block = all.block.max(one.block);
             all.physical = all.physical.max(one.physical);

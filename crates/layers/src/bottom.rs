@@ -15,7 +15,9 @@ pub const KEYS: &[Key] = &[
 pub fn limits(args: &Args) -> Result<Limits> {
     let size = args.size("size")?.unwrap_or(0);
     let block = u32::try_from(args.size("block")?.unwrap_or(512)).unwrap_or(u32::MAX);
-    Limits { block, physical: block, discard: block, ..Limits::ideal(size) }.checked()
+    // What has no data has no zeros to write.
+    let fast_zeroes = true;
+    Limits { block, physical: block, discard: block, fast_zeroes, ..Limits::ideal(size) }.checked()
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! Answers for a server as all threads share it: what it has agreed to, who waits for a connection
 //! to it, the thread that makes them, and what is told of all that.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -36,6 +37,8 @@ struct Shared {
     name: String,
     agreed: Agreed,
     patience: Patience,
+    /// Nobody wants any more what waits.
+    forsaken: AtomicBool,
     connections: u16,
     state: Mutex<State>,
     work: Condvar,
@@ -125,6 +128,7 @@ impl Server {
             mode,
             agreed,
             patience,
+            forsaken: AtomicBool::new(false),
             connections,
             state: Mutex::default(),
             work: Condvar::new(),
@@ -164,6 +168,14 @@ impl Remote for Server {
 
     fn patience(&self) -> Patience {
         self.shared.patience
+    }
+
+    fn forsake(&self) {
+        self.shared.forsaken.store(true, Ordering::Release);
+    }
+
+    fn is_forsaken(&self) -> bool {
+        self.shared.forsaken.load(Ordering::Acquire)
     }
 
     fn most_lines(&self) -> u16 {

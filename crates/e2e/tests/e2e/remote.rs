@@ -36,6 +36,7 @@ pub fn add_copies(group: &mut Group) {
     group.add("copy_compare_and_map_take_addresses", copies);
     group.add("a_server_in_brackets_ends_with_us", captive);
     group.add("a_socket_that_was_given_is_a_server_until_it_is_lost", given);
+    group.add("a_disk_is_swapped_away_from_a_dead_server_and_others_live", swapped);
     group.add("addresses_that_lead_nowhere_are_refused_by_name", nowhere);
 }
 
@@ -357,6 +358,49 @@ fn given() -> Outcome {
         let said = room.refusal(["map", stack]);
         assert!(said.contains(words), "{stack}: {said}");
     }
+    Ok(())
+}
+
+/// What waits for a dead server, for ever if need be, keeps neither the disk from going on elsewhere
+/// nor its neighbour from being served.
+fn swapped() -> Outcome {
+    need_tool("nbdkit")?;
+    need_tool("nbdcopy")?;
+    let room = Room::new();
+    let mut kit = Kit::new(&room, &["memory", &SIZE.to_string()]);
+    let server = Server::start(&room, &["--threads", "1"]);
+    let (pid, prefix) = (server.process().0, room.name());
+    let add = |name: &str, stack: &str| {
+        let (name, socket) = (format!("{prefix}{name}"), room.path(name));
+        let listen = format!("unix:{socket}");
+        room.devsplice(["add", stack, "--server", &server.name, "-n", &name, "--listen", &listen])
+            .ok();
+        (format!("nbd+unix:///{name}?socket={socket}"), name)
+    };
+    let (uri, name) = add("a", &kit.with("on-loss=hold"));
+    let (other, other_name) = add("b", "mem:4M");
+    kit.kill();
+    let image = room.full_file("image", SIZE, 5);
+    let copy = call("nbdcopy", [&image, &uri]).limit(60).start();
+    let clients = || -> Value {
+        serde_json::from_str(&room.devsplice(["info", "--json", &name]).ok()).unwrap()
+    };
+    wait_until(20, "a client is there", || clients()["clients"].as_u64() > Some(0));
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    let next = format!("file(\"{}\", direct=off)", room.file("next.img", SIZE));
+    let said = room.devsplice(["swap", &name, &next]).limit(60).ok();
+    assert!(said.contains("next.img"), "{said}");
+    assert_ne!(copy.finish().code, Some(0), "it was cut off");
+    let _ = call("nbdcopy", [&image, &uri]).limit(60).ok();
+    let back = room.path("back");
+    let _ = call("nbdcopy", [&uri, &back]).limit(60).ok();
+    assert!(std::fs::read(&back).unwrap() == std::fs::read(&image).unwrap());
+    let _ = call("nbdcopy", [&other, &back]).limit(60).ok();
+    assert_eq!(server.process().0, pid);
+    for name in [name, other_name] {
+        room.devsplice(["del", &name]).ok();
+    }
+    server.end();
     Ok(())
 }
 

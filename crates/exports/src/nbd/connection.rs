@@ -69,6 +69,8 @@ pub(super) struct Connection {
     unflushed: VecDeque<u16>,
     /// The stack leaves data where it is until somebody changes it.
     may_lend: bool,
+    /// The client is over a network and sent away, and has not hung up.
+    sees_off: bool,
 }
 
 impl Connection {
@@ -101,6 +103,7 @@ impl Connection {
             outbox: Outbox::new(depth),
             unflushed: VecDeque::with_capacity(usize::from(depth)),
             may_lend,
+            sees_off: false,
         }
     }
 
@@ -165,6 +168,7 @@ impl Connection {
         self.intake = Intake::Request;
         self.large = false;
         self.phase = Phase::Open;
+        self.sees_off = false;
         ring.lend_files(self.lane, self.may_lend && is_local(&client.socket));
         self.client = Some(client);
     }
@@ -355,6 +359,7 @@ impl Connection {
         let count = u32::try_from(result).unwrap_or(0);
         let again = result < 0 && Errno::from_result(result).is_transient();
         if self.phase != Phase::Open {
+            self.sees_off &= count > 0 || again;
             return self.settle(ring);
         }
         if count == 0 && !again {
@@ -437,8 +442,12 @@ impl Connection {
         match &self.client {
             Some(client) if self.post.is_gentle() && self.phase == Phase::Open => {
                 self.phase = Phase::Leaving;
-                // The receive that is out ends.
-                let _ = rustix::net::shutdown(&client.socket, Shutdown::Read);
+                if is_local(&client.socket) {
+                    // The receive that is out ends.
+                    let _ = rustix::net::shutdown(&client.socket, Shutdown::Read);
+                } else {
+                    self.sees_off = true;
+                }
             }
             _ if self.post.is_gentle() => {}
             _ => self.lose(None),
@@ -467,7 +476,13 @@ impl Connection {
 
     /// Leaves the place to the next client when nothing of this one is out any more.
     fn settle(&mut self, ring: &mut Uring) {
-        if !matches!(self.phase, Phase::Leaving | Phase::Lost) || self.receiving {
+        if !matches!(self.phase, Phase::Leaving | Phase::Lost) {
+            return;
+        }
+        if self.phase == Phase::Leaving && self.sees_off {
+            return self.see_off(ring);
+        }
+        if self.receiving {
             return;
         }
         if self.outbox.is_sending() || (self.phase == Phase::Leaving && self.outbox.has_any()) {
@@ -490,6 +505,25 @@ impl Connection {
         if self.post.is_stopping() {
             // It is listened to as long as somebody is here.
             self.post.desks[self.desk].bell.ring();
+        }
+    }
+
+    /// Takes what a client over a network goes on to send, and nothing of it, until it has seen that
+    /// all is answered and hangs up. A socket that is closed with bytes that nobody has taken throws
+    /// away what it has not sent yet, and those answers would be lost. `Post::stop` bounds it.
+    fn see_off(&mut self, ring: &mut Uring) {
+        if !self.receiving {
+            self.receiving = true;
+            let index = (self.lane, RECEIVED << 16 | u32::from(self.stage()));
+            ring.receive(index, self.socket, (0, STAGE), Wait::Some);
+        }
+        // Not the write of which a part is missing.
+        let half = usize::from(matches!(self.intake, Intake::Data { .. }));
+        if self.outbox.has_any() || self.idle.len() + half < self.tags.len() {
+            return;
+        }
+        if let Some(client) = &self.client {
+            let _ = rustix::net::shutdown(&client.socket, Shutdown::Write);
         }
     }
 

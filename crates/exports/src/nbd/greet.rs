@@ -5,6 +5,7 @@
 //! All clients that are being greeted are served in turn, none for longer than it has sent bytes
 //! for. There are never more of them than free desks: others wait in the kernel's queue.
 
+use std::io::ErrorKind;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -18,6 +19,9 @@ use super::guest::{Guest, Step};
 use super::listen::{Listener, Peer, Rule};
 use super::post::{Letter, Post};
 use crate::extents::Extents;
+
+/// Clients that are accepted in a row.
+const AT_ONCE: usize = 32;
 
 /// What the thread serves with.
 pub(super) struct Host {
@@ -81,11 +85,16 @@ impl Host {
     }
 
     fn accept(&self, listener: &Listener, guests: &mut Vec<Guest>) {
-        while self.has_room(guests) {
+        // Others want to be served in between, however many there are that may not connect.
+        for _ in 0..AT_ONCE {
+            if !self.has_room(guests) || self.post.is_stopping() {
+                return;
+            }
             let (socket, peer) = match listener.accept() {
                 Ok(client) => client,
+                Err(error) if is_of_client(&error) => continue,
                 Err(error) => {
-                    if error.kind() != std::io::ErrorKind::WouldBlock {
+                    if error.kind() != ErrorKind::WouldBlock {
                         (self.post.say)(&format!("nbd: a client could not be accepted: {error}"));
                         // Out of descriptors, perhaps: not to be tried a million times a second.
                         std::thread::sleep(Duration::from_millis(50));
@@ -123,6 +132,12 @@ impl Host {
     }
 }
 
+/// Whether it says of one client only that it has left before it was let in.
+fn is_of_client(error: &std::io::Error) -> bool {
+    use ErrorKind::{ConnectionAborted, ConnectionReset, Interrupted};
+    matches!(error.kind(), ConnectionAborted | ConnectionReset | Interrupted)
+}
+
 /// Answers all questions that there are.
 fn answer(post: &Post, known: &Extents) {
     post.asked.heard();
@@ -145,4 +160,70 @@ pub(super) fn answer_all(post: &Post, known: &Extents) {
 /// The flags of the same export for who may change nothing.
 pub(super) fn read_only(flags: u16) -> u16 {
     (flags | can::READ_ONLY) & !(can::TRIM | can::WRITE_ZEROES | can::FAST_ZERO)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{TcpListener, TcpStream};
+
+    use super::*;
+
+    fn host(rules: &[&str]) -> Host {
+        let offer = Offer {
+            name: "disk".to_owned(),
+            description: String::new(),
+            size: 4096,
+            flags: can::HAS_FLAGS,
+            block: 512,
+            preferred: 4096,
+        };
+        Host {
+            post: Post::new(4, 1, Arc::new(|_| {})).unwrap(),
+            known: None,
+            offer,
+            rules: rules.iter().map(|text| Rule::parse(text).unwrap()).collect(),
+            writable: false,
+            secure: None,
+        }
+    }
+
+    /// A listener with so many clients in its queue.
+    fn queued(count: usize) -> (Listener, Vec<TcpStream>) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let address = listener.local_addr().unwrap();
+        let clients = (0..count).map(|_| TcpStream::connect(address).unwrap()).collect();
+        (Listener::Tcp(listener), clients)
+    }
+
+    fn left_in_queue(listener: &Listener) -> usize {
+        std::iter::from_fn(|| listener.accept().ok()).count()
+    }
+
+    #[test]
+    fn those_that_may_not_connect_keep_nobody_waiting() {
+        let host = host(&["192.0.2.0/24"]);
+        let (listener, _clients) = queued(AT_ONCE + 3);
+        let mut guests = Vec::new();
+        host.accept(&listener, &mut guests);
+        assert!(guests.is_empty());
+        assert_eq!(left_in_queue(&listener), 3);
+    }
+
+    #[test]
+    fn nobody_is_accepted_any_more_who_comes_at_the_end() {
+        let host = host(&["192.0.2.0/24"]);
+        let (listener, _clients) = queued(2);
+        host.post.stop();
+        host.accept(&listener, &mut Vec::new());
+        assert_eq!(left_in_queue(&listener), 2);
+    }
+
+    #[test]
+    fn only_what_is_short_makes_the_greeter_pause() {
+        use rustix::io::Errno;
+        let of = |errno: Errno| is_of_client(&errno.into());
+        assert!([Errno::CONNABORTED, Errno::CONNRESET, Errno::INTR].into_iter().all(of));
+        assert!(![Errno::MFILE, Errno::NFILE, Errno::NOMEM, Errno::NOBUFS].into_iter().any(of));
+    }
 }

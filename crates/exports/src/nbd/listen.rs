@@ -196,7 +196,7 @@ impl Listener {
         Uri { place, export, tls }
     }
 
-    /// The next client, if one waits.
+    /// The next client, if one waits. `ConnectionAborted` if it has left already.
     pub(super) fn accept(&self) -> io::Result<(OwnedFd, Peer)> {
         match self {
             Listener::Unix(listener, ..) => {
@@ -209,18 +209,22 @@ impl Listener {
             Listener::Tcp(listener) => {
                 let (stream, address) = listener.accept()?;
                 // Replies are sent whole; waiting for more to send would only delay them.
-                stream.set_nodelay(true)?;
+                stream.set_nodelay(true).map_err(|_| left())?;
                 let fd = OwnedFd::from(stream);
-                rustix::net::sockopt::set_socket_keepalive(&fd, true)?;
+                rustix::net::sockopt::set_socket_keepalive(&fd, true).map_err(|_| left())?;
                 Ok((fd, Peer::Address(address)))
             }
             Listener::Vsock(listener, _) => {
                 let fd = rustix::net::accept_with(listener, SocketFlags::CLOEXEC)?;
-                let (machine, port) = vsock::peer(&fd)?;
+                let (machine, port) = vsock::peer(&fd).map_err(|_| left())?;
                 Ok((fd, Peer::Machine(machine, port)))
             }
         }
     }
+}
+
+fn left() -> io::Error {
+    io::ErrorKind::ConnectionAborted.into()
 }
 
 /// Has a socket of this machine take what a client may have in flight: with what it takes by

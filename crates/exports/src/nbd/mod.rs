@@ -218,9 +218,9 @@ impl Device {
     ///
     /// # Errors
     /// If what is in flight below does not come back.
-    pub fn detach(self) -> Result<Counts> {
+    pub fn detach(mut self) -> Result<Counts> {
         self.post.stop();
-        self.end(END_LIMIT).map(|device| device.crew.counts())
+        self.end(END_LIMIT).map(|()| self.crew.counts())
     }
 }
 
@@ -228,7 +228,7 @@ impl Device {
 fn unfinished() -> Error {
     let reason = format!("I/O below has not come back in {} s", END_LIMIT.as_secs());
     Error::new(ErrorKind::Busy, "NBD connections", reason)
-        .next("see dmesg for the device below; ending this process gives the rest back")
+        .next("see dmesg for the device below; clients are not served until it is tried again")
 }
 
 fn shape(options: &Options, connections: u16, threads: u16) -> Shape {

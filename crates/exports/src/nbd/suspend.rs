@@ -10,7 +10,8 @@ use super::listen::Listener;
 use super::{Device, END_LIMIT, Options, unfinished};
 use crate::threads::Service;
 
-/// How long what was asked for may take to be answered; then clients are cut off.
+/// How long what was asked for may take to be answered; then clients are cut off, and what waits
+/// for a server below fails, as nobody is there to hear of it.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 
 /// A disk that nobody serves.
@@ -23,32 +24,44 @@ impl Device {
     /// Answers what clients have asked for, disconnects them, lets go of all that is below.
     ///
     /// # Errors
-    /// If what is in flight below does not come back; nothing can be done with it then but to end.
-    pub fn suspend(self) -> Result<Suspended, Error> {
-        let (options, listeners) = (self.options.clone(), Arc::clone(&self.listeners));
+    /// If what is in flight below does not come back. Then nobody serves clients, and it can be
+    /// tried again.
+    pub fn suspend(mut self) -> Result<Suspended, (Box<Device>, Error)> {
         self.post.dismiss();
-        self.end(ANSWER_LIMIT + END_LIMIT)?;
-        Ok(Suspended { options, listeners })
+        match self.end(ANSWER_LIMIT + END_LIMIT) {
+            Ok(()) => Ok(Suspended { options: self.options, listeners: self.listeners }),
+            Err(error) => Err((Box::new(self), error)),
+        }
+    }
+
+    /// Whether its clients have been sent away, and what they had asked for has not come back.
+    #[must_use]
+    pub fn is_ending(&self) -> bool {
+        self.post.is_stopping()
     }
 
     /// Waits for all threads to end. Clients that take too long are cut off.
-    pub(super) fn end(mut self, limit: Duration) -> Result<Device> {
+    pub(super) fn end(&mut self, limit: Duration) -> Result<()> {
         if let Some(greeter) = self.greeter.take() {
             // It has nothing to give; a panic has ended the process.
             let _ = greeter.join();
         }
-        let end = Instant::now() + limit;
+        let begin = Instant::now();
+        let end = begin + limit;
         while !self.crew.is_over() {
             let now = Instant::now();
             if now + END_LIMIT >= end {
                 self.post.stop();
+            }
+            if now >= begin + ANSWER_LIMIT {
+                self.crew.remotes.iter().for_each(|remote| remote.forsake());
             }
             if now >= end {
                 return Err(unfinished());
             }
             std::thread::sleep(Duration::from_millis(2));
         }
-        Ok(self)
+        Ok(())
     }
 }
 

@@ -342,6 +342,48 @@ fn requests_that_were_taken_are_answered_before_a_disk_is_suspended() {
     assert!(total > 0, "none was taken in time");
 }
 
+/// What the kernel has taken to send it throws away when it closes a socket that holds requests
+/// which nobody has read.
+#[test]
+fn answers_arrive_over_tcp_though_the_client_goes_on_asking_when_it_is_sent_away() {
+    let mut host = Host::new("dismiss-tcp", |wishes| {
+        wishes.listen.push("nbd://127.0.0.1:0".to_owned());
+        wishes.depth = 16;
+    });
+    let size = host.size();
+    for _ in 0..3 {
+        let mut peer = host.peer_by_tcp();
+        let mut bytes = Vec::new();
+        for n in 0..20_000 {
+            bytes.extend(peer.request(command::READ, 0, (n % 128 * (256 << 10), 256 << 10)));
+        }
+        let mut socket = peer.socket();
+        let asking = std::thread::spawn(move || drop(socket.write_all(&bytes)));
+        let mut answers = peer.socket();
+        let reading = std::thread::spawn(move || {
+            let (mut chunk, mut total) = (vec![0; 64 << 10], 0);
+            loop {
+                match std::io::Read::read(&mut answers, &mut chunk) {
+                    Ok(0) => {
+                        let _ = answers.shutdown(std::net::Shutdown::Both);
+                        return total;
+                    }
+                    Ok(count) => total += count,
+                    Err(error) => panic!("{error} after {total} bytes"),
+                }
+                std::thread::sleep(Duration::from_micros(500));
+            }
+        });
+        std::thread::sleep(Duration::from_millis(200));
+        host.resize(size, |_| {});
+        // A head of 20 bytes, the offset, the data.
+        let total = reading.join().unwrap();
+        assert!(total > 0 && total % (28 + (256 << 10)) == 0, "{total}: a part of a reply");
+        drop(peer);
+        asking.join().unwrap();
+    }
+}
+
 #[test]
 fn an_end_with_clients_in_the_middle_of_things_comes_in_time_and_frees_the_socket() {
     let mut host = Host::new("end", |_| {});

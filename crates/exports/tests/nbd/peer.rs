@@ -125,7 +125,7 @@ impl Host {
 
     /// Nobody serves while `meanwhile` is done; then the file is, with this size.
     pub fn resize(&mut self, size: u64, meanwhile: impl FnOnce(&Host)) {
-        let suspended = self.device.take().unwrap().suspend().unwrap();
+        let suspended = self.device.take().unwrap().suspend().map_err(|(_, error)| error).unwrap();
         meanwhile(self);
         self.file.set_len(size).unwrap();
         let served = suspended.resume(service(&self.file, Limits::ideal(size)));

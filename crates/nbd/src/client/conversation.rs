@@ -404,6 +404,11 @@ impl Conversation {
         }
     }
 
+    /// From now on it is waited for as briefly as can be.
+    pub fn hurry(&mut self) {
+        self.patience = Patience { answer: 1, outage: Some(0) };
+    }
+
     /// A second is over. If the server has been silent for longer than it may be, for how long.
     pub fn second(&mut self) -> Option<u32> {
         self.now = self.now.wrapping_add(1);

@@ -45,8 +45,10 @@ impl Linger {
         begins
     }
 
-    /// What came of it.
-    fn ends(&mut self, in_vain: bool) {
+    /// What came of it. Who was kept from the CPU finds something when it runs again: that it has
+    /// taken too long says that CPUs are short, whatever is there by then.
+    fn ends(&mut self, took: Duration) {
+        let in_vain = took >= AWAKE;
         self.failures = if in_vain { (self.failures + 1).min(MOST_DOUBLED) } else { 0 };
         self.asleep = if in_vain { 1 << self.failures } else { 0 };
     }
@@ -73,9 +75,10 @@ impl Uring {
             // Completions are put together in there.
             self.enter_once(0)?;
         }
+        let took = begin.elapsed();
         let has_some = self.queues.has_completions();
         if let Some(linger) = &mut self.linger {
-            linger.ends(!has_some);
+            linger.ends(took);
         }
         if has_some { Ok(()) } else { self.enter_once(want) }
     }
@@ -132,11 +135,12 @@ mod tests {
             Linger { allowed: Arc::new(AtomicBool::new(true)), failures: 0, asleep: 0 };
         for _ in 0..20 {
             while !linger.begins() {}
-            linger.ends(true);
+            // As one that was preempted: there may be something by now.
+            linger.ends(AWAKE);
         }
         let slept = (0..1000).take_while(|_| !linger.begins()).count();
         assert_eq!(slept, 1 << MOST_DOUBLED);
-        linger.ends(false);
+        linger.ends(AWAKE / 2);
         assert!(linger.begins() && linger.begins());
     }
 }

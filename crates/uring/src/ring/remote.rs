@@ -80,6 +80,12 @@ pub trait Remote: Send + Sync {
     /// How long it is waited for.
     fn patience(&self) -> Patience;
 
+    /// What waits for it is to fail soon, whatever [`Remote::patience`] says: nobody wants it.
+    fn forsake(&self);
+
+    /// Whether that was said.
+    fn is_forsaken(&self) -> bool;
+
     /// Wants a connection for this line, in a while, from another thread: this one does not wait.
     /// `lost` is what became of the last one, if there was one.
     fn dial(&self, line: &Arc<Line>, lost: Option<&str>);

@@ -108,7 +108,11 @@ impl Remotes {
         self.is_ticking = false;
         let mut is_waiting = false;
         for index in 0..self.conns.len() {
-            if let Some(seconds) = self.conns[index].talk.second() {
+            let conn = &mut self.conns[index];
+            if conn.remote.is_forsaken() {
+                conn.talk.hurry();
+            }
+            if let Some(seconds) = conn.talk.second() {
                 self.lose(ring, index, format!("it has not answered for {seconds} s"));
             }
             self.give_up(ring, index);

@@ -35,6 +35,7 @@ type Serve = dyn Fn(&mut Peer, u32) -> Option<()> + Send + Sync;
 struct Fake {
     agreed: Agreed,
     patience: Patience,
+    forsaken: AtomicBool,
     told: Mutex<Vec<String>>,
     dials: AtomicU32,
     disk: Arc<Mutex<Vec<u8>>>,
@@ -57,6 +58,12 @@ impl Remote for Fake {
     }
     fn patience(&self) -> Patience {
         self.patience
+    }
+    fn forsake(&self) {
+        self.forsaken.store(true, Relaxed);
+    }
+    fn is_forsaken(&self) -> bool {
+        self.forsaken.load(Relaxed)
     }
     fn dial(&self, line: &Arc<Line>, lost: Option<&str>) {
         self.told.lock().unwrap().extend(lost.map(str::to_owned));
@@ -222,6 +229,7 @@ impl Client {
         let fake = Arc::new(Fake {
             agreed: agreed(mode, flags),
             patience,
+            forsaken: AtomicBool::new(false),
             told: Mutex::default(),
             dials: AtomicU32::new(0),
             disk: Arc::new(Mutex::new(vec![0; SIZE])),
@@ -596,6 +604,23 @@ fn a_server_that_says_nothing_is_left_and_one_that_stays_so_fails_what_waits() {
     assert_eq!(client.one(WRITE, 0, 4096), Err(Errno::EIO));
     let (told, dials) = (client.told(), client.fake.dials.load(Relaxed));
     assert!(told.contains("away for 2 s") && (3..5).contains(&dials), "{dials}: {told}");
+}
+
+#[test]
+fn a_server_that_nobody_wants_any_more_is_waited_for_no_longer() {
+    let _used = USED.lock().unwrap();
+    for is_mute in [false, true] {
+        // However patient one is.
+        let serve = move |peer: &mut Peer, _| {
+            while is_mute && peer.next().is_some() {}
+            None
+        };
+        let mut client = Client::new((Mode::Simple, ALL), false, PATIENT, serve);
+        client.fake.forsake();
+        let begin = Instant::now();
+        assert_eq!(client.one(WRITE, 0, 4096), Err(Errno::EIO));
+        assert!(begin.elapsed() < Duration::from_secs(8), "{:?}", begin.elapsed());
+    }
 }
 
 #[test]
