@@ -49,7 +49,7 @@ pub struct Sample {
 pub struct Row {
     /// What it is called.
     pub name: String,
-    /// `live`, `quiesced`, `waiting`, `dead`, `silent`.
+    /// `live`, `quiesced`, `ending`, `waiting`, `dead`, `silent`.
     pub state: String,
     /// Its node.
     pub device: String,
