@@ -44,8 +44,8 @@ pub(super) struct Loans {
     on: bool,
 }
 
-/// The kernel's memory for what a socket sends: how much holds bytes that the other end has not taken
-/// (over a socket of this machine: not read), and how much there may be.
+/// The kernel's memory for what a socket sends: how much holds bytes that the other end has not
+/// taken (over a socket of this machine: not read), and how much there may be.
 pub(super) fn send_memory(socket: BorrowedFd<'_>) -> Option<(u64, u64)> {
     let mut about = [0_u32; MEMINFO_COUNT];
     let mut len = libc::socklen_t::try_from(size_of_val(&about)).unwrap_or(0);
