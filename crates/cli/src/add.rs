@@ -4,7 +4,7 @@
 use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use devsplice_core::size::show_size;
 use devsplice_core::{Error, ErrorKind, Result};
@@ -16,11 +16,19 @@ use crate::args::Add;
 use crate::assemble::CATALOG;
 use crate::launch::{self, launch};
 use crate::server::Server;
-use crate::state::Disk;
-use crate::{client, front, guard, protect, recover, say, servers, state};
+use crate::state::{Disk, Found};
+use crate::{client, front, guard, keeper, protect, recover, say, servers, state};
 
 /// How long a server may take to make a disk.
 const LIMIT: Duration = Duration::from_secs(90);
+/// How long what a dead server has in flight may be waited for: less than a unit may take to start.
+const STUCK: Duration = Duration::from_secs(120);
+/// How long a process may take to die that has been killed.
+const DYING: Duration = Duration::from_secs(1);
+/// How many servers may die just when they are to be taken over from.
+const MOST_TRIES: u32 = 3;
+/// How often it is looked whether that is over.
+const STEP: Duration = Duration::from_millis(20);
 
 /// Makes a disk.
 ///
@@ -44,27 +52,63 @@ pub fn run(add: &Add) -> Result<ExitCode> {
         show(add, &server.disk()?);
         return server.run().map(|()| ExitCode::SUCCESS);
     }
-    let disk = match waiting(add, &plan)? {
-        Some(left) => recover::back(&left)?,
+    let disk = match again(add, &plan)? {
+        Some(disk) => disk,
         None => alone(add, &plan)?,
     };
     show(add, &disk);
     Ok(ExitCode::SUCCESS)
 }
 
-/// The disk that is to be served again rather than made.
-fn waiting(add: &Add, plan: &Plan) -> Result<Option<Disk>> {
+/// Takes over, or serves again, a disk that is there already; `None` if one is to be made.
+fn again(add: &Add, plan: &Plan) -> Result<Option<Disk>> {
+    let mut tries = 0;
+    while let Some(found) = there(add, plan)? {
+        if !found.alive {
+            return recover::back(&found.disk).map(Some);
+        }
+        // Nobody guards it any more, or a process that is none of the unit's.
+        tries += 1;
+        match recover::taken(&found) {
+            // It was dying already.
+            Err(_) if tries < MOST_TRIES && found.ends_within(DYING) => {}
+            taken => return taken.map(Some),
+        }
+    }
+    Ok(None)
+}
+
+/// The disk that is to be taken over or served again rather than made.
+fn there(add: &Add, plan: &Plan) -> Result<Option<Found>> {
     let Some(name) = add.name.as_deref().filter(|_| add.or_recover) else { return Ok(None) };
-    let left = match state::find(name) {
-        Ok(found) if !found.alive && guard::is_kept(&found.disk) => found.disk,
-        _ => return Ok(None),
-    };
-    if left.stack != plan.to_expression() {
-        let reason = format!("waits for a server with another stack, {}", left.stack);
+    let Some(found) = settled(name) else { return Ok(None) };
+    let is_same = found.disk.stack == plan.to_expression();
+    if found.alive {
+        let can_be = is_same && found.disk.outlives_server() && found.disk.server.is_none();
+        return Ok(can_be.then_some(found));
+    }
+    if !guard::is_kept(&found.disk) && keeper::stored(&found.disk).is_empty() {
+        return Ok(None);
+    }
+    if !is_same {
+        let reason = format!("waits for a server with another stack, {}", found.disk.stack);
         return Err(Error::new(ErrorKind::Busy, name, reason)
             .next(format!("devsplice recover {name}, then devsplice swap {name}")));
     }
-    Ok(Some(left))
+    Ok(Some(found))
+}
+
+/// The disk of that name, once it is clear whether somebody serves it: what a server that was
+/// killed has in flight below holds its lock for longer than it lived.
+fn settled(name: &str) -> Option<Found> {
+    let end = Instant::now() + STUCK;
+    loop {
+        let found = state::find(name).ok()?;
+        if !found.alive || found.lives() || Instant::now() > end {
+            return Some(found);
+        }
+        std::thread::sleep(STEP);
+    }
 }
 
 /// The options with paths that mean the same to a process that is elsewhere.

@@ -357,7 +357,7 @@ pub struct Add {
     #[arg(long, value_name = "NAME", conflicts_with = "foreground")]
     #[serde(skip)]
     pub server: Option<String>,
-    /// Where the disk of this name waits for a server, serve that again (devsplice recover).
+    /// Where a disk of this name and stack waits for a server or has one, recover or upgrade it.
     #[arg(long, requires = "name", conflicts_with_all = ["server", "foreground"])]
     #[serde(skip)]
     pub or_recover: bool,

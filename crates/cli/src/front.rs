@@ -1,6 +1,6 @@
 //! Answers for the choice of a front end, and for treating them alike.
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -30,6 +30,8 @@ pub enum Suspended {
     Ublk(Box<ublk::Suspended>),
     /// /dev/loopN over a file of ours.
     Fuse(Box<fuse::Suspended>),
+    /// Clients wait to be let in.
+    Nbd(Box<nbd::Suspended>),
 }
 
 impl Suspended {
@@ -54,10 +56,10 @@ impl Suspended {
     }
 
     /// The descriptors that keep it, and what its users were told of it, over FUSE.
-    pub fn kept(&self) -> Option<(Vec<i32>, &str)> {
+    pub fn kept(&self) -> Option<(&[OwnedFd], &str)> {
         let Suspended::Fuse(suspended) = self else { return None };
         let kept = suspended.kept();
-        Some((kept.fuse.iter().map(AsRawFd::as_raw_fd).collect(), &kept.told))
+        Some((&kept.fuse, &kept.told))
     }
 
     /// Serves it again.
@@ -75,6 +77,10 @@ impl Suspended {
                 Ok(device) => Ok(Front::Fuse(Box::new(device))),
                 Err((suspended, error)) => Err((Suspended::Fuse(suspended), error)),
             },
+            Suspended::Nbd(suspended) => match suspended.resume(service) {
+                Ok(device) => Ok(Front::Nbd(Box::new(device))),
+                Err((suspended, error)) => Err((Suspended::Nbd(suspended), error)),
+            },
         }
     }
 
@@ -86,6 +92,7 @@ impl Suspended {
         match self {
             Suspended::Ublk(suspended) => suspended.remove(),
             Suspended::Fuse(suspended) => suspended.remove(),
+            Suspended::Nbd(_) => Ok(()),
         }
     }
 }
@@ -303,7 +310,8 @@ impl Front {
         match self {
             Front::Ublk(device) => device.can_be_suspended(),
             Front::Fuse(device) if !device.kept().is_empty() => Ok(()),
-            Front::Fuse(_) | Front::Nbd(_) => {
+            Front::Nbd(_) => Ok(()),
+            Front::Fuse(_) => {
                 let reason = "goes with its server, so it cannot be suspended";
                 Err(Error::new(ErrorKind::Unsupported, self.path(), reason))
             }
@@ -325,22 +333,19 @@ impl Front {
                 Ok(suspended) => Ok(Suspended::Fuse(Box::new(suspended))),
                 Err((back, error)) => Err((back.map(Front::Fuse), error)),
             },
-            Front::Nbd(_) => {
-                let reason = "a disk that is reached by NBD cannot be suspended";
-                let error = Error::new(ErrorKind::Unsupported, self.path(), reason);
-                Err((Some(self), error))
-            }
+            Front::Nbd(device) => device
+                .suspend()
+                .map(|suspended| Suspended::Nbd(Box::new(suspended)))
+                .map_err(|error| (None, error)),
         }
     }
 
     /// The descriptors that keep the disk while its server is replaced, and what its users were
     /// told of it; none where the kernel keeps it, or nobody does.
-    pub fn kept(&self) -> (Vec<i32>, &str) {
+    pub fn kept(&self) -> (&[OwnedFd], &str) {
         match self {
-            Front::Ublk(_) | Front::Nbd(_) => (Vec::new(), ""),
-            Front::Fuse(device) => {
-                (device.kept().iter().map(AsRawFd::as_raw_fd).collect(), device.told())
-            }
+            Front::Ublk(_) | Front::Nbd(_) => (&[], ""),
+            Front::Fuse(device) => (device.kept(), device.told()),
         }
     }
 

@@ -3,7 +3,7 @@
 //! and the state.
 
 use std::io::{BufRead, BufReader, PipeReader, PipeWriter, Read, Write};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -31,8 +31,6 @@ struct Pipes {
     answers: PipeReader,
 }
 
-/// How long the rings of a dead server may hold its lock.
-const LINGER: Duration = Duration::from_secs(2);
 /// How long a dead server's device may take to go.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -234,7 +232,7 @@ fn listen(
         if let Ok(pulled) = keeper::pull(server, &keeper::unlist(fds)) {
             *kept = pulled;
         }
-        let numbers: Vec<_> = kept.iter().map(AsRawFd::as_raw_fd).collect();
+        let numbers = keeper::numbers(kept);
         let _ = answer.write_all(format!("{}\n", keeper::list(&numbers)).as_bytes());
     }
     said
@@ -349,12 +347,13 @@ impl Voice {
     ///
     /// # Errors
     /// If it cannot.
-    pub fn keep(&self, fds: &[i32], told: &str) -> Result<Keeper> {
+    pub fn keep(&self, fds: &[OwnedFd], told: &str) -> Result<Keeper> {
+        let own = keeper::numbers(fds);
         let failed = |reason: &str| Error::new(ErrorKind::Os, "the guard", reason);
         let os = |error| Error::os("the guard", &error);
         let mut pipes = self.pipes();
         let Some(Pipes { say, answers }) = &mut *pipes else { return Err(failed("is gone")) };
-        say.write_all(format!("{KEEP}{}\n", keeper::list(fds)).as_bytes()).map_err(os)?;
+        say.write_all(format!("{KEEP}{}\n", keeper::list(&own)).as_bytes()).map_err(os)?;
         let mut waits = [PollFd::new(&*answers, PollFlags::IN)];
         if poll(&mut waits, Some(&KEEP_LIMIT)).is_ok_and(|count| count == 0) {
             return Err(failed("does not answer"));
@@ -366,7 +365,7 @@ impl Voice {
             return Err(failed("cannot have descriptors of the server"));
         }
         let pid = u32::try_from(self.pid).unwrap_or(0);
-        Ok(Keeper { pid, fds: fds_there, told: told.to_owned() })
+        Ok(Keeper { pid, fds: fds_there, own, told: told.to_owned() })
     }
 }
 
@@ -408,7 +407,7 @@ impl Guard {
 pub fn claim_kept(name: &str, is_kept_here: bool) -> Result<(Claim, Disk)> {
     let busy = |reason: &str| Error::new(ErrorKind::Busy, name, reason);
     // A dead server's rings hold it for a moment longer than the server lived.
-    let end = Instant::now() + LINGER;
+    let end = Instant::now() + state::LINGER;
     let held = loop {
         match Claim::hold(name)? {
             None if Instant::now() < end => std::thread::sleep(Duration::from_millis(5)),

@@ -2,6 +2,7 @@
 //! them is done by one at a time, while the others go on.
 
 use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -19,7 +20,7 @@ use crate::guard::Voice;
 use crate::hosted::{Hosted, Wish, stuck_text};
 use crate::listen::News;
 use crate::state::{self, Claim, Disk, Keeper};
-use crate::{front, guard};
+use crate::{front, guard, keeper};
 
 /// Disks that are removed at a time where all are.
 const AT_A_TIME: usize = 8;
@@ -74,7 +75,7 @@ impl Line {
     ///
     /// # Errors
     /// If it cannot.
-    pub fn keep(&self, fds: &[i32], told: &str) -> Result<Keeper> {
+    pub fn keep(&self, fds: &[OwnedFd], told: &str) -> Result<Keeper> {
         let none = || Error::new(ErrorKind::Unsupported, "a server of many", "keeps no FUSE disk");
         self.common.voice.as_ref().ok_or_else(none)?.keep(fds, told)
     }
@@ -87,8 +88,11 @@ impl Line {
             disk.keeper = None;
             return;
         }
-        match self.keep(&fds, told) {
-            Ok(keeper) => disk.keeper = Some(keeper),
+        match self.keep(fds, told) {
+            Ok(keeper) => {
+                disk.keeper = Some(keeper);
+                keeper::store(disk, fds);
+            }
             Err(error) => {
                 front.forget();
                 disk.keeper = None;

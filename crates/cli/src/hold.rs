@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use crate::adopt;
 use crate::args::{Resize, Swap};
 use crate::assemble::{CATALOG, assemble};
+use crate::front::{Front, Suspended};
 use crate::hosted::{self, Hosted, Phase};
 use crate::{client, say, state};
 
@@ -66,6 +67,15 @@ impl Hosted {
     /// # Errors
     /// What would.
     pub(crate) fn can_be_left(&self) -> Result<()> {
+        if matches!(self.phase, Phase::Up(Front::Nbd(_)) | Phase::Held(Suspended::Nbd(_))) {
+            let reason = "is reached by NBD, so it goes with its server";
+            return Err(Error::new(ErrorKind::Unsupported, self.thing(), reason));
+        }
+        self.can_be_held()
+    }
+
+    /// Whether it can do without what is below for a while.
+    fn can_be_held(&self) -> Result<()> {
         if let Some(place) = hosted::passing(&self.plan) {
             let reason = "what is in it would go with that";
             return Err(Error::new(ErrorKind::Unsupported, place, reason));
@@ -78,7 +88,7 @@ impl Hosted {
 
     /// Finishes what is in flight, lets go of the stack. The kernel holds what comes.
     pub(crate) fn hold(&mut self) -> Result<()> {
-        self.can_be_left()?;
+        self.can_be_held()?;
         let front = match std::mem::replace(&mut self.phase, Phase::Between) {
             Phase::Up(front) => front,
             other => {

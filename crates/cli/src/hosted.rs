@@ -138,7 +138,7 @@ impl Hosted {
             let (plan, suspended) = (left.plan()?, Suspended::find(left, &claim, kept)?);
             // Before anything else: what has kept the disk so far may be this very process.
             disk.keeper = match suspended.kept() {
-                Some((fds, told)) => Some(line.keep(&fds, told)?),
+                Some((fds, told)) => Some(line.keep(fds, told)?),
                 None => None,
             };
             Ok((plan, suspended))

@@ -1,13 +1,18 @@
 //! Answers for the descriptors that keep a disk over FUSE while its server is replaced: from whom
 //! they are had, and that they are those.
+//!
+//! The guard has them. Where the disk is a unit's, systemd has them, too: the unit's next start
+//! gets them if server and guard are both gone.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 
 use devsplice_core::{Error, ErrorKind, Result};
 use devsplice_exports::fuse::Kept;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
 use crate::state::Disk;
+use crate::{notify, passed};
 
 /// Copies of a process's descriptors with these numbers.
 ///
@@ -32,18 +37,62 @@ pub fn with(disk: &Disk, fuse: Vec<OwnedFd>) -> Option<Kept> {
     (!fuse.is_empty()).then_some(Kept { fuse, number, told, path })
 }
 
-/// What keeps a disk, from who keeps it. `None` if nobody does any more: the process may be gone,
-/// and its number another's.
+/// What keeps a disk, from who keeps it: its guard, or where that is gone its server, if there
+/// still is one. `None` if nobody does any more: the process may be gone, and its number another's.
 pub fn of(disk: &Disk) -> Option<Kept> {
-    let keeper = disk.keeper.as_ref().filter(|keeper| !keeper.fds.is_empty())?;
-    let is_fuse = |fd: &i32| {
-        let link = std::fs::read_link(format!("/proc/{}/fd/{fd}", keeper.pid));
-        link.is_ok_and(|to| to.to_str() == Some("/dev/fuse"))
+    let keeper = disk.keeper.as_ref()?;
+    let from = |pid: u32, fds: &[i32]| {
+        let all_ours = fds.iter().all(|fd| is_ours(pid, *fd, disk));
+        all_ours.then(|| pull(pid, fds).ok()).flatten().filter(|fds| !fds.is_empty())
     };
-    if !keeper.fds.iter().all(is_fuse) {
-        return None;
+    let fds = from(keeper.pid, &keeper.fds).or_else(|| from(disk.pid, &keeper.own))?;
+    with(disk, fds)
+}
+
+/// Whether a process's descriptor is one of the disk's connection: newer kernels (6.18 is one) say
+/// of which one it is.
+fn is_ours(pid: u32, fd: i32, disk: &Disk) -> bool {
+    let link = std::fs::read_link(format!("/proc/{pid}/fd/{fd}"));
+    if link.ok().as_deref().and_then(|to| to.to_str()) != Some("/dev/fuse") {
+        return false;
     }
-    with(disk, pull(keeper.pid, &keeper.fds).ok()?)
+    let info = std::fs::read_to_string(format!("/proc/{pid}/fdinfo/{fd}")).unwrap_or_default();
+    let of = info.lines().find_map(|line| line.strip_prefix("fuse_connection:"));
+    of.is_none_or(|number| number.trim().parse().ok() == disk.fuse_connection)
+}
+
+/// Has systemd keep what this process serves the disk by, where it is a unit's.
+pub fn store(disk: &Disk, fds: &[OwnedFd]) {
+    if let Some(name) = stored_as(disk) {
+        notify::store(&name, fds);
+    }
+}
+
+/// The numbers of descriptors here.
+pub fn numbers(fds: &[OwnedFd]) -> Vec<i32> {
+    fds.iter().map(AsRawFd::as_raw_fd).collect()
+}
+
+/// What systemd has kept of the disk for this process, as long as the kernel has its connection.
+pub fn stored(disk: &Disk) -> Vec<OwnedFd> {
+    let Some(name) = stored_as(disk) else { return Vec::new() };
+    let pid = std::process::id();
+    let numbers = passed::numbers(&name).into_iter().filter(|fd| is_ours(pid, *fd, disk));
+    // The numbers themselves stay open beside these copies; that changes nothing, as the guard has
+    // the same.
+    let fds = pull(pid, &numbers.collect::<Vec<_>>()).unwrap_or_default();
+    if fds.iter().all(is_connected) { fds } else { Vec::new() }
+}
+
+/// Connection numbers are not used again before some four thousand million others were.
+fn stored_as(disk: &Disk) -> Option<String> {
+    Some(format!("fuse-{}", disk.fuse_connection?))
+}
+
+/// Whether the kernel still has the connection of which this is one.
+fn is_connected(fuse: &OwnedFd) -> bool {
+    let mut waits = [PollFd::new(fuse, PollFlags::empty())];
+    poll(&mut waits, Some(&Timespec::default())).is_ok_and(|count| count == 0)
 }
 
 /// Numbers as one word.
@@ -58,8 +107,6 @@ pub fn unlist(text: &str) -> Vec<i32> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::fd::AsRawFd;
-
     use super::*;
     use crate::state::Keeper;
 
@@ -76,7 +123,7 @@ mod tests {
         assert_eq!(rustix::io::read(&reader, &mut byte).unwrap(), 1);
         assert!(pull(std::process::id(), &[9999]).is_err());
         // What is no FUSE connection keeps nothing.
-        let keeper = Some(Keeper { pid: std::process::id(), fds: fds.into(), told: String::new() });
+        let keeper = Some(Keeper { pid: std::process::id(), fds: fds.into(), ..Keeper::default() });
         let disk = Disk { keeper, fuse_connection: Some(1), ..Disk::default() };
         assert!(of(&disk).is_none());
     }

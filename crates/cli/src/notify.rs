@@ -5,11 +5,19 @@
 //! the unit's main process never dies while the disk is served.
 
 use std::ffi::OsStr;
+use std::io::IoSlice;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::sync::mpsc::{Receiver, RecvError, RecvTimeoutError};
 use std::time::Duration;
+
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+
+/// How many the kernel takes in one message (`SCM_MAX_FD`).
+const AT_ONCE: usize = 253;
 
 /// The disk at `device` is served, by this process; `guard` waits for its end.
 pub fn ready(device: &str, guard: i32) {
@@ -20,6 +28,17 @@ pub fn ready(device: &str, guard: i32) {
 /// The disk is going.
 pub fn stopping() {
     send("STOPPING=1\nSTATUS=removing the disk");
+}
+
+/// Has systemd keep these descriptors as `name`, and give them to the unit's next start; nothing
+/// else as `name` any more. It does not poll them: it would be woken for each request.
+pub fn store(name: &str, fds: &[OwnedFd]) {
+    let Some(socket) = std::env::var_os("NOTIFY_SOCKET") else { return };
+    send(&format!("FDSTOREREMOVE=1\nFDNAME={name}"));
+    for fds in fds.chunks(AT_ONCE) {
+        // Where it cannot, the disk is kept by its guard alone.
+        let _ = send_with(&socket, &format!("FDSTORE=1\nFDPOLL=0\nFDNAME={name}"), fds);
+    }
 }
 
 /// Takes the next message, as `recv` does. Where systemd wants a sign of life every now and then
@@ -56,15 +75,33 @@ fn send(message: &str) {
 }
 
 fn send_to(socket: &OsStr, message: &str) -> std::io::Result<()> {
+    send_with(socket, message, &[])
+}
+
+fn send_with(socket: &OsStr, message: &str, fds: &[OwnedFd]) -> std::io::Result<()> {
     let address = match socket.as_bytes() {
         [b'@', name @ ..] => SocketAddr::from_abstract_name(name)?,
         _ => SocketAddr::from_pathname(socket)?,
     };
-    UnixDatagram::unbound()?.send_to_addr(message.as_bytes(), &address).map(drop)
+    let to = UnixDatagram::unbound()?;
+    to.connect_addr(&address)?;
+    let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+    let rights = SendAncillaryMessage::ScmRights(&fds);
+    let mut room = vec![MaybeUninit::uninit(); rights.size()];
+    let mut along = SendAncillaryBuffer::new(&mut room);
+    if !fds.is_empty() {
+        along.push(rights);
+    }
+    sendmsg(&to, &[IoSlice::new(message.as_bytes())], &mut along, SendFlags::NOSIGNAL)?;
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
+    use std::io::{IoSliceMut, Read};
+
+    use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+
     use super::*;
 
     #[test]
@@ -85,6 +122,35 @@ mod tests {
         }
         std::fs::remove_file(path).unwrap();
         assert!(send_to(OsStr::new("/no/such/socket"), "").is_err());
+    }
+
+    #[test]
+    fn descriptors_are_handed_over() {
+        let name = format!("devsplice-store-{}", std::process::id());
+        let address = SocketAddr::from_abstract_name(&name).unwrap();
+        let systemd = UnixDatagram::bind_addr(&address).unwrap();
+        systemd.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        let (mut reader, writer) = std::io::pipe().unwrap();
+        let fds = [OwnedFd::from(writer)];
+        send_with(OsStr::new(&format!("@{name}")), "FDSTORE=1\nFDNAME=fuse-7", &fds).unwrap();
+        drop(fds);
+        let (mut text, mut room) = ([0; 100], vec![MaybeUninit::uninit(); 100]);
+        let mut along = RecvAncillaryBuffer::new(&mut room);
+        let mut parts = [IoSliceMut::new(&mut text)];
+        let got = recvmsg(&systemd, &mut parts, &mut along, RecvFlags::empty()).unwrap();
+        let fds: Vec<OwnedFd> = along
+            .drain()
+            .flat_map(|one| match one {
+                RecvAncillaryMessage::ScmRights(fds) => fds.collect(),
+                _ => Vec::new(),
+            })
+            .collect();
+        assert_eq!((&text[..got.bytes], fds.len()), (&b"FDSTORE=1\nFDNAME=fuse-7"[..], 1));
+        rustix::io::write(&fds[0], b"x").unwrap();
+        drop(fds);
+        let mut said = String::new();
+        reader.read_to_string(&mut said).unwrap();
+        assert_eq!(said, "x");
     }
 
     #[test]

@@ -1,5 +1,5 @@
-//! Answers for sockets that whoever started this process listens at already and has passed on:
-//! systemd's socket activation (`LISTEN_FDS`, see sd_listen_fds(3)).
+//! Answers for what whoever started this process has passed on (`LISTEN_FDS`, see
+//! sd_listen_fds(3)): sockets that systemd listens at already, and what it has kept for a unit.
 
 use std::os::fd::OwnedFd;
 use std::sync::OnceLock;
@@ -21,18 +21,27 @@ static PASSED: OnceLock<Vec<(String, OwnedFd)>> = OnceLock::new();
 /// Takes what was passed, if it was to this process: its children, which serve, have another
 /// number. Early, for who is shut in may not any more.
 pub fn take() {
-    let get = |name: &str| std::env::var(name).unwrap_or_default();
-    if get("LISTEN_PID") != std::process::id().to_string() {
-        return;
-    }
+    let Some(all) = passed() else { return };
     let Ok(own) = pidfd_open(getpid(), PidfdFlags::empty()) else { return };
     let copy = |(name, number)| {
         let fd = pidfd_getfd(&own, number, PidfdGetfdFlags::empty()).ok()?;
         // systemd keeps other things for a unit as well.
         (socket_acceptconn(&fd) == Ok(true)).then_some((name, fd))
     };
-    let all = named(&get("LISTEN_FDS"), &get("LISTEN_FDNAMES"));
     let _ = PASSED.set(all.into_iter().filter_map(copy).collect());
+}
+
+/// The numbers of what was passed to this process by that name.
+pub fn numbers(name: &str) -> Vec<i32> {
+    let all = passed().unwrap_or_default().into_iter();
+    all.filter(|(one, _)| one == name).map(|(_, number)| number).collect()
+}
+
+/// What was passed to this very process.
+fn passed() -> Option<Vec<(String, i32)>> {
+    let get = |name: &str| std::env::var(name).unwrap_or_default();
+    let is_ours = get("LISTEN_PID") == std::process::id().to_string();
+    is_ours.then(|| named(&get("LISTEN_FDS"), &get("LISTEN_FDNAMES")))
 }
 
 fn named(count: &str, names: &str) -> Vec<(String, i32)> {

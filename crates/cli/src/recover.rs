@@ -61,12 +61,23 @@ pub fn back(left: &Disk) -> Result<Disk> {
         let disk = client::call_server(server, "recover", &json!({ "disk": left.name }), TAKE)?;
         return launch::disk(&json!({ "disk": disk }));
     }
+    // Without a guard it may be systemd that has kept what keeps the disk, for this very process.
+    let stored = if guard::is_kept(left) { Vec::new() } else { keeper::stored(left) };
+    let stored = Some(stored).filter(|stored| !stored.is_empty());
     let report = launch(|| {
-        let server = again(&left.name, None)?;
+        let server = again(&left.name, stored)?;
         let disk = server.disk()?;
         Ok((server, json!({ "disk": disk })))
     })?;
     launch::disk(&report)
+}
+
+/// Has a disk that is served taken over from its server, to be guarded by who asks for that.
+///
+/// # Errors
+/// If it cannot be; its server goes on then.
+pub fn taken(found: &Found) -> Result<Disk> {
+    launch::disk(&launch(|| succeed(found))?)
 }
 
 /// Does it for all, and fails at the end if it failed for one.
@@ -277,6 +288,12 @@ fn succeed(found: &Found) -> Result<(Server, launch::Report)> {
     let guard = guard::start()?;
     // From the old guard, which is there until this process has taken over.
     let kept = keeper::of(&found.disk);
+    if kept.is_none() && found.disk.ublk_id.is_none() {
+        guard.dismiss();
+        let reason = "what keeps it cannot be had from its guard nor from its server";
+        return Err(Error::new(ErrorKind::Permission, name, reason)
+            .next("see whether this kernel lets root look into other processes"));
+    }
     let start = Instant::now();
     let taken =
         client::call(name, "hand-over", &json!({}), HAND_OVER).and_then(|_| {
@@ -292,7 +309,8 @@ fn succeed(found: &Found) -> Result<(Server, launch::Report)> {
         Ok((claim, left)) => {
             let server = Server::take_over(claim, &left, guard, kept, "upgraded")?;
             let moved = moved(name, (left.pid, std::process::id()), start);
-            Ok((server, json!({ "moved": [moved] })))
+            let disk = server.disk()?;
+            Ok((server, json!({ "moved": [moved], "disk": disk })))
         }
         Err(error) => {
             guard.dismiss();

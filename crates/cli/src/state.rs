@@ -11,6 +11,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use devsplice_core::{Error, ErrorKind, Result};
 use devsplice_spec::Plan;
@@ -99,10 +100,15 @@ pub struct Keeper {
     pub pid: u32,
     /// The descriptors' numbers there.
     pub fds: Vec<i32>,
+    /// Their numbers in the server itself, for where its guard is gone.
+    #[serde(default)]
+    pub own: Vec<i32>,
     /// What the disk's users were told of it.
     pub told: String,
 }
 
+/// How long a dead server may have its lock.
+pub const LINGER: Duration = Duration::from_secs(2);
 /// Milliseconds after which a server's death is not the start's fault.
 pub const SETTLED_MS: u64 = 1000;
 
@@ -225,7 +231,7 @@ impl Claim {
         if let Some(name) = name {
             check_name(name)?;
             let taken = |reason: &str| Error::new(ErrorKind::Busy, format!("`{name}`"), reason);
-            return match Claim::hold(name)? {
+            return match Claim::hold_of_dead(name)? {
                 Some((_, Some(left))) if guard::is_kept(&left) => {
                     let reason = "is the name of a disk whose server is gone; the kernel keeps it";
                     Err(taken(reason).next(format!(
@@ -282,6 +288,20 @@ impl Claim {
             }
         }
         Ok(None)
+    }
+
+    /// As [`Claim::hold`]; where a process that has died still has the lock, which goes with its
+    /// last thread and with what it had in flight, a little later.
+    fn hold_of_dead(name: &str) -> Result<Option<(Claim, Option<Disk>)>> {
+        let end = Instant::now() + LINGER;
+        loop {
+            let held = Claim::hold(name)?;
+            let is_dead = || peek(name).is_some_and(|disk| !runs(disk.pid));
+            if held.is_some() || Instant::now() > end || !is_dead() {
+                return Ok(held);
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     /// The lock itself: it is held until the last copy of this is closed.
@@ -360,6 +380,30 @@ pub struct Found {
     pub disk: Disk,
     /// Whether its server lives.
     pub alive: bool,
+}
+
+impl Found {
+    /// Whether its server's process runs; where it does not, and [`Found::alive`] says that it
+    /// lives, something that it had in flight still has its lock.
+    pub fn lives(&self) -> bool {
+        runs(self.disk.pid)
+    }
+
+    /// Whether that process ends in this time.
+    pub fn ends_within(&self, limit: Duration) -> bool {
+        let end = Instant::now() + limit;
+        while self.lives() && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        !self.lives()
+    }
+}
+
+/// Whether a process is there and has not ended. (Threads of one that has may be about to.)
+fn runs(pid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"));
+    let state = stat.ok().and_then(|stat| stat.rsplit_once(") ")?.1.chars().next());
+    state.is_some_and(|state| !matches!(state, 'Z' | 'X'))
 }
 
 /// What is in the directory of state.

@@ -59,6 +59,7 @@ impl Ran {
 /// A program that is to be run.
 pub struct Call {
     command: Command,
+    input: Stdio,
     line: String,
     limit: Duration,
 }
@@ -74,7 +75,7 @@ pub fn call<A: AsRef<OsStr>>(
         line += &format!(" {}", argument.as_ref().to_string_lossy());
         command.arg(argument);
     }
-    Call { command, line, limit: Duration::from_secs(30) }
+    Call { command, input: Stdio::null(), line, limit: Duration::from_secs(30) }
 }
 
 impl Call {
@@ -82,6 +83,13 @@ impl Call {
     #[must_use]
     pub fn env(mut self, name: &str, value: impl AsRef<OsStr>) -> Call {
         self.command.env(name, value);
+        self
+    }
+
+    /// Sets its standard input, which is empty otherwise.
+    #[must_use]
+    pub fn input(mut self, input: impl Into<Stdio>) -> Call {
+        self.input = input.into();
         self
     }
 
@@ -123,7 +131,7 @@ impl Call {
     #[must_use]
     pub fn start(mut self) -> Running {
         let slow = if mode() == Mode::Vm { 3 } else { 1 };
-        self.command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        self.command.stdin(self.input).stdout(Stdio::piped()).stderr(Stdio::piped());
         // A group of its own: what it starts can be ended with it.
         self.command.process_group(0);
         let start = Instant::now();

@@ -76,7 +76,7 @@ impl Captive {
 
     /// A socket that is connected to it.
     pub(super) fn reach(&self) -> io::Result<OwnedFd> {
-        UnixStream::connect(&self.socket).map(OwnedFd::from)
+        super::connect::roomy(UnixStream::connect(&self.socket)?.into())
     }
 }
 

@@ -48,11 +48,11 @@ impl Target {
 /// How long a server may take to accept us.
 const CONNECT: Duration = Duration::from_secs(HANDSHAKE_SECONDS);
 
-/// Connects, and has the server give its export.
+/// Connects, and has the server give its export, to be asked in `mode` at best.
 ///
 /// # Errors
 /// If it cannot be reached, or does not give it.
-pub(super) fn connect(target: &Target) -> Result<Link> {
+pub(super) fn connect(target: &Target, mode: Mode) -> Result<Link> {
     let (socket, export, tls) = match target {
         Target::At(uri) => (reach(&uri.place), uri.export.as_str(), client(uri)),
         Target::Captive(captive) => (captive.reach(), "", None),
@@ -60,7 +60,7 @@ pub(super) fn connect(target: &Target) -> Result<Link> {
     };
     let name = target.name();
     let socket = socket.map_err(|error| Error::os(&name, &error).next("is the server there?"))?;
-    greet(socket, export, tls.as_ref()).map_err(|error| error.within(&name))
+    greet(socket, (export, mode), tls.as_ref()).map_err(|error| error.within(&name))
 }
 
 /// Our side of TLS, where an address asks for it.
@@ -81,7 +81,7 @@ fn client(uri: &Uri) -> Option<Client> {
 /// A socket that is connected to a place.
 fn reach(place: &Place) -> io::Result<OwnedFd> {
     match place {
-        Place::Unix(path) => UnixStream::connect(path).map(OwnedFd::from),
+        Place::Unix(path) => roomy(UnixStream::connect(path)?.into()),
         Place::Vsock(machine, port) => Ok(vsock::dial(*machine, *port)?),
         Place::Tcp(host, port) => {
             let mut last = io::Error::from(io::ErrorKind::NotFound);
@@ -96,6 +96,16 @@ fn reach(place: &Place) -> io::Result<OwnedFd> {
     }
 }
 
+/// Bytes that a socket on this machine is to hold: some writes of 64 KiB. The kernel gives as much
+/// as `net.core.wmem_max` allows, twice.
+const ROOM: usize = 1 << 20;
+
+/// A socket that takes writes while the server is busy with others.
+pub(super) fn roomy(socket: OwnedFd) -> io::Result<OwnedFd> {
+    sockopt::set_socket_send_buffer_size(&socket, ROOM)?;
+    Ok(socket)
+}
+
 /// Requests are sent whole, and a machine that is gone is to be noticed.
 fn tuned(stream: TcpStream) -> io::Result<OwnedFd> {
     stream.set_nodelay(true)?;
@@ -108,9 +118,9 @@ fn tuned(stream: TcpStream) -> io::Result<OwnedFd> {
 }
 
 /// Leads the handshake; inside TLS, if that is asked for.
-fn greet(socket: OwnedFd, export: &str, tls: Option<&Client>) -> Result<Link> {
+fn greet(socket: OwnedFd, (export, mode): (&str, Mode), tls: Option<&Client>) -> Result<Link> {
     let end = Instant::now() + CONNECT;
-    let (name, mode, is_tls) = (export.to_owned(), Mode::Extended, tls.is_some());
+    let (name, is_tls) = (export.to_owned(), tls.is_some());
     let mut handshake = Handshake::new(Wish { name, mode, allocation: true, tls: is_tls });
     let failed = |error: io::Error| Error::os("handshake", &error);
     let mut socket = socket;
@@ -265,7 +275,7 @@ mod tests {
                 serve(&mut stream);
                 stream
             });
-            let link = greet(reach(&place).unwrap(), "a", None).unwrap();
+            let link = greet(reach(&place).unwrap(), ("a", Mode::Extended), None).unwrap();
             let theirs = serving.join().unwrap();
             let flags = rustix::net::SendFlags::DONTWAIT;
             let mut sent = 0;

@@ -14,6 +14,7 @@ use std::sync::Arc;
 
 use devsplice_core::limits::{MAX_BLOCK, SECTOR};
 use devsplice_core::{Args, Errno, Error, Key, Kind, Limits, Result, Source};
+use devsplice_nbd::Mode;
 use devsplice_nbd::client::Agreed;
 use devsplice_nbd::uri::Uri;
 use devsplice_nbd::wire::can;
@@ -39,6 +40,7 @@ pub const SOURCE: Source = Source {
         ),
         Key::optional("readonly", Kind::Switch, "change nothing (off)"),
         Key::optional("connections", Kind::Count, "most connections (one a thread)"),
+        Key::optional("replies", Kind::Text, "`simple`, or what it has: `best` (best)"),
         Key::optional("timeout", Kind::Duration, "give a silent connection up (60s; 0: never)"),
         Key::optional("reconnect-delay", Kind::Duration, "how long requests wait for one (60s)"),
         Key::optional("on-loss", Kind::Text, "then they `fail`, or wait on: `hold` (fail)"),
@@ -93,13 +95,25 @@ pub fn open(args: &Args, access: Access) -> Result<Opened> {
     };
     let connections = args.count("connections")?;
     let connections = connections.map(|count| u16::try_from(count).unwrap_or(u16::MAX));
-    let server = Server::open(target, connections, patience)?;
+    let server = Server::open((target, mode(args)?), connections, patience)?;
     let name = server.name().to_owned();
     let limits = limits(server.agreed()).map_err(|error| error.within(&name))?;
     let asked = args.switch("readonly")?.unwrap_or(false);
     let read_only = limits.read_only || asked || access == Access::Read;
     let limits = Limits { read_only, ..limits };
     Ok(Opened { body: Body::Server(Arc::new(server)), limits, warnings: Vec::new() })
+}
+
+/// How the server is to answer, at best.
+fn mode(args: &Args) -> Result<Mode> {
+    match args.text("replies") {
+        None | Some("best") => Ok(Mode::Extended),
+        Some("simple") => Ok(Mode::Simple),
+        Some(other) => {
+            let reason = format!("`{other}` is neither simple nor best");
+            Err(Error::invalid("replies", reason))
+        }
+    }
 }
 
 fn patience(args: &Args) -> Result<Patience> {

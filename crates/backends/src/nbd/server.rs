@@ -5,6 +5,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use devsplice_core::{Error, ErrorKind, Result};
+use devsplice_nbd::Mode;
 use devsplice_nbd::client::conversation::same_export;
 use devsplice_nbd::client::{Agreed, Extent};
 use devsplice_nbd::wire::can;
@@ -31,6 +32,7 @@ pub struct Server {
 
 struct Shared {
     target: Target,
+    mode: Mode,
     name: String,
     agreed: Agreed,
     patience: Patience,
@@ -102,13 +104,13 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Server {
-    /// Connects for the first time.
+    /// Connects for the first time; `mode` is the best that is asked for.
     pub(super) fn open(
-        target: Target,
+        (target, mode): (Target, Mode),
         connections: Option<u16>,
         patience: Patience,
     ) -> Result<Server> {
-        let mut link = connect(&target)?;
+        let mut link = connect(&target, mode)?;
         if !target.is_there_again() {
             link.agreed.flags &= !can::MULTI_CONN;
         }
@@ -120,6 +122,7 @@ impl Server {
         let shared = Shared {
             name: target.name(),
             target,
+            mode,
             agreed,
             patience,
             connections,
@@ -284,7 +287,7 @@ impl Shared {
 
     /// Another connection, to the same export.
     fn again(&self) -> Result<Link> {
-        let link = connect(&self.target)?;
+        let link = connect(&self.target, self.mode)?;
         match same_export(&self.agreed, &link.agreed) {
             Ok(()) => Ok(link),
             Err(what) => {

@@ -1,7 +1,7 @@
 //! Answers for the less common ways into a disk over NBD: sockets that systemd has passed, and
 //! vsock.
 
-use devsplice_e2e::{Call, Group, Outcome, Room, call, need, need_tool, wait_until};
+use devsplice_e2e::{Call, Group, MIB, Outcome, Room, call, need, need_tool, wait_until};
 use serde_json::Value;
 
 pub fn add(group: &mut Group) {
@@ -9,6 +9,8 @@ pub fn add(group: &mut Group) {
     group.add("systemd_starts_it_when_the_first_client_comes", activated);
     group.add("a_socket_that_nobody_has_passed_is_refused_by_name", not_passed);
     group.add("clients_of_this_machine_come_in_over_vsock", vsock);
+    group.add("a_disk_that_has_grown_is_seen_so_by_clients_that_come_anew", grown);
+    group.add("clients_of_a_quiesced_disk_wait_until_it_goes_on", quiesced);
 }
 
 /// A call of a client, which starts the server itself where its arguments say so.
@@ -136,5 +138,65 @@ fn vsock() -> Outcome {
         }
         let _ = room.devsplice(["del", "--force", &name]).ok();
     }
+    Ok(())
+}
+
+fn size_of(room: &Room, uri: &str) -> Value {
+    export(&client(room, "nbdinfo", &["--json", uri]).ok())["export-size"].clone()
+}
+
+fn grown() -> Outcome {
+    need_tool("nbdinfo")?;
+    need_tool("qemu-io")?;
+    let room = Room::new();
+    let (name, file) = (room.name(), room.file("grows.img", 8 * MIB));
+    let listen = format!("unix:{}", room.path("nbd.sock"));
+    let uri = room.devsplice(["add", &file, "-n", &name, "--listen", &listen]).ok();
+    let uri = uri.trim();
+    assert_eq!(size_of(&room, uri), 8 * MIB);
+    let write = ["-f", "raw", "-c", "write -P 7 7M 1M", uri];
+    let _ = client(&room, "qemu-io", &write).ok();
+    let grow = std::fs::File::options().write(true).open(&file).unwrap();
+    grow.set_len(16 * MIB).unwrap();
+    assert_eq!(size_of(&room, uri), 8 * MIB, "nobody was told");
+    let said = room.devsplice(["resize", &name]).ok();
+    assert!(said.contains("16M"), "{said}");
+    assert_eq!(size_of(&room, uri), 16 * MIB);
+    let read = ["-f", "raw", "-c", "read -P 7 7M 1M", "-c", "write -P 9 15M 1M", uri];
+    let said = client(&room, "qemu-io", &read).ok();
+    assert!(!said.contains("failed") && !said.contains("rror"), "{said}");
+    grow.set_len(8 * MIB).unwrap();
+    let refused = room.refusal(["resize", &name]);
+    assert!(refused.contains("--shrink"), "{refused}");
+    let _ = room.devsplice(["resize", "--shrink", &name]).ok();
+    assert_eq!(size_of(&room, uri), 8 * MIB);
+    // Another program cannot take it over.
+    let refused = room.refusal(["upgrade", &name]);
+    assert!(refused.contains("goes with its server"), "{refused}");
+    assert_eq!(size_of(&room, uri), 8 * MIB);
+    let _ = room.devsplice(["del", "--force", &name]).ok();
+    assert!(!std::path::Path::new(&room.path("nbd.sock")).exists());
+    Ok(())
+}
+
+fn quiesced() -> Outcome {
+    need_tool("nbdinfo")?;
+    let room = Room::new();
+    let (name, file) = (room.name(), room.file("a.img", 8 * MIB));
+    let listen = format!("unix:{}", room.path("nbd.sock"));
+    let uri = room.devsplice(["add", &file, "-n", &name, "--listen", &listen]).ok();
+    let _ = room.devsplice(["quiesce", &name]).ok();
+    let mut waits = client(&room, "nbdinfo", &["--json", uri.trim()]).start();
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    assert!(!waits.is_over(), "nobody serves it");
+    let _ = room.devsplice(["resume", &name]).ok();
+    assert_eq!(export(&waits.finish().ok().out)["export-size"], 8 * MIB);
+    // It may go on with another stack.
+    let other = room.file("b.img", 16 * MIB);
+    let _ = room.devsplice(["swap", &name, &other]).ok();
+    assert_eq!(size_of(&room, uri.trim()), 16 * MIB);
+    let _ = room.devsplice(["quiesce", &name]).ok();
+    let _ = room.devsplice(["del", "--force", &name]).ok();
+    assert!(!std::path::Path::new(&room.path("nbd.sock")).exists());
     Ok(())
 }

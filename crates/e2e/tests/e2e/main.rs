@@ -30,6 +30,7 @@ mod recover;
 mod remote;
 mod replay;
 mod rpc;
+mod stored;
 mod tls;
 mod ublk;
 mod verify;
@@ -120,6 +121,10 @@ fn groups() -> Vec<Group> {
             protect::add(&mut group, kind);
             ops::add(&mut group, kind);
             reach::add_once(&mut group, kind);
+            many::add_thousand(&mut group, kind);
+            if kind == Kind::Fuse {
+                stored::add(&mut group, kind);
+            }
             if kind == home {
                 dialect::add(&mut group, kind);
                 if kind.is_ublk() {

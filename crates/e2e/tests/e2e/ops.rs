@@ -277,7 +277,7 @@ const STEPS: &str = "
 
 fn unit(kind: Kind) -> Outcome {
     need(mode() == Mode::Vm, "starts systemd")?;
-    need(kind.is_ublk(), "a disk over FUSE goes with its server")?;
+    need(kind.is_ublk(), "stored.rs does it for FUSE")?;
     need(Path::new("/lib/systemd/systemd").exists(), "no systemd here")?;
     need_tool("nsenter")?;
     let room = Room::new();

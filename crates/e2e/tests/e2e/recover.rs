@@ -44,6 +44,9 @@ pub fn add(group: &mut Group, kind: Kind, is_home: bool) {
         group.add("kept_by_its_guard_alone_over_fuse", move || {
             asks_again().and_then(|()| by_guard(kind))
         });
+        group.add("kept_a_server_without_a_guard_is_taken_over_by_one_with", move || {
+            asks_again().and_then(|()| guarded_again(kind))
+        });
         return;
     }
     group.add("kept_fio_verify_does_not_notice_that_servers_are_killed", move || kills(kind));
@@ -54,6 +57,9 @@ pub fn add(group: &mut Group, kind: Kind, is_home: bool) {
     group.add("kept_a_program_that_does_not_start_upgrades_nothing", move || bad_upgrade(kind));
     group.add("kept_recover_takes_over_when_the_guard_is_gone_too", move || by_hand(kind));
     group.add("kept_add_takes_back_what_waits_where_that_is_asked_for", move || taken_back(kind));
+    group.add("kept_a_server_without_a_guard_is_taken_over_by_one_with", move || {
+        guarded_again(kind)
+    });
     group.add("kept_recover_with_another_stack_below_is_refused", move || wrong_stack(kind));
     group.add("kept_what_was_in_flight_fails_where_that_was_asked_for", move || policies(kind));
     group.add("kept_a_server_that_keeps_dying_is_let_be", move || dying(kind));
@@ -66,7 +72,7 @@ pub fn add(group: &mut Group, kind: Kind, is_home: bool) {
 }
 
 /// Who serves it now.
-fn server(disk: &Disk<'_>) -> Process {
+pub(crate) fn server(disk: &Disk<'_>) -> Process {
     Process(disk.info()["pid"].as_u64().and_then(|pid| u32::try_from(pid).ok()).unwrap_or(0))
 }
 
@@ -94,7 +100,7 @@ pub(crate) fn kill(room: &Room, disk: &Disk<'_>) {
 }
 
 /// Does something `count` times while fio writes and verifies, over and over.
-fn under_verify(disk: &Disk<'_>, count: u32, mut each: impl FnMut(u32)) {
+pub(crate) fn under_verify(disk: &Disk<'_>, count: u32, mut each: impl FnMut(u32)) {
     let done = AtomicBool::new(false);
     let node = disk.node.clone();
     std::thread::scope(|scope| {
@@ -226,13 +232,45 @@ fn by_hand(kind: Kind) -> Outcome {
     Ok(())
 }
 
+/// Guards are killed alone. A unit that has lost its guard is started again; a person may know.
+fn guarded_again(kind: Kind) -> Outcome {
+    engines()?;
+    let room = Room::new();
+    let file = room.file("a", SPAN);
+    let disk = room.add(kind, &file, &["--no-part-scan"]);
+    let plain = room.refusal(room.add_arguments(kind, &file, &["-n", &disk.name]));
+    assert!(plain.contains("is the name of a running disk"), "{plain}");
+    let again = room.add_arguments(kind, &file, &["-n", &disk.name, "--or-recover"]);
+    let guard = |server: Process| Process(server.children().first().copied().unwrap_or(0));
+    let mut taken = 0;
+    under_verify(&disk, 4, |number| {
+        let old = server(&disk);
+        guard(old).signal(Signal::KILL);
+        wait_until(5, "the end of the guard", || !guard(old).lives());
+        let said = match number % 2 {
+            0 => room.devsplice(&again).ok(),
+            _ => room.devsplice(["upgrade", &disk.name]).ok(),
+        };
+        let next = server(&disk);
+        assert!(next != old, "{said}");
+        assert!(guard(next).lives(), "nobody guards {next:?}: {said}");
+        // And that one does what a guard is for.
+        kill(&room, &disk);
+        taken += 1;
+    });
+    assert_eq!(taken, 4);
+    let _ = disk.del(&[]).ok();
+    disk.is_gone_within(5);
+    Ok(())
+}
+
 /// As a unit does that is started again after its server and its guard were killed.
 fn taken_back(kind: Kind) -> Outcome {
     let room = Room::new();
     let file = room.full_file("a", 8 * MIB, 0x5a);
     let disk = room.add(kind, &file, &["--or-recover"]);
     let add = |stack: &str| room.add_arguments(kind, stack, &["-n", &disk.name, "--or-recover"]);
-    let refused = room.refusal(add(&file));
+    let refused = room.refusal(add(&format!("linear({file}, size=4M)")));
     assert!(refused.contains("is the name of a running disk"), "{refused}");
     // Not held, as a mount would: merely open.
     let open = std::fs::File::open(&disk.node).unwrap();

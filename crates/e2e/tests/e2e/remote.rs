@@ -103,12 +103,15 @@ fn server(info: &Value) -> (u64, u64) {
 fn every_byte(kind: Kind) -> Outcome {
     engines()?;
     need_tool("nbdkit")?;
-    for (plugin, stack) in [("memory", "NBD"), ("file", "stripe(chunk=16k, NBD, FILE)")] {
+    let stacks =
+        [("memory", "NBD"), ("memory", "SIMPLE"), ("file", "stripe(chunk=16k, NBD, FILE)")];
+    for (plugin, stack) in stacks {
         let room = Room::new();
         let image = room.file("served.img", SIZE);
         let size = SIZE.to_string();
         let what = if plugin == "file" { image.as_str() } else { size.as_str() };
         let kit = Kit::new(&room, &[plugin, what]);
+        let stack = stack.replace("SIMPLE", &kit.with("replies=simple"));
         let stack = stack.replace("NBD", &kit.uri()).replace("FILE", &room.file("b", SIZE));
         let disk = room.add(kind, &stack, &[]);
         let moved = verify(&room, &disk.node, 16 * MIB, "4k-256k");
@@ -365,6 +368,7 @@ fn nowhere() -> Outcome {
         ("nbd://127.0.0.1:1/".to_owned(), ["127.0.0.1:1", "refused"]),
         ("nbd://".to_owned(), ["nbd://", "no host"]),
         (format!("nbd(\"unix:{none}\", on-loss=maybe)"), ["on-loss", "fail nor hold"]),
+        (format!("nbd(\"unix:{none}\", replies=long)"), ["replies", "simple nor best"]),
     ] {
         let said = room.refusal(["map", &stack]);
         for word in words {

@@ -26,6 +26,7 @@ use rustix::net::Shutdown;
 use super::listen::is_local;
 use super::outbox::{Data, Outbox};
 use super::post::{Client, Extent, Letter, Post, Question};
+use super::state::{Intake, Phase, Tag, error_of, is_gone};
 
 /// Bytes that are received at a time where data may come along.
 const STAGE: usize = 64 << 10;
@@ -38,48 +39,6 @@ const MAX_BYTES: u64 = 2 * MAX_PAYLOAD as u64;
 const RECEIVED: u32 = 0;
 const SENT: u32 = 1;
 const BELL: u32 = 2;
-
-/// What a tag's request was.
-#[derive(Clone, Copy, Default)]
-struct Tag {
-    cookie: u64,
-    offset: u64,
-    /// Bytes of data that count as in flight.
-    bytes: u32,
-    /// It has to be durable, which takes a flush behind it.
-    flush: bool,
-    /// It is a question that has no answer yet.
-    asked: bool,
-}
-
-/// What is to come from the client next.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Intake {
-    Request,
-    /// The data of a write: so many of its bytes are there.
-    Data {
-        tag: u16,
-        there: u32,
-        len: u32,
-        fua: bool,
-    },
-    /// Data of a request that was refused.
-    Skip {
-        left: u64,
-    },
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Phase {
-    /// Nobody is here.
-    Free,
-    /// Requests are taken.
-    Open,
-    /// None are, and what was asked is answered.
-    Leaving,
-    /// Nothing is answered any more.
-    Lost,
-}
 
 /// A connection's place on an I/O thread, whether somebody is there or not.
 pub(super) struct Connection {
@@ -178,14 +137,9 @@ impl Connection {
             self.start(inbox, tag, Io::new(Op::Flush, 0, 0), ring);
         }
         if post.is_stopping() {
-            self.lose(None);
-            // Nobody answers any more, nor are answers heard.
-            for tag in 0..self.stage() {
-                if self.tags[usize::from(tag)].asked {
-                    self.free(tag);
-                }
-            }
-        } else {
+            self.end();
+        }
+        if !post.is_stopping() || self.phase == Phase::Leaving {
             self.listen(ring);
         }
         self.take(ring, inbox);
@@ -433,7 +387,9 @@ impl Connection {
 
     /// The reply to a question about a range.
     fn tell(&mut self, ring: &mut Uring, tag: u16, extents: &[Extent]) {
-        self.tags[usize::from(tag)].asked = false;
+        if !std::mem::take(&mut self.tags[usize::from(tag)].asked) {
+            return;
+        }
         if self.phase == Phase::Lost {
             return self.free(tag);
         }
@@ -466,8 +422,7 @@ impl Connection {
         match self.outbox.sent(result) {
             Ok(()) => {}
             Err(errno) => {
-                let is_gone = errno.raw() == EPIPE || errno.raw() == ECONNRESET;
-                self.lose((!is_gone).then_some("a reply could not be sent"));
+                self.lose((!is_gone(errno)).then_some("a reply could not be sent"));
             }
         }
         while let Some(tag) = self.outbox.next_gone() {
@@ -475,6 +430,25 @@ impl Connection {
         }
         self.take(ring, inbox);
         self.settle(ring);
+    }
+
+    /// Ends the connection: with answers to what was asked for, or at once.
+    fn end(&mut self) {
+        match &self.client {
+            Some(client) if self.post.is_gentle() && self.phase == Phase::Open => {
+                self.phase = Phase::Leaving;
+                // The receive that is out ends.
+                let _ = rustix::net::shutdown(&client.socket, Shutdown::Read);
+            }
+            _ if self.post.is_gentle() => {}
+            _ => self.lose(None),
+        }
+        for tag in 0..self.stage() {
+            // Nobody answers that any more.
+            if std::mem::take(&mut self.tags[usize::from(tag)].asked) {
+                self.free(tag);
+            }
+        }
     }
 
     /// Ends the connection at once; what is in flight below goes on.
@@ -513,6 +487,10 @@ impl Connection {
         self.client = None;
         self.let_go(ring);
         self.post.leave(self.desk);
+        if self.post.is_stopping() {
+            // It is listened to as long as somebody is here.
+            self.post.desks[self.desk].bell.ring();
+        }
     }
 
     /// Has the ring forget the socket, so that it closes.
@@ -521,21 +499,6 @@ impl Connection {
             // Kept until the next client's replaces it if that fails; it is shut down in any case.
             let _ = ring.replace_file(self.socket, RingFile { fd, kind: FileKind::Other });
         }
-    }
-}
-
-const EPIPE: i32 = 32;
-const ECONNRESET: i32 = 104;
-
-/// The protocol's number for a failure.
-fn error_of(errno: Errno) -> u32 {
-    match errno {
-        Errno::EPERM | Errno::EROFS | Errno::EACCES => error::EPERM,
-        Errno::ENOMEM => error::ENOMEM,
-        Errno::EINVAL => error::EINVAL,
-        Errno::ENOSPC => error::ENOSPC,
-        Errno::EOPNOTSUPP => error::ENOTSUP,
-        _ => error::EIO,
     }
 }
 

@@ -12,16 +12,19 @@ mod guest;
 mod listen;
 mod outbox;
 mod post;
+mod state;
+mod suspend;
 
 pub use devsplice_nbd::server::Tls;
 pub use devsplice_nbd::uri::Uri;
 pub use devsplice_tls::{Certificates, Server};
 pub use listen::Rule;
+pub use suspend::Suspended;
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use devsplice_core::{Error, ErrorKind, Limits, Result};
 use devsplice_engine::Counts;
@@ -95,6 +98,8 @@ pub struct Device {
     crew: Crew,
     post: Arc<Post>,
     greeter: Option<JoinHandle<()>>,
+    options: Options,
+    listeners: Arc<[Listener]>,
     features: Vec<&'static str>,
 }
 
@@ -105,7 +110,6 @@ impl Device {
     /// If an address cannot be had; or as the stack, io_uring or memory refuse.
     pub fn attach(options: &Options, service: Service) -> Result<Device> {
         let mut listeners = Vec::new();
-        let is_secure = options.secure.as_ref().is_some_and(|one| one.policy == Tls::Required);
         for uri in &options.listen {
             if uri.tls.is_some() {
                 let reason = "an address to listen at does not say whether TLS is spoken";
@@ -123,6 +127,12 @@ impl Device {
             return Err(Error::invalid("--listen", "no address to serve NBD at")
                 .next("--listen unix:/run/disk.sock, or --listen nbd://127.0.0.1"));
         }
+        Device::serve(options, &listeners.into(), service)
+    }
+
+    /// Serves clients that come in at `listeners`.
+    fn serve(options: &Options, listeners: &Arc<[Listener]>, service: Service) -> Result<Device> {
+        let is_secure = options.secure.as_ref().is_some_and(|one| one.policy == Tls::Required);
         let uris =
             listeners.iter().map(|one| one.uri(&options.name, is_secure).to_string()).collect();
         let limits = *service.stack.limits();
@@ -159,9 +169,11 @@ impl Device {
             let work = move || greet::answer_all(&post, &known);
             drop(begin("nbd/tell", Box::new(work))?);
         }
-        let greeter = begin("nbd/greet", Box::new(move || host.run(&listeners)))?;
+        let doors = Arc::clone(listeners);
+        let greeter = begin("nbd/greet", Box::new(move || host.run(&doors)))?;
         let features = options.secure.as_ref().map_or(Vec::new(), Secure::features);
-        Ok(Device { uris, crew, post, greeter: Some(greeter), features })
+        let (options, listeners) = (options.clone(), Arc::clone(listeners));
+        Ok(Device { uris, crew, post, greeter: Some(greeter), options, listeners, features })
     }
 
     /// Where it is reached: the first of its addresses.
@@ -206,24 +218,17 @@ impl Device {
     ///
     /// # Errors
     /// If what is in flight below does not come back.
-    pub fn detach(mut self) -> Result<Counts> {
+    pub fn detach(self) -> Result<Counts> {
         self.post.stop();
-        if let Some(greeter) = self.greeter.take() {
-            // It has nothing to give; a panic has ended the process.
-            let _ = greeter.join();
-        }
-        let end = Instant::now() + END_LIMIT;
-        while !self.crew.is_over() {
-            if Instant::now() >= end {
-                let reason = format!("I/O below has not come back in {} s", END_LIMIT.as_secs());
-                return Err(Error::new(ErrorKind::Busy, "NBD connections", reason).next(
-                    "see dmesg for the device below; ending this process gives the rest back",
-                ));
-            }
-            std::thread::sleep(Duration::from_millis(2));
-        }
-        Ok(self.crew.counts())
+        self.end(END_LIMIT).map(|device| device.crew.counts())
     }
+}
+
+/// What is in flight below does not come back.
+fn unfinished() -> Error {
+    let reason = format!("I/O below has not come back in {} s", END_LIMIT.as_secs());
+    Error::new(ErrorKind::Busy, "NBD connections", reason)
+        .next("see dmesg for the device below; ending this process gives the rest back")
 }
 
 fn shape(options: &Options, connections: u16, threads: u16) -> Shape {

@@ -84,6 +84,8 @@ pub(super) struct Post {
     /// Rung for who answers questions.
     pub(super) asked: Bell,
     stop: AtomicBool,
+    /// Clients get their answers before that.
+    gently: AtomicBool,
     /// Threads that there are for TLS.
     relays: AtomicUsize,
     /// CPUs that this process may use.
@@ -111,6 +113,7 @@ impl Post {
             bell: Bell::new()?,
             asked: Bell::new()?,
             stop: AtomicBool::new(false),
+            gently: AtomicBool::new(false),
             relays: AtomicUsize::new(0),
             cpus: std::thread::available_parallelism().map_or(1, usize::from),
             roomy: Arc::new(AtomicBool::new(false)),
@@ -171,14 +174,29 @@ impl Post {
         lock(&self.questions).pop_front()
     }
 
+    /// Tells all threads to end when what was asked for is answered.
+    pub(super) fn dismiss(&self) {
+        self.gently.store(true, Ordering::Release);
+        self.end();
+    }
+
     /// Tells all threads to end.
     pub(super) fn stop(&self) {
+        self.gently.store(false, Ordering::Release);
+        self.end();
+    }
+
+    fn end(&self) {
         self.stop.store(true, Ordering::Release);
         self.bell.ring();
         self.asked.ring();
         for desk in &self.desks {
             desk.bell.ring();
         }
+    }
+
+    pub(super) fn is_gentle(&self) -> bool {
+        self.gently.load(Ordering::Acquire)
     }
 
     pub(super) fn is_stopping(&self) -> bool {

@@ -277,6 +277,72 @@ fn a_read_only_disk_refuses_changes_from_everybody() {
 }
 
 #[test]
+fn a_disk_gets_another_size_when_its_clients_have_had_their_answers() {
+    let mut host = Host::new("resize", |_| {});
+    let (old, new) = (host.size(), host.size() * 2);
+    for round in 0..10 {
+        let [mut writes, mut writer, mut idle] = [0; 3].map(|_| host.peer(Mode::Structured));
+        // One waits for many answers, one is in the middle of a write, one wants nothing.
+        let first = writes.last_cookie() + 1;
+        let mut bytes = Vec::new();
+        for index in 0..32 {
+            bytes.extend(writes.request(command::WRITE, ask::FUA, (index * 512, 512)));
+            bytes.extend(pattern(512, index + round));
+        }
+        writes.send(&bytes);
+        let mut bytes = writer.request(command::WRITE, 0, (1 << 20, 102_400));
+        bytes.extend(vec![0xee; 50_000]);
+        writer.send(&bytes);
+        let size = if round % 2 == 0 { new } else { old };
+        let path = host.socket();
+        let mut waiting = None;
+        host.resize(size, |_| {
+            waiting = Some(std::thread::spawn(move || Peer::connect(&path, Mode::Extended)));
+        });
+        for cookie in writes.answered_until_end() {
+            let index = cookie - first;
+            assert_eq!(host.file(index * 512, 512), pattern(512, index + round), "{index}");
+        }
+        assert!(writer.answered_until_end().is_empty() && idle.answered_until_end().is_empty());
+        assert_eq!(host.file(1 << 20, 512), vec![0; 512], "a part of a write");
+        let mut peer = waiting.unwrap().join().unwrap();
+        assert_eq!(peer.read(size - 512, 512).map(|data| data.len()), Ok(512));
+        assert_eq!(peer.read(size, 512), Err(error::EINVAL));
+    }
+}
+
+#[test]
+fn requests_that_were_taken_are_answered_before_a_disk_is_suspended() {
+    let mut host = Host::new("dismiss", |_| {});
+    let size = host.size();
+    let mut total = 0;
+    for round in 0..20 {
+        let mut peer = host.peer(Mode::Structured);
+        // The first is taken before the others come: there is its answer.
+        assert_eq!(peer.write(0, &pattern(512, round), 0), 0);
+        let first = peer.last_cookie() + 1;
+        let mut bytes = Vec::new();
+        for index in 0..32 {
+            bytes.extend(peer.request(command::WRITE, ask::FUA, (index * 4096, 4096)));
+            bytes.extend(pattern(4096, index + round));
+        }
+        peer.send(&bytes);
+        std::thread::sleep(Duration::from_micros(100 * round));
+        host.resize(size, |host| {
+            // What is there now was answered: nobody changes it any more.
+            let done: Vec<u64> = (0..32)
+                .filter(|index| host.file(index * 4096, 4096) == pattern(4096, index + round))
+                .collect();
+            let answered = peer.answered_until_end();
+            let indices: Vec<u64> = answered.iter().map(|cookie| cookie - first).collect();
+            assert!(done.iter().all(|index| indices.contains(index)), "{done:?} {indices:?}");
+            total += done.len();
+        });
+    }
+    assert!(total > 0, "none was taken in time");
+}
+
+#[test]
 fn an_end_with_clients_in_the_middle_of_things_comes_in_time_and_frees_the_socket() {
     let mut host = Host::new("end", |_| {});
     let mut peers: Vec<_> = (0..3).map(|_| host.peer(Mode::Structured)).collect();

@@ -51,6 +51,22 @@ pub struct Wishes {
     pub secure: Option<Secure>,
 }
 
+fn service(file: &std::fs::File, limits: Limits) -> Service {
+    let mut builder = StackBuilder::new();
+    let (root, _) = builder.backend("image", Limits { volatile_cache: true, ..limits }).unwrap();
+    Service {
+        pool: None,
+        stack: Arc::new(builder.finish(root)),
+        bottoms: vec![Bottom::File {
+            fd: OwnedFd::from(file.try_clone().unwrap()),
+            kind: FileKind::Regular,
+        }],
+        on_stuck: Arc::new(|stuck| panic!("{stuck:?}")),
+        on_event: Arc::new(|text| eprintln!("{text}")),
+        on_death: |error| panic!("{error}"),
+    }
+}
+
 /// A server over a sparse file.
 pub struct Host {
     device: Option<Device>,
@@ -80,21 +96,8 @@ impl Host {
         open.create(true).truncate(true).read(true).write(true);
         let file = open.open(dir.join("image")).unwrap();
         file.set_len(SIZE).unwrap();
-        let mut builder = StackBuilder::new();
         let fast_zeroes = !wishes.slow_zeroes;
-        let limits = Limits { volatile_cache: true, fast_zeroes, ..Limits::ideal(SIZE) };
-        let (root, _) = builder.backend("image", limits).unwrap();
-        let service = Service {
-            pool: None,
-            stack: Arc::new(builder.finish(root)),
-            bottoms: vec![Bottom::File {
-                fd: OwnedFd::from(file.try_clone().unwrap()),
-                kind: FileKind::Regular,
-            }],
-            on_stuck: Arc::new(|stuck| panic!("{stuck:?}")),
-            on_event: Arc::new(|text| eprintln!("{text}")),
-            on_death: |error| panic!("{error}"),
-        };
+        let service = service(&file, Limits { fast_zeroes, ..Limits::ideal(SIZE) });
         let options = Options {
             name: "disk".to_owned(),
             listen: wishes.listen.iter().map(|text| Uri::parse(text).unwrap()).collect(),
@@ -118,6 +121,15 @@ impl Host {
 
     pub fn size(&self) -> u64 {
         SIZE
+    }
+
+    /// Nobody serves while `meanwhile` is done; then the file is, with this size.
+    pub fn resize(&mut self, size: u64, meanwhile: impl FnOnce(&Host)) {
+        let suspended = self.device.take().unwrap().suspend().unwrap();
+        meanwhile(self);
+        self.file.set_len(size).unwrap();
+        let served = suspended.resume(service(&self.file, Limits::ideal(size)));
+        self.device = Some(served.map_err(|(_, error)| error).unwrap());
     }
 
     pub fn socket(&self) -> String {
@@ -219,7 +231,7 @@ impl Peer {
         let Outcome::Chosen(agreed) = handshake.outcome().clone() else {
             panic!("{:?}", handshake.outcome())
         };
-        assert_eq!((agreed.mode, agreed.size, agreed.block), (mode, SIZE, 512));
+        assert_eq!((agreed.mode, agreed.size % SIZE, agreed.block), (mode, 0, 512));
         Peer { socket, agreed, cookie: 77, reads: Vec::new() }
     }
 
@@ -295,6 +307,26 @@ impl Peer {
                 (cookie, Answer { error, data, kind })
             }
         }
+    }
+
+    /// Cookies of the good replies without data that come before the connection ends.
+    pub fn answered_until_end(&mut self) -> Vec<u64> {
+        let mut bytes = Vec::new();
+        // Where the server has left something unread that is how the end looks.
+        if let Err(error) = self.socket.read_to_end(&mut bytes) {
+            assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+        }
+        let mut cookies = Vec::new();
+        let mut rest = &bytes[..];
+        while let Some((reply, len)) = Reply::parse(rest, self.agreed.mode).unwrap() {
+            let Reply::Chunk { cookie, kind: chunk::NONE, length: 0, .. } = reply else {
+                panic!("{reply:?}")
+            };
+            cookies.push(cookie);
+            rest = &rest[len..];
+        }
+        assert!(rest.is_empty(), "a part of a reply");
+        cookies
     }
 
     fn ask(&mut self, bytes: &[u8]) -> Answer {

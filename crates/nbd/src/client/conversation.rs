@@ -260,6 +260,12 @@ impl Conversation {
         Some(early)
     }
 
+    /// How many questions are not over.
+    #[must_use]
+    pub fn owed(&self) -> u32 {
+        self.count
+    }
+
     /// Bytes came from the server, or it took some.
     pub fn hear(&mut self) {
         self.heard = self.now;

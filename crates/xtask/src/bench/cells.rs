@@ -65,7 +65,8 @@ pages with zeros; the other null servers leave them as they are.
 const NBD_ABOUT: &str = "\
 Devices of an export of nbdkit's memory plugin (64 MiB, filled) over a Unix socket, a server each.
 What nbdkit does is in the figures. `nbd.ko` is the kernel's own client with one connection, as
-`nbd-client` sets it up; `nbd` is devsplice over ublk, with one connection as well.
+`nbd-client` sets it up; `nbd` is devsplice over ublk, with one connection as well, `nbd-simple` the
+same with `replies=simple`, as `nbd.ko` has them.
 
 | load | fio |
 |---|---|
@@ -259,6 +260,9 @@ const NBD_DEVICES: &[Device] = &[
         &["nbd-client", "-unix", "/run/bench-{id}.socket", "/dev/nbd0"], "/dev/nbd0"),
     over_nbd("nbd", Whose::Ours,
         add!("devsplice", "auto-register", "nbd+unix:///?socket=/run/bench-{id}.socket"), UBLK),
+    over_nbd("nbd-simple", Whose::Ours,
+        add!("devsplice", "auto-register",
+            "nbd(\"nbd+unix:///?socket=/run/bench-{id}.socket\", replies=simple)"), UBLK),
     over_nbd("other-nbd", Whose::Against,
         add!("other", "auto-register", "nbd+unix:///?socket=/run/bench-{id}.socket"), UBLK),
 ];

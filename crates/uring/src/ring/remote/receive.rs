@@ -10,7 +10,7 @@ use devsplice_nbd::client::Said;
 use super::{Conn, DATA, HEAD, Remotes, Uring, user_data};
 use crate::arena::Arena;
 use crate::splice::{DATA_AT, PagesKind, with_slot, zero_slot};
-use crate::uapi::{MSG_WAITALL, OP_RECV, SQE_FIXED_FILE, SQE_IO_LINK, Sqe};
+use crate::uapi::{MSG_WAITALL, OP_RECV, RECVSEND_POLL_FIRST, SQE_FIXED_FILE, SQE_IO_LINK, Sqe};
 
 /// Bytes of a connection's memory for what comes.
 pub(super) const ROOM: usize = 64 << 10;
@@ -239,10 +239,14 @@ fn push_head(conn: &mut Conn, ring: &mut Uring, (index, room): (usize, usize)) {
     }
     let have = to - from;
     (conn.receiving.from, conn.receiving.to) = (0, have);
+    // Where nothing can be there yet it is not tried: behind the data of the only answer, or if
+    // there is none to come.
+    let is_early = conn.talk.owed() <= u32::from(conn.receiving.target.is_some());
     ring.queues.push(Sqe {
         opcode: OP_RECV,
         fd: i32::from(conn.file.0),
         flags: SQE_FIXED_FILE,
+        ioprio: if is_early { RECVSEND_POLL_FIRST } else { 0 },
         addr: conn.memory.address(IN, have, room),
         len: u32::try_from(room).unwrap_or(0),
         user_data: user_data(index, HEAD),

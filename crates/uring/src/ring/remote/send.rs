@@ -1,10 +1,16 @@
 //! Answers for what goes out over a connection: headers, and the pages of writes between them.
 //!
-//! A batch is a list of segments in the order of the stream. Where all of them are memory of ours,
-//! one entry sends them. A slot needs an entry of its own, so there they are linked: each is sent
-//! when the one before it is, whole; one that stops short stops the rest, which goes out anew.
+//! A batch is a list of segments in the order of the stream. Headers alone go out at once. Where
+//! all segments are memory of ours, one entry sends them. A slot needs an entry of its own, so
+//! there they are linked: each is sent when the one before it is, whole; one that stops short stops
+//! the rest, which goes out anew.
 
-use super::{Remotes, SENT, Uring, user_data};
+use std::os::fd::AsFd;
+
+use devsplice_nbd::wire::MAX_REQUEST_LEN;
+use rustix::net::{SendFlags, send};
+
+use super::{Conn, Remotes, SENT, Uring, user_data};
 use crate::arena::Arena;
 use crate::ring::socket::MessageHeader;
 use crate::splice::{DATA_AT, IoVec, PagesKind, with_slot};
@@ -21,7 +27,7 @@ const CHAIN: usize = 32;
 /// Where headers are in a connection's memory.
 const OUT: usize = 0;
 
-const _: () = assert!(MOST * devsplice_nbd::wire::MAX_REQUEST_LEN <= super::receive::ROOM);
+const _: () = assert!(MOST * MAX_REQUEST_LEN <= super::receive::ROOM);
 
 /// A run of bytes of the stream.
 #[derive(Clone, Copy, Default)]
@@ -118,12 +124,40 @@ impl Batch {
 impl Remotes {
     /// Sends what was asked for, unless something is on its way.
     pub(super) fn send(&mut self, ring: &mut Uring, index: usize) {
-        let conn = &self.conns[index];
-        if !conn.talk.is_up() || conn.batch.out > 0 || !conn.talk.has_unsent() {
-            return;
+        // Each round takes something of what waits.
+        while self.may_send(index) {
+            self.gather(ring, index);
+            match self.send_now(ring, index) {
+                true => self.all_sent(ring, index),
+                false => self.submit(ring, index),
+            }
         }
-        self.gather(ring, index);
-        self.submit(ring, index);
+    }
+
+    fn may_send(&self, index: usize) -> bool {
+        let Conn { talk, batch, .. } = &self.conns[index];
+        talk.is_up() && batch.out == 0 && talk.has_unsent()
+    }
+
+    /// Sends a batch that is only headers, if there is room for them; whether that was all.
+    ///
+    /// An entry's completion would end the wait for an answer, so that there would be two calls
+    /// into the kernel for a request. A header with data behind it is not sent so: the server would
+    /// run for the header alone.
+    fn send_now(&mut self, ring: &Uring, index: usize) -> bool {
+        let conn = &mut self.conns[index];
+        let [only] = &conn.batch.segments[..conn.batch.count] else { return false };
+        // Headers lie together in the memory that they have.
+        let len = only.len as usize;
+        debug_assert!(only.slot.is_none() && only.at == conn.memory.address(OUT, 0, len));
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+        let socket = ring.files[usize::from(conn.file.0)].fd.as_fd();
+        // What goes wrong with this goes wrong again with an entry, which says so.
+        if let Ok(done @ 1..) = send(socket, &conn.memory.bytes(OUT)[..len], flags) {
+            conn.batch.advance(u32::try_from(done).unwrap_or(0));
+            conn.talk.hear();
+        }
+        conn.batch.next == conn.batch.count
     }
 
     /// Makes a batch of what waits.

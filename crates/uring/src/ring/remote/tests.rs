@@ -299,6 +299,14 @@ impl Client {
         result
     }
 
+    /// Waits for the connection.
+    fn come_up(&mut self) {
+        while !self.ring.remotes.as_ref().unwrap().conns[0].talk.is_up() {
+            self.ring.enter(true).unwrap();
+            assert!(self.ring.next().is_none());
+        }
+    }
+
     fn told(&self) -> String {
         self.fake.told.lock().unwrap().join("; ")
     }
@@ -630,6 +638,41 @@ fn a_ring_that_goes_says_goodbye() {
 }
 
 #[test]
+fn a_socket_that_is_full_is_waited_for_and_no_header_is_lost_or_cut() {
+    let _used = USED.lock().unwrap();
+    for mode in MODES {
+        for has_slots in [false, true] {
+            // It takes its time, so that headers find the socket full of data and of each other.
+            let slow = |peer: &mut Peer, _| {
+                std::thread::sleep(Duration::from_millis(50));
+                peer.well(700)
+            };
+            let mut client = Client::new((mode, ALL), has_slots, PATIENT, slow);
+            client.come_up();
+            let conn = &client.ring.remotes.as_ref().unwrap().conns[0];
+            rustix::net::sockopt::set_socket_send_buffer_size(conn.socket(&client.ring), 1)
+                .unwrap();
+            mix(&mut client, 5, 150);
+            assert_eq!((client.told(), client.fake.dials.load(Relaxed)), (String::new(), 1));
+        }
+    }
+}
+
+#[test]
+fn a_header_that_comes_alone_is_sent_without_an_entry() {
+    let _used = USED.lock().unwrap();
+    let mut client = Client::new((Mode::Simple, ALL), true, PATIENT, |peer, _| peer.well(4096));
+    for (what, most) in [(READ, 2), (WRITE, 3), ((Op::Flush, false), 1)] {
+        // The first of each makes the timer go.
+        client.one(what, 0, 512).unwrap();
+        let before = client.ring.counts().sqes;
+        client.one(what, 0, 512).unwrap();
+        let entries = client.ring.counts().sqes - before;
+        assert!(entries <= most, "{what:?}: {entries}");
+    }
+}
+
+#[test]
 fn a_ring_that_goes_waits_for_no_server_that_takes_nothing() {
     let _used = USED.lock().unwrap();
     let deaf = |_: &mut Peer, _| {
@@ -637,10 +680,7 @@ fn a_ring_that_goes_waits_for_no_server_that_takes_nothing() {
         None
     };
     let mut client = Client::new((Mode::Extended, ALL), false, PATIENT, deaf);
-    while !client.ring.remotes.as_ref().unwrap().conns[0].talk.is_up() {
-        client.ring.enter(true).unwrap();
-        assert!(client.ring.next().is_none());
-    }
+    client.come_up();
     // The smallest that there is: a write fills it, and is sent.
     let conn = &client.ring.remotes.as_ref().unwrap().conns[0];
     rustix::net::sockopt::set_socket_send_buffer_size(conn.socket(&client.ring), 1).unwrap();

@@ -1,0 +1,64 @@
+//! Answers for a disk over NBD that nobody serves for a while: clients have been sent away, those
+//! that come wait in the kernel's queue, and find what is there by then.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use devsplice_core::{Error, Result};
+
+use super::listen::Listener;
+use super::{Device, END_LIMIT, Options, unfinished};
+use crate::threads::Service;
+
+/// How long what was asked for may take to be answered; then clients are cut off.
+const ANSWER_LIMIT: Duration = Duration::from_secs(5);
+
+/// A disk that nobody serves.
+pub struct Suspended {
+    options: Options,
+    listeners: Arc<[Listener]>,
+}
+
+impl Device {
+    /// Answers what clients have asked for, disconnects them, lets go of all that is below.
+    ///
+    /// # Errors
+    /// If what is in flight below does not come back; nothing can be done with it then but to end.
+    pub fn suspend(self) -> Result<Suspended, Error> {
+        let (options, listeners) = (self.options.clone(), Arc::clone(&self.listeners));
+        self.post.dismiss();
+        self.end(ANSWER_LIMIT + END_LIMIT)?;
+        Ok(Suspended { options, listeners })
+    }
+
+    /// Waits for all threads to end. Clients that take too long are cut off.
+    pub(super) fn end(mut self, limit: Duration) -> Result<Device> {
+        if let Some(greeter) = self.greeter.take() {
+            // It has nothing to give; a panic has ended the process.
+            let _ = greeter.join();
+        }
+        let end = Instant::now() + limit;
+        while !self.crew.is_over() {
+            let now = Instant::now();
+            if now + END_LIMIT >= end {
+                self.post.stop();
+            }
+            if now >= end {
+                return Err(unfinished());
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        Ok(self)
+    }
+}
+
+impl Suspended {
+    /// Serves it again, with what is below by now.
+    ///
+    /// # Errors
+    /// As [`Device::attach`]; it is still suspended then.
+    pub fn resume(self, service: Service) -> Result<Device, (Box<Suspended>, Error)> {
+        Device::serve(&self.options, &self.listeners, service)
+            .map_err(|error| (Box::new(self), error))
+    }
+}
