@@ -14,7 +14,7 @@ use devsplice_nbd::limits::HANDSHAKE_SECONDS;
 use devsplice_nbd::uri::{Place, Uri};
 use devsplice_tls::{Certificates, Client};
 use devsplice_uring::{Link, vsock};
-use rustix::net::sockopt;
+use rustix::net::{AddressFamily, sockopt};
 
 use super::captive::Captive;
 use super::given::Given;
@@ -132,7 +132,7 @@ fn greet(
     let (name, is_tls) = (export.to_owned(), tls.is_some());
     let mut handshake = Handshake::new(Wish { name, mode, allocation: true, tls: is_tls });
     let failed = |error: io::Error| Error::os("handshake", &error);
-    let mut socket = socket;
+    let (mut socket, mut beyond) = (socket, None);
     loop {
         talk(socket.as_fd(), &mut handshake, end)?;
         match (handshake.outcome(), tls) {
@@ -140,14 +140,18 @@ fn greet(
                 limit(socket.as_fd(), None).map_err(failed)?;
                 if tls.is_none() {
                     // What is not sent when it is closed must not come after what the next
-                    // connection says. With TLS the thread that has the socket sees to that.
+                    // connection says. With TLS the thread that has the socket sees to that. Over
+                    // a socket of this machine nothing can: there the ring waits.
                     sockopt::set_socket_linger(&socket, Some(Duration::ZERO))
                         .map_err(|errno| failed(errno.into()))?;
                 }
-                return Ok(Link { agreed: agreed.clone(), socket });
+                return Ok(Link { agreed: agreed.clone(), socket, beyond });
             }
             (Outcome::Refused(reason), _) => return Err(Error::invalid("export", reason.clone())),
             (Outcome::Secure, Some(client)) => {
+                if sockopt::socket_domain(&socket) == Ok(AddressFamily::UNIX) {
+                    beyond = Some(socket.try_clone().map_err(failed)?);
+                }
                 socket = secure(socket, client, end)?;
                 handshake.secured();
             }

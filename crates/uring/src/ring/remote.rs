@@ -57,6 +57,8 @@ pub struct Link {
     pub socket: OwnedFd,
     /// What was agreed on.
     pub agreed: Agreed,
+    /// A socket of this machine that lies behind it, where it leads to somebody of ours.
+    pub beyond: Option<OwnedFd>,
 }
 
 /// How things stand with a server.
@@ -196,6 +198,10 @@ struct Conn {
     line: Arc<Line>,
     /// Its socket's place in the ring's table of files.
     file: FileId,
+    /// As [`Link::beyond`].
+    beyond: Option<OwnedFd>,
+    /// The next connection, until the server has read what it was sent over the last one.
+    next: Option<Link>,
     /// What is asked of the server.
     talk: Conversation,
     /// How much of what is not answered are large reads.
@@ -247,6 +253,8 @@ impl Uring {
             remote: Arc::clone(remote),
             line: Arc::clone(&line),
             file,
+            beyond: None,
+            next: None,
             talk: Conversation::new(flights, remote.agreed(), remote.patience()),
             large: 0,
             batch: Batch::new(),
