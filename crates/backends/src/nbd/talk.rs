@@ -14,7 +14,7 @@ use devsplice_uring::Link;
 
 use super::connect::{Plain, limit};
 
-/// How long the server may take for the next bytes, where nobody says until when it may take at all.
+/// How long the server may take for the next bytes, where nobody says when all has to be there.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// Bytes of a question about what is there.
 const LOOK: u64 = 1 << 30;
