@@ -53,14 +53,19 @@ const CONNECT: Duration = Duration::from_secs(HANDSHAKE_SECONDS);
 /// # Errors
 /// If it cannot be reached, or does not give it.
 pub(super) fn connect(target: &Target, mode: Mode) -> Result<Link> {
+    connect_within(target, mode, CONNECT)
+}
+
+/// The same, of a server that takes no longer than that for each of the two.
+pub(super) fn connect_within(target: &Target, mode: Mode, limit: Duration) -> Result<Link> {
     let (socket, export, tls) = match target {
-        Target::At(uri) => (reach(&uri.place), uri.export.as_str(), client(uri)),
+        Target::At(uri) => (reach(&uri.place, limit), uri.export.as_str(), client(uri)),
         Target::Captive(captive) => (captive.reach(), "", None),
         Target::Given(given) => (Ok(given.reach()?), given.export.as_str(), None),
     };
     let name = target.name();
     let socket = socket.map_err(|error| Error::os(&name, &error).next("is the server there?"))?;
-    greet(socket, (export, mode), tls.as_ref()).map_err(|error| error.within(&name))
+    greet(socket, (export, mode), (tls.as_ref(), limit)).map_err(|error| error.within(&name))
 }
 
 /// Our side of TLS, where an address asks for it.
@@ -79,14 +84,14 @@ fn client(uri: &Uri) -> Option<Client> {
 }
 
 /// A socket that is connected to a place.
-fn reach(place: &Place) -> io::Result<OwnedFd> {
+fn reach(place: &Place, limit: Duration) -> io::Result<OwnedFd> {
     match place {
         Place::Unix(path) => roomy(UnixStream::connect(path)?.into()),
         Place::Vsock(machine, port) => Ok(vsock::dial(*machine, *port)?),
         Place::Tcp(host, port) => {
             let mut last = io::Error::from(io::ErrorKind::NotFound);
             for address in (host.as_str(), *port).to_socket_addrs()? {
-                match TcpStream::connect_timeout(&address, CONNECT) {
+                match TcpStream::connect_timeout(&address, limit) {
                     Ok(stream) => return tuned(stream),
                     Err(error) => last = error,
                 }
@@ -118,8 +123,12 @@ fn tuned(stream: TcpStream) -> io::Result<OwnedFd> {
 }
 
 /// Leads the handshake; inside TLS, if that is asked for.
-fn greet(socket: OwnedFd, (export, mode): (&str, Mode), tls: Option<&Client>) -> Result<Link> {
-    let end = Instant::now() + CONNECT;
+fn greet(
+    socket: OwnedFd,
+    (export, mode): (&str, Mode),
+    (tls, limit_each): (Option<&Client>, Duration),
+) -> Result<Link> {
+    let end = Instant::now() + limit_each;
     let (name, is_tls) = (export.to_owned(), tls.is_some());
     let mut handshake = Handshake::new(Wish { name, mode, allocation: true, tls: is_tls });
     let failed = |error: io::Error| Error::os("handshake", &error);
@@ -173,7 +182,7 @@ fn talk(socket: BorrowedFd<'_>, handshake: &mut Handshake, end: Instant) -> Resu
     loop {
         let left = end.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            let reason = format!("the server has not finished it in {HANDSHAKE_SECONDS} s");
+            let reason = "the server has not finished it in time";
             return Err(Error::new(ErrorKind::Timeout, "handshake", reason));
         }
         limit(socket, Some(left)).map_err(failed)?;
@@ -279,7 +288,8 @@ mod tests {
                 serve(&mut stream);
                 stream
             });
-            let link = greet(reach(&place).unwrap(), ("a", Mode::Extended), None).unwrap();
+            let socket = reach(&place, CONNECT).unwrap();
+            let link = greet(socket, ("a", Mode::Extended), (None, CONNECT)).unwrap();
             let theirs = serving.join().unwrap();
             let flags = rustix::net::SendFlags::DONTWAIT;
             let mut sent = 0;

@@ -461,6 +461,13 @@ impl Connection {
         if let Some(reason) = reason {
             (self.post.say)(&format!("nbd: {}: {reason}; disconnected", client.peer));
         }
+        let post = Arc::clone(&self.post);
+        post.forget(self.desk, |tag| {
+            if std::mem::take(&mut self.tags[usize::from(tag)].asked) {
+                self.free(tag);
+            }
+        });
+        let Some(client) = &self.client else { return };
         // Whatever is out on the socket ends now.
         let _ = rustix::net::shutdown(&client.socket, Shutdown::Both);
     }

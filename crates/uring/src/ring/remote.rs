@@ -15,6 +15,7 @@ mod tests;
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use devsplice_core::{Errno, Error, Op, Result};
 use devsplice_engine::ring::MAX_PARTS;
@@ -110,8 +111,9 @@ pub trait Remote: Send + Sync {
     fn look(&self, at: u64, most: u64) -> Option<Extent>;
 
     /// What is there from `at` on, of at most `most` bytes, while others change it: it is asked
-    /// now, and waited for. Nothing where the server does not tell, or not beside its connections.
-    fn look_now(&self, at: u64, most: u64) -> Option<Vec<Extent>>;
+    /// now, and waited for until then. Nothing where the server does not tell, not by then, or not
+    /// beside its connections.
+    fn look_now(&self, at: u64, most: u64, until: Instant) -> Option<Vec<Extent>>;
 
     /// Whether that is ever anything.
     fn tells_now(&self) -> bool;
@@ -125,7 +127,11 @@ pub struct Line {
 }
 
 impl Line {
-    fn new() -> Result<Arc<Line>> {
+    /// One to which nothing was delivered yet.
+    ///
+    /// # Errors
+    /// If there are no descriptors left.
+    pub fn new() -> Result<Arc<Line>> {
         Ok(Arc::new(Line { link: Mutex::default(), bell: Bell::new()? }))
     }
 

@@ -88,7 +88,7 @@ impl Remote for Fake {
     fn tells_now(&self) -> bool {
         false
     }
-    fn look_now(&self, _: u64, _: u64) -> Option<Vec<Extent>> {
+    fn look_now(&self, _: u64, _: u64, _: Instant) -> Option<Vec<Extent>> {
         None
     }
     fn look(&self, _: u64, _: u64) -> Option<Extent> {
