@@ -129,7 +129,7 @@ fn nbd_options(add: &Add, name: &str) -> Result<nbd::Options> {
     let (passed, listen): (Vec<_>, Vec<_>) = add.listen.iter().partition(is_passed);
     let mut sockets = Vec::new();
     for text in passed {
-        sockets.extend(passed::sockets(text)?.into_iter().map(Arc::new));
+        sockets.extend(passed::sockets(text, name)?);
     }
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = add.threads.unwrap_or_else(|| u16::try_from(cpus.min(QUEUES)).unwrap_or(1));

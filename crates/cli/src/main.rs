@@ -53,6 +53,8 @@ use args::{Command, Options};
 
 fn main() -> ExitCode {
     abort_on_panic();
+    // Before anything is opened.
+    devsplice_backends::nbd::note_what_is_given();
     passed::take();
     if let Some(code) = dialect::run() {
         return code;

@@ -2,9 +2,10 @@
 //! sd_listen_fds(3)): sockets that systemd listens at already, and what it has kept for a unit.
 
 use std::os::fd::OwnedFd;
-use std::sync::OnceLock;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use devsplice_core::{Error, ErrorKind, Result};
+use devsplice_uring::fds;
 use rustix::net::sockopt::socket_acceptconn;
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
 
@@ -15,20 +16,31 @@ const FIRST: i32 = 3;
 /// Most of them.
 const MOST: usize = 4096;
 
-/// Names, and sockets that are listened at.
-static PASSED: OnceLock<Vec<(String, OwnedFd)>> = OnceLock::new();
+/// Sockets that are listened at.
+static PASSED: OnceLock<Mutex<Vec<Passed>>> = OnceLock::new();
+
+/// A socket, which one disk at a time accepts clients from.
+struct Passed {
+    name: String,
+    fd: OwnedFd,
+    /// The disk, and what it has of the socket as long as it is there.
+    user: (String, Weak<OwnedFd>),
+}
 
 /// Takes what was passed, if it was to this process: its children, which serve, have another
 /// number. Early, for who is shut in may not any more.
 pub fn take() {
     let Some(all) = passed() else { return };
+    // They stay open, for `numbers`; programs that are started are not to have them.
+    all.iter().for_each(|(_, number)| fds::keep_to_ourselves(*number));
     let Ok(own) = pidfd_open(getpid(), PidfdFlags::empty()) else { return };
     let copy = |(name, number)| {
         let fd = pidfd_getfd(&own, number, PidfdGetfdFlags::empty()).ok()?;
         // systemd keeps other things for a unit as well.
-        (socket_acceptconn(&fd) == Ok(true)).then_some((name, fd))
+        let user = Default::default();
+        (socket_acceptconn(&fd) == Ok(true)).then_some(Passed { name, fd, user })
     };
-    let _ = PASSED.set(all.into_iter().filter_map(copy).collect());
+    let _ = PASSED.set(Mutex::new(all.into_iter().filter_map(copy).collect()));
 }
 
 /// The numbers of what was passed to this process by that name.
@@ -50,18 +62,19 @@ fn named(count: &str, names: &str) -> Vec<(String, i32)> {
     names.zip(FIRST..).take(count).collect()
 }
 
-/// The sockets that the address means: those of the name behind `systemd:`, or all.
+/// The sockets that the address means: those of the name behind `systemd:`, or all. They are
+/// `disk`'s until what is given here is dropped; without a name it is only seen whether they can be
+/// had.
 ///
 /// # Errors
-/// If there are none.
-pub fn sockets(address: &str) -> Result<Vec<OwnedFd>> {
-    let wanted = address.strip_prefix(SCHEME).unwrap_or(address);
-    let all = PASSED.get().into_iter().flatten();
-    let meant = all.filter(|(name, _)| wanted.is_empty() || wanted == name);
-    let copies: std::io::Result<Vec<OwnedFd>> = meant.map(|(_, fd)| fd.try_clone()).collect();
-    let found = copies.map_err(|error| Error::os(address, &error))?;
-    if !found.is_empty() {
-        return Ok(found);
+/// If there are none, or one is another disk's.
+pub fn sockets(address: &str, disk: &str) -> Result<Vec<Arc<OwnedFd>>> {
+    if let Some(all) = PASSED.get() {
+        let mut all = all.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = give(&mut all, address, disk)?;
+        if !found.is_empty() {
+            return Ok(found);
+        }
     }
     let reason = match PASSED.get() {
         None => "nobody has passed a socket to this process (LISTEN_PID, LISTEN_FDS)",
@@ -69,6 +82,27 @@ pub fn sockets(address: &str) -> Result<Vec<OwnedFd>> {
     };
     Err(Error::new(ErrorKind::Invalid, address, reason)
         .next("start it by a .socket unit; see docs/nbd.md"))
+}
+
+fn give(all: &mut [Passed], address: &str, disk: &str) -> Result<Vec<Arc<OwnedFd>>> {
+    let wanted = address.strip_prefix(SCHEME).unwrap_or(address);
+    let meant = |one: &&mut Passed| wanted.is_empty() || wanted == one.name;
+    let mut found = Vec::new();
+    for one in all.iter_mut().filter(meant) {
+        let (user, of) = &one.user;
+        if of.strong_count() > 0 {
+            let reason = format!("the socket `{}` is disk {user}'s", one.name);
+            return Err(Error::new(ErrorKind::Busy, address, reason)
+                .next("--listen systemd:NAME of another one, or del that disk first"));
+        }
+        let copy = one.fd.try_clone().map_err(|error| Error::os(address, &error))?;
+        let copy = Arc::new(copy);
+        if !disk.is_empty() {
+            one.user = (disk.to_owned(), Arc::downgrade(&copy));
+        }
+        found.push(copy);
+    }
+    Ok(found)
 }
 
 #[cfg(test)]
@@ -91,7 +125,27 @@ mod tests {
 
     #[test]
     fn who_was_passed_nothing_is_told_so() {
-        let said = sockets("systemd:web").unwrap_err().to_string();
+        let said = sockets("systemd:web", "d").unwrap_err().to_string();
         assert!(said.starts_with("systemd:web") && said.contains("LISTEN_FDS"), "{said}");
+    }
+
+    #[test]
+    fn a_socket_is_one_disks_until_that_is_gone() {
+        let passed = |name: &str| {
+            let fd = std::io::pipe().unwrap().0.into();
+            Passed { name: name.to_owned(), fd, user: Default::default() }
+        };
+        let mut all = [passed("a"), passed("b")];
+        assert_eq!(give(&mut all, "systemd:", "").unwrap().len(), 2, "it is only asked");
+        let first = give(&mut all, "systemd:b", "one").unwrap();
+        for address in ["systemd:", "systemd:b"] {
+            let error = give(&mut all, address, "two").unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Busy);
+            assert!(error.to_string().contains("disk one's"), "{error}");
+        }
+        // What was refused has kept nothing.
+        assert_eq!(give(&mut all, "systemd:a", "two").unwrap().len(), 1);
+        drop(first);
+        assert_eq!(give(&mut all, "systemd:", "two").unwrap().len(), 2);
     }
 }

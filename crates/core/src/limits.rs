@@ -67,8 +67,8 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// A device of `size` bytes with 512-byte blocks that can do everything (zeroing at once it has to
-    /// promise by itself) and loses nothing:
+    /// A device of `size` bytes with 512-byte blocks that can do everything (but zeroing at once,
+    /// which it has to promise by itself) and loses nothing:
     /// what a device without anything below starts from.
     #[must_use]
     pub const fn ideal(size: u64) -> Limits {

@@ -4,6 +4,7 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use devsplice_core::{Error, Io, Op, Piece, Place, Result, Stack};
 use devsplice_nbd::client::Extent;
@@ -65,32 +66,44 @@ const LOOK: u64 = 1 << 30;
 /// Questions to servers for one answer.
 const QUESTIONS: u32 = 64;
 
+/// How long they may take together; then everything is data.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// What one has told.
+struct List {
+    bottom: u16,
+    /// Where it begins.
+    at: u64,
+    /// Each with its end.
+    extents: Vec<(u64, Extent)>,
+}
+
 /// What servers have told while one question is answered.
-#[derive(Default)]
 pub struct Told {
-    /// Which bottom, where it begins, and what it is.
-    lists: Vec<(u16, u64, Vec<Extent>)>,
+    lists: Vec<List>,
     questions: u32,
+    until: Instant,
+}
+
+impl Default for Told {
+    fn default() -> Told {
+        Told { lists: Vec::new(), questions: 0, until: Instant::now() + PATIENCE }
+    }
 }
 
 impl Told {
     /// Whether no more should be asked.
     #[must_use]
     pub fn is_enough(&self) -> bool {
-        self.questions >= QUESTIONS
+        self.questions >= QUESTIONS || Instant::now() >= self.until
     }
 
     fn find(&self, bottom: u16, at: u64) -> Option<Extent> {
-        let (_, from, list) = self.lists.iter().find(|(whose, ..)| *whose == bottom)?;
-        let mut from = *from;
-        for extent in list {
-            let end = from.saturating_add(extent.len);
-            if (from..end).contains(&at) {
-                return Some(Extent { len: end - at, ..*extent });
-            }
-            from = end;
-        }
-        None
+        let list = self.lists.iter().find(|list| list.bottom == bottom)?;
+        // There may be as many extents as pieces are asked about.
+        let index = list.extents.partition_point(|(end, _)| *end <= at);
+        let (end, extent) = list.extents.get(index).filter(|_| at >= list.at)?;
+        Some(Extent { len: end - at, ..*extent })
     }
 
     /// What a server's bytes are now.
@@ -99,9 +112,13 @@ impl Told {
             return Some(known);
         }
         self.questions += 1;
-        let list = remote.look_now(at, LOOK)?;
-        self.lists.retain(|(whose, ..)| *whose != bottom);
-        self.lists.push((bottom, at, list));
+        let list = remote.look_now(at, LOOK, self.until)?;
+        self.lists.retain(|list| list.bottom != bottom);
+        let ends = list.into_iter().scan(at, |end, extent| {
+            *end = end.saturating_add(extent.len);
+            Some((*end, extent))
+        });
+        self.lists.push(List { bottom, at, extents: ends.collect() });
         self.find(bottom, at)
     }
 }
@@ -207,5 +224,38 @@ fn look(file: &OwnedFd, at: u64, len: u64) -> (u64, Content) {
             _ => (len, Content::Data),
         },
         Err(_) => (len, Content::Data),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_told_is_found_from_any_byte_of_it_however_much_it_is() {
+        const COUNT: u64 = 1 << 17;
+        let extents = (0..COUNT).map(|index| {
+            let is_hole = index % 2 == 1;
+            (1000 + (index + 1) * 10, Extent { len: 10, is_hole, is_zero: is_hole })
+        });
+        let list = List { bottom: 3, at: 1000, extents: extents.collect() };
+        let told = Told { lists: vec![list], ..Told::default() };
+        let found = |at| told.find(3, at).map(|extent| (extent.len, extent.is_hole));
+        assert_eq!([found(999), found(1000 + COUNT * 10)], [None, None]);
+        assert_eq!(found(1000), Some((10, false)));
+        assert_eq!(found(1019), Some((1, true)));
+        assert_eq!(told.find(2, 1000), None, "another bottom");
+        // One by one, from the first each time, this takes minutes.
+        let start = Instant::now();
+        assert!((0..COUNT).all(|index| found(1000 + index * 10).is_some()));
+        assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
+    }
+
+    #[test]
+    fn nothing_is_asked_when_the_time_for_a_list_is_over() {
+        let told = Told::default();
+        assert!(!told.is_enough());
+        assert!(Told { until: Instant::now(), ..Told::default() }.is_enough());
+        assert!(told.until <= Instant::now() + PATIENCE);
     }
 }

@@ -231,18 +231,10 @@ impl Run {
         Ok(())
     }
 
-    /// Puts some of a device's disks behind servers; whether there are any. Not where a mirror
-    /// calls regions clean sooner than a server answers: a write over many regions has to have all
-    /// of them dirty at a time, so it would wait for ever.
+    /// Puts some of a device's disks behind servers; whether there are any.
     fn add_servers(&mut self, device: u64, first: usize, grown: &Grown, is_live: bool) -> bool {
         let mut rng = Rng::new(self.world.seed, 100 + device);
-        let is_patient = match &grown.tree {
-            Tree::Driver { keys, .. } => {
-                keys.iter().any(|(key, time)| key == "clean" && time == "5s")
-            }
-            _ => false,
-        };
-        if !rng.percent(25) || (is_live && !is_patient) {
+        if !rng.percent(25) {
             return false;
         }
         let before = self.world.fars.len();

@@ -9,6 +9,7 @@ mod bell;
 pub mod blockctl;
 mod bytes;
 pub mod control;
+pub mod fds;
 mod files;
 #[cfg(feature = "imitation")]
 mod imitation;

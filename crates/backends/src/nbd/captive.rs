@@ -12,7 +12,9 @@ use devsplice_core::{Error, Result};
 
 /// Starts the program with descriptor 3 as its socket, and ends it when the pipe that stands at
 /// standard output is closed at its other end: by us or by our end.
+/// What was said of descriptors passed to us is no word about its.
 const KEEPER: &str = r#"
+unset LISTEN_FDNAMES LISTEN_PIDFDID
 exec 3<&0 4<&1 0</dev/null 1>&2
 sh -c 'LISTEN_PID=$$ LISTEN_FDS=1 exec "$@"' sh "$@" 4<&- &
 exec 3<&-

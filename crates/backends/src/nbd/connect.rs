@@ -14,7 +14,7 @@ use devsplice_nbd::limits::HANDSHAKE_SECONDS;
 use devsplice_nbd::uri::{Place, Uri};
 use devsplice_tls::{Certificates, Client};
 use devsplice_uring::{Link, vsock};
-use rustix::net::sockopt;
+use rustix::net::{AddressFamily, sockopt};
 
 use super::captive::Captive;
 use super::given::Given;
@@ -53,14 +53,19 @@ const CONNECT: Duration = Duration::from_secs(HANDSHAKE_SECONDS);
 /// # Errors
 /// If it cannot be reached, or does not give it.
 pub(super) fn connect(target: &Target, mode: Mode) -> Result<Link> {
+    connect_within(target, mode, CONNECT)
+}
+
+/// The same, of a server that takes no longer than that for each of the two.
+pub(super) fn connect_within(target: &Target, mode: Mode, limit: Duration) -> Result<Link> {
     let (socket, export, tls) = match target {
-        Target::At(uri) => (reach(&uri.place), uri.export.as_str(), client(uri)),
+        Target::At(uri) => (reach(&uri.place, limit), uri.export.as_str(), client(uri)),
         Target::Captive(captive) => (captive.reach(), "", None),
         Target::Given(given) => (Ok(given.reach()?), given.export.as_str(), None),
     };
     let name = target.name();
     let socket = socket.map_err(|error| Error::os(&name, &error).next("is the server there?"))?;
-    greet(socket, (export, mode), tls.as_ref()).map_err(|error| error.within(&name))
+    greet(socket, (export, mode), (tls.as_ref(), limit)).map_err(|error| error.within(&name))
 }
 
 /// Our side of TLS, where an address asks for it.
@@ -79,14 +84,14 @@ fn client(uri: &Uri) -> Option<Client> {
 }
 
 /// A socket that is connected to a place.
-fn reach(place: &Place) -> io::Result<OwnedFd> {
+fn reach(place: &Place, limit: Duration) -> io::Result<OwnedFd> {
     match place {
         Place::Unix(path) => roomy(UnixStream::connect(path)?.into()),
         Place::Vsock(machine, port) => Ok(vsock::dial(*machine, *port)?),
         Place::Tcp(host, port) => {
             let mut last = io::Error::from(io::ErrorKind::NotFound);
             for address in (host.as_str(), *port).to_socket_addrs()? {
-                match TcpStream::connect_timeout(&address, CONNECT) {
+                match TcpStream::connect_timeout(&address, limit) {
                     Ok(stream) => return tuned(stream),
                     Err(error) => last = error,
                 }
@@ -118,12 +123,16 @@ fn tuned(stream: TcpStream) -> io::Result<OwnedFd> {
 }
 
 /// Leads the handshake; inside TLS, if that is asked for.
-fn greet(socket: OwnedFd, (export, mode): (&str, Mode), tls: Option<&Client>) -> Result<Link> {
-    let end = Instant::now() + CONNECT;
+fn greet(
+    socket: OwnedFd,
+    (export, mode): (&str, Mode),
+    (tls, limit_each): (Option<&Client>, Duration),
+) -> Result<Link> {
+    let end = Instant::now() + limit_each;
     let (name, is_tls) = (export.to_owned(), tls.is_some());
     let mut handshake = Handshake::new(Wish { name, mode, allocation: true, tls: is_tls });
     let failed = |error: io::Error| Error::os("handshake", &error);
-    let mut socket = socket;
+    let (mut socket, mut beyond) = (socket, None);
     loop {
         talk(socket.as_fd(), &mut handshake, end)?;
         match (handshake.outcome(), tls) {
@@ -131,14 +140,18 @@ fn greet(socket: OwnedFd, (export, mode): (&str, Mode), tls: Option<&Client>) ->
                 limit(socket.as_fd(), None).map_err(failed)?;
                 if tls.is_none() {
                     // What is not sent when it is closed must not come after what the next
-                    // connection says. With TLS the thread that has the socket sees to that.
+                    // connection says. With TLS the thread that has the socket sees to that. Over
+                    // a socket of this machine nothing can: there the ring waits.
                     sockopt::set_socket_linger(&socket, Some(Duration::ZERO))
                         .map_err(|errno| failed(errno.into()))?;
                 }
-                return Ok(Link { agreed: agreed.clone(), socket });
+                return Ok(Link { agreed: agreed.clone(), socket, beyond });
             }
             (Outcome::Refused(reason), _) => return Err(Error::invalid("export", reason.clone())),
             (Outcome::Secure, Some(client)) => {
+                if sockopt::socket_domain(&socket) == Ok(AddressFamily::UNIX) {
+                    beyond = Some(socket.try_clone().map_err(failed)?);
+                }
                 socket = secure(socket, client, end)?;
                 handshake.secured();
             }
@@ -169,7 +182,7 @@ fn talk(socket: BorrowedFd<'_>, handshake: &mut Handshake, end: Instant) -> Resu
     loop {
         let left = end.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            let reason = format!("the server has not finished it in {HANDSHAKE_SECONDS} s");
+            let reason = "the server has not finished it in time";
             return Err(Error::new(ErrorKind::Timeout, "handshake", reason));
         }
         limit(socket, Some(left)).map_err(failed)?;
@@ -275,7 +288,8 @@ mod tests {
                 serve(&mut stream);
                 stream
             });
-            let link = greet(reach(&place).unwrap(), ("a", Mode::Extended), None).unwrap();
+            let socket = reach(&place, CONNECT).unwrap();
+            let link = greet(socket, ("a", Mode::Extended), (None, CONNECT)).unwrap();
             let theirs = serving.join().unwrap();
             let flags = rustix::net::SendFlags::DONTWAIT;
             let mut sent = 0;

@@ -20,7 +20,7 @@ use devsplice_nbd::uri::Uri;
 use devsplice_nbd::wire::can;
 use devsplice_uring::{Patience, Remote};
 
-pub use given::nothing_more_is_given;
+pub use given::{note_what_is_given, nothing_more_is_given};
 pub use server::Server;
 
 use crate::{Access, Body, Opened};
@@ -82,7 +82,8 @@ pub fn open(args: &Args, access: Access) -> Result<Opened> {
             if args.text("on-loss") == Some("hold") {
                 let reason =
                     "`hold` waits for a connection, and none comes after one that was given";
-                return Err(Error::invalid("on-loss", reason));
+                return Err(Error::invalid("on-loss", reason)
+                    .next("leave it out, or give an address, nbd://..., instead of fd:N"));
             }
             patience.outage = Some(0);
             Target::Given(Given::take(uri)?)
@@ -111,7 +112,7 @@ fn mode(args: &Args) -> Result<Mode> {
         Some("simple") => Ok(Mode::Simple),
         Some(other) => {
             let reason = format!("`{other}` is neither simple nor best");
-            Err(Error::invalid("replies", reason))
+            Err(Error::invalid("replies", reason).next("replies=simple, or leave it out"))
         }
     }
 }
@@ -127,8 +128,8 @@ fn patience(args: &Args) -> Result<Patience> {
         None | Some("fail") => Some(outage),
         Some("hold") => None,
         Some(other) => {
-            let error = Error::invalid("on-loss", format!("`{other}` is neither fail nor hold"));
-            return Err(error);
+            let reason = format!("`{other}` is neither fail nor hold");
+            return Err(Error::invalid("on-loss", reason).next("on-loss=fail or on-loss=hold"));
         }
     };
     Ok(Patience { answer, outage })

@@ -1,7 +1,7 @@
 //! Answers for a server as all threads share it: what it has agreed to, who waits for a connection
 //! to it, the thread that makes them, and what is told of all that.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -12,7 +12,7 @@ use devsplice_nbd::client::{Agreed, Extent};
 use devsplice_nbd::wire::can;
 use devsplice_uring::{Line, Link, Patience, Remote, Standing};
 
-use super::connect::{Target, connect};
+use super::connect::{Target, connect, connect_within};
 use super::talk::Talk;
 
 /// The first wait between attempts to connect; it doubles up to the last.
@@ -46,12 +46,16 @@ struct Shared {
     talk: Mutex<Looks>,
     /// Asked what is there while rings have their connections.
     beside: Mutex<Beside>,
+    /// Grows with each connection that rings lose or get after the first: what is asked over one
+    /// from before may be another server by now, which does not know what this one has done.
+    generation: AtomicU64,
 }
 
 /// A connection for questions that come while the disk is used.
 #[derive(Default)]
 struct Beside {
-    talk: Option<Talk>,
+    /// With the generation that it was made in.
+    talk: Option<(Talk, u64)>,
     /// Before that, it is not tried again.
     next: Option<Instant>,
 }
@@ -134,6 +138,7 @@ impl Server {
             work: Condvar::new(),
             talk,
             beside: Mutex::default(),
+            generation: AtomicU64::new(0),
         };
         Ok(Server { shared: Arc::new(shared) })
     }
@@ -229,8 +234,8 @@ impl Remote for Server {
         self.shared.look(at, most)
     }
 
-    fn look_now(&self, at: u64, most: u64) -> Option<Vec<Extent>> {
-        self.shared.look_now(at, most)
+    fn look_now(&self, at: u64, most: u64, until: Instant) -> Option<Vec<Extent>> {
+        self.shared.look_now(at, most, until)
     }
 
     fn tells_now(&self) -> bool {
@@ -254,6 +259,7 @@ impl Shared {
             drop(state);
             return self.work.notify_all();
         };
+        self.generation.fetch_add(1, Ordering::AcqRel);
         state.standing.connections = state.standing.connections.saturating_sub(1);
         state.standing.last_error = Some(why.to_owned());
         let is_news = state.away_since.is_none();
@@ -299,7 +305,11 @@ impl Shared {
 
     /// Another connection, to the same export.
     fn again(&self) -> Result<Link> {
-        let link = connect(&self.target, self.mode)?;
+        self.same(connect(&self.target, self.mode)?)
+    }
+
+    /// The connection, if it is to the same export.
+    fn same(&self, link: Link) -> Result<Link> {
         match same_export(&self.agreed, &link.agreed) {
             Ok(()) => Ok(link),
             Err(what) => {
@@ -314,6 +324,8 @@ impl Shared {
         state.next = None;
         let line = state.waiting.pop().and_then(|line| line.upgrade());
         let Some(line) = line else { return };
+        // Before anything is asked over it.
+        self.generation.fetch_add(1, Ordering::AcqRel);
         state.handed = Some(Instant::now());
         state.standing.connections += 1;
         let away = state.away_since.take();
@@ -397,28 +409,38 @@ impl Shared {
         self.agreed.flags & can::MULTI_CONN != 0 && self.agreed.allocation.is_some()
     }
 
-    fn look_now(&self, at: u64, most: u64) -> Option<Vec<Extent>> {
+    fn look_now(&self, at: u64, most: u64, until: Instant) -> Option<Vec<Extent>> {
         if !self.tells_now() {
             return None;
         }
+        let generation = || self.generation.load(Ordering::Acquire);
         let mut beside = lock(&self.beside);
+        beside.talk.take_if(|(_, born)| *born != generation());
         if beside.talk.is_none() {
-            if beside.next.is_some_and(|next| next > Instant::now()) {
+            let now = Instant::now();
+            if beside.next.is_some_and(|next| next > now) {
                 return None;
             }
-            beside.talk = self.again().ok().map(Talk::new);
+            let (born, left) = (generation(), until.saturating_duration_since(now));
+            let link = (!left.is_zero()).then(|| connect_within(&self.target, self.mode, left));
+            let link = link.and_then(|link| link.and_then(|link| self.same(link)).ok());
+            beside.talk = link.map(|link| (Talk::new(link), born));
         }
         let most = most.min(self.agreed.size.saturating_sub(at));
-        let told = beside.talk.as_mut().map(|talk| talk.extents(at, most).map(<[_]>::to_vec));
-        match told {
-            Some(Ok(extents)) => Some(extents),
+        let ask = |(talk, born): &mut (Talk, u64)| {
+            let told = talk.until(until).extents(at, most).map(<[_]>::to_vec);
+            // What was written meanwhile may have gone to somebody else.
+            (told, *born == generation())
+        };
+        match beside.talk.as_mut().map(ask) {
+            Some((Ok(extents), true)) => return Some(extents),
+            // The next question makes another.
+            Some((Ok(_), false)) => {}
             // A connection over which something has failed is not asked again.
-            Some(Err(_)) | None => {
-                beside.talk = None;
-                beside.next = Some(Instant::now() + SILENCE);
-                None
-            }
+            Some((Err(_), _)) | None => beside.next = Some(Instant::now() + SILENCE),
         }
+        beside.talk = None;
+        None
     }
 }
 
@@ -448,6 +470,14 @@ fn jitter() -> f32 {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{self, Read, Write};
+    use std::net::{TcpListener, TcpStream};
+
+    use devsplice_nbd::Request;
+    use devsplice_nbd::server::{self, ALLOCATION, Offer};
+    use devsplice_nbd::uri::Uri;
+    use devsplice_nbd::wire::Head;
+
     use super::*;
 
     #[test]
@@ -483,5 +513,104 @@ mod tests {
         assert_eq!(looks.find(1099, 10), Some(extent(1, false)));
         assert_eq!(looks.find(1100, 100), Some(extent(50, true)));
         assert_eq!(looks.find(1150, 1), None);
+    }
+
+    /// What a server of the test does with a question about what is there.
+    #[derive(Clone, Copy)]
+    enum Manner {
+        Data,
+        Hole,
+        /// A byte of the answer now and then.
+        Dribbles,
+    }
+
+    /// Serves one client.
+    fn serve(stream: &mut TcpStream, manner: Manner) -> io::Result<()> {
+        let (name, size) = ("a".to_owned(), 1 << 20);
+        let (flags, block) = (can::HAS_FLAGS | can::MULTI_CONN, 512);
+        let description = String::new();
+        let offer = Offer { name, description, size, flags, block, preferred: 4096 };
+        let mut handshake = server::Handshake::new(vec![offer]);
+        let (mut bytes, mut there) = ([0; 4096], 0);
+        loop {
+            while !handshake.output().is_empty() {
+                let count = stream.write(handshake.output())?;
+                handshake.sent(count);
+            }
+            if matches!(handshake.outcome(), server::Outcome::Chosen(_)) {
+                break;
+            }
+            // The client says no more than it can know it may.
+            there += stream.read(&mut bytes[there..])?;
+            let taken = handshake.receive(&bytes[..there]);
+            let taken = taken.map_err(|error| io::Error::other(error.0))?;
+            bytes.copy_within(taken..there, 0);
+            there -= taken;
+        }
+        let mut request = [0; 32];
+        loop {
+            stream.read_exact(&mut request)?;
+            let asked = Request::parse(&request, Mode::Extended).ok().flatten();
+            let asked = asked.ok_or(io::ErrorKind::InvalidData)?;
+            let state = if matches!(manner, Manner::Data) { 0 } else { 3 };
+            let head = Head::status(Mode::Extended, (asked.cookie, asked.offset), ALLOCATION, 1);
+            let extent = Head::extent(Mode::Extended, asked.length, state);
+            if matches!(manner, Manner::Dribbles) {
+                for byte in head.bytes() {
+                    stream.write_all(&[*byte])?;
+                    std::thread::sleep(Duration::from_millis(200));
+                }
+            } else {
+                stream.write_all(head.bytes())?;
+            }
+            stream.write_all(extent.bytes())?;
+        }
+    }
+
+    /// A server whose connections behave so, one after another.
+    fn server_of(manners: &'static [Manner]) -> Server {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let uri = format!("nbd://{}/a", listener.local_addr().unwrap());
+        std::thread::spawn(move || {
+            for manner in manners {
+                let mut stream = listener.accept().unwrap().0;
+                std::thread::spawn(move || serve(&mut stream, *manner));
+            }
+        });
+        let patience = Patience { answer: 60, outage: Some(60) };
+        let target = Target::At(Uri::parse(&uri).unwrap());
+        Server::open((target, Mode::Extended), None, patience).unwrap()
+    }
+
+    fn is_hole(server: &Server, seconds: u64) -> Option<bool> {
+        let until = Instant::now() + Duration::from_secs(seconds);
+        server.look_now(0, 4096, until).map(|list| list[0].is_hole)
+    }
+
+    #[test]
+    fn after_a_failover_the_old_server_is_not_asked_any_more() {
+        // The first connection is a ring's. The second is asked, as long as no ring has lost its.
+        let server = server_of(&[Manner::Hole, Manner::Hole, Manner::Data, Manner::Hole]);
+        assert_eq!([is_hole(&server, 5), is_hole(&server, 5)], [Some(true), Some(true)]);
+        let line = Line::new().unwrap();
+        server.shared.wait(&line, Some("gone"));
+        assert_eq!(is_hole(&server, 5), Some(false), "the new one knows of data");
+        // Nor what was asked before a ring got the connection that it has.
+        let link = server.shared.again().unwrap();
+        server.shared.hand_over(link);
+        let generation = server.shared.generation.load(Ordering::Acquire);
+        let born = lock(&server.shared.beside).talk.as_ref().map(|(_, born)| *born);
+        assert!(born.is_some_and(|born| born < generation));
+    }
+
+    #[test]
+    fn a_server_that_dribbles_has_no_longer_than_it_is_given() {
+        let server = server_of(&[Manner::Hole, Manner::Dribbles]);
+        let start = Instant::now();
+        assert_eq!(is_hole(&server, 1), None);
+        assert!(start.elapsed() < Duration::from_secs(3), "{:?}", start.elapsed());
+        // It is left alone for a while.
+        assert_eq!(is_hole(&server, 5), None);
+        assert!(start.elapsed() < Duration::from_secs(3));
     }
 }

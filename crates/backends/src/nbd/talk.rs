@@ -2,8 +2,8 @@
 //! layers, and what is there.
 
 use std::io::{self, Read, Write};
-use std::os::fd::AsFd;
-use std::time::Duration;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::{Duration, Instant};
 
 use devsplice_core::Errno;
 use devsplice_nbd::Request;
@@ -14,7 +14,7 @@ use devsplice_uring::Link;
 
 use super::connect::{Plain, limit};
 
-/// How long the server may take for a question.
+/// How long the server may take for the next bytes, where nobody says when all has to be there.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// Bytes of a question about what is there.
 const LOOK: u64 = 1 << 30;
@@ -25,13 +25,21 @@ pub(super) struct Talk {
     asks: Asks,
     /// Something has gone wrong: what the socket brings next may be anything.
     is_broken: bool,
+    /// Answers are to be there by then.
+    until: Option<Instant>,
 }
 
 impl Talk {
     pub(super) fn new(link: Link) -> Talk {
         let mut asks = Asks::new(1);
         asks.restart(link.agreed.mode, link.agreed.allocation);
-        Talk { link, asks, is_broken: false }
+        Talk { link, asks, is_broken: false, until: None }
+    }
+
+    /// Answers that are not there by then break it.
+    pub(super) fn until(&mut self, until: Instant) -> &mut Talk {
+        self.until = Some(until);
+        self
     }
 
     /// The connection, if it is as good as new.
@@ -100,9 +108,7 @@ impl Talk {
         data: &[u8],
         into: &mut [u8],
     ) -> io::Result<Result<(), Errno>> {
-        let socket = self.link.socket.as_fd();
-        limit(socket, Some(PATIENCE))?;
-        let mut stream = Plain(socket);
+        let mut stream = Timed { socket: self.link.socket.as_fd(), until: self.until };
         stream.write_all(self.asks.begin(0, request).bytes())?;
         stream.write_all(data)?;
         let mut bytes = [0; MAX_REPLY + 64];
@@ -132,5 +138,42 @@ impl Talk {
                 (_, Some(Said::Done { result, .. })) => return Ok(result.map_err(errno)),
             }
         }
+    }
+}
+
+/// A socket each of whose calls ends when it has taken too long.
+struct Timed<'a> {
+    socket: BorrowedFd<'a>,
+    until: Option<Instant>,
+}
+
+impl Timed<'_> {
+    fn limited(&self) -> io::Result<Plain<'_>> {
+        let left = match self.until {
+            Some(until) => until.saturating_duration_since(Instant::now()),
+            None => PATIENCE,
+        };
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        // The kernel counts in microseconds, and 0 would be for ever.
+        limit(self.socket, Some(left.max(Duration::from_millis(1))))?;
+        Ok(Plain(self.socket))
+    }
+}
+
+impl Read for Timed<'_> {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        self.limited()?.read(into)
+    }
+}
+
+impl Write for Timed<'_> {
+    fn write(&mut self, from: &[u8]) -> io::Result<usize> {
+        self.limited()?.write(from)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }

@@ -1,13 +1,17 @@
 //! Answers for the less common ways into a disk over NBD: sockets that systemd has passed, and
 //! vsock.
 
-use devsplice_e2e::{Call, Group, MIB, Outcome, Room, call, need, need_tool, wait_until};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixListener;
+
+use devsplice_e2e::{Call, Group, MIB, Outcome, Process, Room, call, need, need_tool, wait_until};
 use serde_json::Value;
 
 pub fn add(group: &mut Group) {
     group.add("who_starts_it_with_a_socket_is_served_there", started_with_a_socket);
     group.add("systemd_starts_it_when_the_first_client_comes", activated);
     group.add("a_socket_that_nobody_has_passed_is_refused_by_name", not_passed);
+    group.add("a_passed_socket_is_one_disks_at_a_time", one_disks);
     group.add("clients_of_this_machine_come_in_over_vsock", vsock);
     group.add("a_disk_that_has_grown_is_seen_so_by_clients_that_come_anew", grown);
     group.add("clients_of_a_quiesced_disk_wait_until_it_goes_on", quiesced);
@@ -107,6 +111,49 @@ fn not_passed() -> Outcome {
     let call = room.devsplice(["add", "mem:1M", "-n", &name, "--listen", "systemd:"]);
     let ran = call.env("LISTEN_PID", "1").env("LISTEN_FDS", "1").run();
     assert!(ran.code == Some(1) && ran.err.contains("LISTEN_PID"), "{}", ran.err);
+    Ok(())
+}
+
+/// Has the sockets that its first two words number passed to what follows. For bash: other shells
+/// know no numbers above 9.
+const PASS: &str = "exec 3<&$1 4<&$2; shift 2; export LISTEN_PID=$$ LISTEN_FDS=2; exec \"$@\"";
+
+fn one_disks() -> Outcome {
+    need_tool("nbdinfo")?;
+    let room = Room::new();
+    let (name, program) = (room.name(), room.program.to_string_lossy().into_owned());
+    let sockets = ["a", "b"].map(|socket| {
+        let listener = UnixListener::bind(room.path(socket)).unwrap();
+        // A number that the shell does not use, and that goes to it.
+        let fd = rustix::io::fcntl_dupfd_cloexec(&listener, 100).unwrap();
+        rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::empty()).unwrap();
+        fd
+    });
+    let [a, b] = sockets.each_ref().map(|fd| fd.as_raw_fd().to_string());
+    let words = ["-c", PASS, "bash", &a, &b, &program, "serve", "-f", &name];
+    let server = client(&room, "bash", &words).env("LISTEN_FDNAMES", "a:b").start();
+    drop(sockets);
+    let seat = room.run.join(format!("@{name}.sock"));
+    wait_until(20, "the server listens", || seat.exists());
+    let disks = [room.name(), room.name()];
+    let [add_all, add_one] =
+        [(&disks[0], "systemd:"), (&disks[1], "systemd:b")].map(|(disk, listen)| {
+            ["add", "mem:8M", "--server", &name, "-n", disk, "--listen", listen].map(str::to_owned)
+        });
+    let _ = room.devsplice(&add_all).ok();
+    let said = room.refusal(&add_one);
+    assert!(said.contains(&format!("disk {}'s", disks[0])), "{said}");
+    let uri = format!("nbd+unix:///?socket={}", room.path("b"));
+    assert_eq!(export(&client(&room, "nbdinfo", &["--json", &uri]).ok())["export-size"], 8 * MIB);
+    let _ = room.devsplice(["del", "--force", &disks[0]]).ok();
+    // Who comes now waits for the next disk there.
+    let waits = client(&room, "nbdinfo", &["--json", &uri]).start();
+    let _ = room.devsplice(&add_one).ok();
+    let found = export(&waits.finish().ok().out);
+    assert_eq!(found["export-name"], *disks[1], "{found}");
+    let _ = room.devsplice(["del", "--force", &disks[1]]).ok();
+    Process(server.pid()).signal(rustix::process::Signal::TERM);
+    let _ = server.finish();
     Ok(())
 }
 

@@ -6,6 +6,7 @@
 #![allow(clippy::expect_used, clippy::unwrap_used)] // A failed expectation is a failed test.
 
 mod adopt;
+mod alike;
 mod bad;
 mod batch;
 mod cli;

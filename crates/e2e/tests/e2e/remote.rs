@@ -35,6 +35,8 @@ pub fn add(group: &mut Group, kind: Kind) {
 pub fn add_copies(group: &mut Group) {
     group.add("copy_compare_and_map_take_addresses", copies);
     group.add("a_server_in_brackets_ends_with_us", captive);
+    group.add("a_server_that_is_slow_to_tell_is_let_go_of_by_quiesce", slow_to_tell);
+    group.add("a_server_in_brackets_learns_nothing_of_our_sockets", kept_to_ourselves);
     group.add("a_socket_that_was_given_is_a_server_until_it_is_lost", given);
     group.add("a_disk_is_swapped_away_from_a_dead_server_and_others_live", swapped);
     group.add("addresses_that_lead_nowhere_are_refused_by_name", nowhere);
@@ -315,6 +317,61 @@ fn captive() -> Outcome {
     Ok(())
 }
 
+/// A program that is started learns nothing of what was passed to us.
+fn kept_to_ourselves() -> Outcome {
+    let room = Room::new();
+    let (script, seen) = (room.path("script"), room.path("seen"));
+    let text = "#!/bin/sh\nenv > $1; ls -l /proc/$$/fd >> $1; echo end >> $1\n";
+    std::fs::write(&script, text).unwrap();
+    let secret = room.file("secret", MIB);
+    let program = room.program.to_string_lossy().into_owned();
+    let begin = "exec 3<$1 4<$1 5<$1 6<$1; shift; export LISTEN_PID=$$ LISTEN_FDS=4; exec \"$@\"";
+    let stack = format!("[ sh {script} {seen} ]");
+    let words = ["-c", begin, "sh", &secret, &program, "map", &stack];
+    let call = call("sh", words).env("DEVSPLICE_RUN", &room.run).limit(60);
+    let call = call.env("LISTEN_FDNAMES", "ours:ours").env("LISTEN_PIDFDID", "1");
+    assert_eq!(call.run().code, Some(1), "it is no server");
+    let text = || std::fs::read_to_string(&seen).unwrap_or_default();
+    wait_until(10, "the program has run", || text().ends_with("end\n"));
+    let seen = text();
+    assert!(seen.contains("LISTEN_FDS=1\n"), "{seen}");
+    for word in ["LISTEN_FDNAMES", "LISTEN_PIDFDID", "secret"] {
+        assert!(!seen.contains(word), "{word}: {seen}");
+    }
+    Ok(())
+}
+
+/// Whoever asks the server for a client is waited for, but not for as long as the server likes.
+fn slow_to_tell() -> Outcome {
+    need_tool("nbdkit")?;
+    need_tool("nbdinfo")?;
+    let room = Room::new();
+    let kit = Kit::new(&room, &["--filter=delay", "memory", "8M", "delay-extents=30"]);
+    let (name, socket) = (room.name(), room.path("told.sock"));
+    let listen = format!("unix:{socket}");
+    let words = ["add", "-f", &kit.uri(), "-n", &name, "--listen", &listen];
+    let served = room.devsplice(words).start();
+    wait_until(20, "it is served", || std::path::Path::new(&socket).exists());
+    let uri = format!("nbd+unix:///{name}?socket={socket}");
+    let asks_server = || {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", served.pid())).unwrap();
+        let of = |task: std::fs::DirEntry| std::fs::read_to_string(task.path().join("comm"));
+        tasks.flatten().any(|task| of(task).is_ok_and(|name| name.trim() == "nbd/tell"))
+    };
+    wait_until(5, "it asks", asks_server);
+    let asks = call("nbdinfo", ["--map", &uri]).limit(60).start();
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    let begin = std::time::Instant::now();
+    let _ = room.devsplice(["quiesce", &name]).ok();
+    let took = begin.elapsed().as_secs_f32();
+    assert!((3.0..12.0).contains(&took), "{took} s");
+    wait_until(1, "what is below is let go of", || !asks_server());
+    let _ = room.devsplice(["del", "--force", &name]).ok();
+    let _ = served.finish();
+    let _ = asks.finish();
+    Ok(())
+}
+
 fn given() -> Outcome {
     need_tool("nbdkit")?;
     need_tool("nbdcopy")?;
@@ -361,7 +418,7 @@ fn given() -> Outcome {
     Ok(())
 }
 
-/// What waits for a dead server, for ever if need be, keeps neither the disk from going on elsewhere
+/// What waits for a dead server, if need be for ever, keeps neither its disk from going elsewhere
 /// nor its neighbour from being served.
 fn swapped() -> Outcome {
     need_tool("nbdkit")?;

@@ -22,6 +22,7 @@ pub fn add(group: &mut Group, kind: Kind, is_home: bool) {
             killed(kind)
         });
         group.add("zones_what_is_appended_is_where_btrfs_is_told", move || appended(kind));
+        crate::alike::add(group, kind);
     }
 }
 

@@ -69,7 +69,7 @@ pub(super) struct Connection {
     unflushed: VecDeque<u16>,
     /// The stack leaves data where it is until somebody changes it.
     may_lend: bool,
-    /// The client is over a network and sent away, and has not hung up.
+    /// The client, over a network, is sent away and has not hung up.
     sees_off: bool,
 }
 
@@ -470,22 +470,28 @@ impl Connection {
         if let Some(reason) = reason {
             (self.post.say)(&format!("nbd: {}: {reason}; disconnected", client.peer));
         }
+        let post = Arc::clone(&self.post);
+        post.forget(self.desk, |tag| {
+            if std::mem::take(&mut self.tags[usize::from(tag)].asked) {
+                self.free(tag);
+            }
+        });
+        let Some(client) = &self.client else { return };
         // Whatever is out on the socket ends now.
         let _ = rustix::net::shutdown(&client.socket, Shutdown::Both);
     }
 
     /// Leaves the place to the next client when nothing of this one is out any more.
     fn settle(&mut self, ring: &mut Uring) {
-        if !matches!(self.phase, Phase::Leaving | Phase::Lost) {
-            return;
+        match self.phase {
+            Phase::Leaving if self.sees_off => return self.see_off(ring),
+            Phase::Leaving | Phase::Lost => {}
+            Phase::Free | Phase::Open => return,
         }
-        if self.phase == Phase::Leaving && self.sees_off {
-            return self.see_off(ring);
-        }
-        if self.receiving {
-            return;
-        }
-        if self.outbox.is_sending() || (self.phase == Phase::Leaving && self.outbox.has_any()) {
+        if self.receiving
+            || self.outbox.is_sending()
+            || (self.phase == Phase::Leaving && self.outbox.has_any())
+        {
             return;
         }
         while let Some(tag) = self.outbox.next_left() {
@@ -508,23 +514,20 @@ impl Connection {
         }
     }
 
-    /// Takes what a client over a network goes on to send, and nothing of it, until it has seen that
-    /// all is answered and hangs up. A socket that is closed with bytes that nobody has taken throws
-    /// away what it has not sent yet, and those answers would be lost. `Post::stop` bounds it.
+    /// Takes what a client over a network still sends until it sees the end and hangs up: who closes
+    /// a socket with bytes unread loses answers on their way. `Post::stop` bounds it.
     fn see_off(&mut self, ring: &mut Uring) {
         if !self.receiving {
             self.receiving = true;
             let index = (self.lane, RECEIVED << 16 | u32::from(self.stage()));
             ring.receive(index, self.socket, (0, STAGE), Wait::Some);
         }
-        // Not the write of which a part is missing.
         let half = usize::from(matches!(self.intake, Intake::Data { .. }));
         if self.outbox.has_any() || self.idle.len() + half < self.tags.len() {
             return;
         }
-        if let Some(client) = &self.client {
-            let _ = rustix::net::shutdown(&client.socket, Shutdown::Write);
-        }
+        let socket = self.client.as_ref().map(|client| &client.socket);
+        let _ = socket.map(|socket| rustix::net::shutdown(socket, Shutdown::Write));
     }
 
     /// Has the ring forget the socket, so that it closes.

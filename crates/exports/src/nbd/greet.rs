@@ -141,7 +141,9 @@ fn is_of_client(error: &std::io::Error) -> bool {
 /// Answers all questions that there are.
 fn answer(post: &Post, known: &Extents) {
     post.asked.heard();
-    while let Some(question) = post.take_question() {
+    while !post.is_stopping()
+        && let Some(question) = post.take_question()
+    {
         let range = (question.at, question.len);
         let extents = extents::list(known, range, question.most);
         let letter = Letter::Answer { tag: question.tag, extents };

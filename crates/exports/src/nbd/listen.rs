@@ -10,7 +10,8 @@ use std::path::{Path, PathBuf};
 use devsplice_core::{Error, ErrorKind, Result};
 use devsplice_nbd::uri::{Place, Uri};
 use devsplice_uring::vsock;
-use rustix::net::{AddressFamily, SocketFlags};
+use rustix::net::sockopt::socket_type;
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
 /// Bytes of replies that a socket of this machine takes, half of what the kernel then counts to.
 const ROOM: usize = 1 << 20;
@@ -135,7 +136,10 @@ impl Listener {
             Place::Unix(path) => unix(path, rules).map(|listener| vec![listener]),
             Place::Vsock(machine, port) => {
                 let listener = vsock::listen(*machine, *port).map_err(|errno| {
-                    Error::os(format!("nbd+vsock://{machine}:{port}"), &errno.into())
+                    Error::os(format!("nbd+vsock://{machine}:{port}"), &errno.into()).next(
+                        "nbd+vsock://any:PORT; another port if this one is taken; below 1024 is \
+                         root's",
+                    )
                 })?;
                 Ok(vec![Listener::Vsock(listener, *machine)])
             }
@@ -156,13 +160,21 @@ impl Listener {
 
     /// Takes a socket that somebody else listens at and has passed on. Its file is theirs.
     pub(super) fn adopt(socket: OwnedFd) -> Result<Listener> {
-        let os = |error: &io::Error| Error::os("a socket that was passed", error);
+        const NEXT: &str = "ListenStream= with a path, a port or vsock:CID:PORT";
+        let os = |error: &io::Error| Error::os("a socket that was passed", error).next(NEXT);
+        let wrong = |why: &str| Err(Error::invalid("a socket that was passed", why).next(NEXT));
+        // Others would lose the rest of what a receive has no room for.
+        if socket_type(&socket).map_err(|errno| os(&errno.into()))? != SocketType::STREAM {
+            return wrong("is none of a stream");
+        }
         rustix::io::ioctl_fionbio(&socket, true).map_err(|errno| os(&errno.into()))?;
         match rustix::net::sockopt::socket_domain(&socket) {
             Ok(AddressFamily::UNIX) => {
                 let listener = UnixListener::from(socket);
                 let address = listener.local_addr().map_err(|error| os(&error))?;
-                let path = address.as_pathname().map(Path::to_owned).unwrap_or_default();
+                let Some(path) = address.as_pathname().map(Path::to_owned) else {
+                    return wrong("has no file, so no address of NBD says where it is");
+                };
                 Ok(Listener::Unix(listener, path, false))
             }
             Ok(AddressFamily::INET | AddressFamily::INET6) => {
@@ -172,8 +184,7 @@ impl Listener {
                 let (machine, _) = vsock::own(&socket).map_err(|errno| os(&errno.into()))?;
                 Ok(Listener::Vsock(socket, machine))
             }
-            _ => Err(Error::invalid("a socket that was passed", "is of no kind that NBD has")
-                .next("ListenStream= with a path, a port or vsock:CID:PORT")),
+            _ => wrong("is of no kind that NBD has"),
         }
     }
 
@@ -350,6 +361,24 @@ mod tests {
         assert_eq!(listener.uri("x", false).to_string(), format!("nbd://127.0.0.1:{port}/x"));
         let other = std::io::pipe().unwrap().0;
         assert!(Listener::adopt(other.into()).is_err());
+    }
+
+    #[test]
+    fn a_passed_socket_that_is_no_stream_or_has_no_file_is_refused() {
+        use rustix::net::{SocketAddrUnix, bind, listen, socket};
+        use std::os::linux::net::SocketAddrExt;
+        let packets = socket(AddressFamily::UNIX, SocketType::SEQPACKET, None).unwrap();
+        let path = std::env::temp_dir().join(format!("devsplice-packets-{}", std::process::id()));
+        bind(&packets, &SocketAddrUnix::new(&path).unwrap()).unwrap();
+        listen(&packets, 1).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let name = format!("devsplice-abstract-{}", std::process::id());
+        let name = std::os::unix::net::SocketAddr::from_abstract_name(name).unwrap();
+        let nameless = UnixListener::bind_addr(&name).unwrap();
+        for (socket, why) in [(packets, "stream"), (nameless.into(), "no file")] {
+            let said = Listener::adopt(socket).err().unwrap().to_string();
+            assert!(said.contains(why) && said.contains("ListenStream="), "{said}");
+        }
     }
 
     #[test]

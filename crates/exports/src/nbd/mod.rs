@@ -98,6 +98,8 @@ pub struct Device {
     crew: Crew,
     post: Arc<Post>,
     greeter: Option<JoinHandle<()>>,
+    /// Who asks servers below, where there are some that tell.
+    teller: Option<JoinHandle<()>>,
     options: Options,
     listeners: Arc<[Listener]>,
     features: Vec<&'static str>,
@@ -163,17 +165,17 @@ impl Device {
             let thread = builder.stack_size(256 << 10).spawn(work);
             thread.map_err(|error| Error::os("a thread for clients", &error))
         };
-        if let Some(known) = patient {
+        let tell = |known| {
             let post = Arc::clone(&post);
-            // It is not waited for: what it asks of a server may take a while. It ends by itself.
-            let work = move || greet::answer_all(&post, &known);
-            drop(begin("nbd/tell", Box::new(work))?);
-        }
+            begin("nbd/tell", Box::new(move || greet::answer_all(&post, &known)))
+        };
+        let teller = patient.map(tell).transpose()?;
         let doors = Arc::clone(listeners);
         let greeter = begin("nbd/greet", Box::new(move || host.run(&doors)))?;
         let features = options.secure.as_ref().map_or(Vec::new(), Secure::features);
         let (options, listeners) = (options.clone(), Arc::clone(listeners));
-        Ok(Device { uris, crew, post, greeter: Some(greeter), options, listeners, features })
+        let greeter = Some(greeter);
+        Ok(Device { uris, crew, post, greeter, teller, options, listeners, features })
     }
 
     /// Where it is reached: the first of its addresses.

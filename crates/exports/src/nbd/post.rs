@@ -174,6 +174,18 @@ impl Post {
         lock(&self.questions).pop_front()
     }
 
+    /// Nobody waits for the answers of a desk any more; those of which nobody has begun to answer
+    /// are told to `forgotten` by tag.
+    pub(super) fn forget(&self, desk: usize, mut forgotten: impl FnMut(u16)) {
+        lock(&self.questions).retain(|question| {
+            let is_theirs = question.lane == desk;
+            if is_theirs {
+                forgotten(question.tag);
+            }
+            !is_theirs
+        });
+    }
+
     /// Tells all threads to end when what was asked for is answered.
     pub(super) fn dismiss(&self) {
         self.gently.store(true, Ordering::Release);
@@ -238,6 +250,19 @@ mod tests {
         assert_eq!(roomy, [true, true, false]);
         post.leave(0);
         assert!(is_roomy(&post));
+    }
+
+    #[test]
+    fn questions_of_who_has_left_are_not_answered() {
+        let post = Post::new(2, 1, Arc::new(|_| {})).unwrap();
+        for (lane, tag) in [(0, 1), (1, 2), (0, 3)] {
+            post.ask(Question { lane, tag, at: 0, len: 1, most: 1 });
+        }
+        let mut forgotten = Vec::new();
+        post.forget(0, |tag| forgotten.push(tag));
+        assert_eq!(forgotten, [1, 3]);
+        assert_eq!(post.take_question().map(|question| question.tag), Some(2));
+        assert!(post.take_question().is_none());
     }
 
     #[test]

@@ -10,6 +10,9 @@ use super::listen::Listener;
 use super::{Device, END_LIMIT, Options, unfinished};
 use crate::threads::Service;
 
+/// How long a question to a server below may take beyond its end.
+const TELL_LIMIT: Duration = Duration::from_secs(12);
+
 /// How long what was asked for may take to be answered; then clients are cut off, and what waits
 /// for a server below fails, as nobody is there to hear of it.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
@@ -61,7 +64,23 @@ impl Device {
             }
             std::thread::sleep(Duration::from_millis(2));
         }
+        self.await_teller();
         Ok(())
+    }
+
+    /// What is below is held by who asks it, too. A question has its time; beyond that, only the
+    /// search for a host's name, or a socket's file where many wait already, can keep it.
+    fn await_teller(&mut self) {
+        let Some(teller) = self.teller.take() else { return };
+        let end = Instant::now() + TELL_LIMIT;
+        while !teller.is_finished() {
+            if Instant::now() >= end {
+                let text = "nbd: a server below is still being asked; it is let go of after that";
+                return (self.post.say)(text);
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        let _ = teller.join();
     }
 }
 

@@ -76,9 +76,11 @@ pub(super) fn is_low_depth(extra: &Extra, info: &DevInfo, path: DataPath) -> boo
 /// Whether most requests of this disk can go one at a time with fewer calls: their ends can be sent
 /// ahead, behind the splice to a file, and nothing has to hear of them in between.
 pub(super) fn pays_low_depth(extra: &Extra, service: &Service) -> bool {
-    let is_plain = !extra.per_io && service.pool.is_none();
+    let has_queues_of_its_own = !extra.per_io && service.pool.is_none();
+    let is_plain = service.stack.zones().is_none() && extra.integrity.is_none();
     let is_file = |bottom: &Bottom| matches!(bottom, Bottom::File { .. });
-    is_plain && service.bottoms.iter().all(is_file) && service.stack.lives().next().is_none()
+    let is_quiet = service.stack.lives().next().is_none();
+    has_queues_of_its_own && is_plain && is_quiet && service.bottoms.iter().all(is_file)
 }
 
 #[cfg(test)]

@@ -273,7 +273,7 @@ impl Live for State {
                 moved.await;
                 return Ok(());
             }
-            self.mark(self.regions_of(io.extent), &meta).await
+            self.mark_for(io.extent, &meta).await
         })
     }
 
@@ -323,6 +323,8 @@ impl Live for State {
                 self.failed_rounds.store(0, Ordering::SeqCst);
                 let left = if self.is_degraded() {
                     false
+                } else if self.is_held(meta.now_ns()) {
+                    true
                 } else {
                     self.clean(false, &meta).await.unwrap_or(true)
                 };

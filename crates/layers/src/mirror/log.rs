@@ -2,6 +2,7 @@
 //! taken back when the legs are known to be equal.
 
 use std::rc::Rc;
+use std::sync::atomic::Ordering;
 
 use devsplice_core::prelude::*;
 
@@ -10,6 +11,8 @@ use super::state::{State, lock, ports, region};
 
 /// Regions that are cleaned in one go.
 const MOST_CLEANED: usize = 4096;
+/// How many times as long as marking took all regions stay dirty after it.
+const STAY: u64 = 8;
 
 /// The log as it should be on disk, and how far that is so.
 pub(crate) struct Log {
@@ -42,7 +45,35 @@ impl Log {
     }
 }
 
+/// Somebody marks regions, as long as it is there.
+struct Marking<'a>(&'a State);
+
+impl Drop for Marking<'_> {
+    fn drop(&mut self) {
+        self.0.marking.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
 impl State {
+    /// Marks what a write that waits needs. It has to find all of that dirty when it asks again, so
+    /// nothing is cleaned meanwhile, nor for some time: what one mirror's marking takes, another
+    /// one's may take that the same write goes to. A region that stays dirty costs nothing now.
+    pub(crate) async fn mark_for(&self, extent: Extent, meta: &Rc<dyn Meta>) -> Result<(), Errno> {
+        self.marking.fetch_add(1, Ordering::SeqCst);
+        let _marking = Marking(self);
+        let begin = meta.now_ns();
+        self.mark(self.regions_of(extent), meta).await?;
+        let now = meta.now_ns();
+        let until = now.saturating_add(now.saturating_sub(begin).saturating_mul(STAY));
+        self.dirty_until.fetch_max(until, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// Whether nothing may be cleaned now, for the sake of writes that wait.
+    pub(crate) fn is_held(&self, now: u64) -> bool {
+        self.marking.load(Ordering::SeqCst) > 0 || now < self.dirty_until.load(Ordering::SeqCst)
+    }
+
     /// Puts the bits of the clean regions among these on disk; then writes to them may go.
     pub(crate) async fn mark(
         &self,

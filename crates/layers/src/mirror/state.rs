@@ -79,6 +79,11 @@ pub(crate) struct State {
     /// Some leg's log lacks bits that another one's has.
     pub(crate) logs_differ: AtomicBool,
     pub(crate) clean_ns: u64,
+    /// Writes whose regions are being marked.
+    pub(crate) marking: AtomicU32,
+    /// No region is cleaned before that time: a write that has to have many dirty would find the
+    /// first ones clean again.
+    pub(crate) dirty_until: AtomicU64,
     /// Some leg may not be written, so none is: legs stay as they were found.
     pub(crate) read_only: AtomicBool,
     /// Bytes a second that a rebuild may move; 0 for any number.
@@ -175,6 +180,8 @@ impl State {
             log_turn: Turn::default(),
             logs_differ: AtomicBool::new(false),
             clean_ns,
+            marking: AtomicU32::new(0),
+            dirty_until: AtomicU64::new(0),
             read_only: AtomicBool::new(false),
             rate: AtomicU64::new(0),
             tally: Tally::default(),

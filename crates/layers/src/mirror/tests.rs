@@ -9,18 +9,22 @@ use std::task::{Context, Poll, Waker};
 use super::*;
 use crate::mirror::state::region;
 
+/// What a write is said to take.
+const WRITE_NS: u64 = 10;
+
 /// Two devices in memory. All that is asked of them is done at once.
 struct Disks {
     limits: [Limits; 2],
     bytes: RefCell<[Vec<u8>; 2]>,
     unsettled: RefCell<bool>,
+    now: RefCell<u64>,
 }
 
 impl Disks {
     fn new(size: usize) -> Disks {
         let limits = [Limits::ideal(size as u64); 2];
         let bytes = RefCell::new([vec![0; size], vec![0; size]]);
-        Disks { limits, bytes, unsettled: RefCell::new(false) }
+        Disks { limits, bytes, unsettled: RefCell::new(false), now: RefCell::new(0) }
     }
 
     fn get(&self, port: Port, at: u64, len: usize) -> Vec<u8> {
@@ -64,6 +68,7 @@ impl Meta for Disks {
     }
 
     fn write(&self, port: Port, at: u64, bytes: Vec<u8>, _: bool) -> Slow {
+        *self.now.borrow_mut() += WRITE_NS;
         self.put(port, at, &bytes);
         done(())
     }
@@ -83,7 +88,7 @@ impl Meta for Disks {
     }
 
     fn now_ns(&self) -> u64 {
-        0
+        *self.now.borrow()
     }
 
     fn grace(&self) -> Slow {
@@ -144,4 +149,29 @@ fn a_region_is_not_clean_before_every_failed_write_has_ended() {
     assert_eq!(now(state.clean(true, &meta)), Ok(false));
     assert_eq!(state.state_of(2), region::CLEAN);
     assert!(!logged(&disks, 2));
+}
+
+/// A write that has to have many regions dirty asks again when it has marked the last of them.
+#[test]
+fn nothing_is_cleaned_while_a_write_marks_its_regions_nor_soon_after() {
+    let (state, disks, meta) = in_sync();
+    assert!(!state.is_held(meta.now_ns()));
+    // Somebody has the log: this one waits for it.
+    let mut turn = Box::pin(state.log_turn.take());
+    let Poll::Ready(taken) = turn.as_mut().poll(&mut Context::from_waker(Waker::noop())) else {
+        panic!("nobody has the turn")
+    };
+    let extent = Extent { at: 0, len: 4 * (64 << 10) };
+    let mut waiting = Box::pin(state.mark_for(extent, &meta));
+    assert!(waiting.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
+    assert!(state.is_held(u64::MAX));
+    // A write that is given up holds nothing.
+    drop(waiting);
+    assert!(!state.is_held(meta.now_ns()));
+    drop(taken);
+    now(state.mark_for(extent, &meta)).unwrap();
+    // One block of the log on each leg.
+    let (end, took) = (meta.now_ns(), 2 * WRITE_NS);
+    assert!(state.is_held(end + 7 * took) && !state.is_held(end + 8 * took));
+    assert!((0..4).all(|index| logged(&disks, index)));
 }

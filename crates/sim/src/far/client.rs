@@ -384,7 +384,7 @@ impl World {
 
     /// Goes on with a handshake; whether it is over.
     fn greet(&mut self, far: usize) -> bool {
-        let Far { greeting, pipes, talk, agreed, .. } = &mut self.fars[far];
+        let Far { greeting, pipes, talk, agreed, gave_up, .. } = &mut self.fars[far];
         let Some(client) = greeting else { return true };
         while *client.outcome() == protocol::Outcome::Open
             && let Some(bytes) = pipes[DOWN].there.head(64)
@@ -410,6 +410,7 @@ impl World {
             return false;
         }
         talk.connected(now);
+        *gave_up = false;
         *greeting = None;
         self.let_flow(far, UP);
         self.send_far(far);

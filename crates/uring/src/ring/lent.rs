@@ -8,7 +8,7 @@
 //! Only over sockets of this machine, whose buffer says how much it has room for: sending from a
 //! file cannot be asked not to wait.
 
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use devsplice_core::{Errno, Op};
 use devsplice_engine::{Completion, Event, FileId, Splice, To};
@@ -42,6 +42,17 @@ pub(super) struct Loans {
     tags: Box<[Loan]>,
     /// Whether the client of now may be served so.
     on: bool,
+}
+
+/// The kernel's memory for what a socket sends: how much holds bytes that the other end has not
+/// taken (over a socket of this machine: not read), and how much there may be.
+pub(super) fn send_memory(socket: BorrowedFd<'_>) -> Option<(u64, u64)> {
+    let mut about = [0_u32; MEMINFO_COUNT];
+    let mut len = libc::socklen_t::try_from(size_of_val(&about)).unwrap_or(0);
+    let (fd, into) = (socket.as_raw_fd(), about.as_mut_ptr().cast());
+    // SAFETY: the kernel writes at most `len` bytes, which `about` has, before the call returns.
+    let result = unsafe { libc::getsockopt(fd, libc::SOL_SOCKET, SO_MEMINFO, into, &raw mut len) };
+    (result == 0).then(|| (about[MEMINFO_QUEUED].into(), about[MEMINFO_ROOM].into()))
 }
 
 impl Uring {
@@ -158,18 +169,8 @@ impl Uring {
 
     /// How many bytes a socket takes without a wait, about.
     fn room(&self, socket: FileId) -> u64 {
-        let mut about = [0_u32; MEMINFO_COUNT];
-        let mut len = libc::socklen_t::try_from(size_of_val(&about)).unwrap_or(0);
-        let fd = self.files[usize::from(socket.0)].fd.as_raw_fd();
-        let into = about.as_mut_ptr().cast();
-        // SAFETY: the kernel writes at most `len` bytes, which `about` has, before the call
-        // returns.
-        let result =
-            unsafe { libc::getsockopt(fd, libc::SOL_SOCKET, SO_MEMINFO, into, &raw mut len) };
-        if result != 0 {
-            return 0;
-        }
-        u64::from(about[MEMINFO_ROOM]).saturating_sub(u64::from(about[MEMINFO_QUEUED]))
+        let memory = send_memory(self.files[usize::from(socket.0)].fd.as_fd());
+        memory.map_or(0, |(queued, room)| room.saturating_sub(queued))
     }
 
     /// Sends one part, its head from memory and its data from the file: all of it, or nothing and

@@ -15,6 +15,7 @@ mod tests;
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use devsplice_core::{Errno, Error, Op, Result};
 use devsplice_engine::ring::MAX_PARTS;
@@ -56,6 +57,8 @@ pub struct Link {
     pub socket: OwnedFd,
     /// What was agreed on.
     pub agreed: Agreed,
+    /// A socket of this machine that lies behind it, where it leads to somebody of ours.
+    pub beyond: Option<OwnedFd>,
 }
 
 /// How things stand with a server.
@@ -114,8 +117,9 @@ pub trait Remote: Send + Sync {
     fn look(&self, at: u64, most: u64) -> Option<Extent>;
 
     /// What is there from `at` on, of at most `most` bytes, while others change it: it is asked
-    /// now, and waited for. Nothing where the server does not tell, or not beside its connections.
-    fn look_now(&self, at: u64, most: u64) -> Option<Vec<Extent>>;
+    /// now, and waited for until then. Nothing where the server does not tell, not by then, or not
+    /// beside its connections.
+    fn look_now(&self, at: u64, most: u64, until: Instant) -> Option<Vec<Extent>>;
 
     /// Whether that is ever anything.
     fn tells_now(&self) -> bool;
@@ -129,7 +133,11 @@ pub struct Line {
 }
 
 impl Line {
-    fn new() -> Result<Arc<Line>> {
+    /// One to which nothing was delivered yet.
+    ///
+    /// # Errors
+    /// If there are no descriptors left.
+    pub fn new() -> Result<Arc<Line>> {
         Ok(Arc::new(Line { link: Mutex::default(), bell: Bell::new()? }))
     }
 
@@ -196,6 +204,10 @@ struct Conn {
     line: Arc<Line>,
     /// Its socket's place in the ring's table of files.
     file: FileId,
+    /// As [`Link::beyond`].
+    beyond: Option<OwnedFd>,
+    /// The next connection, until the server has read what it was sent over the last one.
+    next: Option<Link>,
     /// What is asked of the server.
     talk: Conversation,
     /// How much of what is not answered are large reads.
@@ -247,6 +259,8 @@ impl Uring {
             remote: Arc::clone(remote),
             line: Arc::clone(&line),
             file,
+            beyond: None,
+            next: None,
             talk: Conversation::new(flights, remote.agreed(), remote.patience()),
             large: 0,
             batch: Batch::new(),

@@ -1,17 +1,32 @@
 //! Answers for the life of a connection: how it is lost, what is held meanwhile and for how long,
 //! how the next one takes over.
 
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
 use devsplice_core::Errno;
 use devsplice_nbd::wire::command;
 use devsplice_nbd::{Broken, Request};
-use rustix::net::{SendFlags, Shutdown, send, shutdown};
+use rustix::net::sockopt::socket_domain;
+use rustix::net::{AddressFamily, SendFlags, Shutdown, send, shutdown};
 
-use super::{BELL, Link, Receiving, Remotes, SECOND, TICK, Uring, user_data};
+use super::super::lent::send_memory;
+use super::{BELL, Conn, Link, Receiving, Remotes, SECOND, TICK, Uring, user_data};
 use crate::files::{FileKind, RingFile};
 use crate::uapi::{OP_POLL_ADD, OP_TIMEOUT, Sqe};
+
+impl Conn {
+    /// Whether the server may still read what it was sent over the connection that was lost. Where
+    /// both ends are on this machine, that is so until it has, or has closed its end: what is sent
+    /// is at its end, and closing ours takes nothing back.
+    fn has_unread(&self, ring: &Uring) -> bool {
+        let is_unread = |socket: BorrowedFd<'_>| {
+            socket_domain(socket) == Ok(AddressFamily::UNIX)
+                && send_memory(socket).is_some_and(|(queued, _)| queued > 0)
+        };
+        is_unread(self.socket(ring)) || self.beyond.iter().any(|beyond| is_unread(beyond.as_fd()))
+    }
+}
 
 impl Remotes {
     /// What the server has said is no NBD.
@@ -33,6 +48,9 @@ impl Remotes {
         conn.lost = why;
         // What is out ends by it. It may be closed already.
         let _ = shutdown(conn.socket(ring), Shutdown::Both);
+        if let Some(beyond) = &conn.beyond {
+            let _ = shutdown(beyond, Shutdown::Both);
+        }
         self.settle(ring, index);
     }
 
@@ -68,16 +86,11 @@ impl Remotes {
         if let Some(link) = link
             && conn.talk.is_down()
         {
-            let Link { socket, agreed } = link;
-            match ring.replace_file(conn.file, RingFile { fd: socket, kind: FileKind::Other }) {
-                Ok(()) => {
-                    conn.talk.connected(&agreed);
-                    self.receive(ring, index);
-                }
-                Err(error) => {
-                    let line = Arc::clone(&conn.line);
-                    conn.remote.dial(&line, Some(&error.to_string()));
-                }
+            conn.next = Some(link);
+            self.take_over(ring, index);
+            if self.conns[index].next.is_some() {
+                let text = "has not read what it was sent before; requests wait until it has";
+                self.conns[index].remote.tell(text);
             }
         }
         ring.queues.push(Sqe {
@@ -87,6 +100,26 @@ impl Remotes {
             user_data: user_data(index, BELL),
             ..Sqe::default()
         });
+    }
+
+    /// Takes the next connection, if there is one and nothing can come after what is said over it.
+    fn take_over(&mut self, ring: &mut Uring, index: usize) {
+        let conn = &mut self.conns[index];
+        if conn.next.is_some() && conn.has_unread(ring) {
+            return self.arm_tick(ring);
+        }
+        let Some(Link { socket, agreed, beyond }) = conn.next.take() else { return };
+        match ring.replace_file(conn.file, RingFile { fd: socket, kind: FileKind::Other }) {
+            Ok(()) => {
+                conn.beyond = beyond;
+                conn.talk.connected(&agreed);
+                self.receive(ring, index);
+            }
+            Err(error) => {
+                let line = Arc::clone(&conn.line);
+                conn.remote.dial(&line, Some(&error.to_string()));
+            }
+        }
     }
 
     pub(super) fn arm_tick(&mut self, ring: &mut Uring) {
@@ -115,6 +148,7 @@ impl Remotes {
             if let Some(seconds) = conn.talk.second() {
                 self.lose(ring, index, format!("it has not answered for {seconds} s"));
             }
+            self.take_over(ring, index);
             self.give_up(ring, index);
             is_waiting |= self.conns[index].talk.is_waiting();
         }
@@ -125,7 +159,13 @@ impl Remotes {
 
     /// Says goodbye where that can be, and ends the connections.
     pub(super) fn part(&mut self, ring: &mut Uring) {
-        for conn in self.conns.iter_mut().filter(|conn| !conn.talk.is_down()) {
+        for conn in &mut self.conns {
+            if conn.talk.is_down() {
+                if conn.next.take().is_some() {
+                    conn.remote.part();
+                }
+                continue;
+            }
             let socket = conn.socket(ring);
             let mut how = Shutdown::Both;
             if conn.talk.is_up() && conn.batch.out == 0 {

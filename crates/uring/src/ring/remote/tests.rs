@@ -76,7 +76,7 @@ impl Remote for Fake {
             if number > 0 {
                 std::thread::sleep(Duration::from_millis(5));
             }
-            line.deliver(Link { socket: ours.into(), agreed });
+            line.deliver(Link { socket: ours.into(), agreed, beyond: None });
             serve(&mut peer, number);
         });
     }
@@ -95,7 +95,7 @@ impl Remote for Fake {
     fn tells_now(&self) -> bool {
         false
     }
-    fn look_now(&self, _: u64, _: u64) -> Option<Vec<Extent>> {
+    fn look_now(&self, _: u64, _: u64, _: Instant) -> Option<Vec<Extent>> {
         None
     }
     fn look(&self, _: u64, _: u64) -> Option<Extent> {
@@ -582,6 +582,7 @@ fn a_server_that_says_nothing_is_left_and_one_that_stays_so_fails_what_waits() {
         if number > 0 {
             return peer.well(4096);
         }
+        peer.next()?;
         std::thread::sleep(Duration::from_secs(30));
         None
     };
@@ -620,6 +621,50 @@ fn a_server_that_nobody_wants_any_more_is_waited_for_no_longer() {
         let begin = Instant::now();
         assert_eq!(client.one(WRITE, 0, 4096), Err(Errno::EIO));
         assert!(begin.elapsed() < Duration::from_secs(8), "{:?}", begin.elapsed());
+    }
+}
+
+#[test]
+fn nothing_is_said_over_the_next_connection_before_the_last_one_is_read() {
+    let _used = USED.lock().unwrap();
+    for has_slots in [false, true] {
+        let (wake, is_over) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+        let (woken, over) = (Arc::clone(&wake), Arc::clone(&is_over));
+        // Each connection has somebody of its own; the first one sleeps.
+        let serve = move |peer: &mut Peer, number: u32| {
+            if number > 0 {
+                return peer.well(4096);
+            }
+            let end = Instant::now() + Duration::from_secs(30);
+            while !woken.load(Relaxed) && Instant::now() < end {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            while let Some((request, data)) = peer.next() {
+                peer.carry_out(&request, &data);
+            }
+            over.store(true, Relaxed);
+            None
+        };
+        let patience = Patience { answer: 1, outage: Some(2) };
+        let mut client = Client::new((Mode::Simple, ALL), has_slots, patience, serve);
+        client.put(0, &[1; 4096]);
+        // There is a connection, but what the last one was asked may still be done.
+        assert_eq!(client.one(WRITE, 0, 4096), Err(Errno::EIO), "{}", client.told());
+        assert_eq!(client.one(WRITE, 0, 4096), Err(Errno::EIO), "{}", client.told());
+        let told = client.told();
+        assert!(told.contains("has not read") && told.contains("away for 2 s"), "{told}");
+        assert_eq!(client.fake.dials.load(Relaxed), 2, "{told}");
+        wake.store(true, Relaxed);
+        client.come_up();
+        client.put(0, &[2; 4096]);
+        assert_eq!(client.one(WRITE, 0, 4096), Ok(4096), "{}", client.told());
+        let end = Instant::now() + Duration::from_secs(20);
+        while !is_over.load(Relaxed) && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        assert!(is_over.load(Relaxed));
+        assert_eq!(client.one(READ, 0, 4096), Ok(4096));
+        assert_eq!(client.get(0, 4096), [2; 4096]);
     }
 }
 
