@@ -514,8 +514,8 @@ impl Connection {
         }
     }
 
-    /// Takes what a client over a network still sends until it sees the end and hangs up: who closes
-    /// a socket with bytes unread loses answers on their way. `Post::stop` bounds it.
+    /// Takes what a client over a network still sends until it sees the end and hangs up: a socket
+    /// that is closed with bytes unread loses answers under way. `Post::stop` bounds it.
     fn see_off(&mut self, ring: &mut Uring) {
         if !self.receiving {
             self.receiving = true;
