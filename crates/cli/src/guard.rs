@@ -17,13 +17,19 @@ use crate::state::{self, Claim, Disk, Keeper};
 use crate::{keeper, protect};
 
 /// The server's end: its end tells the guard.
-pub struct Guard(Voice);
+pub struct Guard {
+    voice: Voice,
+    /// Whether it may be the last that keeps the disk, from before this process serves it.
+    keeps_on: bool,
+}
 
 /// What the server has to say to its guard, from wherever in it.
 #[derive(Clone)]
 pub struct Voice {
     pipes: Arc<Mutex<Option<Pipes>>>,
     pid: i32,
+    /// When the guard started, and when this process did. Who is shut in cannot see that any more.
+    started: [u64; 2],
 }
 
 struct Pipes {
@@ -72,7 +78,10 @@ pub fn start_with(inherited: &[OwnedFd]) -> Result<Guard> {
     match fork::fork().map_err(os)? {
         fork::Fork::Parent(pid) => {
             let pipes = Arc::new(Mutex::new(Some(Pipes { say: writer, answers })));
-            Ok(Guard(Voice { pipes, pid }))
+            let guard = u32::try_from(pid).unwrap_or(0);
+            let started = [guard, std::process::id()].map(|pid| keeper::started(pid).unwrap_or(0));
+            let voice = Voice { pipes, pid, started };
+            Ok(Guard { voice, keeps_on: false })
         }
         fork::Fork::Child => {
             drop((writer, answers));
@@ -109,7 +118,7 @@ fn watch(reader: PipeReader, answer: PipeWriter, kept: &mut Vec<OwnedFd>) -> Opt
     let mut lines = said.iter().map(String::as_str);
     let name = lines.next()?;
     match (name.strip_prefix('@'), lines.next()) {
-        (None, None) => orphaned(name, !kept.is_empty()).map(Heir::Disk),
+        (None, None) => orphaned(name, server, kept).map(Heir::Disk),
         (None, Some(HANDOVER)) => abandoned(name, server).map(Heir::Disk),
         (Some(name), None) => orphaned_server(name).map(Heir::Server),
         (Some(name), Some(HANDOVER)) => abandoned_server(name, server).map(Heir::Server),
@@ -117,17 +126,23 @@ fn watch(reader: PipeReader, answer: PipeWriter, kept: &mut Vec<OwnedFd>) -> Opt
     }
 }
 
-/// A disk whose server has died; `is_kept_here` if this process keeps it.
-fn orphaned(name: &str, is_kept_here: bool) -> Option<String> {
+/// A disk whose server, process `server`, has died; `kept` is what this process keeps it by.
+fn orphaned(name: &str, server: u32, kept: &[OwnedFd]) -> Option<String> {
+    let is_kept_here = !kept.is_empty();
     // The lock goes with the last descriptor, a moment after the pipe. Where this process keeps the
     // disk it waits as long as it takes: what the server had in flight may be stuck below.
     let end = Instant::now() + PATIENCE;
     while Instant::now() < end || is_kept_here {
         match Claim::hold(name) {
-            Ok(Some((claim, Some(disk))))
+            Ok(Some((_, Some(disk)))) if is_anothers(&disk, server) => return None,
+            Ok(Some((mut claim, Some(mut disk))))
                 if (is_kept(&disk) || is_kept_here && disk.outlives_server())
                     && !state::is_doomed(name) =>
             {
+                if is_kept_here {
+                    keep_here(&mut disk, kept);
+                    let _ = claim.write(&disk);
+                }
                 let served = worth(claim, disk);
                 if served.is_none() && is_kept_here {
                     stay(name);
@@ -142,11 +157,31 @@ fn orphaned(name: &str, is_kept_here: bool) -> Option<String> {
                 claim.remove();
                 return None;
             }
+            Ok(None) if state::peek(name).is_some_and(|disk| is_anothers(&disk, server)) => {
+                return None;
+            }
             Ok(None) => std::thread::sleep(Duration::from_millis(5)),
             Err(_) => return None,
         }
     }
     None
+}
+
+/// Whether a disk has been served by another than process `server`, and that one's guard keeps it.
+/// A number that is merely another is not enough: `server` may have died before it wrote its own,
+/// and this process be the last that keeps the disk.
+fn is_anothers(disk: &Disk, server: u32) -> bool {
+    let is_ours = |keeper: &Keeper| keeper.pid == std::process::id();
+    disk.pid != server && !disk.keeper.as_ref().is_some_and(is_ours) && keeper::of(disk).is_some()
+}
+
+/// Makes this process the one that keeps the disk: who wants it has to find that here.
+fn keep_here(disk: &mut Disk, kept: &[OwnedFd]) {
+    let Some(keeper) = &mut disk.keeper else { return };
+    keeper.pid = std::process::id();
+    keeper.started = keeper::started(keeper.pid).unwrap_or(0);
+    keeper.fds = keeper::numbers(kept);
+    keeper.own.clear();
 }
 
 /// A server of many that has died: its disks that the kernel has not kept are cleaned up.
@@ -365,37 +400,57 @@ impl Voice {
             return Err(failed("cannot have descriptors of the server"));
         }
         let pid = u32::try_from(self.pid).unwrap_or(0);
-        Ok(Keeper { pid, fds: fds_there, own, told: told.to_owned() })
+        let [started, own_started] = self.started;
+        let told = told.to_owned();
+        Ok(Keeper { pid, started, fds: fds_there, own, own_started, told })
     }
 }
 
 impl Guard {
     /// Its process.
     pub fn pid(&self) -> i32 {
-        self.0.pid
+        self.voice.pid
     }
 
     /// For those that have something to be kept.
     pub fn voice(&self) -> Voice {
-        self.0.clone()
+        self.voice.clone()
     }
 
     /// Names what is to be cleaned up after.
     pub fn name(&mut self, name: &str) {
-        self.0.say(name);
+        if !self.keeps_on {
+            self.voice.say(name);
+        }
+    }
+
+    /// Names the disk that is kept by what the guard was started with. If this process fails or
+    /// dies the guard sees to it that somebody serves the disk, and keeps it until then.
+    pub fn keep_on(&mut self, name: &str) {
+        self.name(name);
+        self.keeps_on = true;
     }
 
     /// Tells the guard that another program is to serve the disk. It stays until that one does.
     pub fn hand_over(self) {
-        self.0.say(HANDOVER);
-        self.0.pipes().take();
+        self.voice.say(HANDOVER);
+        self.voice.pipes().take();
+    }
+
+    /// The disk is not served by this process after all. The guard goes; but one that may be the
+    /// last to keep the disk goes on as if this process had died.
+    pub fn give_up(self) {
+        match self.keeps_on {
+            true => drop(self.voice.pipes().take()),
+            false => self.dismiss(),
+        }
     }
 
     /// Tells the guard that all is cleaned up, and waits for it to go.
     pub fn dismiss(self) {
-        self.0.say(&format!("{FAREWELL}\n{FAREWELL}"));
-        self.0.pipes().take();
-        let _ = fork::waitpid(self.0.pid);
+        self.voice.say(&format!("{FAREWELL}\n{FAREWELL}"));
+        self.voice.pipes().take();
+        let _ = fork::waitpid(self.voice.pid);
     }
 }
 

@@ -9,9 +9,10 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use devsplice_core::{Error, ErrorKind, Result};
 use devsplice_exports::fuse::Kept;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
-use crate::state::Disk;
+use crate::state::{Disk, Keeper};
 use crate::{notify, passed};
 
 /// Copies of a process's descriptors with these numbers.
@@ -19,14 +20,29 @@ use crate::{notify, passed};
 /// # Errors
 /// If it is gone, has no such descriptor, or this process may not look into it.
 pub fn pull(pid: u32, fds: &[i32]) -> Result<Vec<OwnedFd>> {
-    let failed = |errno: rustix::io::Errno| {
-        Error::os(format!("descriptors of process {pid}"), &errno.into())
-    };
+    copies(&process(pid)?, pid, fds)
+}
+
+fn failed(pid: u32, errno: Errno) -> Error {
+    Error::os(format!("descriptors of process {pid}"), &errno.into())
+}
+
+fn process(pid: u32) -> Result<OwnedFd> {
     let gone = || Error::new(ErrorKind::NotFound, format!("process {pid}"), "is gone");
-    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or_else(gone)?;
-    let process = pidfd_open(pid, PidfdFlags::empty()).map_err(failed)?;
-    let pull = |fd: &i32| pidfd_getfd(&process, *fd, PidfdGetfdFlags::empty()).map_err(failed);
-    fds.iter().map(pull).collect()
+    let raw = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or_else(gone)?;
+    pidfd_open(raw, PidfdFlags::empty()).map_err(|errno| failed(pid, errno))
+}
+
+fn copies(process: &OwnedFd, pid: u32, fds: &[i32]) -> Result<Vec<OwnedFd>> {
+    let copy = |fd: &i32| pidfd_getfd(process, *fd, PidfdGetfdFlags::empty());
+    fds.iter().map(|fd| copy(fd).map_err(|errno| failed(pid, errno))).collect()
+}
+
+/// When a process started, in the kernel's ticks since boot: with its number, that is no other.
+pub fn started(pid: u32) -> Option<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // Field 22; the second, a name, may contain anything, and the third comes first here.
+    stat.rsplit_once(") ")?.1.split(' ').nth(19)?.parse().ok()
 }
 
 /// What keeps a disk, of descriptors that are had already.
@@ -37,16 +53,25 @@ pub fn with(disk: &Disk, fuse: Vec<OwnedFd>) -> Option<Kept> {
     (!fuse.is_empty()).then_some(Kept { fuse, number, told, path })
 }
 
-/// What keeps a disk, from who keeps it: its guard, or where that is gone its server, if there
-/// still is one. `None` if nobody does any more: the process may be gone, and its number another's.
+/// What keeps a disk, from who keeps it: its guard. `None` if that does not any more: the process
+/// may be gone, and its number another's.
 pub fn of(disk: &Disk) -> Option<Kept> {
-    let keeper = disk.keeper.as_ref()?;
-    let from = |pid: u32, fds: &[i32]| {
-        let all_ours = fds.iter().all(|fd| is_ours(pid, *fd, disk));
-        all_ours.then(|| pull(pid, fds).ok()).flatten().filter(|fds| !fds.is_empty())
-    };
-    let fds = from(keeper.pid, &keeper.fds).or_else(|| from(disk.pid, &keeper.own))?;
-    with(disk, fds)
+    let Keeper { pid, started, fds, .. } = disk.keeper.as_ref()?;
+    with(disk, from((*pid, *started), fds, disk)?)
+}
+
+/// The same from its server, for where that lives and its guard does not.
+pub fn of_server(disk: &Disk) -> Option<Kept> {
+    let Keeper { own, own_started, .. } = disk.keeper.as_ref()?;
+    with(disk, from((disk.pid, *own_started), own, disk)?)
+}
+
+fn from((pid, since): (u32, u64), fds: &[i32], disk: &Disk) -> Option<Vec<OwnedFd>> {
+    // First: as long as there is anything to be had by it, nobody else has the number.
+    let process = process(pid).ok()?;
+    let is_it = since == 0 || started(pid) == Some(since);
+    let all_ours = is_it && fds.iter().all(|fd| is_ours(pid, *fd, disk));
+    all_ours.then(|| copies(&process, pid, fds).ok()).flatten()
 }
 
 /// Whether a process's descriptor is one of the disk's connection: newer kernels (6.18 is one) say
@@ -84,7 +109,9 @@ pub fn stored(disk: &Disk) -> Vec<OwnedFd> {
     if fds.iter().all(is_connected) { fds } else { Vec::new() }
 }
 
-/// Connection numbers are not used again before some four thousand million others were.
+/// A number is another connection's as soon as this one is gone. So what is stored by that name
+/// before is let go of (`store`), and what has been stored is the disk's only if it is connected
+/// still: then nobody else has had the number since.
 fn stored_as(disk: &Disk) -> Option<String> {
     Some(format!("fuse-{}", disk.fuse_connection?))
 }
@@ -108,7 +135,6 @@ pub fn unlist(text: &str) -> Vec<i32> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::state::Keeper;
 
     #[test]
     fn descriptors_are_copied_from_a_process_that_has_them() {
@@ -126,5 +152,31 @@ mod tests {
         let keeper = Some(Keeper { pid: std::process::id(), fds: fds.into(), ..Keeper::default() });
         let disk = Disk { keeper, fuse_connection: Some(1), ..Disk::default() };
         assert!(of(&disk).is_none());
+    }
+
+    #[test]
+    fn a_number_that_is_another_process_now_keeps_nothing() {
+        let pid = std::process::id();
+        let since = started(pid).unwrap();
+        assert!(since > 0 && started(1) != Some(since) && started(u32::MAX).is_none());
+        // As on a kernel that does not say of which connection it is.
+        let Ok(fuse) = std::fs::File::open("/dev/fuse") else { return };
+        let (fds, own) = (vec![fuse.as_raw_fd()], vec![fuse.as_raw_fd()]);
+        let keeper = Keeper { pid, started: since, fds, own, ..Keeper::default() };
+        let keeper = Keeper { own_started: since, ..keeper };
+        let disk = |keeper: Keeper| Disk {
+            keeper: Some(keeper),
+            fuse_connection: Some(1),
+            pid,
+            ..Disk::default()
+        };
+        let kept = of(&disk(keeper.clone()));
+        assert_eq!(kept.map(|kept| kept.fuse.len()), Some(1));
+        assert!(of(&disk(Keeper { started: since + 1, ..keeper.clone() })).is_none());
+        // Where the guard is gone, who has the server's number is nobody to take a disk from.
+        let without_guard = disk(Keeper { pid: u32::MAX, ..keeper.clone() });
+        assert!(of(&without_guard).is_none());
+        assert!(of_server(&without_guard).is_some());
+        assert!(of_server(&disk(Keeper { own_started: since + 1, ..keeper })).is_none());
     }
 }

@@ -75,7 +75,8 @@ pub fn back(left: &Disk) -> Result<Disk> {
 /// Has a disk that is served taken over from its server, to be guarded by who asks for that.
 ///
 /// # Errors
-/// If it cannot be; its server goes on then.
+/// If it cannot be. Its server goes on then; or where that has left it already, a guard keeps it,
+/// and tries to have it served again.
 pub fn taken(found: &Found) -> Result<Disk> {
     launch::disk(&launch(|| succeed(found))?)
 }
@@ -182,7 +183,7 @@ fn many(
 /// Takes disks over from the programs that serve them.
 ///
 /// # Errors
-/// If one cannot be taken over; its server goes on then. All are tried.
+/// If one cannot be taken over; what becomes of it then, [`taken`] says. All are tried.
 pub fn upgrade(upgrade: &Upgrade) -> Result<()> {
     if let Some(binary) = &upgrade.binary {
         return Err(replace(upgrade, binary));
@@ -285,26 +286,37 @@ fn let_go<T>(name: &str, mut take: impl FnMut() -> Result<Option<T>>) -> Result<
 fn succeed(found: &Found) -> Result<(Server, launch::Report)> {
     look(found)?;
     let name = &found.disk.name;
-    let guard = guard::start()?;
-    // From the old guard, which is there until this process has taken over.
-    let kept = keeper::of(&found.disk);
+    // From the old guard, which is there until this process has taken over; or from the server,
+    // which lives.
+    let kept = keeper::of(&found.disk).or_else(|| keeper::of_server(&found.disk));
     if kept.is_none() && found.disk.ublk_id.is_none() {
-        guard.dismiss();
         let reason = "what keeps it cannot be had from its guard nor from its server";
         return Err(Error::new(ErrorKind::Permission, name, reason)
             .next("see whether this kernel lets root look into other processes"));
     }
+    let mut guard = guard::start_with(kept.as_ref().map_or(&[], |kept| &kept.fuse))?;
+    // The old server lets go of the disk. If it has no guard nothing else keeps it then, whatever
+    // becomes of this process.
+    if kept.is_some() {
+        guard.keep_on(name);
+    }
     let start = Instant::now();
-    let taken =
-        client::call(name, "hand-over", &json!({}), HAND_OVER).and_then(|_| {
-            match let_go(name, || Claim::hold(name))? {
-                (claim, Some(left)) => Ok((claim, left)),
-                (claim, None) => {
-                    claim.remove();
-                    Err(Error::new(ErrorKind::NotFound, name, "is gone"))
-                }
-            }
-        });
+    if let Err(error) = client::call(name, "hand-over", &json!({}), HAND_OVER) {
+        match error.kind() {
+            // It has refused, and goes on.
+            ErrorKind::Busy => guard.dismiss(),
+            _ => guard.give_up(),
+        }
+        return Err(error);
+    }
+    let taken = match let_go(name, || Claim::hold(name)) {
+        Ok((claim, Some(left))) => Ok((claim, left)),
+        Ok((claim, None)) => {
+            claim.remove();
+            Err(Error::new(ErrorKind::NotFound, name, "is gone"))
+        }
+        Err(error) => Err(error),
+    };
     match taken {
         Ok((claim, left)) => {
             let server = Server::take_over(claim, &left, guard, kept, "upgraded")?;
@@ -313,7 +325,7 @@ fn succeed(found: &Found) -> Result<(Server, launch::Report)> {
             Ok((server, json!({ "moved": [moved], "disk": disk })))
         }
         Err(error) => {
-            guard.dismiss();
+            guard.give_up();
             Err(error)
         }
     }

@@ -124,7 +124,7 @@ impl Server {
                 Ok(Server { hall, guard, news, seat: None, log })
             }
             Err(error) => {
-                guard.dismiss();
+                guard.give_up();
                 Err(error)
             }
         }

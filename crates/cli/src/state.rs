@@ -98,11 +98,18 @@ pub struct Disk {
 pub struct Keeper {
     /// Its number.
     pub pid: u32,
+    /// When it started ([`crate::keeper::started`]): later processes may have its number. 0 if that
+    /// is not known.
+    #[serde(default)]
+    pub started: u64,
     /// The descriptors' numbers there.
     pub fds: Vec<i32>,
     /// Their numbers in the server itself, for where its guard is gone.
     #[serde(default)]
     pub own: Vec<i32>,
+    /// When the server started.
+    #[serde(default)]
+    pub own_started: u64,
     /// What the disk's users were told of it.
     pub told: String,
 }

@@ -47,6 +47,12 @@ pub fn add(group: &mut Group, kind: Kind, is_home: bool) {
         group.add("kept_a_server_without_a_guard_is_taken_over_by_one_with", move || {
             asks_again().and_then(|()| guarded_again(kind))
         });
+        group.add("kept_a_guard_that_comes_late_leaves_the_disk_to_the_next", move || {
+            asks_again().and_then(|()| late_guard(kind))
+        });
+        group.add("kept_an_upgrade_that_fails_at_last_loses_nothing", move || {
+            asks_again().and_then(|()| failed_at_last(kind))
+        });
         return;
     }
     group.add("kept_fio_verify_does_not_notice_that_servers_are_killed", move || kills(kind));
@@ -599,6 +605,56 @@ fn by_guard(kind: Kind) -> Outcome {
     assert!(refused.contains("does not have it any more"), "{info}: {refused}");
     let _ = disk.del(&["--force"]);
     disk.is_gone_within(10);
+    Ok(())
+}
+
+/// Who serves the disk is another by the time that the dead server's guard gets to it.
+fn late_guard(kind: Kind) -> Outcome {
+    let room = Room::new();
+    let file = room.full_file("a", 8 * MIB, 0x5a);
+    let disk = room.add(kind, &file, &["--no-part-scan"]);
+    let (guard, old) = (disk.guard(), server(&disk));
+    guard.signal(Signal::STOP);
+    old.signal(Signal::KILL);
+    old.ends_within(10);
+    room.devsplice(["recover", &disk.name]).ok();
+    let next = server(&disk);
+    guard.signal(Signal::CONT);
+    guard.ends_within(5);
+    assert_eq!(server(&disk), next);
+    room.devsplice(["upgrade", &disk.name]).ok();
+    assert!(server(&disk) != next);
+    call("cmp", ["-n", "8388608", &file, &disk.node.to_string_lossy()]).ok();
+    let _ = disk.del(&[]).ok();
+    disk.is_gone_within(5);
+    Ok(())
+}
+
+/// The old server has no guard, and has let go of the disk when it is seen that it cannot be served.
+fn failed_at_last(kind: Kind) -> Outcome {
+    let room = Room::new();
+    let file = room.full_file("a", 8 * MIB, 0x5a);
+    let disk = room.add(kind, &file, &["--no-part-scan"]);
+    let (guard, old) = (disk.guard(), server(&disk));
+    guard.signal(Signal::KILL);
+    wait_until(5, "the end of the guard", || !guard.lives());
+    let resize = |size| std::fs::File::options().write(true).open(&file).unwrap().set_len(size);
+    resize(4 * MIB).unwrap();
+    let refused = room.refusal(["upgrade", &disk.name]);
+    assert!(refused.contains("the stack size"), "{refused}");
+    old.ends_within(10);
+    wait_until(20, "the new guard's failure", || disk.log().contains("tries again"));
+    wait_until(10, "a disk that is kept", || state(&room, &disk) == "waiting");
+    let mut reader =
+        call("cmp", ["-n", "8388608", &file, &disk.node.to_string_lossy()]).limit(40).start();
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(!reader.is_over(), "a read has ended without a server");
+    // What was cut off reads as zeros.
+    resize(8 * MIB).unwrap();
+    room.devsplice(["recover", &disk.name]).ok();
+    assert_eq!(reader.finish().code, Some(0));
+    let _ = disk.del(&[]).ok();
+    disk.is_gone_within(5);
     Ok(())
 }
 
