@@ -1,9 +1,12 @@
 //! Answers for starting a server in the background: forks, waits for word of how it went, passes
 //! that on.
 
-use std::io::{BufRead, BufReader, PipeWriter, Write};
+use std::io::{BufRead, BufReader, PipeReader, PipeWriter, Write, empty};
 
 use devsplice_core::{Error, ErrorKind, Result};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde_json::{Value, json};
 
 use crate::protect;
@@ -31,9 +34,12 @@ pub fn launch(start: impl FnOnce() -> Result<(Server, Report)>) -> Result<Report
     let os = |error| Error::os("server process", &error);
     let (reader, writer) = std::io::pipe().map_err(os)?;
     match fork::fork().map_err(os)? {
-        fork::Fork::Parent(_) => {
+        fork::Fork::Parent(pid) => {
             drop(writer);
-            told(BufReader::new(reader))
+            match await_word(&reader, pid) {
+                true => told(BufReader::new(reader)),
+                false => told(empty()),
+            }
         }
         fork::Fork::Child => {
             drop(reader);
@@ -72,7 +78,17 @@ fn send(status: &mut PipeWriter, report: &Value) {
     let _ = status.write_all(format!("{report}\n").as_bytes());
 }
 
-/// The caller's process: waits for the report.
+/// Waits for the report, or for the end of who has to make it: whether there is one. The pipe alone
+/// does not tell: the guard of who died has it open, too, and may live for as long as the disk does.
+fn await_word(status: &PipeReader, pid: i32) -> bool {
+    let process = Pid::from_raw(pid).map(|pid| pidfd_open(pid, PidfdFlags::empty()));
+    let Some(Ok(process)) = process else { return true };
+    let mut waits = [PollFd::new(status, PollFlags::IN), PollFd::new(&process, PollFlags::IN)];
+    while poll(&mut waits, None) == Err(Errno::INTR) {}
+    !waits[0].revents().is_empty() || waits[1].revents().is_empty()
+}
+
+/// The caller's process: reads the report.
 fn told(mut status: impl BufRead) -> Result<Report> {
     let mut line = String::new();
     let read = status.read_line(&mut line);

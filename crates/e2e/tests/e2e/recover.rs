@@ -53,6 +53,10 @@ pub fn add(group: &mut Group, kind: Kind, is_home: bool) {
         group.add("kept_an_upgrade_that_fails_at_last_loses_nothing", move || {
             asks_again().and_then(|()| failed_at_last(kind))
         });
+        group.add(
+            "kept_a_successor_that_is_killed_before_it_has_the_disk_loses_nothing",
+            move || asks_again().and_then(|()| killed_at_hand_over(kind)),
+        );
         return;
     }
     group.add("kept_fio_verify_does_not_notice_that_servers_are_killed", move || kills(kind));
@@ -655,6 +659,40 @@ fn failed_at_last(kind: Kind) -> Outcome {
     assert_eq!(reader.finish().code, Some(0));
     let _ = disk.del(&[]).ok();
     disk.is_gone_within(5);
+    Ok(())
+}
+
+/// The old server has no guard and is still waiting for what is below.
+fn killed_at_hand_over(kind: Kind) -> Outcome {
+    let room = Room::new();
+    let file = room.full_file("a", 8 * MIB, 0x5a);
+    let disk = room.add(kind, &format!("delay({file}, read=3s)"), &["--no-part-scan"]);
+    let (guard, old) = (disk.guard(), server(&disk));
+    guard.signal(Signal::KILL);
+    wait_until(5, "the end of the guard", || !guard.lives());
+    let from = format!("if={}", disk.node.display());
+    let into = format!("of={}", room.path("copy"));
+    let dd = [from.as_str(), &into, "bs=64k", "count=1", "iflag=direct"];
+    let reader = call("dd", dd).limit(40).start();
+    // It is on its way for longer than all of this takes.
+    std::thread::sleep(Duration::from_millis(300));
+    let upgrade = room.devsplice(["upgrade", &disk.name]).start();
+    let next = || Process(upgrade.pid()).children().first().copied().map(Process);
+    wait_until(5, "a successor and its guard", || {
+        next().is_some_and(|next| !next.children().is_empty())
+    });
+    std::thread::sleep(Duration::from_millis(500));
+    assert!(old.lives(), "it did not wait");
+    next().expect("a successor").signal(Signal::KILL);
+    assert_ne!(upgrade.finish().code, Some(0));
+    old.ends_within(10);
+    assert_eq!(reader.finish().code, Some(0));
+    wait_until(10, "another server", || state(&room, &disk) == "live");
+    assert_ne!(server(&disk), old);
+    call("dd", dd).limit(40).ok();
+    assert!(std::fs::read(room.path("copy")).unwrap().iter().all(|byte| *byte == 0x5a));
+    let _ = disk.del(&[]).ok();
+    disk.is_gone_within(10);
     Ok(())
 }
 
