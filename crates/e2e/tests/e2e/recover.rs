@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use devsplice_e2e::{
-    Disk, Group, Kind, MIB, Mode, Outcome, Process, Room, call, engines, kernel_is, mode, need,
-    verify, wait_until,
+    Disk, Group, Kind, MIB, Mode, Outcome, PATHS, Process, Room, call, engines, kernel_is, mode,
+    need, verify, wait_until,
 };
 use rustix::process::Signal;
 
@@ -445,6 +445,8 @@ fn swaps(kind: Kind) -> Outcome {
         let stack = &stacks[number as usize % stacks.len()];
         let said = room.devsplice(["swap", &disk.name, stack]).ok();
         assert!(said.contains("file("), "{said}");
+        let pays = kind == Kind::Ublk(PATHS[0]) && !stack.starts_with("stats");
+        assert_eq!(disk.info()["low_depth"], pays, "{stack}");
         let refused = room.refusal(["swap", &disk.name, &room.path("nothing")]);
         assert!(refused.contains("No such file"), "{refused}");
         swapped += 1;
