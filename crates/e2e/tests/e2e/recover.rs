@@ -241,6 +241,26 @@ fn guarded_again(kind: Kind) -> Outcome {
     let plain = room.refusal(room.add_arguments(kind, &file, &["-n", &disk.name]));
     assert!(plain.contains("is the name of a running disk"), "{plain}");
     let again = room.add_arguments(kind, &file, &["-n", &disk.name, "--or-recover"]);
+    // What is not what was asked for is not taken for it.
+    let export = if kind.is_ublk() { "fuse" } else { "ublk" };
+    let another: [(&str, &[&str]); 3] = [
+        ("--read-only", &["--read-only"]),
+        ("--recovery", &["--recovery", "off"]),
+        ("--export", &["--export", export]),
+    ];
+    for (what, more) in another {
+        let mut words = match what {
+            "--export" => {
+                ["add", "-n", &disk.name, "--or-recover", &file].map(str::to_owned).into()
+            }
+            _ => again.clone(),
+        };
+        words.extend(more.iter().map(|&word| word.to_owned()));
+        let old = server(&disk);
+        let refused = room.refusal(words);
+        assert!(refused.contains(&format!("a running disk with another {what}")), "{refused}");
+        assert_eq!(server(&disk), old);
+    }
     let guard = |server: Process| Process(server.children().first().copied().unwrap_or(0));
     let mut taken = 0;
     under_verify(&disk, 4, |number| {
@@ -283,12 +303,20 @@ fn taken_back(kind: Kind) -> Outcome {
         assert_eq!(state(&room, &disk), "waiting", "a refusal changes nothing");
     }
     drop(open);
-    let refused = room.refusal(add(&format!("linear({file}, size=4M)")));
-    assert!(refused.contains("devsplice recover"), "{refused}");
     let reader = call("cmp", ["-n", "8388608", &file, &disk.node.to_string_lossy()]).start();
     let said = room.devsplice(add(&file)).ok();
     assert!(said.contains(&*disk.node.to_string_lossy()), "{said}");
     assert_eq!(reader.finish().code, Some(0));
+    // What it is made of by now counts, not what the unit says: it has users.
+    let old = server(&disk);
+    for one in [Process(old.children().first().copied().unwrap_or(0)), old] {
+        one.signal(Signal::KILL);
+        one.ends_within(10);
+    }
+    wait_until(10, "the kernel holds it", || state(&room, &disk) == "waiting");
+    let served = room.devsplice(add(&format!("linear({file}, size=4M)"))).run();
+    assert!(served.code == Some(0) && served.err.contains("as it was"), "{}", served.err);
+    assert_eq!(disk.info()["size"], 8 * MIB);
     let _ = disk.del(&[]).ok();
     disk.is_gone_within(5);
     Ok(())
@@ -428,6 +456,11 @@ fn quiesce(kind: Kind) -> Outcome {
         assert!(guard.lives());
     }
     assert_eq!(state(&room, &disk), "waiting");
+    let unit = room.add_arguments(kind, &room.path("a"), &["-n", &disk.name, "--or-recover"]);
+    let refused = room.refusal(unit);
+    assert!(refused.contains("is quiesced") && refused.contains("devsplice recover"), "{refused}");
+    assert_eq!(state(&room, &disk), "waiting");
+    call("flock", ["-n", &room.path("a"), "true"]).ok();
     room.devsplice(["recover", &disk.name]).ok();
     let _ = disk.del(&[]).ok();
     disk.is_gone_within(5);
