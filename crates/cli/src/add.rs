@@ -8,16 +8,16 @@ use std::time::{Duration, Instant};
 
 use devsplice_core::size::show_size;
 use devsplice_core::{Error, ErrorKind, Result};
-use devsplice_exports::nbd;
+use devsplice_exports::{nbd, ublk};
 use devsplice_spec::Plan;
 use serde_json::json;
 
-use crate::args::Add;
+use crate::args::{Add, Export};
 use crate::assemble::CATALOG;
 use crate::launch::{self, launch};
 use crate::server::Server;
 use crate::state::{Disk, Found};
-use crate::{client, front, guard, keeper, protect, recover, say, servers, state};
+use crate::{client, front, guard, hosted, keeper, protect, recover, say, servers, state};
 
 /// How long a server may take to make a disk.
 const LIMIT: Duration = Duration::from_secs(90);
@@ -62,10 +62,17 @@ pub fn run(add: &Add) -> Result<ExitCode> {
 
 /// Takes over, or serves again, a disk that is there already; `None` if one is to be made.
 fn again(add: &Add, plan: &Plan) -> Result<Option<Disk>> {
+    // Of all tries together.
+    let end = Instant::now() + STUCK;
     let mut tries = 0;
-    while let Some(found) = there(add, plan)? {
+    while let Some(found) = there(add, plan, end)? {
         if !found.alive {
-            return recover::back(&found.disk).map(Some);
+            let mut disk = recover::back(&found.disk)?;
+            if let Some(what) = unlike(add, plan, &found.disk) {
+                let note = format!("served as it was, with another {what} than asked for");
+                disk.warnings.push(note);
+            }
+            return Ok(Some(disk));
         }
         // Nobody guards it any more, or a process that is none of the unit's.
         tries += 1;
@@ -79,33 +86,69 @@ fn again(add: &Add, plan: &Plan) -> Result<Option<Disk>> {
 }
 
 /// The disk that is to be taken over or served again rather than made.
-fn there(add: &Add, plan: &Plan) -> Result<Option<Found>> {
+fn there(add: &Add, plan: &Plan, end: Instant) -> Result<Option<Found>> {
     let Some(name) = add.name.as_deref().filter(|_| add.or_recover) else { return Ok(None) };
-    let Some(found) = settled(name) else { return Ok(None) };
-    let is_same = found.disk.stack == plan.to_expression();
+    let Some(found) = settled(name, end, || state::find(name).ok())? else { return Ok(None) };
+    let busy = |reason: String| Error::new(ErrorKind::Busy, format!("`{name}`"), reason);
     if found.alive {
-        let can_be = is_same && found.disk.outlives_server() && found.disk.server.is_none();
-        return Ok(can_be.then_some(found));
+        if !found.disk.outlives_server() || found.disk.server.is_some() {
+            return Ok(None);
+        }
+        return match unlike(add, plan, &found.disk) {
+            None => Ok(Some(found)),
+            Some(what) => Err(busy(format!("is the name of a running disk with another {what}"))
+                .next(format!("devsplice del {name}, or choose another --name"))),
+        };
     }
-    if !guard::is_kept(&found.disk) && keeper::stored(&found.disk).is_empty() {
+    let is_stored = !keeper::stored(&found.disk).is_empty();
+    if !guard::is_kept(&found.disk) && !is_stored {
         return Ok(None);
     }
-    if !is_same {
-        let reason = format!("waits for a server with another stack, {}", found.disk.stack);
-        return Err(Error::new(ErrorKind::Busy, name, reason)
-            .next(format!("devsplice recover {name}, then devsplice swap {name}")));
+    // What is below is in somebody's hands. What systemd has would be lost if this failed: see
+    // recover::again, which leaves the disk as it is.
+    if found.disk.quiesced && !is_stored {
+        return Err(busy("is quiesced, and its server is gone".to_owned())
+            .next(format!("devsplice recover {name} serves it again")));
     }
     Ok(Some(found))
 }
 
-/// The disk of that name, once it is clear whether somebody serves it: what a server that was
-/// killed has in flight below holds its lock for longer than it lived.
-fn settled(name: &str) -> Option<Found> {
-    let end = Instant::now() + STUCK;
+/// In what a disk is not the one that is asked for, of what must not be taken for one another.
+fn unlike(add: &Add, plan: &Plan, disk: &Disk) -> Option<String> {
+    if disk.stack != plan.to_expression() {
+        return Some(format!("stack, {},", disk.stack));
+    }
+    let is_read_only = disk.made_with.as_ref().is_some_and(|made| made.read_only);
+    let recovery = hosted::lasting(add, plan, true).ok().map(|add| add.recovery.forced());
+    let recovery = recovery.map(|forced| forced.unwrap_or(ublk::Recovery::Reissue).name());
+    let export = front::asked(add).map(Export::name);
+    let differing = [
+        ("--read-only", is_read_only != add.read_only),
+        ("--recovery", recovery != Some(disk.recovery.as_str())),
+        ("--export", export.is_some_and(|export| export != disk.export)),
+    ];
+    differing.iter().find(|(_, differs)| *differs).map(|(option, _)| (*option).to_owned())
+}
+
+/// What there is, once it is clear whether somebody serves it: what a server that was killed has
+/// in flight below holds its lock for longer than it lived.
+///
+/// # Errors
+/// If that is not clear by `end`.
+fn settled(
+    name: &str,
+    end: Instant,
+    mut look: impl FnMut() -> Option<Found>,
+) -> Result<Option<Found>> {
     loop {
-        let found = state::find(name).ok()?;
-        if !found.alive || found.lives() || Instant::now() > end {
-            return Some(found);
+        let Some(found) = look() else { return Ok(None) };
+        if !found.alive || found.lives() {
+            return Ok(Some(found));
+        }
+        if Instant::now() > end {
+            let reason = "what its dead server had in flight is still stuck below";
+            return Err(Error::new(ErrorKind::Busy, name, reason)
+                .next("see what does not answer there (dmesg), then try again"));
         }
         std::thread::sleep(STEP);
     }
@@ -181,4 +224,21 @@ fn show(add: &Add, disk: &Disk) {
         disk.name
     );
     let _ = std::io::stderr().write_all(about.as_bytes());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_stuck_below_is_waited_for_until_one_moment_for_all() {
+        let found = |pid, alive| Some(Found { disk: Disk { pid, ..Disk::default() }, alive });
+        let end = Instant::now();
+        let stuck = settled("d", end, || found(u32::MAX, true)).unwrap_err();
+        assert!(stuck.to_string().contains("stuck below"), "{stuck}");
+        let own = std::process::id();
+        assert!(settled("d", end, || found(own, true)).unwrap().unwrap().alive);
+        assert!(!settled("d", end, || found(u32::MAX, false)).unwrap().unwrap().alive);
+        assert!(settled("d", end, || None).unwrap().is_none());
+    }
 }

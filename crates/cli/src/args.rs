@@ -358,7 +358,7 @@ pub struct Add {
     #[arg(long, value_name = "NAME", conflicts_with = "foreground")]
     #[serde(skip)]
     pub server: Option<String>,
-    /// Where a disk of this name and stack waits for a server or has one, recover or upgrade it.
+    /// Where a disk of this name waits for a server, recover it; where it has one, upgrade it.
     #[arg(long, requires = "name", conflicts_with_all = ["server", "foreground"])]
     #[serde(skip)]
     pub or_recover: bool,

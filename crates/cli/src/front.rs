@@ -170,6 +170,17 @@ pub fn choose_for(add: &Add) -> Result<(Export, String)> {
         .map(|(export, _)| (export, format!("asked for by {option}")))
 }
 
+/// The front end that the options say, if they say one.
+pub fn asked(add: &Add) -> Option<Export> {
+    match add.export {
+        _ if !add.listen.is_empty() => Some(Export::Nbd),
+        Export::Auto if add.data_path.fuse().is_some() => Some(Export::Fuse),
+        Export::Auto if add.data_path.forced().is_some() => Some(Export::Ublk),
+        Export::Auto => add.ublk.first().map(|_| Export::Ublk),
+        asked => Some(asked),
+    }
+}
+
 /// Which front end, and why.
 ///
 /// # Errors

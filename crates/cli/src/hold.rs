@@ -138,6 +138,7 @@ impl Hosted {
             Ok(mut front) => {
                 self.line.entrust(&mut front, &mut disk);
                 disk.warnings.extend(front.crew().warnings.iter().cloned());
+                disk.low_depth = front.is_low_depth();
                 disk.quiesced = false;
                 self.line.serve(front.crew());
                 self.phase = Phase::Up(front);

@@ -20,7 +20,7 @@ use crate::front::{Front, Suspended};
 use crate::hall::Line;
 use crate::sandbox::{self, Choice};
 use crate::state::{self, Claim, Disk};
-use crate::{protect, tell};
+use crate::{keeper, protect, tell};
 
 /// How long what is in memory for the disk may take to be written out before it is removed.
 const SYNC_PATIENCE: Duration = Duration::from_secs(120);
@@ -114,6 +114,31 @@ impl Hosted {
         line: Line,
     ) -> Result<Hosted> {
         Hosted::follow(claim, (left, kept), line, |mut claim| drop(claim.write(left)))
+    }
+
+    /// Has a disk that a person has quiesced stay so, with this process in place of a server that
+    /// is gone: nothing below is touched before `resume`.
+    ///
+    /// # Errors
+    /// As [`Hosted::take_over`].
+    pub fn stay_held(
+        claim: Claim,
+        left: &Disk,
+        kept: Option<fuse::Kept>,
+        line: Line,
+    ) -> Result<Hosted> {
+        let (plan, suspended) = (left.plan()?, Suspended::find(left, &claim, kept)?);
+        let (mut disk, mut claim, mut line) = (left.clone(), claim, line);
+        disk.pid = std::process::id();
+        disk.started_ms = state::now_ms();
+        disk.warnings = vec![format!("is quiesced; devsplice resume {} serves it", disk.name)];
+        line.connect(&disk.name)?;
+        if let Some((fds, told)) = suspended.kept() {
+            disk.keeper = Some(line.keep(fds, told)?);
+        }
+        sandbox::process(disk.made_with.as_ref().map_or(Choice::On, |add| add.sandbox));
+        claim.write(&disk)?;
+        Ok(Hosted { phase: Phase::Held(suspended), disk, plan, claim, line })
     }
 
     /// Serves a disk that another tool has made: `disk` is what one of ours would have written.
@@ -328,6 +353,7 @@ impl Hosted {
         match removed {
             Err(error) if error.kind() != ErrorKind::NotFound => Err((Box::new(self), error)),
             _ => {
+                keeper::unstore(&self.disk);
                 self.claim.remove();
                 Ok(())
             }
@@ -345,7 +371,7 @@ fn shut_in(add: &Add, line: &Line) -> Result<()> {
 }
 
 /// The options, with a recovery that this stack can have; `is_kept` if somebody keeps such a disk.
-fn lasting(add: &Add, plan: &Plan, is_kept: bool) -> Result<Add> {
+pub(crate) fn lasting(add: &Add, plan: &Plan, is_kept: bool) -> Result<Add> {
     let mut add = add.clone();
     if add.recovery.forced() == Some(ublk::Recovery::Off) {
         return Ok(add);

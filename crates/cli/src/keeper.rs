@@ -93,6 +93,13 @@ pub fn store(disk: &Disk, fds: &[OwnedFd]) {
     }
 }
 
+/// Has systemd let go of that: the disk is gone.
+pub fn unstore(disk: &Disk) {
+    if let Some(name) = stored_as(disk) {
+        notify::unstore(&name);
+    }
+}
+
 /// The numbers of descriptors here.
 pub fn numbers(fds: &[OwnedFd]) -> Vec<i32> {
     fds.iter().map(AsRawFd::as_raw_fd).collect()

@@ -34,11 +34,16 @@ pub fn stopping() {
 /// else as `name` any more. It does not poll them: it would be woken for each request.
 pub fn store(name: &str, fds: &[OwnedFd]) {
     let Some(socket) = std::env::var_os("NOTIFY_SOCKET") else { return };
-    send(&format!("FDSTOREREMOVE=1\nFDNAME={name}"));
+    unstore(name);
     for fds in fds.chunks(AT_ONCE) {
         // Where it cannot, the disk is kept by its guard alone.
         let _ = send_with(&socket, &format!("FDSTORE=1\nFDPOLL=0\nFDNAME={name}"), fds);
     }
+}
+
+/// Has systemd close what it keeps as `name`.
+pub fn unstore(name: &str) {
+    send(&format!("FDSTOREREMOVE=1\nFDNAME={name}"));
 }
 
 /// Takes the next message, as `recv` does. Where systemd wants a sign of life every now and then

@@ -62,7 +62,9 @@ pub fn back(left: &Disk) -> Result<Disk> {
         return launch::disk(&json!({ "disk": disk }));
     }
     // Without a guard it may be systemd that has kept what keeps the disk, for this very process.
-    let stored = if guard::is_kept(left) { Vec::new() } else { keeper::stored(left) };
+    // A guard that keeps one that is quiesced may be dying: it is asked for nothing.
+    let is_guarded = !left.quiesced && guard::is_kept(left);
+    let stored = if is_guarded { Vec::new() } else { keeper::stored(left) };
     let stored = Some(stored).filter(|stored| !stored.is_empty());
     let report = launch(|| {
         let server = again(&left.name, stored)?;
@@ -100,13 +102,18 @@ fn each(wanted: Vec<Found>, mut each: impl FnMut(&Found) -> Result<()>) -> Resul
 }
 
 /// The server's process: takes over what a dead one left. `kept` is what its guard had to keep;
-/// with none a person wants this, so that what went wrong before does not count.
+/// with none a person wants this, so that what went wrong before does not count, nor that a person
+/// has quiesced it, which no other may end.
 ///
 /// # Errors
 /// If the kernel does not have the disk any more, another process serves it, or it cannot be.
 pub fn again(name: &str, kept: Option<Vec<OwnedFd>>) -> Result<Server> {
     let guard = guard::start_with(kept.as_deref().unwrap_or_default())?;
     match guard::claim_kept(name, kept.as_ref().is_some_and(|kept| !kept.is_empty())) {
+        Ok((claim, left)) if left.quiesced && kept.is_some() => {
+            let kept = kept.and_then(|kept| keeper::with(&left, kept));
+            Server::stay_held(claim, &left, guard, kept)
+        }
         Ok((claim, mut left)) => {
             let kept = match kept {
                 Some(kept) => keeper::with(&left, kept),

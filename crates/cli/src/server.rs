@@ -79,6 +79,21 @@ impl Server {
         })
     }
 
+    /// Has a disk that a person has quiesced stay so, in place of a server that is gone.
+    ///
+    /// # Errors
+    /// As [`Server::take_over`].
+    pub fn stay_held(
+        claim: Claim,
+        left: &Disk,
+        guard: Guard,
+        kept: Option<fuse::Kept>,
+    ) -> Result<Server> {
+        Server::alone(claim, guard, "quiesced", |claim, hall, ready| {
+            ready.and_then(|()| Hosted::stay_held(claim, left, kept, hall.line()))
+        })
+    }
+
     /// Serves a disk that another tool has made, as if a server of ours had: `disk` is what that
     /// one would have written.
     ///

@@ -202,6 +202,8 @@ pub struct Crew {
     handles: Vec<JoinHandle<()>>,
     shared: Vec<Arc<Shared>>,
     end: Arc<End>,
+    /// Whether its rings are for requests that come one at a time.
+    pub is_low_depth: bool,
     /// What is not as it should be, though the threads run.
     pub warnings: Vec<String>,
     /// The servers below.
@@ -242,6 +244,7 @@ impl Crew {
             handles: Vec::new(),
             shared: Vec::new(),
             end: Arc::default(),
+            is_low_depth: shape.low_depth,
             warnings: work.service.pool.iter().filter_map(|pool| pool.warning()).collect(),
             remotes,
         };

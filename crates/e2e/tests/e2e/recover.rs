@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use devsplice_e2e::{
-    Disk, Group, Kind, MIB, Mode, Outcome, Process, Room, call, engines, kernel_is, mode, need,
-    verify, wait_until,
+    Disk, Group, Kind, MIB, Mode, Outcome, PATHS, Process, Room, call, engines, kernel_is, mode,
+    need, verify, wait_until,
 };
 use rustix::process::Signal;
 
@@ -251,6 +251,26 @@ fn guarded_again(kind: Kind) -> Outcome {
     let plain = room.refusal(room.add_arguments(kind, &file, &["-n", &disk.name]));
     assert!(plain.contains("is the name of a running disk"), "{plain}");
     let again = room.add_arguments(kind, &file, &["-n", &disk.name, "--or-recover"]);
+    // What is not what was asked for is not taken for it.
+    let export = if kind.is_ublk() { "fuse" } else { "ublk" };
+    let another: [(&str, &[&str]); 3] = [
+        ("--read-only", &["--read-only"]),
+        ("--recovery", &["--recovery", "off"]),
+        ("--export", &["--export", export]),
+    ];
+    for (what, more) in another {
+        let mut words = match what {
+            "--export" => {
+                ["add", "-n", &disk.name, "--or-recover", &file].map(str::to_owned).into()
+            }
+            _ => again.clone(),
+        };
+        words.extend(more.iter().map(|&word| word.to_owned()));
+        let old = server(&disk);
+        let refused = room.refusal(words);
+        assert!(refused.contains(&format!("a running disk with another {what}")), "{refused}");
+        assert_eq!(server(&disk), old);
+    }
     let guard = |server: Process| Process(server.children().first().copied().unwrap_or(0));
     let mut taken = 0;
     under_verify(&disk, 4, |number| {
@@ -293,12 +313,20 @@ fn taken_back(kind: Kind) -> Outcome {
         assert_eq!(state(&room, &disk), "waiting", "a refusal changes nothing");
     }
     drop(open);
-    let refused = room.refusal(add(&format!("linear({file}, size=4M)")));
-    assert!(refused.contains("devsplice recover"), "{refused}");
     let reader = call("cmp", ["-n", "8388608", &file, &disk.node.to_string_lossy()]).start();
     let said = room.devsplice(add(&file)).ok();
     assert!(said.contains(&*disk.node.to_string_lossy()), "{said}");
     assert_eq!(reader.finish().code, Some(0));
+    // What it is made of by now counts, not what the unit says: it has users.
+    let old = server(&disk);
+    for one in [Process(old.children().first().copied().unwrap_or(0)), old] {
+        one.signal(Signal::KILL);
+        one.ends_within(10);
+    }
+    wait_until(10, "the kernel holds it", || state(&room, &disk) == "waiting");
+    let served = room.devsplice(add(&format!("linear({file}, size=4M)"))).run();
+    assert!(served.code == Some(0) && served.err.contains("as it was"), "{}", served.err);
+    assert_eq!(disk.info()["size"], 8 * MIB);
     let _ = disk.del(&[]).ok();
     disk.is_gone_within(5);
     Ok(())
@@ -438,6 +466,11 @@ fn quiesce(kind: Kind) -> Outcome {
         assert!(guard.lives());
     }
     assert_eq!(state(&room, &disk), "waiting");
+    let unit = room.add_arguments(kind, &room.path("a"), &["-n", &disk.name, "--or-recover"]);
+    let refused = room.refusal(unit);
+    assert!(refused.contains("is quiesced") && refused.contains("devsplice recover"), "{refused}");
+    assert_eq!(state(&room, &disk), "waiting");
+    call("flock", ["-n", &room.path("a"), "true"]).ok();
     room.devsplice(["recover", &disk.name]).ok();
     let _ = disk.del(&[]).ok();
     disk.is_gone_within(5);
@@ -455,6 +488,8 @@ fn swaps(kind: Kind) -> Outcome {
         let stack = &stacks[number as usize % stacks.len()];
         let said = room.devsplice(["swap", &disk.name, stack]).ok();
         assert!(said.contains("file("), "{said}");
+        let pays = kind == Kind::Ublk(PATHS[0]) && !stack.starts_with("stats");
+        assert_eq!(disk.info()["low_depth"], pays, "{stack}");
         let refused = room.refusal(["swap", &disk.name, &room.path("nothing")]);
         assert!(refused.contains("No such file"), "{refused}");
         swapped += 1;

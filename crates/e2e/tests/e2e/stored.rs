@@ -1,5 +1,6 @@
 //! Answers for a disk over FUSE whose server and guard are both killed: systemd has kept what keeps
-//! it, and starts its unit again with that. Here this test is systemd; `ops` has the real one.
+//! it, and starts its unit again with that. Here this test is systemd. The real one is not tested
+//! with this: `ops` has it for ublk only, where nothing is to be stored.
 
 use std::io::IoSliceMut;
 use std::mem::MaybeUninit;
@@ -13,7 +14,7 @@ use devsplice_e2e::{
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use rustix::process::Signal;
 
-use crate::recover::{server, under_verify};
+use crate::recover::{kill, server, under_verify};
 
 /// What systemd does to a unit's process: descriptors from 3 on, and how many they are.
 const START: &str = "exec 3<&0 0</dev/null; [ -z \"$LISTEN_FDS\" ] || export LISTEN_PID=$$; \
@@ -23,6 +24,10 @@ pub fn add(group: &mut Group, kind: Kind) {
     group.add("kept_by_systemd_when_server_and_guard_are_killed", move || {
         need(kernel_is(6, 9), "FUSE sends no request again before Linux 6.9")?;
         both_killed(kind)
+    });
+    group.add("kept_by_systemd_swapped_or_quiesced_as_it_was_when_both_are_killed", move || {
+        need(kernel_is(6, 9), "FUSE sends no request again before Linux 6.9")?;
+        as_it_was(kind)
     });
 }
 
@@ -72,6 +77,17 @@ impl Systemd {
         }
     }
 
+    /// What it has not read yet.
+    fn unread(&mut self) -> Vec<String> {
+        let (mut text, mut all) = ([0; 1000], Vec::new());
+        self.socket.set_nonblocking(true).unwrap();
+        while let Ok(len) = self.socket.recv(&mut text) {
+            all.push(String::from_utf8_lossy(&text[..len]).into_owned());
+        }
+        self.socket.set_nonblocking(false).unwrap();
+        all
+    }
+
     /// Starts the unit.
     fn start(&mut self, room: &Room, arguments: &[String]) {
         let program = program().expect("a program").display().to_string();
@@ -117,5 +133,53 @@ fn both_killed(kind: Kind) -> Outcome {
     systemd.start(&room, &unit);
     assert_ne!(server(&disk), last);
     room.devsplice(["del", &disk.name]).ok();
+    Ok(())
+}
+
+/// The unit's configuration is not what the disk is by then.
+fn as_it_was(kind: Kind) -> Outcome {
+    let room = Room::new();
+    let file = room.full_file("a", 4 * MIB, 0x5a);
+    let disk = room.add(kind, &file, &["--no-part-scan", "--queues", "1"]);
+    let unit = room.add_arguments(kind, &file, &["-n", &disk.name, "--or-recover"]);
+    let mut systemd = Systemd::new(&room);
+    systemd.start(&room, &unit);
+    let other = room.full_file("b", 4 * MIB, 0x77);
+    room.devsplice(["swap", &disk.name, &other]).ok();
+    let both_killed = || {
+        let server = server(&disk);
+        for one in [Process(server.children().first().copied().unwrap_or(0)), server] {
+            one.signal(Signal::KILL);
+            one.ends_within(10);
+        }
+    };
+    both_killed();
+    systemd.start(&room, &unit);
+    assert_eq!(disk.info()["stack"], format!("file({other})"));
+    call("cmp", ["-n", "4194304", &other, &disk.node.to_string_lossy()]).ok();
+    // A person works on what is below.
+    room.devsplice(["quiesce", &disk.name]).ok();
+    let to = format!("of={}", disk.node.display());
+    let mut writer = call("dd", ["if=/dev/zero", &to, "bs=64k", "count=4", "oflag=direct"]).start();
+    for _ in 0..2 {
+        both_killed();
+        systemd.start(&room, &unit);
+        assert_eq!(disk.info()["state"], "quiesced");
+        call("flock", ["-n", &other, "true"]).ok();
+        std::thread::sleep(Duration::from_millis(300));
+        assert!(!writer.is_over(), "a write has ended while the disk was quiesced");
+    }
+    assert!(std::fs::read(&other).unwrap().iter().all(|byte| *byte == 0x77));
+    room.devsplice(["resume", &disk.name]).ok();
+    assert_eq!(writer.finish().code, Some(0));
+    assert!(std::fs::read(&other).unwrap()[..256 << 10].iter().all(|byte| *byte == 0));
+    // And its guard takes its place as any's does.
+    kill(&room, &disk);
+    systemd.unread();
+    let _ = disk.del(&[]).ok();
+    disk.is_gone_within(5);
+    // Dead descriptors are not to fill the store.
+    let removed = format!("FDSTOREREMOVE=1\nFDNAME={}", systemd.name);
+    assert!(systemd.unread().contains(&removed));
     Ok(())
 }

@@ -230,6 +230,16 @@ pub fn all_ours() -> Vec<(String, String)> {
     blocks.flatten().filter_map(ours).collect()
 }
 
+/// Whether the loop device at `path` can be read, not only what memory has of it.
+pub fn answers(path: &str) -> bool {
+    const BLOCK: usize = 4096;
+    let flags = OFlags::RDONLY | OFlags::DIRECT | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    let Ok(device) = open(path, flags, Mode::empty()) else { return false };
+    let mut room = [0; 2 * BLOCK];
+    let start = room.as_ptr().align_offset(BLOCK).min(BLOCK);
+    rustix::io::pread(&device, &mut room[start..start + BLOCK], 0).is_ok()
+}
+
 /// The processes that have `path` open, as "name (pid)".
 pub fn holders(path: &str) -> Vec<String> {
     let mut all = Vec::new();

@@ -45,6 +45,8 @@ const END_LIMIT: Duration = Duration::from_secs(10);
 const SCAN_PATIENCE: Duration = Duration::from_secs(1);
 /// How long looking at the device may take.
 const LOOK_LIMIT: Duration = Duration::from_secs(5);
+/// A server that has not answered for so long is none.
+const ANSWER_LIMIT: Duration = Duration::from_secs(2);
 
 /// How requests come, and their data. Best first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -329,6 +331,14 @@ pub fn clear_unknown(name: &str, number: u32) -> Result<bool> {
 pub fn loop_devices() -> Vec<(String, String)> {
     let all = bounded("looking at loop devices", None, LOOK_LIMIT, |_| Ok(loopdev::all_ours()));
     all.unwrap_or_default()
+}
+
+/// Whether somebody serves the loop device at `path`: what lies below it answers.
+#[must_use]
+pub fn is_served(path: &str) -> bool {
+    let path = path.to_owned();
+    let answers = move |_| Ok(loopdev::answers(&path));
+    bounded("reading a loop device", None, ANSWER_LIMIT, answers).unwrap_or(false)
 }
 
 /// A connection that has shaken hands.

@@ -40,10 +40,10 @@ pub use integrity::Integrity;
 pub use outside::{Seen, Shared, Trial};
 pub use recovery::{Fit, Recovery, Suspended};
 
-use crate::threads::{Bottom, Crew, OnMade, Service, Work};
+use crate::threads::{Bottom, Crew, OnMade, Service, Shape, Work};
 use batch::BatchQueue;
 use queue::{Queue, QueueConfig};
-use shape::{is_low_depth, max_io, pays_low_depth, shape};
+use shape::{is_low_depth, max_io, shape};
 use shared::Marked;
 use uapi::{
     DevInfo, F_AUTO_BUF_REG, F_BATCH_IO, F_NEED_GET_DATA, F_NO_AUTO_PART_SCAN, F_PER_IO_DAEMON,
@@ -324,7 +324,7 @@ impl Device {
     /// Whether it is served as one whose requests come one at a time.
     #[must_use]
     pub fn is_low_depth(&self) -> bool {
-        is_low_depth(&self.made.extra, &self.made.info, self.made.data_path)
+        self.crew.is_low_depth
     }
 
     /// What of the driver's features it was made with, by the names of [`feature_names`].
@@ -422,13 +422,12 @@ impl Made {
         let info = self.info;
         let file = open_char(info.dev_id)?;
         self.extra.per_io |= service.pool.is_none() && self.spreads();
-        let pays = pays_low_depth(&self.extra, &service);
-        self.extra.low_depth.get_or_insert(pays);
         // Tags are dealt to as many threads as there will be.
         let rings = service.bottoms.iter().map(Bottom::most_rings).min().unwrap_or(u16::MAX);
         let threads = self.options.threads.min(rings);
         let options = Options { threads, ..self.options.clone() };
-        let shape = shape((&options, &self.extra), &info, self.data_path);
+        let low_depth = is_low_depth(&self.extra, (&info, self.data_path), &service);
+        let shape = Shape { low_depth, ..shape((&options, &self.extra), &info, self.data_path) };
         let is_shared = shape.threads > shape.queues && !self.extra.per_io;
         // Threads of one queue are there to run beside each other.
         let affinity = self.options.affinity && !self.extra.per_io && !is_shared;

@@ -64,18 +64,23 @@ pub(super) fn shape((options, extra): (&Options, &Extra), info: &DevInfo, path: 
         is_wide: false,
         memory,
         stuck_seconds: options.stuck_seconds,
-        low_depth: is_low_depth(extra, info, path),
+        low_depth: false,
     }
 }
 
-/// Whether it is served as one whose requests come one at a time.
-pub(super) fn is_low_depth(extra: &Extra, info: &DevInfo, path: DataPath) -> bool {
-    extra.low_depth == Some(true) && path == DataPath::AutoRegister && info.flags & F_BATCH_IO == 0
+/// Whether it is served as one whose requests come one at a time: as was asked, or where it pays.
+pub(super) fn is_low_depth(
+    extra: &Extra,
+    (info, path): (&DevInfo, DataPath),
+    service: &Service,
+) -> bool {
+    let can = path == DataPath::AutoRegister && info.flags & F_BATCH_IO == 0;
+    can && extra.low_depth.unwrap_or_else(|| pays_low_depth(extra, service))
 }
 
 /// Whether most requests of this disk can go one at a time with fewer calls: their ends can be sent
 /// ahead, behind the splice to a file, and nothing has to hear of them in between.
-pub(super) fn pays_low_depth(extra: &Extra, service: &Service) -> bool {
+fn pays_low_depth(extra: &Extra, service: &Service) -> bool {
     let has_queues_of_its_own = !extra.per_io && service.pool.is_none();
     let is_plain = service.stack.zones().is_none() && extra.integrity.is_none();
     let is_file = |bottom: &Bottom| matches!(bottom, Bottom::File { .. });

@@ -74,6 +74,15 @@ impl Suite {
         }
     }
 
+    /// Whether one that ended well and was not skipped has said that it passed, where it does so:
+    /// a `check` that finds no test ends well, too.
+    pub fn has_passed(self, said: &str) -> bool {
+        match self {
+            Suite::Kernel => true,
+            Suite::Blktests => said.contains("[passed]"),
+        }
+    }
+
     /// All tests, in order.
     pub fn names(self, suite: &Path) -> Fallible<Vec<String>> {
         let directory = match self {
@@ -120,6 +129,8 @@ mod tests {
         let line = "ublk/001 (test ublk delete)    [not run]";
         assert!(Suite::Kernel.was_skipped(4, "") && !Suite::Kernel.was_skipped(0, line));
         assert!(Suite::Blktests.was_skipped(0, line) && !Suite::Blktests.was_skipped(1, line));
+        assert!(Suite::Kernel.has_passed("") && !Suite::Blktests.has_passed(line));
+        assert!(Suite::Blktests.has_passed("ublk/001 (test ublk delete)    [passed]"));
         for suite in [Suite::Kernel, Suite::Blktests] {
             assert_eq!(Suite::named(suite.name()), suite);
         }
