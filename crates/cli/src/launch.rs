@@ -79,7 +79,7 @@ fn send(status: &mut PipeWriter, report: &Value) {
 }
 
 /// Waits for the report, or for the end of who has to make it: whether there is one. The pipe alone
-/// does not tell: the guard of who died has it open, too, and may live for as long as the disk does.
+/// does not tell: the guard of who died has it open, too, and may live for as long as the disk.
 fn await_word(status: &PipeReader, pid: i32) -> bool {
     let process = Pid::from_raw(pid).map(|pid| pidfd_open(pid, PidfdFlags::empty()));
     let Some(Ok(process)) = process else { return true };

@@ -669,7 +669,7 @@ fn late_guard(kind: Kind) -> Outcome {
     Ok(())
 }
 
-/// The old server has no guard, and has let go of the disk when it is seen that it cannot be served.
+/// The old server has no guard, and lets go of the disk before it is seen that none can serve it.
 fn failed_at_last(kind: Kind) -> Outcome {
     let room = Room::new();
     let file = room.full_file("a", 8 * MIB, 0x5a);
