@@ -208,12 +208,14 @@ fn bad_upgrade(kind: Kind) -> Outcome {
 }
 
 /// Kills the guard, then the server.
-fn kill_both(disk: &Disk<'_>) {
+fn kill_both(room: &Room, disk: &Disk<'_>) {
     let (guard, server) = (disk.guard(), disk.server());
     guard.signal(Signal::KILL);
     wait_until(5, "the end of the guard", || !guard.lives());
     server.signal(Signal::KILL);
     server.ends_within(10);
+    // Its threads may hold its lock a little longer.
+    wait_until(10, "the end of its lock", || state(room, disk) != "live");
 }
 
 fn by_hand(kind: Kind) -> Outcome {
@@ -221,7 +223,7 @@ fn by_hand(kind: Kind) -> Outcome {
     let file = room.full_file("a", 8 * MIB, 0x5a);
     // It was called by a name that means something in one directory only.
     let disk = room.add(kind, "./a", &[]);
-    kill_both(&disk);
+    kill_both(&room, &disk);
     wait_until(10, "the kernel holds it", || state(&room, &disk) == "waiting");
     let doctor = room.devsplice(["doctor"]).run();
     assert!(doctor.out.contains(&format!("devsplice recover {}", disk.name)), "{}", doctor.out);
@@ -305,7 +307,7 @@ fn taken_back(kind: Kind) -> Outcome {
     // Not held, as a mount would: merely open.
     let open = std::fs::File::open(&disk.node).unwrap();
     let is_told = disk.info()["features"].to_string().contains("safe-stop");
-    kill_both(&disk);
+    kill_both(&room, &disk);
     wait_until(10, "the kernel holds it", || state(&room, &disk) == "waiting");
     if is_told {
         let refused = room.refusal(["del", &disk.name]);
@@ -336,7 +338,7 @@ fn wrong_stack(kind: Kind) -> Outcome {
     let room = Room::new();
     let file = room.file("a", 8 * MIB);
     let disk = room.add(kind, &file, &[]);
-    kill_both(&disk);
+    kill_both(&room, &disk);
     let resize = |size| std::fs::File::options().write(true).open(&file).unwrap().set_len(size);
     resize(4 * MIB).unwrap();
     let refused = room.refusal(["recover", &disk.name]);
@@ -364,7 +366,7 @@ fn policies(kind: Kind) -> Outcome {
         };
         let first = read("skip=0").start();
         std::thread::sleep(Duration::from_millis(500));
-        kill_both(&disk);
+        kill_both(&room, &disk);
         wait_until(10, "the kernel has it", || state(&room, &disk) == "waiting");
         let mut second = read("skip=8").start();
         std::thread::sleep(Duration::from_millis(500));
@@ -417,7 +419,7 @@ fn del_kept(kind: Kind) -> Outcome {
     let at = room.mount_point("mnt");
     room.mount(&[&node], &at);
     std::fs::write(at.join("first"), b"first").unwrap();
-    kill_both(&disk);
+    kill_both(&room, &disk);
     wait_until(10, "the kernel holds it", || state(&room, &disk) == "waiting");
     let refused = disk.del(&[]);
     assert_eq!(refused.code, Some(1));
@@ -737,7 +739,7 @@ fn gc(kind: Kind) -> Outcome {
     let gc = |more: &[&str]| room.devsplice(["gc"].iter().chain(more)).ok();
     let disk = room.add(kind, &file, &["--recovery", "off", "--no-part-scan"]);
     assert!(!gc(&[]).contains(&disk.name), "a disk that is served is none of its business");
-    kill_both(&disk);
+    kill_both(&room, &disk);
     let doctor = room.devsplice(["doctor"]).run();
     assert!(doctor.out.contains(&format!("{}: its server is gone", disk.name)), "{}", doctor.out);
     let name = format!("would be removed: {}", disk.name);
@@ -748,7 +750,7 @@ fn gc(kind: Kind) -> Outcome {
     drop(disk);
     // Its state is lost, too.
     let disk = room.add(kind, &file, &["--no-part-scan"]);
-    kill_both(&disk);
+    kill_both(&room, &disk);
     if kind.is_ublk() {
         wait_until(10, "the kernel holds it", || state(&room, &disk) == "waiting");
         assert!(gc(&[]).contains(&format!("kept: {}", disk.name)));
@@ -769,7 +771,7 @@ fn gc(kind: Kind) -> Outcome {
     }
     if kind.is_ublk() {
         let disk = room.add(kind, &file, &["--no-part-scan"]);
-        kill_both(&disk);
+        kill_both(&room, &disk);
         wait_until(10, "the kernel holds it", || state(&room, &disk) == "waiting");
         let said = gc(&["--waiting", "--json"]);
         let said: serde_json::Value = serde_json::from_str(&said).unwrap();
