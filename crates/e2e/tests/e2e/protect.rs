@@ -25,10 +25,11 @@ fn read(process: Process, file: &str) -> String {
     std::fs::read_to_string(format!("/proc/{}/{file}", process.0)).unwrap_or_default()
 }
 
-/// Files of all threads of a process.
+/// Files of all threads of a process. One that has just ended has none.
 fn of_threads(process: Process, file: &str) -> Vec<String> {
     let tasks = std::fs::read_dir(format!("/proc/{}/task", process.0)).unwrap();
-    tasks.flatten().map(|task| std::fs::read_to_string(task.path().join(file)).unwrap()).collect()
+    let read = |task: std::fs::DirEntry| std::fs::read_to_string(task.path().join(file)).ok();
+    tasks.flatten().filter_map(read).collect()
 }
 
 /// Whether root has CAP_SYS_RESOURCE here: in some containers it has not.
