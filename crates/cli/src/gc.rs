@@ -151,7 +151,9 @@ pub fn look() -> Result<Vec<Left>> {
     let loops = fuse::loop_devices();
     let has_state = |name: &str| disks.iter().any(|disk| disk.name == name);
     // Whoever uses our crates without this command keeps no state, and may live.
-    let lost = loops.into_iter().filter(|(path, name)| !has_state(name) && !fuse::is_served(path));
+    let is_lost =
+        |(path, name): &(String, String)| !has_state(name) && !fuse::is_served(path, name);
+    let lost = loops.into_iter().filter(is_lost);
     left.extend(lost.map(|(path, name)| Left::Loop(path, name)));
     Ok(left)
 }

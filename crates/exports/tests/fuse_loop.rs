@@ -661,11 +661,12 @@ fn force_ends_a_mounted_device_and_the_loop_goes_with_the_mount() {
     run(&["mkfs.ext4", "-q", "-O", "^has_journal", disk.path()]);
     run(&["mount", disk.path(), mount]);
     run(&["sh", "-c", &format!("head -c 4M /dev/urandom > {mount}/data && sync -f {mount}")]);
-    assert!(fuse::is_served(disk.path()));
+    let name = format!("force-{}", std::process::id());
+    assert!(fuse::is_served(disk.path(), &name));
     let start = Instant::now();
     disk.device.detach(true).unwrap();
     assert!(start.elapsed() < Duration::from_secs(15), "{:?}", start.elapsed());
-    assert!(disk.device.crew().is_over() && !fuse::is_served(disk.path()));
+    assert!(disk.device.crew().is_over() && !fuse::is_served(disk.path(), &name));
     let direct = ["dd", "bs=64k", "iflag=direct", "of=/dev/null", &format!("if={mount}/data")];
     assert!(!output(20, &direct).status.success(), "reads after the end");
     run(&["umount", mount]);

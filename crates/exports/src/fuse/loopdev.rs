@@ -9,7 +9,7 @@ use devsplice_uring::loopctl;
 use rustix::fs::{Mode, OFlags, fsync, open, openat};
 use rustix::io::Errno;
 
-use super::connection::{abort, os};
+use super::connection::{DEV_FUSE, abort, os};
 
 /// Where free loop devices come from.
 pub const LOOP_CONTROL: &str = "/dev/loop-control";
@@ -230,14 +230,30 @@ pub fn all_ours() -> Vec<(String, String)> {
     blocks.flatten().filter_map(ours).collect()
 }
 
-/// Whether the loop device at `path` can be read, not only what memory has of it.
-pub fn answers(path: &str) -> bool {
-    const BLOCK: usize = 4096;
-    let flags = OFlags::RDONLY | OFlags::DIRECT | OFlags::CLOEXEC | OFlags::NONBLOCK;
-    let Ok(device) = open(path, flags, Mode::empty()) else { return false };
-    let mut room = [0; 2 * BLOCK];
-    let start = room.as_ptr().align_offset(BLOCK).min(BLOCK);
-    rustix::io::pread(&device, &mut room[start..start + BLOCK], 0).is_ok()
+/// Whether a process has the connection that serves the loop device at `path`, whose name is `name`.
+/// Nothing is read from it, which would take as long as that process does not answer.
+pub fn is_held(path: &str, name: &str) -> Result<bool> {
+    let held = open_ours(path, name, OFlags::NONBLOCK)?;
+    Ok(held.is_some_and(|(_, connection)| has_holder(connection)))
+}
+
+/// Older kernels do not say whose a descriptor of FUSE is (6.18 does); then any will do.
+fn has_holder(connection: u32) -> bool {
+    let is_it = |file: std::fs::DirEntry| {
+        let link = std::fs::read_link(file.path());
+        if link.ok().as_deref().and_then(|to| to.to_str()) != Some(DEV_FUSE) {
+            return false;
+        }
+        let info = file.path().to_string_lossy().replace("/fd/", "/fdinfo/");
+        let info = std::fs::read_to_string(info).unwrap_or_default();
+        let of = info.lines().find_map(|line| line.strip_prefix("fuse_connection:"));
+        of.is_none_or(|number| number.trim().parse() == Ok(connection))
+    };
+    let Ok(processes) = std::fs::read_dir("/proc") else { return true };
+    processes.flatten().any(|process| {
+        let files = std::fs::read_dir(process.path().join("fd"));
+        files.is_ok_and(|files| files.flatten().any(is_it))
+    })
 }
 
 /// The processes that have `path` open, as "name (pid)".

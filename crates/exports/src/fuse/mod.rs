@@ -45,8 +45,6 @@ const END_LIMIT: Duration = Duration::from_secs(10);
 const SCAN_PATIENCE: Duration = Duration::from_secs(1);
 /// How long looking at the device may take.
 const LOOK_LIMIT: Duration = Duration::from_secs(5);
-/// A server that has not answered for so long is none.
-const ANSWER_LIMIT: Duration = Duration::from_secs(2);
 
 /// How requests come, and their data. Best first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -333,12 +331,13 @@ pub fn loop_devices() -> Vec<(String, String)> {
     all.unwrap_or_default()
 }
 
-/// Whether somebody serves the loop device at `path`: what lies below it answers.
+/// Whether a process serves the loop device at `path`, of a device called `name`. It counts as
+/// served where that cannot be found out.
 #[must_use]
-pub fn is_served(path: &str) -> bool {
-    let path = path.to_owned();
-    let answers = move |_| Ok(loopdev::answers(&path));
-    bounded("reading a loop device", None, ANSWER_LIMIT, answers).unwrap_or(false)
+pub fn is_served(path: &str, name: &str) -> bool {
+    let (path, name) = (path.to_owned(), format!("{PREFIX}{name}"));
+    let is_held = move |_| loopdev::is_held(&path, &name);
+    bounded("looking at a loop device", None, LOOK_LIMIT, is_held).unwrap_or(true)
 }
 
 /// A connection that has shaken hands.
