@@ -230,8 +230,8 @@ pub fn all_ours() -> Vec<(String, String)> {
     blocks.flatten().filter_map(ours).collect()
 }
 
-/// Whether a process has the connection that serves the loop device at `path`, whose name is `name`.
-/// Nothing is read from it, which would take as long as that process does not answer.
+/// Whether a process has the connection that serves the loop device at `path`, if its name is
+/// `name`. Nothing is read from it, which would take as long as that process does not answer.
 pub fn is_held(path: &str, name: &str) -> Result<bool> {
     let held = open_ours(path, name, OFlags::NONBLOCK)?;
     Ok(held.is_some_and(|(_, connection)| has_holder(connection)))
