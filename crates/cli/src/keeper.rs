@@ -5,9 +5,10 @@
 //! gets them if server and guard are both gone.
 
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::Path;
 
 use devsplice_core::{Error, ErrorKind, Result};
-use devsplice_exports::fuse::Kept;
+use devsplice_exports::fuse::{self, Kept};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
@@ -74,16 +75,9 @@ fn from((pid, since): (u32, u64), fds: &[i32], disk: &Disk) -> Option<Vec<OwnedF
     all_ours.then(|| copies(&process, pid, fds).ok()).flatten()
 }
 
-/// Whether a process's descriptor is one of the disk's connection: newer kernels (6.18 is one) say
-/// of which one it is.
+/// Whether a process's descriptor is one of the disk's connection.
 fn is_ours(pid: u32, fd: i32, disk: &Disk) -> bool {
-    let link = std::fs::read_link(format!("/proc/{pid}/fd/{fd}"));
-    if link.ok().as_deref().and_then(|to| to.to_str()) != Some("/dev/fuse") {
-        return false;
-    }
-    let info = std::fs::read_to_string(format!("/proc/{pid}/fdinfo/{fd}")).unwrap_or_default();
-    let of = info.lines().find_map(|line| line.strip_prefix("fuse_connection:"));
-    of.is_none_or(|number| number.trim().parse().ok() == disk.fuse_connection)
+    fuse::is_of(Path::new(&format!("/proc/{pid}/fd/{fd}")), disk.fuse_connection)
 }
 
 /// Has systemd keep what this process serves the disk by, where it is a unit's.

@@ -2,6 +2,7 @@
 //! how it is cut.
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::Path;
 use std::time::Duration;
 
 use devsplice_core::{Error, ErrorKind, Result};
@@ -30,6 +31,20 @@ const POSSIBLE: &str = "/sys/devices/system/cpu/possible";
 
 /// The kernel's side of FUSE.
 pub const DEV_FUSE: &str = "/dev/fuse";
+
+/// Whether a process's descriptor, /proc/PID/fd/N, is one of the FUSE connection of this number.
+/// Newer kernels say of which one it is (6.18 does); with older ones any of FUSE will do.
+#[must_use]
+pub fn is_of(fd: &Path, connection: Option<u32>) -> bool {
+    let link = std::fs::read_link(fd);
+    if link.ok().as_deref().and_then(|to| to.to_str()) != Some(DEV_FUSE) {
+        return false;
+    }
+    let info = fd.to_string_lossy().replace("/fd/", "/fdinfo/");
+    let info = std::fs::read_to_string(info).unwrap_or_default();
+    let of = info.lines().find_map(|line| line.strip_prefix("fuse_connection:"));
+    of.is_none_or(|number| number.trim().parse().ok() == connection)
+}
 
 /// An error of the operating system about `thing`.
 pub fn os(thing: &str, errno: Errno) -> Error {

@@ -3,13 +3,14 @@
 //! All of it waits for I/O that our own threads serve, so nothing here may run on one of them.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 
 use devsplice_core::{Error, ErrorKind, Result};
 use devsplice_uring::loopctl;
 use rustix::fs::{Mode, OFlags, fsync, open, openat};
 use rustix::io::Errno;
 
-use super::connection::{DEV_FUSE, abort, os};
+use super::connection::{abort, is_of, os};
 
 /// Where free loop devices come from.
 pub const LOOP_CONTROL: &str = "/dev/loop-control";
@@ -237,23 +238,16 @@ pub fn is_held(path: &str, name: &str) -> Result<bool> {
     Ok(held.is_some_and(|(_, connection)| has_holder(connection)))
 }
 
-/// Older kernels do not say whose a descriptor of FUSE is (6.18 does); then any will do.
 fn has_holder(connection: u32) -> bool {
-    let is_it = |file: std::fs::DirEntry| {
-        let link = std::fs::read_link(file.path());
-        if link.ok().as_deref().and_then(|to| to.to_str()) != Some(DEV_FUSE) {
-            return false;
-        }
-        let info = file.path().to_string_lossy().replace("/fd/", "/fdinfo/");
-        let info = std::fs::read_to_string(info).unwrap_or_default();
-        let of = info.lines().find_map(|line| line.strip_prefix("fuse_connection:"));
-        of.is_none_or(|number| number.trim().parse() == Ok(connection))
-    };
     let Ok(processes) = std::fs::read_dir("/proc") else { return true };
-    processes.flatten().any(|process| {
-        let files = std::fs::read_dir(process.path().join("fd"));
-        files.is_ok_and(|files| files.flatten().any(is_it))
-    })
+    let is_it = |file: &Path| is_of(file, Some(connection));
+    processes.flatten().any(|process| has_open(&process, is_it))
+}
+
+/// Whether a process, by its directory under /proc, has a descriptor of which `is_it` holds.
+fn has_open(process: &std::fs::DirEntry, is_it: impl Fn(&Path) -> bool) -> bool {
+    let files = std::fs::read_dir(process.path().join("fd"));
+    files.is_ok_and(|files| files.flatten().any(|file| is_it(&file.path())))
 }
 
 /// The processes that have `path` open, as "name (pid)".
@@ -265,11 +259,9 @@ pub fn holders(path: &str) -> Vec<String> {
         if !pid.bytes().all(|byte| byte.is_ascii_digit()) {
             continue;
         }
-        let Ok(files) = std::fs::read_dir(process.path().join("fd")) else { continue };
-        let has = |file: std::fs::DirEntry| {
-            std::fs::read_link(file.path()).is_ok_and(|to| to.to_str() == Some(path))
-        };
-        if files.flatten().any(has) {
+        let is_it =
+            |file: &Path| std::fs::read_link(file).is_ok_and(|to| to.to_str() == Some(path));
+        if has_open(&process, is_it) {
             let name = std::fs::read_to_string(process.path().join("comm")).unwrap_or_default();
             all.push(format!("{} ({pid})", name.trim_end()));
         }

@@ -25,6 +25,7 @@ use devsplice_engine::Counts;
 use devsplice_uring::{FileKind, FusePayload, LaneMemory, RingFile, loopctl, thread::apart};
 
 use crate::threads::{Bottom, Crew, OnMade, Service, Shape, Work};
+pub use connection::is_of;
 use connection::{DEV_FUSE, Mount};
 use keep::{Keep, Lasting, new_stop};
 pub use keep::{Kept, Suspended};
