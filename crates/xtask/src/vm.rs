@@ -129,7 +129,7 @@ pub fn run(options: &Options) -> Fallible<u8> {
     deps::ensure(PROGRAMS)?;
     let daemon = Daemon::find()?;
     let kernel = kernel::find(&options.kernel)?;
-    let slot = Slot::take()?;
+    let slot = Slot::take(options.accel)?;
     let start = Instant::now();
     let run = Scratch::new(lock::run_directory())?;
     let disks = make_disks(options, &run.0)?;
