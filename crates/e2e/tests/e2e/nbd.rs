@@ -37,7 +37,8 @@ impl<'a> Served<'a> {
         let mut arguments = vec!["add", stack, "-n", &name, "--listen", &listen];
         arguments.extend(more);
         let uri = room.devsplice(arguments).ok().trim().to_owned();
-        let scheme = if more.contains(&"--tls-certificates") { "nbds" } else { "nbd" };
+        let is_tls = more.iter().any(|one| ["--tls-certificates", "--tls-psk"].contains(one));
+        let scheme = if is_tls { "nbds" } else { "nbd" };
         assert_eq!(uri, format!("{scheme}+unix:///{name}?socket={socket}"));
         Served { room, name, socket, uri }
     }
