@@ -93,10 +93,8 @@ impl<S: Side> Handshake<S> {
     }
 
     fn gone(&self) -> Error {
-        let why = match self.received {
-            0 => String::new(),
-            _ => format!(" ({})", self.side.doubt()),
-        };
+        let why = self.side.doubt(self.received > 0);
+        let why = why.map_or(String::new(), |why| format!(" ({why})"));
         self.lost(&format!("has gone in the middle of a handshake{why}"))
     }
 

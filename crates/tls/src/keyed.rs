@@ -74,15 +74,15 @@ impl Keyed {
     }
 
     /// As [`crate::Side::doubt`].
-    pub(crate) fn doubt(&self) -> String {
+    pub(crate) fn doubt(&self, has_spoken: bool) -> Option<String> {
+        let also = "or have certificates only, or no TLS 1.3";
         match &self.user {
+            // GnuTLS says nothing of users and keys that are not to its liking.
             Some(user) => {
                 let user = shown(user.as_bytes());
-                format!(
-                    "it may not know {user}, or have another key of that user, or certificates only"
-                )
+                Some(format!("it may not know {user}, or have another key of that user, {also}"))
             }
-            None => "it may have another key, or certificates only".to_owned(),
+            None => has_spoken.then(|| format!("it may have another key, {also}")),
         }
     }
 

@@ -38,7 +38,7 @@ impl Keyed {
     }
 
     /// As [`crate::Side::doubt`].
-    pub(crate) fn doubt(&self) -> String {
+    pub(crate) fn doubt(&self, _: bool) -> Option<String> {
         match *self {}
     }
 

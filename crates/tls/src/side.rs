@@ -61,8 +61,9 @@ pub trait Side: Send + 'static {
     /// Whether the peers have not agreed yet.
     fn is_handshaking(&self) -> bool;
 
-    /// What a peer may not like that says nothing and goes.
-    fn doubt(&self) -> String;
+    /// What a peer may not like that says nothing of it and goes, if it has said anything at all or
+    /// not.
+    fn doubt(&self, has_spoken: bool) -> Option<String>;
 
     /// Decrypts all records that are there whole; whether the peer has said that it was the last.
     fn open(
@@ -112,10 +113,10 @@ macro_rules! side {
                 }
             }
 
-            fn doubt(&self) -> String {
+            fn doubt(&self, has_spoken: bool) -> Option<String> {
                 match self {
-                    $side::Certified(_) => certified::DOUBT.to_owned(),
-                    $side::Keyed(side) => side.doubt(),
+                    $side::Certified(_) => has_spoken.then(|| certified::DOUBT.to_owned()),
+                    $side::Keyed(side) => side.doubt(has_spoken),
                 }
             }
 
