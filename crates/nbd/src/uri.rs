@@ -33,6 +33,8 @@ pub struct Tls {
     pub name: Option<String>,
     /// Any server is believed (`tls-verify-peer=false`).
     pub anybody: bool,
+    /// The kernel does it where it can, once there is agreement (`tls-kernel=on`).
+    pub by_kernel: bool,
 }
 
 /// A server and one of its exports.
@@ -47,6 +49,12 @@ pub struct Uri {
 }
 
 impl Uri {
+    /// Whether the kernel is to do TLS where it can.
+    #[must_use]
+    pub fn by_kernel(&self) -> bool {
+        self.tls.as_ref().is_some_and(|tls| tls.by_kernel)
+    }
+
     /// Reads one.
     ///
     /// # Errors
@@ -118,21 +126,29 @@ fn query_of(query: &str, scheme: &str) -> Result<Query, String> {
             ("tls-psk-file" | "tls-username", _) => {
                 return Err("wants TLS with keys of users (PSK), which rustls has not".to_owned());
             }
-            ("tls-certificates" | "tls-hostname" | "tls-verify-peer" | "tls-type", None) => {
+            (
+                "tls-certificates" | "tls-hostname" | "tls-verify-peer" | "tls-type" | "tls-kernel",
+                None,
+            ) => {
                 return Err(format!("has `{key}`, but no TLS; write nbds://"));
             }
             ("tls-certificates", Some(tls)) => tls.certificates = Some(PathBuf::from(value)),
             ("tls-hostname", Some(tls)) => tls.name = Some(value),
-            ("tls-verify-peer", Some(tls)) => match value.as_str() {
-                "true" | "1" | "yes" | "on" => tls.anybody = false,
-                "false" | "0" | "no" | "off" => tls.anybody = true,
-                _ => return Err(format!("has `{pair}`, which is neither yes nor no")),
-            },
+            ("tls-verify-peer", Some(tls)) => tls.anybody = !is_yes(pair, &value)?,
+            ("tls-kernel", Some(tls)) => tls.by_kernel = is_yes(pair, &value)?,
             ("tls-type", Some(_)) if value == "x509" => {}
             _ => return Err(bad()),
         }
     }
     Ok(Query { socket, tls })
+}
+
+fn is_yes(pair: &str, value: &str) -> Result<bool, String> {
+    match value {
+        "true" | "1" | "yes" | "on" => Ok(true),
+        "false" | "0" | "no" | "off" => Ok(false),
+        _ => Err(format!("has `{pair}`, which is neither yes nor no")),
+    }
 }
 
 fn unix(path: &str, export: String) -> Option<Uri> {
@@ -221,6 +237,7 @@ impl fmt::Display for Uri {
             ("tls-certificates", files),
             ("tls-hostname", tls.name.clone()),
             ("tls-verify-peer", anybody),
+            ("tls-kernel", tls.by_kernel.then(|| "on".to_owned())),
         ] {
             if let Some(value) = value {
                 write!(f, "{sign}{key}={}", encoded(&value))?;

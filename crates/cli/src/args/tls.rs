@@ -34,6 +34,11 @@ pub struct TlsOptions {
     #[arg(long)]
     #[serde(default)]
     pub tls_verify_peer: bool,
+    /// Have the kernel encrypt and decrypt where it can: TLS 1.3 over TCP, Linux 6.14 and later with
+    /// the module tls.
+    #[arg(long)]
+    #[serde(default)]
+    pub tls_kernel: bool,
     /// Keys of users instead of certificates: not to be had here, see docs/nbd.md.
     #[arg(long, value_name = "FILE", hide = true)]
     #[serde(default)]
@@ -47,6 +52,7 @@ impl TlsOptions {
             ("--tls", self.tls.is_some()),
             ("--tls-certificates", self.tls_certificates.is_some()),
             ("--tls-verify-peer", self.tls_verify_peer),
+            ("--tls-kernel", self.tls_kernel),
             ("--tls-psk", self.tls_psk.is_some()),
         ]
         .into_iter()
@@ -77,13 +83,17 @@ impl TlsOptions {
                 Err(Error::invalid("--tls-verify-peer", "there is no TLS in which to verify")
                     .next("--tls require --tls-certificates DIR"))
             }
+            (Tls::Off, _) if self.tls_kernel => {
+                Err(Error::invalid("--tls-kernel", "there is no TLS for the kernel to do")
+                    .next("--tls require --tls-certificates DIR"))
+            }
             (Tls::Off, _) => Ok(None),
             (_, None) => Err(Error::invalid("--tls", "there is no certificate to show")
                 .next("--tls-certificates DIR, with server-cert.pem and server-key.pem")),
             (policy, Some(dir)) => {
                 let files = Certificates(here.join(dir));
                 let server = Server::new(files, self.tls_verify_peer)?;
-                Ok(Some(Secure { policy, server }))
+                Ok(Some(Secure { policy, server, by_kernel: self.tls_kernel }))
             }
         }
     }
@@ -101,6 +111,7 @@ mod tests {
         for (options, name) in [
             (TlsOptions { tls_psk: dir.clone(), ..plain.clone() }, "--tls-psk"),
             (TlsOptions { tls_verify_peer: true, ..plain.clone() }, "--tls-verify-peer"),
+            (TlsOptions { tls_kernel: true, ..plain.clone() }, "--tls-kernel"),
             (TlsOptions { tls: Some(TlsChoice::On), ..plain.clone() }, "--tls"),
             (TlsOptions { tls_certificates: dir, ..plain.clone() }, "/does/not/exist"),
         ] {

@@ -27,10 +27,10 @@ pub fn add(group: &mut Group) {
 }
 
 /// A disk that goes with the test, reached over both kinds of socket.
-struct Secret<'a> {
+pub struct Secret<'a> {
     room: &'a Room,
-    name: String,
-    port: String,
+    pub name: String,
+    pub port: String,
 }
 
 /// A directory of the room with all that a server and a client need.
@@ -44,7 +44,7 @@ pub fn certificates(room: &Room, name: &str) -> String {
 }
 
 impl<'a> Secret<'a> {
-    fn new(room: &'a Room, stack: &str, more: &[&str]) -> Secret<'a> {
+    pub fn new(room: &'a Room, stack: &str, more: &[&str]) -> Secret<'a> {
         let name = room.name();
         let listen = format!("unix:{}", room.path(&format!("{name}.sock")));
         let mut arguments = vec!["add", stack, "-n", &name, "--json", "--writable"];
@@ -63,7 +63,7 @@ impl<'a> Secret<'a> {
         format!("nbds+unix:///{name}?socket={socket}&tls-certificates={certificates}")
     }
 
-    fn tcp(&self, certificates: &str) -> String {
+    pub fn tcp(&self, certificates: &str) -> String {
         let (name, port) = (&self.name, &self.port);
         format!("nbds://127.0.0.1:{port}/{name}?tls-certificates={certificates}")
     }
@@ -72,12 +72,12 @@ impl<'a> Secret<'a> {
         format!("nbd://127.0.0.1:{}/{}", self.port, self.name)
     }
 
-    fn info(&self) -> Value {
+    pub fn info(&self) -> Value {
         let text = self.room.devsplice(["info", "--json", &self.name]).ok();
         serde_json::from_str(&text).unwrap_or_else(|error| panic!("info: {error}: {text}"))
     }
 
-    fn log(&self) -> String {
+    pub fn log(&self) -> String {
         let path = self.room.run.join(format!("{}.log", self.name)).display().to_string();
         std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{path}: {error}"))
     }
@@ -89,7 +89,7 @@ impl<'a> Secret<'a> {
         ran
     }
 
-    fn remove(self) {
+    pub fn remove(self) {
         wait_until(20, "clients have gone", || self.info()["clients"] == 0);
         let info = self.info();
         assert_eq!((&info["counts"]["errors"], &info["counts"]["stuck"]), (&0.into(), &0.into()));
@@ -139,6 +139,11 @@ fn copies() -> Outcome {
 }
 
 fn fio() -> Outcome {
+    fio_with(&[])
+}
+
+/// fio with libnbd, verifying, to a server with these options, too.
+pub fn fio_with(more: &[&str]) -> Outcome {
     need_tool("fio")?;
     need_tool("setpriv")?;
     let room = Room::new();
@@ -150,7 +155,7 @@ fn fio() -> Outcome {
         let _ = call("chmod", ["-R", "a+rX", path]).ok();
     }
     let _ = call("chmod", ["a+x", &room.dir.to_string_lossy()]).ok();
-    let secret = Secret::new(&room, "mem:32M", &["--tls-certificates", &files]);
+    let secret = Secret::new(&room, "mem:32M", &[&["--tls-certificates", &files], more].concat());
     let uri = format!("--uri={}", secret.plain().replace("nbd://", "nbds://"));
     let mut arguments = vec!["--reuid=65534", "--regid=65534", "--clear-groups"];
     arguments.extend(["fio", "--name=verify", "--ioengine=nbd", &uri, "--rw=randrw"]);
