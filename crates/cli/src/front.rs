@@ -436,6 +436,14 @@ impl Front {
         }
     }
 
+    /// Clients that are reached over TLS by the kernel.
+    pub fn tls_kernel(&self) -> usize {
+        match self {
+            Front::Ublk(_) | Front::Fuse(_) => 0,
+            Front::Nbd(device) => device.sealed(),
+        }
+    }
+
     /// Sees to it that nobody comes to use the disk before it is removed, where the front end can.
     ///
     /// # Errors

@@ -311,6 +311,7 @@ impl Hosted {
             info["clients"] = json!(clients);
             info["held"] = json!(clients > 0);
             info["tls_relays"] = json!(front.tls_relays());
+            info["tls_kernel"] = json!(front.tls_kernel());
         }
         info["threads"] = json!(crew.thread_count());
         info["counts"] = Value::Object(counts);
@@ -425,11 +426,12 @@ pub(crate) fn open(plan: &Plan, disk: &mut Disk, pool: Option<Arc<Pool>>) -> Res
 
 /// How things stand with a server below.
 fn server(remote: &Arc<dyn Remote>) -> Value {
-    let Standing { connections, reconnects, last_error } = remote.standing();
+    let Standing { connections, reconnects, tls_kernel, last_error } = remote.standing();
     json!({
         "uri": remote.name(),
         "connections": connections,
         "reconnects": reconnects,
+        "tls_kernel": tls_kernel,
         "last_error": last_error,
     })
 }

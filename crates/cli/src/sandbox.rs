@@ -24,7 +24,7 @@ use serde_json::{Value, json};
 
 mod calls;
 
-use calls::{FAMILIES, IO_THREAD, NEVER, POOL_THREAD};
+use calls::{FAMILIES, IO_THREAD, NEVER, POOL_THREAD, TLS};
 
 /// `--sandbox`, as typed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
@@ -155,8 +155,15 @@ fn libc_errno(errno: rustix::io::Errno) -> u32 {
 /// What an I/O thread may do is listed.
 fn io_filter(place: Place) -> Result<BpfProgram> {
     let more = if place == Place::InPool { POOL_THREAD } else { &[] };
-    let listed = IO_THREAD.iter().chain(more);
+    // One of a pool serves disks that nobody knows of yet.
+    let has_tls = place == Place::InPool || devsplice_uring::ktls::is_wanted();
+    let tls = if has_tls { TLS } else { &[] };
+    let listed = IO_THREAD.iter().chain(more).chain(tls);
     let mut rules: Rules = listed.map(|call| (*call, Vec::new())).collect();
+    if has_tls {
+        let level = rule(&[(1, SeccompCmpOp::Eq, calls::SOL_TLS)])?;
+        rules.insert(calls::SETSOCKOPT, vec![level]);
+    }
     let own = u64::from(std::process::id());
     // To end the process: a panic aborts it.
     rules.insert(calls::TGKILL, vec![rule(&[(0, SeccompCmpOp::Eq, own)])?]);

@@ -33,6 +33,8 @@ pub struct Tls {
     pub name: Option<String>,
     /// Any server is believed (`tls-verify-peer=false`).
     pub anybody: bool,
+    /// The kernel does it where it can, once there is agreement (`tls-kernel=on`).
+    pub by_kernel: bool,
     /// Who we are by a key that both have, instead of certificates.
     pub user: Option<User>,
 }
@@ -58,6 +60,12 @@ pub struct Uri {
 }
 
 impl Uri {
+    /// Whether the kernel is to do TLS where it can.
+    #[must_use]
+    pub fn by_kernel(&self) -> bool {
+        self.tls.as_ref().is_some_and(|tls| tls.by_kernel)
+    }
+
     /// Reads one.
     ///
     /// # Errors
@@ -145,12 +153,21 @@ fn query_of(query: &str, scheme: &str, name: Option<&str>) -> Result<Query, Stri
     Ok(Query { socket, tls })
 }
 
+fn is_yes(value: &str) -> Result<bool, ()> {
+    match value {
+        "true" | "1" | "yes" | "on" => Ok(true),
+        "false" | "0" | "no" | "off" => Ok(false),
+        _ => Err(()),
+    }
+}
+
 /// What is said of TLS.
 #[derive(Default)]
 struct Security {
     certificates: Option<PathBuf>,
     name: Option<String>,
     verify: Option<bool>,
+    kernel: bool,
     keys: Option<PathBuf>,
     kind: Option<String>,
 }
@@ -162,13 +179,8 @@ impl Security {
             "tls-hostname" => self.name = Some(value),
             "tls-psk-file" => self.keys = Some(PathBuf::from(value)),
             "tls-type" if ["x509", "psk"].contains(&value.as_str()) => self.kind = Some(value),
-            "tls-verify-peer" => {
-                self.verify = Some(match value.as_str() {
-                    "true" | "1" | "yes" | "on" => true,
-                    "false" | "0" | "no" | "off" => false,
-                    _ => return Err(()),
-                });
-            }
+            "tls-verify-peer" => self.verify = Some(is_yes(&value)?),
+            "tls-kernel" => self.kernel = is_yes(&value)?,
             _ => return Err(()),
         }
         Ok(())
@@ -184,6 +196,7 @@ impl Security {
                     name: self.name,
                     anybody: self.verify == Some(false),
                     user: None,
+                    by_kernel: self.kernel,
                 }),
             };
         };
@@ -198,7 +211,8 @@ impl Security {
         }
         let name = name.and_then(decoded).filter(|name| !name.is_empty());
         let name = name.ok_or("says whose keys, but not who; write nbds://USER@HOST/")?;
-        Ok(Tls { user: Some(User { name, keys }), ..Tls::default() })
+        let user = Some(User { name, keys });
+        Ok(Tls { user, by_kernel: self.kernel, ..Tls::default() })
     }
 }
 
@@ -294,6 +308,7 @@ impl fmt::Display for Uri {
             ("tls-certificates", files),
             ("tls-hostname", tls.name.clone()),
             ("tls-verify-peer", anybody),
+            ("tls-kernel", tls.by_kernel.then(|| "on".to_owned())),
         ] {
             if let Some(value) = value {
                 write!(f, "{sign}{key}={}", encoded(&value))?;

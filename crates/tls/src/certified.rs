@@ -1,8 +1,10 @@
 //! Answers for what rustls makes of records, as a handshake and a relay need it.
 
+use devsplice_uring::ktls::Cipher;
 use rustls::client::{ClientConnectionData, UnbufferedClientConnection};
 use rustls::server::{ServerConnectionData, UnbufferedServerConnection};
 use rustls::unbuffered::{ConnectionState, EncodeError, EncryptError, UnbufferedStatus};
+use rustls::{CipherSuite, CommonState, ProtocolVersion};
 
 use crate::handshake::CONTROL;
 use crate::side::{Step, Taken};
@@ -64,6 +66,19 @@ impl Unbuffered for UnbufferedClientConnection {
 
     fn has_record(&self) -> bool {
         self.wants_write()
+    }
+}
+
+/// How records are encrypted, if that is a way that kernels have, with TLS 1.3.
+pub(crate) fn cipher(state: &CommonState) -> Option<Cipher> {
+    if state.protocol_version() != Some(ProtocolVersion::TLSv1_3) {
+        return None;
+    }
+    match state.negotiated_cipher_suite()?.suite() {
+        CipherSuite::TLS13_AES_128_GCM_SHA256 => Some(Cipher::Aes128Gcm),
+        CipherSuite::TLS13_AES_256_GCM_SHA384 => Some(Cipher::Aes256Gcm),
+        CipherSuite::TLS13_CHACHA20_POLY1305_SHA256 => Some(Cipher::Chacha20Poly1305),
+        _ => None,
     }
 }
 

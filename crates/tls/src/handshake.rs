@@ -11,6 +11,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
 
+use crate::kernel::{self, Session};
 use crate::relay::{self, Relay};
 use crate::side::{Fault, Side, Step};
 
@@ -37,10 +38,12 @@ pub enum Progress {
 }
 
 /// Who moves bytes between plain and encrypted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum Way {
     /// A thread of this process.
     Relay,
+    /// The kernel; what is left to do is this.
+    Kernel(Box<Session>),
 }
 
 /// What a handshake has come to.
@@ -203,21 +206,27 @@ impl<S: Side> Handshake<S> {
         }
     }
 
-    /// Hands the connection over. `say` is told what becomes of it later, `ended` when it is over
-    /// and nothing of it is left in this process.
+    /// Hands the connection over: to the kernel where that is wanted and can be (TLS 1.3 over TCP,
+    /// from Linux 6.14 on), or to a thread. `say` is told what becomes of it later there, `ended`
+    /// when it is over and nothing of it is left in this process; with the kernel both are dropped.
     ///
     /// # Errors
-    /// If a thread or a pair of sockets cannot be had.
+    /// If a thread or a pair of sockets cannot be had, or the kernel refuses what it took before.
     ///
     /// # Panics
     /// If the handshake is not done.
     pub fn finish(
         self,
+        by_kernel: bool,
         say: impl Fn(&str) + Send + 'static,
         ended: impl FnOnce() + Send + 'static,
     ) -> Result<Secured> {
         let is_done = !self.side.is_handshaking() && self.outgoing.is_empty();
         assert!(is_done && self.incoming.is_empty(), "a handshake was cut short");
+        if by_kernel && self.side.cipher().is_some_and(|cipher| kernel::can(&self.socket, cipher)) {
+            let session = kernel::begin(self.side, self.socket.as_fd(), self.theirs)?;
+            return Ok(Secured { socket: self.socket, way: Way::Kernel(Box::new(session)) });
+        }
         let relay = Relay::new(self.side, self.socket, self.theirs);
         let socket = relay::start(relay, say, ended)?;
         Ok(Secured { socket, way: Way::Relay })

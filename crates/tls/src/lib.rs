@@ -2,22 +2,25 @@
 //! socket before and a socket afterwards, from which plain bytes come and to which they go.
 //!
 //! rustls does the handshake ([`Handshake`]) with certificates, s2n-tls (`devsplice-psk`) with keys
-//! that both sides have. Then a thread takes over (`relay`), between the real
-//! socket and one end of a pair whose other end is the caller's.
+//! that both sides have. Then the kernel takes over where it can and that is wanted ([`Session`]), or
+//! a thread (`relay`), between the real socket and one end of a pair whose other end is the caller's.
 #![forbid(unsafe_code)]
 
 mod certified;
 mod files;
 mod handshake;
+mod kernel;
 #[cfg_attr(not(feature = "psk"), path = "keyless.rs")]
 mod keyed;
 mod keys;
 mod reasons;
+mod rehearsal;
 mod relay;
 mod side;
 
 pub use files::{Certificates, Client, Server};
 pub use handshake::{Handshake, Progress, Secured, Way};
+pub use kernel::Session;
 pub use keyed::Keyed;
 pub use keys::{Key, Keys, parse as parse_keys};
 pub use side::{ClientSide, Fault, ServerSide, Side, Step, Taken};

@@ -1,10 +1,13 @@
 //! Answers for what a handshake and a relay need of the library that does TLS, for both sides of a
 //! connection: bytes in, bytes out, and no I/O.
 
+use devsplice_uring::ktls::Cipher;
 use rustls::client::UnbufferedClientConnection;
 use rustls::server::UnbufferedServerConnection;
+use rustls::{Error, ExtractedSecrets};
 
 use crate::certified;
+use crate::kernel::Secrets;
 use crate::keyed::Keyed;
 use crate::reasons;
 
@@ -54,12 +57,25 @@ pub trait Side: Send + 'static {
     /// a client's last requests must not come after what it says over its next connection.
     const DROPS_REST: bool;
 
+    /// Whether the peer may give tickets for later connections: servers may.
+    const TAKES_TICKETS: bool;
+
     /// One step of a handshake; `records` are whole, and those that it is not done with are shown
     /// again.
     fn agree(&mut self, records: &mut [u8], out: &mut Vec<u8>) -> Taken<Step>;
 
     /// Whether the peers have not agreed yet.
     fn is_handshaking(&self) -> bool;
+
+    /// How records are encrypted, if that is a way that kernels have, with TLS 1.3.
+    fn cipher(&self) -> Option<Cipher>;
+
+    /// The keys of both ways, and who knows those that follow.
+    ///
+    /// # Errors
+    /// If the handshake is not over, or the keys cannot be had.
+    #[allow(private_interfaces)]
+    fn into_kernel(self) -> Result<(ExtractedSecrets, Box<dyn Secrets>), Error>;
 
     /// What a peer may not like that says nothing of it and goes, if it has said anything at all or
     /// not.
@@ -95,9 +111,10 @@ pub enum ClientSide {
 
 /// Each of the two as whichever library it is.
 macro_rules! side {
-    ($side:ident, $drops_rest:literal) => {
+    ($side:ident, $is_client:literal) => {
         impl Side for $side {
-            const DROPS_REST: bool = $drops_rest;
+            const DROPS_REST: bool = $is_client;
+            const TAKES_TICKETS: bool = $is_client;
 
             fn agree(&mut self, records: &mut [u8], out: &mut Vec<u8>) -> Taken<Step> {
                 match self {
@@ -111,6 +128,21 @@ macro_rules! side {
                     $side::Certified(side) => side.is_handshaking(),
                     $side::Keyed(side) => side.is_handshaking(),
                 }
+            }
+
+            fn cipher(&self) -> Option<Cipher> {
+                match self {
+                    $side::Certified(side) => certified::cipher(side),
+                    // s2n-tls has its keys to itself.
+                    $side::Keyed(_) => None,
+                }
+            }
+
+            #[allow(private_interfaces)]
+            fn into_kernel(self) -> Result<(ExtractedSecrets, Box<dyn Secrets>), Error> {
+                let $side::Certified(side) = self else { return Err(Error::HandshakeNotComplete) };
+                let (secrets, next) = side.dangerous_into_kernel_connection()?;
+                Ok((secrets, Box::new(next)))
             }
 
             fn doubt(&self, has_spoken: bool) -> Option<String> {

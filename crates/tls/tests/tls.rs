@@ -114,6 +114,7 @@ fn finish<S: Side>(mut handshake: Handshake<S>) -> Result<End> {
     let (say, said) = channel();
     let (ended, over) = channel();
     let Secured { socket, .. } = handshake.finish(
+        true,
         move |text| drop(say.send(text.to_owned())),
         move || {
             let _ = ended.send(());

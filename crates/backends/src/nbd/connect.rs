@@ -12,7 +12,8 @@ use devsplice_nbd::Mode;
 use devsplice_nbd::client::{Handshake, Outcome, Wish};
 use devsplice_nbd::limits::HANDSHAKE_SECONDS;
 use devsplice_nbd::uri::{Place, Uri};
-use devsplice_tls::{Certificates, Client, Keys};
+use devsplice_tls::{Certificates, Client, Keys, Way};
+use devsplice_uring::ktls::Records;
 use devsplice_uring::{Link, vsock};
 use rustix::net::{AddressFamily, sockopt};
 
@@ -65,7 +66,9 @@ pub(super) fn connect_within(target: &Target, mode: Mode, limit: Duration) -> Re
     };
     let name = target.name();
     let socket = socket.map_err(|error| Error::os(&name, &error).next("is the server there?"))?;
-    greet(socket, (export, mode), (tls.as_ref(), limit)).map_err(|error| error.within(&name))
+    let by_kernel = matches!(target, Target::At(uri) if uri.by_kernel());
+    greet(socket, (export, mode), (tls.as_ref(), by_kernel), limit)
+        .map_err(|error| error.within(&name))
 }
 
 /// Our side of TLS, where an address asks for it.
@@ -127,33 +130,34 @@ fn tuned(stream: TcpStream) -> io::Result<OwnedFd> {
 fn greet(
     socket: OwnedFd,
     (export, mode): (&str, Mode),
-    (tls, limit_each): (Option<&Client>, Duration),
+    (tls, by_kernel): (Option<&Client>, bool),
+    limit_each: Duration,
 ) -> Result<Link> {
     let end = Instant::now() + limit_each;
     let (name, is_tls) = (export.to_owned(), tls.is_some());
     let mut handshake = Handshake::new(Wish { name, mode, allocation: true, tls: is_tls });
     let failed = |error: io::Error| Error::os("handshake", &error);
-    let (mut socket, mut beyond) = (socket, None);
+    let (mut socket, mut beyond, mut records) = (socket, None, None);
     loop {
-        talk(socket.as_fd(), &mut handshake, end)?;
+        talk(socket.as_fd(), records.as_deref_mut(), &mut handshake, end)?;
         match (handshake.outcome(), tls) {
             (Outcome::Chosen(agreed), _) => {
                 limit(socket.as_fd(), None).map_err(failed)?;
-                if tls.is_none() {
+                if tls.is_none() || records.is_some() {
                     // What is not sent when it is closed must not come after what the next
-                    // connection says. With TLS the thread that has the socket sees to that. Over
+                    // connection says. With a relay for TLS, that sees to it. Over
                     // a socket of this machine nothing can: there the ring waits.
                     sockopt::set_socket_linger(&socket, Some(Duration::ZERO))
                         .map_err(|errno| failed(errno.into()))?;
                 }
-                return Ok(Link { agreed: agreed.clone(), socket, beyond });
+                return Ok(Link { agreed: agreed.clone(), socket, beyond, records });
             }
             (Outcome::Refused(reason), _) => return Err(Error::invalid("export", reason.clone())),
             (Outcome::Secure, Some(client)) => {
                 if sockopt::socket_domain(&socket) == Ok(AddressFamily::UNIX) {
                     beyond = Some(socket.try_clone().map_err(failed)?);
                 }
-                socket = secure(socket, client, end)?;
+                (socket, records) = secure(socket, (client, by_kernel), end)?;
                 handshake.secured();
             }
             (Outcome::Open | Outcome::Secure, _) => {
@@ -164,19 +168,35 @@ fn greet(
     }
 }
 
+/// What there is to do beside data, where the kernel does TLS.
+pub(super) type Aside = Box<dyn Records>;
+
 /// A socket whose bytes go through TLS from here on.
-fn secure(socket: OwnedFd, client: &Client, end: Instant) -> Result<OwnedFd> {
+fn secure(
+    socket: OwnedFd,
+    (client, by_kernel): (&Client, bool),
+    end: Instant,
+) -> Result<(OwnedFd, Option<Aside>)> {
     let mut handshake = client.connect(socket)?;
     handshake.wait(end)?;
     // What becomes of it later is seen at the socket: it ends.
-    let secured = handshake.finish(|reason| eprintln!("devsplice: nbd: TLS: {reason}"), || ())?;
-    Ok(secured.socket)
+    let say = |reason: &str| eprintln!("devsplice: nbd: TLS: {reason}");
+    let secured = handshake.finish(by_kernel, say, || ())?;
+    Ok(match secured.way {
+        Way::Relay => (secured.socket, None),
+        Way::Kernel(session) => (secured.socket, Some(session)),
+    })
 }
 
 /// Talks until the handshake has come to something.
-fn talk(socket: BorrowedFd<'_>, handshake: &mut Handshake, end: Instant) -> Result<()> {
+fn talk(
+    socket: BorrowedFd<'_>,
+    records: Option<&mut (dyn Records + 'static)>,
+    handshake: &mut Handshake,
+    end: Instant,
+) -> Result<()> {
     let failed = |error: io::Error| Error::os("handshake", &error);
-    let mut stream = Plain(socket);
+    let mut stream = Plain { socket, records };
     // The server says nothing of its own once something has come of it, so nothing is lost by
     // reading as much as there is.
     let mut bytes = [0; 4096];
@@ -194,7 +214,10 @@ fn talk(socket: BorrowedFd<'_>, handshake: &mut Handshake, end: Instant) -> Resu
         if *handshake.outcome() != Outcome::Open {
             return Ok(());
         }
-        let count = stream.read(&mut bytes).map_err(failed)?;
+        let count = match stream.read(&mut bytes) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            read => read.map_err(failed)?,
+        };
         let broken = |what: &str| Error::new(ErrorKind::Os, "handshake", what.to_owned());
         if count == 0 {
             return Err(broken("the server has closed the connection"));
@@ -216,16 +239,27 @@ pub(super) fn limit(socket: BorrowedFd<'_>, limit: Option<Duration>) -> io::Resu
 }
 
 /// A socket as a stream that is read and written by turns.
-pub(super) struct Plain<'a>(pub(super) BorrowedFd<'a>);
+pub(super) struct Plain<'a> {
+    pub(super) socket: BorrowedFd<'a>,
+    pub(super) records: Option<&'a mut (dyn Records + 'static)>,
+}
 
 impl Read for Plain<'_> {
+    /// `Interrupted` where something came that is no data: there may be more, in what time is left.
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
         loop {
-            match rustix::io::read(self.0, &mut *into) {
-                Err(rustix::io::Errno::INTR) => {}
+            match (rustix::io::read(self.socket, &mut *into), &mut self.records) {
+                (Err(rustix::io::Errno::INTR), _) => {}
                 // What a socket with a limit says when it is over.
-                Err(rustix::io::Errno::AGAIN) => return Err(io::ErrorKind::TimedOut.into()),
-                done => return Ok(done?),
+                (Err(rustix::io::Errno::AGAIN), _) => return Err(io::ErrorKind::TimedOut.into()),
+                (Err(rustix::io::Errno::IO), Some(records)) => {
+                    return match records.hear(self.socket) {
+                        Ok(true) => Err(io::ErrorKind::Interrupted.into()),
+                        Ok(false) => Ok(0),
+                        Err(why) => Err(io::Error::other(why)),
+                    };
+                }
+                (done, _) => return Ok(done?),
             }
         }
     }
@@ -233,11 +267,20 @@ impl Read for Plain<'_> {
 
 impl Write for Plain<'_> {
     fn write(&mut self, from: &[u8]) -> io::Result<usize> {
+        if let Some(records) = self.records.as_mut().filter(|records| records.is_due()) {
+            records.renew(self.socket).map_err(io::Error::other)?;
+        }
         loop {
-            match rustix::io::write(self.0, from) {
+            match rustix::io::write(self.socket, from) {
                 Err(rustix::io::Errno::INTR) => {}
                 Err(rustix::io::Errno::AGAIN) => return Err(io::ErrorKind::TimedOut.into()),
-                done => return Ok(done?),
+                done => {
+                    let count = done?;
+                    if let Some(records) = &mut self.records {
+                        records.sent(count as u64);
+                    }
+                    return Ok(count);
+                }
             }
         }
     }
@@ -290,7 +333,7 @@ mod tests {
                 stream
             });
             let socket = reach(&place, CONNECT).unwrap();
-            let link = greet(socket, ("a", Mode::Extended), (None, CONNECT)).unwrap();
+            let link = greet(socket, ("a", Mode::Extended), (None, false), CONNECT).unwrap();
             let theirs = serving.join().unwrap();
             let flags = rustix::net::SendFlags::DONTWAIT;
             let mut sent = 0;

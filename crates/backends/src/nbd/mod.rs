@@ -91,7 +91,12 @@ pub fn open(args: &Args, access: Access) -> Result<Opened> {
         false => {
             let here =
                 std::env::current_dir().map_err(|error| Error::os("current directory", &error))?;
-            Target::At(Uri::parse(uri)?.anchored(&here))
+            let uri = Uri::parse(uri)?.anchored(&here);
+            if uri.by_kernel() {
+                // I/O threads are confined when they begin.
+                devsplice_uring::ktls::want();
+            }
+            Target::At(uri)
         }
     };
     let connections = args.count("connections")?;

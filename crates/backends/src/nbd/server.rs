@@ -192,7 +192,7 @@ impl Remote for Server {
         if lost.is_none()
             && let Some(link) = lock(&shared.talk).talk.take().and_then(Talk::into_link)
         {
-            lock(&shared.state).standing.connections += 1;
+            lock(&shared.state).standing.take(&link);
             line.deliver(link);
         } else {
             shared.wait(line, lost);
@@ -327,7 +327,7 @@ impl Shared {
         // Before anything is asked over it.
         self.generation.fetch_add(1, Ordering::AcqRel);
         state.handed = Some(Instant::now());
-        state.standing.connections += 1;
+        state.standing.take(&link);
         let away = state.away_since.take();
         state.standing.reconnects += u64::from(away.is_some());
         drop(state);

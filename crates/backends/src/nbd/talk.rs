@@ -11,6 +11,7 @@ use devsplice_nbd::client::{Asks, Extent, Said, asks::errno};
 use devsplice_nbd::limits::MAX_REPLY;
 use devsplice_nbd::wire::{can, command};
 use devsplice_uring::Link;
+use devsplice_uring::ktls::Records;
 
 use super::connect::{Plain, limit};
 
@@ -108,7 +109,9 @@ impl Talk {
         data: &[u8],
         into: &mut [u8],
     ) -> io::Result<Result<(), Errno>> {
-        let mut stream = Timed { socket: self.link.socket.as_fd(), until: self.until };
+        let Link { socket, records, .. } = &mut self.link;
+        let (socket, records) = (socket.as_fd(), records.as_deref_mut());
+        let mut stream = Timed { socket, records, until: self.until };
         stream.write_all(self.asks.begin(0, request).bytes())?;
         stream.write_all(data)?;
         let mut bytes = [0; MAX_REPLY + 64];
@@ -122,9 +125,11 @@ impl Talk {
                     bytes.copy_within(from..to, 0);
                     (from, to) = (0, to - from);
                     let end = bytes.len().min(to + self.asks.room(to));
-                    match stream.read(&mut bytes[to..end])? {
-                        0 => return Err(io::ErrorKind::UnexpectedEof.into()),
-                        count => to += count,
+                    match stream.read(&mut bytes[to..end]) {
+                        Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                        Ok(count) => to += count,
+                        Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                        Err(error) => return Err(error),
                     }
                 }
                 (_, None) => {}
@@ -144,11 +149,12 @@ impl Talk {
 /// A socket each of whose calls ends when it has taken too long.
 struct Timed<'a> {
     socket: BorrowedFd<'a>,
+    records: Option<&'a mut (dyn Records + 'static)>,
     until: Option<Instant>,
 }
 
 impl Timed<'_> {
-    fn limited(&self) -> io::Result<Plain<'_>> {
+    fn limited(&mut self) -> io::Result<Plain<'_>> {
         let left = match self.until {
             Some(until) => until.saturating_duration_since(Instant::now()),
             None => PATIENCE,
@@ -158,7 +164,7 @@ impl Timed<'_> {
         }
         // The kernel counts in microseconds, and 0 would be for ever.
         limit(self.socket, Some(left.max(Duration::from_millis(1))))?;
-        Ok(Plain(self.socket))
+        Ok(Plain { socket: self.socket, records: self.records.as_deref_mut() })
     }
 }
 

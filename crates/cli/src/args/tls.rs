@@ -35,6 +35,11 @@ pub struct TlsOptions {
     #[arg(long)]
     #[serde(default)]
     pub tls_verify_peer: bool,
+    /// Have the kernel encrypt and decrypt where it can: TLS 1.3 over TCP, with certificates, Linux
+    /// 6.14 and later with the module tls.
+    #[arg(long)]
+    #[serde(default)]
+    pub tls_kernel: bool,
     /// Let in only clients that are a user in this file and have its key: lines of USER:KEY, as
     /// psktool writes them. Nobody else may be able to read it.
     #[arg(long, value_name = "FILE")]
@@ -49,6 +54,7 @@ impl TlsOptions {
             ("--tls", self.tls.is_some()),
             ("--tls-certificates", self.tls_certificates.is_some()),
             ("--tls-verify-peer", self.tls_verify_peer),
+            ("--tls-kernel", self.tls_kernel),
             ("--tls-psk", self.tls_psk.is_some()),
         ]
         .into_iter()
@@ -72,13 +78,13 @@ impl TlsOptions {
             (Some(TlsChoice::Require) | None, _) => Tls::Required,
         };
         if policy == Tls::Off {
-            return match self.tls_verify_peer {
-                true => {
-                    Err(Error::invalid("--tls-verify-peer", "there is no TLS in which to verify")
-                        .next("--tls require --tls-certificates DIR"))
-                }
-                false => Ok(None),
+            let (option, reason) = match (self.tls_verify_peer, self.tls_kernel) {
+                (true, _) => ("--tls-verify-peer", "there is no TLS in which to verify"),
+                (_, true) => ("--tls-kernel", "there is no TLS for the kernel to do"),
+                _ => return Ok(None),
             };
+            let next = "--tls require --tls-certificates DIR";
+            return Err(Error::invalid(option, reason).next(next));
         }
         let server = match (&self.tls_certificates, &self.tls_psk) {
             (Some(dir), _) => Server::new(Certificates(here.join(dir)), self.tls_verify_peer)?,
@@ -88,7 +94,7 @@ impl TlsOptions {
                     .next("--tls-certificates DIR, with server-cert.pem and server-key.pem, or --tls-psk FILE"));
             }
         };
-        Ok(Some(Secure { policy, server }))
+        Ok(Some(Secure { policy, server, by_kernel: self.tls_kernel }))
     }
 }
 
@@ -112,6 +118,7 @@ mod tests {
             ),
             (TlsOptions { tls_psk: dir.clone(), ..plain.clone() }, "/does/not/exist"),
             (TlsOptions { tls_verify_peer: true, ..plain.clone() }, "--tls-verify-peer"),
+            (TlsOptions { tls_kernel: true, ..plain.clone() }, "--tls-kernel"),
             (TlsOptions { tls: Some(TlsChoice::On), ..plain.clone() }, "--tls"),
             (TlsOptions { tls_certificates: dir, ..plain.clone() }, "/does/not/exist"),
         ] {

@@ -8,6 +8,7 @@ pub const CLONE: i64 = sys::SYS_clone;
 pub const CLONE3: i64 = sys::SYS_clone3;
 pub const UNSHARE: i64 = sys::SYS_unshare;
 pub const SOCKET: i64 = sys::SYS_socket;
+pub const SETSOCKOPT: i64 = sys::SYS_setsockopt;
 
 /// include/uapi/linux/sched.h.
 pub const CLONE_THREAD: u64 = 0x0001_0000;
@@ -78,6 +79,12 @@ pub const IO_THREAD: &[i64] = &[
     sys::SYS_rseq,
     sys::SYS_set_robust_list,
 ];
+
+/// What TLS by the kernel takes beside that, where it may be: records that are no data, and keys,
+/// which are options of their own level ([`SETSOCKOPT`]).
+pub const TLS: &[i64] = &[sys::SYS_sendmsg, sys::SYS_recvmsg];
+/// `SOL_TLS`, include/linux/socket.h.
+pub const SOL_TLS: u64 = 282;
 
 /// What one of a pool does as well: it waits for the rings of many devices, and makes those of
 /// devices that come. All that it needs for them is open when they come.

@@ -14,6 +14,7 @@ mod contract;
 mod copy;
 mod dialect;
 mod doors;
+mod ktls;
 mod layers;
 mod life;
 mod low_depth;
@@ -96,6 +97,7 @@ fn groups() -> Vec<Group> {
     let mut tls = Group::new("tls", Ok(()));
     tls::add(&mut tls);
     psk::add(&mut tls);
+    ktls::add(&mut tls, home);
     let mut groups = vec![cli, bad, copies, nbd, tls];
     let fuse = [Kind::Fuse].into_iter().chain(FUSE_PATHS.map(Kind::FuseUring));
     for kind in fuse.chain(PATHS.map(Kind::Ublk)) {

@@ -65,7 +65,7 @@ impl<'a> Secret<'a> {
         format!("nbds+unix:///{name}?socket={socket}&tls-certificates={certificates}")
     }
 
-    fn tcp(&self, certificates: &str) -> String {
+    pub fn tcp(&self, certificates: &str) -> String {
         let (name, port) = (&self.name, &self.port);
         format!("nbds://127.0.0.1:{port}/{name}?tls-certificates={certificates}")
     }
@@ -141,6 +141,11 @@ fn copies() -> Outcome {
 }
 
 fn fio() -> Outcome {
+    fio_with(&[])
+}
+
+/// fio with libnbd, verifying, to a server with these options, too.
+pub fn fio_with(more: &[&str]) -> Outcome {
     need_tool("fio")?;
     need_tool("setpriv")?;
     let room = Room::new();
@@ -152,7 +157,7 @@ fn fio() -> Outcome {
         let _ = call("chmod", ["-R", "a+rX", path]).ok();
     }
     let _ = call("chmod", ["a+x", &room.dir.to_string_lossy()]).ok();
-    let secret = Secret::new(&room, "mem:32M", &["--tls-certificates", &files]);
+    let secret = Secret::new(&room, "mem:32M", &[&["--tls-certificates", &files], more].concat());
     let uri = format!("--uri={}", secret.plain().replace("nbd://", "nbds://"));
     let mut arguments = vec!["--reuid=65534", "--regid=65534", "--clear-groups"];
     arguments.extend(["fio", "--name=verify", "--ioengine=nbd", &uri, "--rw=randrw"]);

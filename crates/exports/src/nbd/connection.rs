@@ -21,7 +21,6 @@ use devsplice_nbd::server::{ALLOCATION, Ask, Refusal, Session};
 use devsplice_nbd::wire::{MAX_REQUEST_LEN, error};
 use devsplice_nbd::{Broken, Head, Mode};
 use devsplice_uring::{FileKind, RingFile, Uring, Wait};
-use rustix::net::Shutdown;
 
 use super::listen::is_local;
 use super::outbox::{Data, Outbox};
@@ -29,48 +28,48 @@ use super::post::{Client, Extent, Letter, Post, Question};
 use super::state::{Intake, Phase, Tag, error_of, is_gone};
 
 /// Bytes that are received at a time where data may come along.
-const STAGE: usize = 64 << 10;
+pub(super) const STAGE: usize = 64 << 10;
 /// A write from this size on is large: what follows it is received one by one.
 const LARGE: u64 = 16 << 10;
 /// Bytes of data in flight on one connection.
 const MAX_BYTES: u64 = 2 * MAX_PAYLOAD as u64;
 
 /// What an event's number says beside its tag.
-const RECEIVED: u32 = 0;
+pub(super) const RECEIVED: u32 = 0;
 const SENT: u32 = 1;
 const BELL: u32 = 2;
 
 /// A connection's place on an I/O thread, whether somebody is there or not.
 pub(super) struct Connection {
-    post: Arc<Post>,
-    desk: usize,
+    pub(super) post: Arc<Post>,
+    pub(super) desk: usize,
     limits: Limits,
-    lane: u16,
+    pub(super) lane: u16,
     /// What the ring calls the socket, and the bell.
-    socket: FileId,
+    pub(super) socket: FileId,
     bell: FileId,
-    client: Option<Client>,
-    phase: Phase,
+    pub(super) client: Option<Client>,
+    pub(super) phase: Phase,
     /// The poll of the bell is out.
     listening: bool,
     /// A receive is out.
-    receiving: bool,
-    intake: Intake,
+    pub(super) receiving: bool,
+    pub(super) intake: Intake,
     /// The last write was large.
     large: bool,
     /// Received and not looked at: a range of the stage.
-    staged: (usize, usize),
-    tags: Box<[Tag]>,
+    pub(super) staged: (usize, usize),
+    pub(super) tags: Box<[Tag]>,
     /// Free tags; the last used is the next to be used, as its memory is warm.
-    idle: Vec<u16>,
+    pub(super) idle: Vec<u16>,
     bytes: u64,
-    outbox: Outbox,
+    pub(super) outbox: Outbox,
     /// Tags that need a flush before their reply.
     unflushed: VecDeque<u16>,
     /// The stack leaves data where it is until somebody changes it.
     may_lend: bool,
     /// The client, over a network, is sent away and has not hung up.
-    sees_off: bool,
+    pub(super) sees_off: bool,
 }
 
 impl Connection {
@@ -108,7 +107,7 @@ impl Connection {
     }
 
     /// The memory that requests are received into: behind those of the tags.
-    fn stage(&self) -> u16 {
+    pub(super) fn stage(&self) -> u16 {
         u16::try_from(self.tags.len()).unwrap_or(u16::MAX)
     }
 
@@ -169,6 +168,7 @@ impl Connection {
         self.large = false;
         self.phase = Phase::Open;
         self.sees_off = false;
+        self.post.seal(client.records.is_some());
         ring.lend_files(self.lane, self.may_lend && is_local(&client.socket));
         self.client = Some(client);
     }
@@ -356,6 +356,8 @@ impl Connection {
     /// A receive is over.
     fn received(&mut self, ring: &mut Uring, result: i32, inbox: &mut Inbox) {
         self.receiving = false;
+        let heard = self.hear(result);
+        let result = *heard.as_ref().unwrap_or(&0);
         let count = u32::try_from(result).unwrap_or(0);
         let again = result < 0 && Errno::from_result(result).is_transient();
         if self.phase != Phase::Open {
@@ -365,7 +367,8 @@ impl Connection {
         if count == 0 && !again {
             // Between two requests that is a client who goes without a word, as many do.
             let is_between = self.intake == Intake::Request && self.staged.0 == self.staged.1;
-            self.lose((!is_between).then_some("gone in the middle of a request"));
+            let gone = (!is_between).then_some("gone in the middle of a request");
+            self.lose(heard.as_ref().err().map(String::as_str).or(gone));
             return self.settle(ring);
         }
         match self.intake {
@@ -416,7 +419,7 @@ impl Connection {
         self.outbox.put(ring, (self.lane, tag), &head, Data::Told(len));
     }
 
-    fn free(&mut self, tag: u16) {
+    pub(super) fn free(&mut self, tag: u16) {
         let state = &mut self.tags[usize::from(tag)];
         self.bytes -= u64::from(std::mem::take(&mut state.bytes));
         self.idle.push(tag);
@@ -425,7 +428,7 @@ impl Connection {
     /// A send is over.
     fn sent(&mut self, ring: &mut Uring, result: i32, inbox: &mut Inbox) {
         match self.outbox.sent(result) {
-            Ok(()) => {}
+            Ok(()) => self.count(result),
             Err(errno) => {
                 self.lose((!is_gone(errno)).then_some("a reply could not be sent"));
             }
@@ -435,107 +438,6 @@ impl Connection {
         }
         self.take(ring, inbox);
         self.settle(ring);
-    }
-
-    /// Ends the connection: with answers to what was asked for, or at once.
-    fn end(&mut self) {
-        match &self.client {
-            Some(client) if self.post.is_gentle() && self.phase == Phase::Open => {
-                self.phase = Phase::Leaving;
-                if is_local(&client.socket) {
-                    // The receive that is out ends.
-                    let _ = rustix::net::shutdown(&client.socket, Shutdown::Read);
-                } else {
-                    self.sees_off = true;
-                }
-            }
-            _ if self.post.is_gentle() => {}
-            _ => self.lose(None),
-        }
-        for tag in 0..self.stage() {
-            // Nobody answers that any more.
-            if std::mem::take(&mut self.tags[usize::from(tag)].asked) {
-                self.free(tag);
-            }
-        }
-    }
-
-    /// Ends the connection at once; what is in flight below goes on.
-    fn lose(&mut self, reason: Option<&str>) {
-        if !matches!(self.phase, Phase::Open | Phase::Leaving) {
-            return;
-        }
-        self.phase = Phase::Lost;
-        let Some(client) = &self.client else { return };
-        if let Some(reason) = reason {
-            (self.post.say)(&format!("nbd: {}: {reason}; disconnected", client.peer));
-        }
-        let post = Arc::clone(&self.post);
-        post.forget(self.desk, |tag| {
-            if std::mem::take(&mut self.tags[usize::from(tag)].asked) {
-                self.free(tag);
-            }
-        });
-        let Some(client) = &self.client else { return };
-        // Whatever is out on the socket ends now.
-        let _ = rustix::net::shutdown(&client.socket, Shutdown::Both);
-    }
-
-    /// Leaves the place to the next client when nothing of this one is out any more.
-    fn settle(&mut self, ring: &mut Uring) {
-        match self.phase {
-            Phase::Leaving if self.sees_off => return self.see_off(ring),
-            Phase::Leaving | Phase::Lost => {}
-            Phase::Free | Phase::Open => return,
-        }
-        if self.receiving
-            || self.outbox.is_sending()
-            || (self.phase == Phase::Leaving && self.outbox.has_any())
-        {
-            return;
-        }
-        while let Some(tag) = self.outbox.next_left() {
-            self.free(tag);
-        }
-        if let Intake::Data { tag, .. } = std::mem::replace(&mut self.intake, Intake::Request) {
-            self.free(tag);
-        }
-        if self.idle.len() < self.tags.len() {
-            return;
-        }
-        self.lose(None);
-        (self.phase, self.staged) = (Phase::Free, (0, 0));
-        self.client = None;
-        self.let_go(ring);
-        self.post.leave(self.desk);
-        if self.post.is_stopping() {
-            // It is listened to as long as somebody is here.
-            self.post.desks[self.desk].bell.ring();
-        }
-    }
-
-    /// Takes what a client over a network still sends until it sees the end and hangs up: a socket
-    /// that is closed with bytes unread loses answers under way. `Post::stop` bounds it.
-    fn see_off(&mut self, ring: &mut Uring) {
-        if !self.receiving {
-            self.receiving = true;
-            let index = (self.lane, RECEIVED << 16 | u32::from(self.stage()));
-            ring.receive(index, self.socket, (0, STAGE), Wait::Some);
-        }
-        let half = usize::from(matches!(self.intake, Intake::Data { .. }));
-        if self.outbox.has_any() || self.idle.len() + half < self.tags.len() {
-            return;
-        }
-        let socket = self.client.as_ref().map(|client| &client.socket);
-        let _ = socket.map(|socket| rustix::net::shutdown(socket, Shutdown::Write));
-    }
-
-    /// Has the ring forget the socket, so that it closes.
-    fn let_go(&self, ring: &mut Uring) {
-        if let Ok(fd) = self.post.desks[self.desk].bell.ear().try_clone() {
-            // Kept until the next client's replaces it if that fails; it is shut down in any case.
-            let _ = ring.replace_file(self.socket, RingFile { fd, kind: FileKind::Other });
-        }
     }
 }
 
@@ -583,8 +485,10 @@ impl Export<Uring> for Connection {
     }
 
     fn flush(&mut self, ring: &mut Uring) {
+        self.renew(ring);
         if self.phase != Phase::Lost {
-            self.outbox.flush(ring, self.lane, self.socket, SENT << 16);
+            let is_sealed = self.client.as_ref().is_some_and(|client| client.records.is_some());
+            self.outbox.flush(ring, (self.lane, SENT << 16), self.socket, is_sealed);
         }
     }
 

@@ -6,12 +6,15 @@
 //! for. There are never more of them than free desks: others wait in the kernel's queue.
 
 use std::io::ErrorKind;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use devsplice_nbd::server::{Handshake, Offer, Tls};
 use devsplice_nbd::wire::can;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, recv};
 
 use super::Secure;
 use super::extents;
@@ -22,6 +25,34 @@ use crate::extents::Extents;
 
 /// Clients that are accepted in a row.
 const AT_ONCE: usize = 32;
+
+/// How long a client may take to hang up when it has heard that it is over.
+const LINGER: Duration = Duration::from_secs(10);
+
+/// A client that has been told that it is over, over TLS by the kernel.
+struct Leaver {
+    socket: OwnedFd,
+    end: Instant,
+}
+
+impl Leaver {
+    fn new(socket: OwnedFd) -> Leaver {
+        Leaver { socket, end: Instant::now() + LINGER }
+    }
+
+    /// Takes what it still sends. Its own last word makes a receive fail; it is over then, too.
+    fn is_over(&mut self) -> bool {
+        let mut bytes = [0; 4096];
+        for _ in 0..AT_ONCE {
+            match recv(&self.socket, &mut bytes, RecvFlags::DONTWAIT) {
+                Ok((_, 1..)) => {}
+                Err(Errno::AGAIN | Errno::INTR) => break,
+                Ok(_) | Err(_) => return true,
+            }
+        }
+        Instant::now() >= self.end
+    }
+}
 
 /// What the thread serves with.
 pub(super) struct Host {
@@ -40,9 +71,12 @@ impl Host {
     /// Greets until told to stop.
     pub(super) fn run(&self, listeners: &[Listener]) {
         let mut guests: Vec<Guest> = Vec::new();
+        let mut leavers: Vec<Leaver> = Vec::new();
         while !self.post.is_stopping() {
-            self.wait(listeners, &guests);
+            self.wait(listeners, &guests, &leavers);
             self.post.bell.heard();
+            leavers.retain_mut(|leaver| !leaver.is_over());
+            leavers.extend(self.post.take_leaving().into_iter().map(Leaver::new));
             if let Some(known) = &self.known {
                 answer(&self.post, known);
             }
@@ -56,38 +90,40 @@ impl Host {
             }
             guests = left;
             for listener in listeners {
-                self.accept(listener, &mut guests);
+                self.accept(listener, &mut guests, leavers.len());
             }
         }
     }
 
-    fn has_room(&self, guests: &[Guest]) -> bool {
+    fn has_room(&self, guests: &[Guest], leavers: usize) -> bool {
         // A relay outlives its connection by the moment that its client needs to go.
-        let places = (self.post.taken() + guests.len()).max(self.post.relays());
+        let places = (self.post.taken() + guests.len()).max(self.post.relays()).max(leavers);
         places < self.post.desks.len()
     }
 
     /// Waits until there is something to do.
-    fn wait(&self, listeners: &[Listener], guests: &[Guest]) {
+    fn wait(&self, listeners: &[Listener], guests: &[Guest], leavers: &[Leaver]) {
         let mut all = vec![PollFd::new(self.post.bell.ear(), PollFlags::IN)];
         if self.known.is_some() {
             all.push(PollFd::new(self.post.asked.ear(), PollFlags::IN));
         }
-        if self.has_room(guests) {
+        if self.has_room(guests, leavers.len()) {
             all.extend(listeners.iter().map(|listener| PollFd::new(listener, PollFlags::IN)));
         }
         all.extend(guests.iter().filter_map(Guest::poll));
-        let first = guests.iter().map(|guest| guest.end).min();
+        all.extend(leavers.iter().map(|leaver| PollFd::new(&leaver.socket, PollFlags::IN)));
+        let ends = guests.iter().map(|guest| guest.end);
+        let first = ends.chain(leavers.iter().map(|leaver| leaver.end)).min();
         let limit = first.map(|end| end.saturating_duration_since(Instant::now()));
         let limit = limit.and_then(|limit| Timespec::try_from(limit).ok());
         // An interruption is as good as an event: all are looked at.
         let _ = poll(&mut all, limit.as_ref());
     }
 
-    fn accept(&self, listener: &Listener, guests: &mut Vec<Guest>) {
+    fn accept(&self, listener: &Listener, guests: &mut Vec<Guest>, leavers: usize) {
         // Others want to be served in between, however many there are that may not connect.
         for _ in 0..AT_ONCE {
-            if !self.has_room(guests) || self.post.is_stopping() {
+            if !self.has_room(guests, leavers) || self.post.is_stopping() {
                 return;
             }
             let (socket, peer) = match listener.accept() {
@@ -207,7 +243,7 @@ mod tests {
         let host = host(&["192.0.2.0/24"]);
         let (listener, _clients) = queued(AT_ONCE + 3);
         let mut guests = Vec::new();
-        host.accept(&listener, &mut guests);
+        host.accept(&listener, &mut guests, 0);
         assert!(guests.is_empty());
         assert_eq!(left_in_queue(&listener), 3);
     }
@@ -217,7 +253,7 @@ mod tests {
         let host = host(&["192.0.2.0/24"]);
         let (listener, _clients) = queued(2);
         host.post.stop();
-        host.accept(&listener, &mut Vec::new());
+        host.accept(&listener, &mut Vec::new(), 0);
         assert_eq!(left_in_queue(&listener), 2);
     }
 

@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use devsplice_nbd::limits::HANDSHAKE_SECONDS;
 use devsplice_nbd::server::{Handshake, Outcome};
-use devsplice_tls::{Progress, ServerSide};
+use devsplice_tls::{Progress, Secured, ServerSide, Way};
+use devsplice_uring::ktls::Records;
 use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
@@ -18,11 +19,14 @@ use super::post::{Client, Post};
 
 /// Bytes that are received at a time.
 const CHUNK: usize = 4096;
+/// Records that are no data.
+const MOST_ASIDES: u32 = 100;
 
 /// What NBD is spoken over.
 enum Line {
-    /// A socket from which plain bytes come: the client's own, or what TLS has made of it.
-    Open(OwnedFd),
+    /// A socket from which plain bytes come: the client's own, or what TLS has made of it; and
+    /// what is left to do where the kernel does TLS.
+    Open(OwnedFd, Option<Box<dyn Records>>),
     /// TLS is being agreed on.
     Securing(Box<devsplice_tls::Handshake<ServerSide>>),
     /// It has gone wrong.
@@ -39,6 +43,8 @@ pub(super) struct Guest {
     pub(super) end: Instant,
     /// TLS waits for the client to take something.
     writes: bool,
+    /// Records that were no data.
+    asides: u32,
 }
 
 /// What has become of one.
@@ -51,15 +57,15 @@ pub(super) enum Step {
 impl Guest {
     pub(super) fn new(socket: OwnedFd, handshake: Handshake, peer: Peer) -> Guest {
         let end = Instant::now() + Duration::from_secs(HANDSHAKE_SECONDS);
-        let line = Line::Open(socket);
-        Guest { line, handshake, peer, pending: Vec::new(), end, writes: false }
+        let line = Line::Open(socket, None);
+        Guest { line, handshake, peer, pending: Vec::new(), end, writes: false, asides: 0 }
     }
 
     /// What is to be waited for; nothing where all is over.
     pub(super) fn poll(&self) -> Option<PollFd<'_>> {
         let (fd, writes) = match &self.line {
             Line::Securing(handshake) => (handshake.as_fd(), self.writes),
-            Line::Open(socket) => (socket.as_fd(), !self.handshake.output().is_empty()),
+            Line::Open(socket, _) => (socket.as_fd(), !self.handshake.output().is_empty()),
             Line::Cut => return None,
         };
         let flags = if writes { PollFlags::OUT } else { PollFlags::IN };
@@ -77,8 +83,8 @@ impl Guest {
         }
         loop {
             let step = match self.line {
-                Line::Open(_) => self.talk(secure),
-                _ => self.secure(post),
+                Line::Open(..) => self.talk(secure),
+                _ => self.secure(post, secure),
             };
             if let Some(step) = step {
                 return step;
@@ -88,15 +94,8 @@ impl Guest {
 
     /// A part of the conversation; what has become of it, unless it goes on.
     fn talk(&mut self, secure: Option<&Secure>) -> Option<Step> {
-        let Line::Open(socket) = &self.line else { return None };
-        while !self.handshake.output().is_empty() {
-            let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
-            match rustix::net::send(socket, self.handshake.output(), flags) {
-                Ok(count) => self.handshake.sent(count),
-                Err(Errno::AGAIN) => return Some(Step::Stays),
-                Err(Errno::INTR) => {}
-                Err(_) => return Some(self.gone()),
-            }
+        if let Some(step) = self.send() {
+            return Some(step);
         }
         match self.handshake.outcome() {
             Outcome::Open => {}
@@ -105,12 +104,14 @@ impl Guest {
             Outcome::Closed => return Some(self.gone()),
         }
         if self.pending.is_empty() {
+            let Line::Open(socket, _) = &self.line else { return None };
             let mut bytes = [0; CHUNK];
             match rustix::net::recv(socket, &mut bytes, RecvFlags::DONTWAIT) {
                 Ok((_, 0)) => return Some(self.gone()),
                 Ok((_, count)) => self.pending.extend(&bytes[..count]),
                 Err(Errno::AGAIN) => return Some(Step::Stays),
                 Err(Errno::INTR) => return None,
+                Err(Errno::IO) => return self.hear(),
                 Err(_) => return Some(self.gone()),
             }
         }
@@ -121,6 +122,46 @@ impl Guest {
             }
         }
         None
+    }
+
+    /// Sends what there is to send; what has become of the client, unless all of it went.
+    fn send(&mut self) -> Option<Step> {
+        let Line::Open(socket, records) = &mut self.line else { return None };
+        if let Some(records) = records.as_mut().filter(|records| records.is_due())
+            && let Err(reason) = records.renew(socket.as_fd())
+        {
+            return Some(Step::Gone(Some(reason)));
+        }
+        while !self.handshake.output().is_empty() {
+            let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+            match rustix::net::send(&*socket, self.handshake.output(), flags) {
+                Ok(count) => {
+                    self.handshake.sent(count);
+                    if let Some(records) = records {
+                        records.sent(count as u64);
+                    }
+                }
+                Err(Errno::AGAIN) => return Some(Step::Stays),
+                Err(Errno::INTR) => {}
+                Err(_) => return Some(self.gone()),
+            }
+        }
+        None
+    }
+
+    /// A record has come that is no data, where the kernel does TLS.
+    fn hear(&mut self) -> Option<Step> {
+        self.asides += 1;
+        let Line::Open(socket, Some(records)) = &mut self.line else { return Some(self.gone()) };
+        if self.asides > MOST_ASIDES {
+            let reason = "speaks of nothing but TLS";
+            return Some(Step::Gone(Some(reason.to_owned())));
+        }
+        match records.hear(socket.as_fd()) {
+            Ok(true) => None,
+            Ok(false) => Some(self.gone()),
+            Err(reason) => Some(Step::Gone(Some(reason))),
+        }
     }
 
     /// It has left.
@@ -135,7 +176,7 @@ impl Guest {
             let reason = "has sent more behind STARTTLS without waiting for the answer";
             return Some(Step::Gone(Some(reason.to_owned())));
         }
-        let (Line::Open(socket), Some(secure)) =
+        let (Line::Open(socket, _), Some(secure)) =
             (std::mem::replace(&mut self.line, Line::Cut), secure)
         else {
             return Some(Step::Gone(Some("wants TLS, and there is none".to_owned())));
@@ -148,7 +189,7 @@ impl Guest {
     }
 
     /// A part of the agreement on TLS.
-    fn secure(&mut self, post: &Arc<Post>) -> Option<Step> {
+    fn secure(&mut self, post: &Arc<Post>, secure: Option<&Secure>) -> Option<Step> {
         let Line::Securing(handshake) = &mut self.line else { return Some(Step::Gone(None)) };
         match handshake.advance() {
             Ok(Progress::Done) => {}
@@ -164,11 +205,15 @@ impl Guest {
         let (say, name) = (post.say.clone(), self.peer.shown());
         let relay = post.begin_relay();
         let secured = handshake.finish(
+            secure.is_some_and(|secure| secure.by_kernel),
             move |reason| say(&format!("nbd: {name}: TLS: {reason}; disconnected")),
             move || drop(relay),
         );
         match secured {
-            Ok(secured) => self.line = Line::Open(secured.socket),
+            Ok(Secured { socket, way: Way::Relay }) => self.line = Line::Open(socket, None),
+            Ok(Secured { socket, way: Way::Kernel(session) }) => {
+                self.line = Line::Open(socket, Some(session));
+            }
             Err(error) => return Some(Step::Gone(Some(error.to_string()))),
         }
         self.handshake.secured();
@@ -178,7 +223,7 @@ impl Guest {
     /// What it has become, if it has chosen.
     pub(super) fn chosen(self) -> Option<Client> {
         let Outcome::Chosen(session) = self.handshake.outcome().clone() else { return None };
-        let Line::Open(socket) = self.line else { return None };
-        Some(Client { socket, session, early: self.pending, peer: self.peer.shown() })
+        let Line::Open(socket, records) = self.line else { return None };
+        Some(Client { socket, records, session, early: self.pending, peer: self.peer.shown() })
     }
 }

@@ -9,9 +9,11 @@ mod connection;
 mod extents;
 mod greet;
 mod guest;
+mod leave;
 mod listen;
 mod outbox;
 mod post;
+mod sealed;
 mod state;
 mod suspend;
 
@@ -52,6 +54,8 @@ pub struct Secure {
     pub policy: Tls,
     /// What is shown, and who is let in.
     pub server: Server,
+    /// Whether the kernel does it where it can, once there is agreement.
+    pub by_kernel: bool,
 }
 
 impl Secure {
@@ -60,7 +64,8 @@ impl Secure {
             Tls::Required => "tls-require",
             Tls::Off | Tls::Offered => "tls-on",
         };
-        std::iter::once(policy).chain(self.server.verifies()).collect()
+        let kernel = self.by_kernel.then_some("tls-kernel");
+        std::iter::once(policy).chain(self.server.verifies()).chain(kernel).collect()
     }
 }
 
@@ -139,6 +144,10 @@ impl Device {
         let limits = *service.stack.limits();
         let threads = options.threads.clamp(1, options.connections.max(1));
         let connections = options.connections.max(1);
+        if options.secure.as_ref().is_some_and(|secure| secure.by_kernel) {
+            // I/O threads are confined when they begin.
+            devsplice_uring::ktls::want();
+        }
         let post = Post::new(connections, threads, service.on_event.clone())?;
         let may_lend = service.stack.lives().next().is_none();
         // The greeting thread looks at the same bottoms.
@@ -200,6 +209,12 @@ impl Device {
     #[must_use]
     pub fn relays(&self) -> usize {
         self.post.relays()
+    }
+
+    /// Connections whose bytes the kernel encrypts.
+    #[must_use]
+    pub fn sealed(&self) -> usize {
+        self.post.sealed()
     }
 
     /// The threads that serve it.

@@ -82,8 +82,14 @@ impl Outbox {
         self.count += 1;
     }
 
-    /// Sends what waits, unless some is being sent.
-    pub(super) fn flush(&mut self, ring: &mut Uring, lane: u16, socket: FileId, index: u32) {
+    /// Sends what waits, unless some is being sent; whether the kernel does the socket's TLS.
+    pub(super) fn flush(
+        &mut self,
+        ring: &mut Uring,
+        (lane, index): (u16, u32),
+        socket: FileId,
+        is_sealed: bool,
+    ) {
         if self.sending > 0 || self.count == 0 {
             return;
         }
@@ -96,7 +102,7 @@ impl Outbox {
             self.sending += 1;
         }
         self.left = bytes;
-        ring.send_parts((lane, index), socket, &parts[..self.sending]);
+        ring.send_parts((lane, index), socket, &parts[..self.sending], is_sealed);
     }
 
     /// The send is over: the replies that went whole are gone, the next send goes on with what is

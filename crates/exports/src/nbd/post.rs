@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use devsplice_core::Result;
 use devsplice_nbd::server::Session;
 use devsplice_uring::Bell;
+use devsplice_uring::ktls::Records;
 
 use crate::threads::OnEvent;
 
@@ -20,6 +21,8 @@ use crate::threads::OnEvent;
 #[derive(Debug)]
 pub(super) struct Client {
     pub(super) socket: OwnedFd,
+    /// What there is to do beside data, where the kernel does its TLS.
+    pub(super) records: Option<Box<dyn Records>>,
     pub(super) session: Session,
     /// What it sent behind its choice: the first requests.
     pub(super) early: Vec<u8>,
@@ -88,6 +91,10 @@ pub(super) struct Post {
     gently: AtomicBool,
     /// Threads that there are for TLS.
     relays: AtomicUsize,
+    /// Connections whose TLS the kernel does.
+    sealed: AtomicUsize,
+    /// Sockets of clients that have been told that it is over, for the greeting thread.
+    leaving: Mutex<Vec<OwnedFd>>,
     /// CPUs that this process may use.
     cpus: usize,
     /// There is a CPU for each client and each thread that serves them: who waits may do so awake.
@@ -115,6 +122,8 @@ impl Post {
             stop: AtomicBool::new(false),
             gently: AtomicBool::new(false),
             relays: AtomicUsize::new(0),
+            sealed: AtomicUsize::new(0),
+            leaving: Mutex::default(),
             cpus: std::thread::available_parallelism().map_or(1, usize::from),
             roomy: Arc::new(AtomicBool::new(false)),
             say,
@@ -163,6 +172,32 @@ impl Post {
     pub(super) fn begin_relay(self: &Arc<Post>) -> Relayed {
         self.relays.fetch_add(1, Ordering::AcqRel);
         Relayed(Arc::clone(self))
+    }
+
+    /// A connection begins; whether the kernel does its TLS.
+    pub(super) fn seal(&self, is_sealed: bool) {
+        self.sealed.fetch_add(usize::from(is_sealed), Ordering::AcqRel);
+    }
+
+    /// One of those is over.
+    pub(super) fn unseal(&self) {
+        self.sealed.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    /// How many connections there are whose TLS the kernel does.
+    pub(super) fn sealed(&self) -> usize {
+        self.sealed.load(Ordering::Acquire)
+    }
+
+    /// Has the greeting thread wait for a client to hang up.
+    pub(super) fn see_off(&self, socket: OwnedFd) {
+        lock(&self.leaving).push(socket);
+        self.bell.ring();
+    }
+
+    /// Sockets that were given so.
+    pub(super) fn take_leaving(&self) -> Vec<OwnedFd> {
+        std::mem::take(&mut *lock(&self.leaving))
     }
 
     pub(super) fn ask(&self, question: Question) {

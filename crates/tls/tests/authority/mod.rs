@@ -67,6 +67,7 @@ impl Authority {
         self.sign((dir, "server"), name, days);
     }
 
+    #[allow(dead_code)] // As above.
     pub fn client(&self, dir: &Path, name: &str, days: Days) {
         self.sign((dir, "client"), name, days);
     }

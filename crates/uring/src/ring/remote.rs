@@ -8,6 +8,7 @@
 
 mod life;
 mod receive;
+mod sealed;
 mod send;
 #[cfg(test)]
 mod tests;
@@ -30,6 +31,7 @@ use super::{KIND_REMOTE, Timespec, Uring};
 use crate::arena::Arena;
 use crate::bell::Bell;
 use crate::files::{FileKind, RingFile};
+use crate::ktls::Records;
 use crate::probe;
 use crate::splice::PagesKind;
 use crate::uapi::{OP_POLL_ADD, Sqe};
@@ -59,6 +61,8 @@ pub struct Link {
     pub agreed: Agreed,
     /// A socket of this machine that lies behind it, where it leads to somebody of ours.
     pub beyond: Option<OwnedFd>,
+    /// What there is to do beside data, where the kernel does its TLS.
+    pub records: Option<Box<dyn Records>>,
 }
 
 /// How things stand with a server.
@@ -68,8 +72,18 @@ pub struct Standing {
     pub connections: u32,
     /// How often there was none where there had been one, and then one again.
     pub reconnects: u64,
+    /// The kernel does the TLS of the last one.
+    pub tls_kernel: bool,
     /// What went wrong last.
     pub last_error: Option<String>,
+}
+
+impl Standing {
+    /// A ring gets this connection.
+    pub fn take(&mut self, link: &Link) {
+        self.connections += 1;
+        self.tls_kernel = link.records.is_some();
+    }
 }
 
 /// A server's export, of which each ring has a connection.
@@ -206,6 +220,8 @@ struct Conn {
     file: FileId,
     /// As [`Link::beyond`].
     beyond: Option<OwnedFd>,
+    /// As [`Link::records`].
+    records: Option<Box<dyn Records>>,
     /// The next connection, until the server has read what it was sent over the last one.
     next: Option<Link>,
     /// What is asked of the server.
@@ -260,6 +276,7 @@ impl Uring {
             line: Arc::clone(&line),
             file,
             beyond: None,
+            records: None,
             next: None,
             talk: Conversation::new(flights, remote.agreed(), remote.patience()),
             large: 0,

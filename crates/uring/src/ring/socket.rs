@@ -118,11 +118,18 @@ impl Uring {
     }
 
     /// Sends ranges of the memory of a lane's tags, in this order. The completion says how many
-    /// bytes went; the memory is the kernel's until then.
+    /// bytes went; the memory is the kernel's until then. Where the kernel does the socket's TLS it
+    /// does not wait for room for all of them: that cannot be asked there.
     ///
     /// # Panics
     /// If a send of the lane is out, or there are no ranges, or more than [`MAX_OUTGOING`].
-    pub fn send_parts(&mut self, (lane, index): (u16, u32), socket: FileId, parts: &[Outgoing]) {
+    pub fn send_parts(
+        &mut self,
+        (lane, index): (u16, u32),
+        socket: FileId,
+        parts: &[Outgoing],
+        is_sealed: bool,
+    ) {
         let place = usize::from(lane);
         assert!((1..=MAX_OUTGOING).contains(&parts.len()), "{} ranges in a send", parts.len());
         let Some(count) = self.send_lent((lane, index), socket, parts) else { return };
@@ -142,7 +149,7 @@ impl Uring {
             opcode: OP_SEND,
             fd: i32::from(socket.0),
             flags: SQE_FIXED_FILE,
-            op_flags: MSG_NOSIGNAL | MSG_WAITALL,
+            op_flags: MSG_NOSIGNAL | if is_sealed { 0 } else { MSG_WAITALL },
             user_data: KIND_SENT | u64::from(lane) << 32 | u64::from(index),
             ..Sqe::default()
         };

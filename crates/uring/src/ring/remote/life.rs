@@ -108,10 +108,10 @@ impl Remotes {
         if conn.next.is_some() && conn.has_unread(ring) {
             return self.arm_tick(ring);
         }
-        let Some(Link { socket, agreed, beyond }) = conn.next.take() else { return };
+        let Some(Link { socket, agreed, beyond, records }) = conn.next.take() else { return };
         match ring.replace_file(conn.file, RingFile { fd: socket, kind: FileKind::Other }) {
             Ok(()) => {
-                conn.beyond = beyond;
+                (conn.beyond, conn.records) = (beyond, records);
                 conn.talk.connected(&agreed);
                 self.receive(ring, index);
             }
@@ -166,7 +166,7 @@ impl Remotes {
                 }
                 continue;
             }
-            let socket = conn.socket(ring);
+            let socket = ring.files[usize::from(conn.file.0)].fd.as_fd();
             let mut how = Shutdown::Both;
             if conn.talk.is_up() && conn.batch.out == 0 {
                 let goodbye = Request {
@@ -183,7 +183,11 @@ impl Remotes {
                     how = Shutdown::Write;
                 }
             }
-            let _ = shutdown(socket, how);
+            match &mut conn.records {
+                // What has been encrypted may not be with the network yet; a shutdown loses it.
+                Some(records) if how == Shutdown::Write => records.close(socket),
+                _ => drop(shutdown(socket, how)),
+            }
             conn.remote.part();
         }
     }

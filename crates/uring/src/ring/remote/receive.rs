@@ -198,8 +198,13 @@ impl Remotes {
             // Linked behind data that has not come whole.
             _ if result == -libc::ECANCELED => {}
             _ if is_transient(result) => {}
-            _ => return self.lose(ring, index, ended(result)),
+            _ => match conn.hear(ring, result) {
+                Ok(()) if !self.renew(ring, index) => return,
+                Ok(()) => {}
+                Err(why) => return self.lose(ring, index, why),
+            },
         }
+        let conn = &self.conns[index];
         if conn.receiving.target.is_none() || conn.receiving.out == 0 {
             self.receive(ring, index);
         }
@@ -219,7 +224,11 @@ impl Remotes {
                 self.aim(index, advanced(target, done));
             }
             Err(_) if is_transient(result) => {}
-            _ => return self.lose(ring, index, ended(result)),
+            _ => match conn.hear(ring, result) {
+                Ok(()) if !self.renew(ring, index) => return,
+                Ok(()) => {}
+                Err(why) => return self.lose(ring, index, why),
+            },
         }
         let receiving = &self.conns[index].receiving;
         // What was linked behind it was not carried out, and says so before this goes on.
@@ -266,7 +275,7 @@ fn is_transient(result: i32) -> bool {
 }
 
 /// Why nothing comes any more.
-fn ended(result: i32) -> String {
+pub(super) fn ended(result: i32) -> String {
     match result {
         0 => "it has closed the connection".to_owned(),
         _ => std::io::Error::from_raw_os_error(-result).to_string(),

@@ -125,7 +125,7 @@ impl Remotes {
     /// Sends what was asked for, unless something is on its way.
     pub(super) fn send(&mut self, ring: &mut Uring, index: usize) {
         // Each round takes something of what waits.
-        while self.may_send(index) {
+        while self.may_send(index) && self.renew(ring, index) {
             self.gather(ring, index);
             match self.send_now(ring, index) {
                 true => self.all_sent(ring, index),
@@ -154,7 +154,9 @@ impl Remotes {
         let socket = ring.files[usize::from(conn.file.0)].fd.as_fd();
         // What goes wrong with this goes wrong again with an entry, which says so.
         if let Ok(done @ 1..) = send(socket, &conn.memory.bytes(OUT)[..len], flags) {
-            conn.batch.advance(u32::try_from(done).unwrap_or(0));
+            let done = u32::try_from(done).unwrap_or(0);
+            conn.batch.advance(done);
+            conn.count(done);
             conn.talk.hear();
         }
         conn.batch.next == conn.batch.count
@@ -205,10 +207,13 @@ impl Remotes {
         let conn = &mut self.conns[index];
         let batch = &mut *conn.batch;
         (batch.is_cut, batch.error) = (false, 0);
+        // TLS of the kernel's refuses to be asked to send all (net/tls/tls_sw.c, `tls_sw_sendmsg`,
+        // Linux 7.3: EOPNOTSUPP), and a send that stops short would not stop what is linked.
+        let is_sealed = conn.records.is_some();
         let base = Sqe {
             fd: i32::from(conn.file.0),
             flags: SQE_FIXED_FILE,
-            op_flags: MSG_NOSIGNAL | MSG_WAITALL,
+            op_flags: MSG_NOSIGNAL | if is_sealed { 0 } else { MSG_WAITALL },
             user_data: user_data(index, SENT),
             ..Sqe::default()
         };
@@ -226,7 +231,7 @@ impl Remotes {
             batch.out = 1;
             return conn.memory.lend(OUT);
         }
-        let mut count = left.min(CHAIN);
+        let mut count = if is_sealed { 1 } else { left.min(CHAIN) };
         // All of a chain has to go with one call; what is queued goes before it.
         if !ring.queues.has_room_for(u32::try_from(count).unwrap_or(0)) {
             let _ = ring.queues.enter(0);
@@ -265,6 +270,9 @@ impl Remotes {
                 Ok(done) if done > 0 => {
                     batch.is_cut = is_chain && done < left;
                     batch.advance(done);
+                    if let Some(records) = &mut conn.records {
+                        records.sent(done.into());
+                    }
                     conn.talk.hear();
                 }
                 Ok(_) => (batch.is_cut, batch.error) = (true, libc::EPIPE),

@@ -76,7 +76,7 @@ impl Remote for Fake {
             if number > 0 {
                 std::thread::sleep(Duration::from_millis(5));
             }
-            line.deliver(Link { socket: ours.into(), agreed, beyond: None });
+            line.deliver(Link { socket: ours.into(), agreed, beyond: None, records: None });
             serve(&mut peer, number);
         });
     }
