@@ -133,8 +133,8 @@ impl Connection {
         self.has_spoken |= out.len() > before;
     }
 
-    /// Goes on with a handshake; whether it is done. What is to be sent is put behind `out`, also if
-    /// it has failed.
+    /// Goes on with a handshake; whether it is done. What is to be sent is put behind `out`, also
+    /// if it has failed.
     ///
     /// # Errors
     /// If there will be no agreement.

@@ -1,6 +1,6 @@
 //! Answers for TLS 1.3 with keys that both sides have beforehand (PSK), by s2n-tls: a connection as
-//! bytes in and bytes out, without I/O and without files. Only what was agreed on by such a key, and
-//! with a key exchange beside it (`psk_dhe_ke`), is a connection.
+//! bytes in and bytes out, without I/O and without files. Only what was agreed on by such a key,
+//! and with a key exchange beside it (`psk_dhe_ke`), is a connection.
 
 mod connection;
 mod hello;

@@ -182,7 +182,7 @@ impl<S: Side> Handshake<S> {
                 None => HEAD,
                 Some(head) => HEAD + usize::from(u16::from_be_bytes([head[3], head[4]])),
             };
-            // What cannot be a record is shown to the library at once, which says what is wrong with it.
+            // What cannot be a record is shown to the library at once, which says what is wrong.
             let is_tls = there == 0 || (20..=24).contains(&self.incoming[self.seen]);
             if !is_tls || wanted > MAX_RECORD || (there >= HEAD && there == wanted) {
                 self.seen = self.incoming.len();

@@ -263,7 +263,8 @@ mod tests {
 
         #[test]
         fn keys_are_what_was_written(
-            user in "[^:#*\\x00-\\x1f\\x7f]{1,30}", secret in prop::collection::vec(1..=255_u8, 16..=64)
+            user in "[^:#*\\x00-\\x1f\\x7f]{1,30}",
+            secret in prop::collection::vec(1..=255_u8, 16..=64),
         ) {
             let digits: String = secret.iter().map(|byte| format!("{byte:02x}")).collect();
             let all = parse(format!("{user}:{digits}\n").as_bytes()).unwrap();

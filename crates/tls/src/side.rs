@@ -47,8 +47,8 @@ impl From<rustls::Error> for Fault {
     }
 }
 
-/// Bytes at the front of what was given that are done with, and what has come of them. Where that is
-/// a fault, what the peer is to be told of it is behind `out`.
+/// Bytes at the front of what was given that are done with, and what has come of them. Where that
+/// is a fault, what the peer is to be told of it is behind `out`.
 pub type Taken<T> = (usize, Result<T, Fault>);
 
 /// A side of a connection. What is to be sent is put behind what is in `out` already.

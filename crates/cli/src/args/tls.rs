@@ -91,7 +91,7 @@ impl TlsOptions {
             (None, Some(file)) => Server::by_keys(Keys(here.join(file)))?,
             (None, None) => {
                 return Err(Error::invalid("--tls", "there is no certificate to show, and no key")
-                    .next("--tls-certificates DIR, with server-cert.pem and server-key.pem, or --tls-psk FILE"));
+                    .next("--tls-certificates DIR with server-cert.pem, or --tls-psk FILE"));
             }
         };
         Ok(Some(Secure { policy, server, by_kernel: self.tls_kernel }))
