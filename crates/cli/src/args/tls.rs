@@ -34,7 +34,7 @@ pub struct TlsOptions {
     #[arg(long)]
     #[serde(default)]
     pub tls_verify_peer: bool,
-    /// Have the kernel encrypt and decrypt where it can: TLS 1.3 over TCP, Linux 6.14 and later with
+    /// Have the kernel encrypt and decrypt where it can: TLS 1.3 over TCP, from Linux 6.14 on with
     /// the module tls.
     #[arg(long)]
     #[serde(default)]
