@@ -35,8 +35,8 @@ pub struct TlsOptions {
     #[arg(long)]
     #[serde(default)]
     pub tls_verify_peer: bool,
-    /// Have the kernel encrypt and decrypt where it can: TLS 1.3 over TCP, with certificates, Linux
-    /// 6.14 and later with the module tls.
+    /// Have the kernel encrypt and decrypt where it can: TLS 1.3 over TCP with certificates, from
+    /// Linux 6.14 on with the module tls.
     #[arg(long)]
     #[serde(default)]
     pub tls_kernel: bool,
