@@ -13,6 +13,7 @@ use devsplice_core::{Error, Result};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 use super::Uring;
+use crate::arena::Arena;
 use crate::setup;
 
 /// What is known of a ring that does not wait.
@@ -46,6 +47,9 @@ impl Uring {
         // A thread has 16 places for rings of its own, and one keeps its ring for as long as the
         // thread lives, not the ring.
         self.queues.leave_task();
+        // Most of the disks that share the thread are idle, and their first request, of a few
+        // bytes, would take 2 MiB each.
+        self.arenas.iter().flatten().for_each(Arena::have_small_pages);
         let brief = Brief { bell: Arc::new(bell), more: Arc::new(AtomicBool::new(true)) };
         self.brief = Some(brief.clone());
         Ok(brief)
