@@ -65,7 +65,7 @@ fn as_dear_as_the_first(kind: Kind) -> Outcome {
         reads.push(process.reads() - before);
     }
     println!("{}: calls to read, for each of 20 disks of a file: {reads:?}", kind.name());
-    let [first, last] = [&reads[1..6], &reads[15..]].map(|some| median_of(some));
+    let [first, last] = [&reads[1..6], &reads[15..]].map(median_of);
     assert!(last <= first + 4, "{last} calls to read after {first}: {reads:?}");
     drop(talk);
     server.end();
