@@ -214,13 +214,29 @@ impl Hall {
         Ok(disk)
     }
 
-    /// Serves a disk again that this server, or one of its name, has served.
+    /// Serves a disk again that this server, or one of its name, has served: as a person wants it,
+    /// also where one has quiesced it.
     ///
     /// # Errors
     /// If the kernel does not keep it, or another process has it.
     pub fn recover(&self, name: &str, why: &str) -> Result<Disk> {
         let (claim, left) = guard::claim_kept(name, false)?;
-        let hosted = Hosted::take_over(claim, &left, None, self.line())?;
+        self.welcome(&left, why, Hosted::take_over(claim, &left, None, self.line())?)
+    }
+
+    /// Takes a disk over as its last server has left it: one that a person has quiesced stays so.
+    ///
+    /// # Errors
+    /// As [`Hall::recover`].
+    pub fn inherit(&self, name: &str, why: &str) -> Result<Disk> {
+        let (claim, left) = guard::claim_kept(name, false)?;
+        if !left.quiesced {
+            return self.welcome(&left, why, Hosted::take_over(claim, &left, None, self.line())?);
+        }
+        self.welcome(&left, "quiesced", Hosted::stay_held(claim, &left, None, self.line())?)
+    }
+
+    fn welcome(&self, left: &Disk, why: &str, hosted: Hosted) -> Result<Disk> {
         let disk = hosted.disk().clone();
         hosted.line.tell(why, &format!("process {} instead of {}", disk.pid, left.pid));
         self.insert(hosted);

@@ -78,6 +78,33 @@ fn median_of(some: &[u64]) -> u64 {
     some[some.len() / 2]
 }
 
+/// A disk of a server of many that a person has quiesced, when that server dies.
+fn quiesced_across_a_death(
+    room: &Room,
+    server: &Server<'_>,
+    quiet: &str,
+    others_live: impl Fn() -> bool,
+) {
+    let _ = room.devsplice(["quiesce", quiet]).ok();
+    let old = server.process();
+    old.signal(Signal::KILL);
+    old.ends_within(20);
+    wait_until(60, "another server with the other disks", || {
+        server.process() != old && others_live()
+    });
+    let info = || {
+        let text = room.devsplice(["info", "--json", quiet]).run().out;
+        serde_json::from_str::<Value>(&text).unwrap_or_default()
+    };
+    wait_until(20, "the next server has it", || info()["pid"] == json!(server.process().0));
+    let info = info();
+    assert_eq!(info["state"], "quiesced", "{info}");
+    let stack = info["stack"].as_str().unwrap_or_default();
+    let file = stack.trim_start_matches("file(").trim_end_matches(')');
+    call("flock", ["-n", file, "true"]).ok();
+    let _ = room.devsplice(["resume", quiet]).ok();
+}
+
 /// Whoever looks whether a server runs takes its seat for a moment: one that starts then waits.
 fn seat(kind: Kind) -> Outcome {
     need_tool("flock")?;
@@ -457,9 +484,8 @@ fn survive(kind: Kind) -> Outcome {
         fio.join().expect("fio notices nothing");
     });
     let quiet = format!("{prefix}2");
-    for word in ["quiesce", "resume"] {
-        let _ = room.devsplice([word, &quiet]).ok();
-    }
+    quiesced_across_a_death(&room, &server, &quiet, || all_live(8, server.process()));
+    assert!(all_live(9, server.process()));
     verify(&room, disks[2]["device"].as_str().unwrap_or_default().as_ref(), 8 * MIB, "4k-64k");
     server.end();
     Ok(())
