@@ -322,13 +322,13 @@ fn unit(kind: Kind) -> Outcome {
     let line = "mkdir -p /sys/fs/cgroup/e2e; echo $$ > /sys/fs/cgroup/e2e/cgroup.procs; \
                 exec unshare --fork --pid --mount --mount-proc --kill-child /lib/systemd/systemd \
                 --system --unit=e2e.target --log-target=null --show-status=0";
-    let systemd = call("sh", ["-c", line]).env("container", "other").limit(400).start();
+    let systemd = call("sh", ["-c", line]).env("container", "other").limit(700).start();
     let state = |pid: u32| {
         let words = ["-t", &pid.to_string(), "-p", "-m", "systemctl", "is-active", "e2e.target"];
         call("nsenter", words).run().out.trim() == "active"
     };
     let mut inner = None;
-    wait_until(60, "systemd", || {
+    wait_until(240, "systemd", || {
         let children = devsplice_e2e::Process(systemd.pid()).children();
         inner = children.first().copied().filter(|pid| state(*pid));
         inner.is_some()
