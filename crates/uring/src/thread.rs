@@ -98,9 +98,10 @@ pub fn start(name: String, body: impl FnOnce() + Send + 'static) -> io::Result<J
 }
 
 /// Runs `work` on a thread with a table of descriptors of its own, which holds nothing but standard
-/// input, output and error, and the directory `dir` (`O_PATH`). What it waits for can then come from
-/// this process: when the process is killed, its files (and so the device that it serves) close
-/// although this thread still waits for them. `work` must bring no descriptors along: they are not in its table.
+/// input, output and error, and the directory `dir` (`O_PATH`). What it waits for can then come
+/// from this process: when the process is killed, its files (and so the device that it serves)
+/// close although this thread still waits for them. `work` must bring no descriptors along: they
+/// are not in its table.
 ///
 /// # Errors
 /// If there is no thread, or no table, to be had.

@@ -330,8 +330,8 @@ Written by `cargo xtask bench --nbd`. Servers over a socket in the file system, 
 sample, servers in turn; `-4` has four clients with a connection each. `copy` is of a file of 4 GiB
 in memory to another, dense or with 64 KiB of data in each MiB. Ratios are each of two samples of
 one round; the middle one counts, and at least half of all lie in the range behind it. At 4k-qd32
-with one connection fio itself has a CPU's time used up, under each of the servers: there the ratio says
-little about them.
+with one connection fio itself has a CPU's time used up, under each of the servers: there the ratio
+says little about them.
 
 ![chart](nbd.svg)
 
