@@ -186,15 +186,6 @@ impl Uring {
         Uring::with(config, Queues::wide)
     }
 
-    /// As [`Uring::new`], for a thread that serves other rings, too ([`Uring::be_brief`]).
-    ///
-    /// # Errors
-    /// As there.
-    pub fn for_pool(config: &Config) -> Result<Uring> {
-        let rings = brief::rings_every_time();
-        Uring::with(config, if rings { Queues::new } else { Queues::own_bell })
-    }
-
     fn with(config: &Config, queues: fn(u32, u32) -> Result<Queues>) -> Result<Uring> {
         let depth: u32 = config.lanes.iter().map(|lane| u32::from(lane.depth)).sum();
         let depth = depth + u32::from(config.inner) * u32::from(INNER_DEPTH);

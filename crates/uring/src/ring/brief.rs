@@ -20,6 +20,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 use super::{Config, LaneMemory, Uring};
 use crate::bell::Bell;
+use crate::submit::Queues;
 use crate::{FileKind, RingFile, setup};
 
 /// What is known of a ring that does not wait.
@@ -41,6 +42,14 @@ impl Brief {
 }
 
 impl Uring {
+    /// As [`Uring::new`], for a thread that serves other rings, too ([`Uring::be_brief`]).
+    ///
+    /// # Errors
+    /// As there.
+    pub fn for_pool(config: &Config) -> Result<Uring> {
+        Uring::with(config, if rings_every_time() { Queues::new } else { Queues::own_bell })
+    }
+
     /// From now on the ring does not wait in the kernel.
     ///
     /// # Errors
