@@ -15,6 +15,7 @@ mod files;
 mod imitation;
 mod inner;
 pub mod ktls;
+pub mod lease;
 pub mod loopctl;
 pub mod probe;
 mod ring;
