@@ -165,7 +165,7 @@ pub fn fio_with(more: &[&str]) -> Outcome {
     arguments.extend(["--offset_increment=16m", "--iodepth=32", "--verify=crc32c"]);
     arguments.extend(["--verify_fatal=1", "--do_verify=1", "--verify_state_save=0"]);
     arguments.push("--randrepeat=0");
-    let said = call("setpriv", arguments).env("HOME", &home).dir(Path::new("/tmp")).limit(60).ok();
+    let said = call("setpriv", arguments).env("HOME", &home).dir(Path::new("/tmp")).limit(180).ok();
     assert_eq!(said.matches("err= 0").count(), 2, "{said}");
     assert!(secret.info()["counts"]["writes"].as_u64() > Some(50));
     secret.remove();

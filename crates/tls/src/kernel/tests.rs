@@ -56,6 +56,7 @@ fn client(dir: &Path) -> Client {
         certificates: Some(Certificates(dir.to_owned())),
         verify: true,
         name: "localhost".to_owned(),
+        user: None,
     }
 }
 
