@@ -2,8 +2,9 @@
 //! socket before and a socket afterwards, from which plain bytes come and to which they go.
 //!
 //! rustls does the handshake ([`Handshake`]) with certificates, s2n-tls (`devsplice-psk`) with keys
-//! that both sides have. Then the kernel takes over where it can and that is wanted ([`Session`]), or
-//! a thread (`relay`), between the real socket and one end of a pair whose other end is the caller's.
+//! that both sides have. Then the kernel takes over where it can and that is wanted ([`Session`]),
+//! or a thread (`relay`), between the real socket and one end of a pair whose other end is the
+//! caller's.
 #![forbid(unsafe_code)]
 
 mod certified;
