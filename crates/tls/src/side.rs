@@ -54,6 +54,9 @@ pub trait Side: Send + 'static {
     /// a client's last requests must not come after what it says over its next connection.
     const DROPS_REST: bool;
 
+    /// Most bytes that the peer may send until both agree.
+    fn longest(&self) -> usize;
+
     /// One step of a handshake; `records` are whole, and those that it is not done with are shown
     /// again.
     fn agree(&mut self, records: &mut [u8], out: &mut Vec<u8>) -> Taken<Step>;
@@ -98,6 +101,13 @@ macro_rules! side {
     ($side:ident, $drops_rest:literal) => {
         impl Side for $side {
             const DROPS_REST: bool = $drops_rest;
+
+            fn longest(&self) -> usize {
+                match self {
+                    $side::Certified(_) => certified::MAX_BYTES,
+                    $side::Keyed(side) => side.longest(),
+                }
+            }
 
             fn agree(&mut self, records: &mut [u8], out: &mut Vec<u8>) -> Taken<Step> {
                 match self {

@@ -36,7 +36,8 @@ pub struct TlsOptions {
     #[serde(default)]
     pub tls_verify_peer: bool,
     /// Let in only clients that are a user in this file and have its key: lines of USER:KEY, as
-    /// psktool writes them. Nobody else may be able to read it.
+    /// psktool writes them. The file has to be of root or of whoever runs devsplice; its group may
+    /// read it, others not. With --tls on, clients without TLS come in, too, and need no key.
     #[arg(long, value_name = "FILE")]
     #[serde(default)]
     pub tls_psk: Option<PathBuf>,
@@ -77,6 +78,10 @@ impl TlsOptions {
                     Err(Error::invalid("--tls-verify-peer", "there is no TLS in which to verify")
                         .next("--tls require --tls-certificates DIR"))
                 }
+                false if self.tls_psk.is_some() => {
+                    Err(Error::invalid("--tls-psk", "there is no TLS in which to have a key")
+                        .next("leave --tls off out, or --tls-psk"))
+                }
                 false => Ok(None),
             };
         }
@@ -113,6 +118,10 @@ mod tests {
             (TlsOptions { tls_psk: dir.clone(), ..plain.clone() }, "/does/not/exist"),
             (TlsOptions { tls_verify_peer: true, ..plain.clone() }, "--tls-verify-peer"),
             (TlsOptions { tls: Some(TlsChoice::On), ..plain.clone() }, "--tls"),
+            (
+                TlsOptions { tls: Some(TlsChoice::Off), tls_psk: dir.clone(), ..plain.clone() },
+                "--tls-psk",
+            ),
             (TlsOptions { tls_certificates: dir, ..plain.clone() }, "/does/not/exist"),
         ] {
             let error = options.secure(Path::new("/")).unwrap_err().to_string();
