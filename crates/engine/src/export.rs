@@ -120,3 +120,11 @@ pub enum Rest {
     /// stays as it is, and is to be looked at again.
     Keep,
 }
+
+impl Rest {
+    /// For an export whose memory is free again as soon as nothing is held in it.
+    #[must_use]
+    pub fn keep_if(held: bool) -> Rest {
+        if held { Rest::Keep } else { Rest::Now }
+    }
+}

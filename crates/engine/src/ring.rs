@@ -171,7 +171,7 @@ pub trait Ring {
     fn get(&mut self, lane: u16, tag: u16, bytes: &mut [u8]);
 
     /// Gives back memory that requests have used and none uses now. Called when no request has been
-    /// there for a second or two.
+    /// there for a second or two, and no export has said that it holds some.
     fn rest(&mut self) {}
 
     /// What the ring has counted since its start.

@@ -70,19 +70,19 @@ fn a_watchdog_without_a_limit_reports_nothing() {
 
 #[test]
 fn an_idle_worker_sleeps_after_two_ticks_and_wakes_for_the_next_request() {
-    let (outcome, rests) = until_asleep(fill(MIB), 1);
+    let (outcome, rests) = until_asleep(fill(MIB), (1, 0));
     assert_eq!((outcome.done.len(), outcome.left), (16, 0));
     assert!(outcome.now < 3 * SECOND, "more than two ticks: {}", outcome.now);
     assert_eq!(rests.len(), 1, "memory is given back once");
     let mut plan = fill(MIB);
     plan.push(Ask { at: 20 * SECOND, io: Io::new(Op::Read, 0, 4096) });
-    let (outcome, rests) = until_asleep(plan, 1);
+    let (outcome, rests) = until_asleep(plan, (1, 0));
     assert_eq!((outcome.done.len(), outcome.left, rests.len()), (17, 0, 2));
 }
 
 /// Runs until nothing is left to happen; what came of it, and when memory was given back.
-fn until_asleep(plan: Vec<Ask>, seed: u64) -> (Outcome, Vec<u64>) {
-    let mut bench = Setup { open: true, seed, ..setup(disk(), ideal(MIB), plan) }.bench();
+fn until_asleep(plan: Vec<Ask>, (seed, holds): (u64, u32)) -> (Outcome, Vec<u64>) {
+    let mut bench = Setup { open: true, seed, holds, ..setup(disk(), ideal(MIB), plan) }.bench();
     bench.world.lock().unwrap().may_sleep = true;
     bench.worker.arm().unwrap();
     while !bench.world.lock().unwrap().asleep {
@@ -95,14 +95,22 @@ fn until_asleep(plan: Vec<Ask>, seed: u64) -> (Outcome, Vec<u64>) {
 }
 
 #[test]
+fn memory_is_not_given_back_while_a_front_end_holds_data_in_it() {
+    let (_, rests) = until_asleep(fill(MIB), (1, 0));
+    let (outcome, later) = until_asleep(fill(MIB), (1, 3));
+    assert_eq!((outcome.done.len(), later.len()), (16, 1), "once, when nothing is held any more");
+    assert!(later[0] >= rests[0] + 3 * SECOND, "at {}, else at {}", later[0], rests[0]);
+}
+
+#[test]
 fn memory_is_not_given_back_under_a_request_that_comes_with_the_tick() {
     let (write, read) = (Io::new(Op::Write, 0, 65_536), Io::new(Op::Read, 0, 65_536));
     for seed in 0..32 {
-        let (_, rests) = until_asleep(vec![now(write)], seed);
+        let (_, rests) = until_asleep(vec![now(write)], (seed, 0));
         assert_eq!(rests.len(), 1);
         // In the same turn as the tick, in front of it or behind; what it wrote is read back.
         let again = [Ask { at: rests[0], io: write }, Ask { at: rests[0] + SECOND / 2, io: read }];
-        let (outcome, later) = until_asleep([vec![now(write)], again.to_vec()].concat(), seed);
+        let (outcome, later) = until_asleep([vec![now(write)], again.to_vec()].concat(), (seed, 0));
         assert_eq!(outcome.done.len(), 3);
         assert!(later[0] > rests[0] + SECOND / 2, "at {later:?}, with requests in between");
     }
@@ -111,7 +119,7 @@ fn memory_is_not_given_back_under_a_request_that_comes_with_the_tick() {
 #[test]
 fn memory_is_not_given_back_while_requests_come_or_one_is_below() {
     let read = |at| Ask { at, io: Io::new(Op::Read, 0, 4096) };
-    let (_, rests) = until_asleep((0..40).map(|index| read(index * SECOND / 2)).collect(), 1);
+    let (_, rests) = until_asleep((0..40).map(|index| read(index * SECOND / 2)).collect(), (1, 0));
     assert!(rests.len() == 1 && rests[0] > 20 * SECOND, "{rests:?}");
     let late = over(Kind::Late(10 * SECOND), &[disk()]);
     let outcome = setup(late, ideal(MIB), fill(MIB)).run();

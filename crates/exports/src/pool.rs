@@ -217,7 +217,8 @@ impl Table {
     fn end(&mut self, place: usize) {
         let Some(Member { worker, brief, over, .. }) = self.members[place].take() else { return };
         let _ = epoll::delete(&self.epoll, &brief.bell);
-        drop(worker);
+        // The bell may be the ring's own descriptor.
+        drop((worker, brief));
         self.free.push(place);
         over();
     }

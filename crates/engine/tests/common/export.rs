@@ -111,6 +111,8 @@ impl Model {
 
 pub struct FakeExport {
     pub stays_open: bool,
+    /// How often it says that it holds data in tags' memory.
+    pub holds: u32,
     /// Requests may overlap others that are under way; what reads bring is not looked at then.
     pub overlaps: bool,
     /// Ends are sent ahead where the engine wants it.
@@ -141,6 +143,7 @@ impl FakeExport {
     ) -> FakeExport {
         FakeExport {
             stays_open: false,
+            holds: 0,
             overlaps: false,
             ahead: false,
             out: Vec::with_capacity(usize::from(depth)),
@@ -265,7 +268,9 @@ impl Export<FakeRing> for FakeExport {
     fn flush(&mut self, _: &mut FakeRing) {}
 
     fn rest(&mut self, _: &mut FakeRing) -> Rest {
-        Rest::Now
+        let holds = self.holds > 0;
+        self.holds = self.holds.saturating_sub(1);
+        Rest::keep_if(holds)
     }
 }
 

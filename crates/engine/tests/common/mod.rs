@@ -32,6 +32,8 @@ pub struct Setup {
     pub stuck: (u32, OnStuck),
     /// The front end stays open when all was asked.
     pub open: bool,
+    /// Ticks at which the front end still holds data in tags' memory.
+    pub holds: u32,
     /// Requests may overlap one another.
     pub overlaps: bool,
     /// Ends of requests that come alone are sent ahead.
@@ -59,6 +61,7 @@ pub fn setup(tree: Tree, disk: Limits, plan: Vec<Ask>) -> Setup {
         zeros: (0, 0),
         stuck: (0, Box::new(|_| ())),
         open: false,
+        holds: 0,
         overlaps: false,
         ahead: false,
         served: None,
@@ -113,6 +116,7 @@ impl Setup {
         let world = Arc::new(Mutex::new(world));
         let lanes = exports.into_iter().map(|(base, mut export)| {
             export.stays_open = self.open;
+            export.holds = self.holds;
             export.overlaps = self.overlaps;
             export.ahead = self.ahead;
             let file = |index| FileId(u16::try_from(base).unwrap() + index);

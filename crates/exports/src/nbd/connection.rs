@@ -364,7 +364,7 @@ impl Connection {
         }
         if count == 0 && !again {
             // Between two requests that is a client who goes without a word, as many do.
-            let is_between = self.intake == Intake::Request && self.staged.0 == self.staged.1;
+            let is_between = self.intake.is_between(self.staged);
             self.lose((!is_between).then_some("gone in the middle of a request"));
             return self.settle(ring);
         }
@@ -589,7 +589,7 @@ impl Export<Uring> for Connection {
     }
 
     fn rest(&mut self, _: &mut Uring) -> Rest {
-        if self.outbox.has_any() || self.intake.is_partial() { Rest::Keep } else { Rest::Now }
+        Rest::keep_if(self.outbox.has_any() || !self.intake.is_between(self.staged))
     }
 
     fn is_closed(&self) -> bool {

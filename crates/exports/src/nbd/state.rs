@@ -34,9 +34,9 @@ pub(super) enum Intake {
 }
 
 impl Intake {
-    /// Whether memory of a tag that has no request in the engine has data of one to come.
-    pub(super) fn is_partial(&self) -> bool {
-        matches!(self, Intake::Data { .. })
+    /// Whether nothing of a request is there, with `staged` bytes from and to.
+    pub(super) fn is_between(&self, staged: (usize, usize)) -> bool {
+        *self == Intake::Request && staged.0 == staged.1
     }
 }
 

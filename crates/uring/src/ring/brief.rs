@@ -111,8 +111,9 @@ pub(crate) fn rings_every_time() -> bool {
     if let Some(known) = KNOWN.get() {
         return *known;
     }
-    // What cannot be tried for lack of something is found when that is needed in earnest.
-    try_bell().map_or(true, |rings| *KNOWN.get_or_init(|| rings))
+    // Where it cannot be tried, for lack of descriptors perhaps, the way is taken that every kernel
+    // has; a later ring tries again.
+    try_bell().is_ok_and(|rings| *KNOWN.get_or_init(|| rings))
 }
 
 /// Has something come for a ring twice, and looks each time whether the eventfd knows at once.
@@ -120,6 +121,8 @@ fn try_bell() -> Result<bool> {
     let os = |error: std::io::Error| Error::os("a ring's bell", &error);
     let config = Config { flights: 1, files: 1, lanes: vec![NO_MEMORY], inner: 0 };
     let mut ring = Uring::new(&config)?;
+    // The thread has 16 places for rings of its own.
+    ring.queues.leave_task();
     let (ears, caller) = (silent_bell().map_err(os)?, Bell::new()?);
     setup::put_bell(&ring.queues.fd, &ears).map_err(os)?;
     let fd = caller.ear().try_clone().map_err(os)?;

@@ -162,8 +162,9 @@ impl Uring {
                 (Ok(()), Ok(all)) => done = Ok(all + len),
                 // Nothing of it went.
                 (Err(Errno::EAGAIN), Ok(_)) => break,
+                // One that is tried again elsewhere is none here: something may have gone.
                 (Err(errno), _) => {
-                    done = Err(errno);
+                    done = Err(if errno.is_transient() { Errno::EIO } else { errno });
                     break;
                 }
                 _ => break,
