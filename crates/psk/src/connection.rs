@@ -1,6 +1,6 @@
 //! Answers for a connection: which key it is by, and what of TLS is let through.
 
-use std::task::Poll;
+use std::task::{Poll, Waker};
 
 use s2n_tls::config::{Builder, Config};
 use s2n_tls::connection;
@@ -8,8 +8,10 @@ use s2n_tls::enums::{Blinding, Mode, PskHmac};
 use s2n_tls::error::Error;
 use s2n_tls::psk::Psk;
 use s2n_tls::security::Policy;
+use zeroize::Zeroizing;
 
 use crate::hello::Hello;
+use crate::users::{User, Users};
 use crate::wire::Wire;
 
 /// TLS 1.3 with AES-GCM and ChaCha20-Poly1305, X25519 and the NIST curves, and no older version:
@@ -61,7 +63,7 @@ fn refused(error: &Error) -> Refused {
     Refused { why: Why::Other, text: format!("{} ({})", error.message(), error.name()) }
 }
 
-fn config() -> Result<Config, Error> {
+fn config() -> Result<Builder, Error> {
     let mut config = Builder::new();
     config.set_security_policy(&Policy::from_version(POLICY)?)?;
     // No certificate is believed: without a key there is nobody.
@@ -69,10 +71,10 @@ fn config() -> Result<Config, Error> {
     // What failed is told at once. A delay would hide how long it took where padding is checked
     // (CBC), which no cipher of TLS 1.3 has; keys are too long to be guessed.
     config.set_max_blinding_delay(0)?;
-    config.build()
+    Ok(config)
 }
 
-fn key(user: &[u8], secret: &[u8]) -> Result<Psk, Error> {
+pub(crate) fn key(user: &[u8], secret: &[u8]) -> Result<Psk, Error> {
     let mut psk = Psk::builder()?;
     // What GnuTLS takes keys for, and RFC 8446 where nothing is said (section 4.2.11).
     psk.set_identity(user)?.set_secret(secret)?.set_hmac(PskHmac::SHA256)?;
@@ -80,38 +82,55 @@ fn key(user: &[u8], secret: &[u8]) -> Result<Psk, Error> {
 }
 
 impl Connection {
-    fn new<'a>(
-        mode: Mode,
-        keys: impl IntoIterator<Item = (&'a [u8], &'a [u8])>,
-    ) -> Result<Connection, Error> {
+    /// The library's part, without I/O.
+    fn library(mode: Mode, config: Config) -> Result<connection::Connection, Error> {
         let mut connection = connection::Connection::new(mode);
-        connection.set_config(config()?)?.set_blinding(Blinding::SelfService)?;
+        connection.set_config(config)?.set_blinding(Blinding::SelfService)?;
         connection.prefer_throughput()?;
-        for (user, secret) in keys {
-            connection.append_psk(&key(user, secret)?)?;
-        }
+        // Its callbacks are asked for one; they never wait.
+        connection.set_waker(Some(Waker::noop()))?;
+        Ok(connection)
+    }
+
+    fn with(mode: Mode, connection: connection::Connection) -> Result<Connection, Error> {
         let plain = vec![0; RECORD].into();
         let wire = Wire::new(connection)?;
         Ok(Connection { wire, mode, is_agreed: false, has_spoken: false, plain })
     }
 
-    /// A server's side, for clients that are one of these users and have its key. They are compared
-    /// with each, in the same time.
+    /// A server's side, for clients that are one of these users and have its key. It is looked for
+    /// by the first [`crate::MAX_NAMES`] names that a client has. Whoever names a
+    /// user that comes twice here, or whose key is shorter than [`crate::MIN_KEY`] or all zeros, is
+    /// refused.
     ///
     /// # Errors
-    /// If a user comes twice, or a key is shorter than [`crate::MIN_KEY`] or all zeros.
+    /// If the library has no memory.
     pub fn server<'a>(
         keys: impl IntoIterator<Item = (&'a [u8], &'a [u8])>,
     ) -> Result<Connection, Refused> {
-        Connection::new(Mode::Server, keys).map_err(|error| refused(&error))
+        let own = |(user, secret): (&[u8], &[u8])| -> User {
+            (user.to_vec(), Zeroizing::new(secret.to_vec()))
+        };
+        let users = Users::new(keys.into_iter().map(own).collect());
+        let server = || {
+            let mut config = config()?;
+            config.set_client_hello_callback(users)?;
+            Connection::with(Mode::Server, Connection::library(Mode::Server, config.build()?)?)
+        };
+        server().map_err(|error| refused(&error))
     }
 
     /// A client's side.
     ///
     /// # Errors
-    /// As [`Connection::server`].
+    /// If the key is shorter than [`crate::MIN_KEY`] or all zeros.
     pub fn client(user: &[u8], secret: &[u8]) -> Result<Connection, Refused> {
-        Connection::new(Mode::Client, [(user, secret)]).map_err(|error| refused(&error))
+        let client = || {
+            let mut connection = Connection::library(Mode::Client, config()?.build()?)?;
+            connection.append_psk(&key(user, secret)?)?;
+            Connection::with(Mode::Client, connection)
+        };
+        client().map_err(|error| refused(&error))
     }
 
     /// Whether the peers have agreed.
@@ -141,9 +160,9 @@ impl Connection {
     pub fn agree(&mut self, records: &[u8], out: &mut Vec<u8>) -> Result<bool, Refused> {
         let before = out.len();
         self.put(records, out);
-        let result = match self.wire.connection.poll_negotiate() {
+        let result = match self.wire.negotiate() {
             Poll::Pending => Ok(false),
-            Poll::Ready(Ok(_)) => match self.wire.connection.negotiated_psk_identity_length() {
+            Poll::Ready(Ok(())) => match self.wire.name_length() {
                 Ok(1..) => Ok(true),
                 _ => Err(Refused { why: Why::NoKey, text: "without one".to_owned() }),
             },
@@ -157,15 +176,12 @@ impl Connection {
 
     fn why(&self, error: &Error) -> Refused {
         let mut refused = refused(error);
-        let connection = &self.wire.connection;
-        if let Some(alert) = connection.alert() {
+        if let Some(alert) = self.wire.alert() {
             refused.why = Why::Alert(alert);
         } else if matches!(self.mode, Mode::Server) && !self.is_agreed {
-            let message = connection.client_hello().and_then(|hello| hello.raw_message());
-            refused.why = message.map_or(Why::Other, |hello| Why::Hello(Hello::read(&hello)));
-        } else if !self.is_agreed
-            && connection.negotiated_psk_identity_length().is_ok_and(|length| length == 0)
-        {
+            refused.why =
+                self.wire.hello().map_or(Why::Other, |hello| Why::Hello(Hello::read(&hello)));
+        } else if !self.is_agreed && self.wire.name_length().is_ok_and(|length| length == 0) {
             refused.why = Why::NoKey;
         }
         refused
@@ -176,7 +192,7 @@ impl Connection {
         let code = match &refused.why {
             Why::Alert(_) => return,
             Why::Hello(hello) if !hello.has_tls13 => PROTOCOL_VERSION,
-            Why::Hello(Hello { user: Some(_), .. }) => DECRYPT_ERROR,
+            Why::Hello(hello) if !hello.users.is_empty() => DECRYPT_ERROR,
             _ => HANDSHAKE_FAILURE,
         };
         if matches!(self.mode, Mode::Server) && !self.has_spoken {
@@ -184,7 +200,7 @@ impl Connection {
             bytes.outgoing.extend(ALERT);
             bytes.outgoing.push(code);
         } else {
-            let _ = self.wire.connection.poll_shutdown_send();
+            self.wire.shut_down();
         }
     }
 
@@ -202,7 +218,7 @@ impl Connection {
         let before = out.len();
         self.put(records, out);
         let result = loop {
-            match self.wire.connection.poll_recv(&mut self.plain) {
+            match self.wire.receive(&mut self.plain) {
                 Poll::Ready(Ok(0)) => break Ok(true),
                 Poll::Ready(Ok(count)) => give(&self.plain[..count]),
                 Poll::Pending => break Ok(false),
@@ -223,7 +239,7 @@ impl Connection {
         self.put(&[], out);
         let mut result = Ok(());
         while !plain.is_empty() && result.is_ok() {
-            result = match self.wire.connection.poll_send(plain) {
+            result = match self.wire.send(plain) {
                 Poll::Ready(Ok(count)) if count > 0 => {
                     plain = &plain[count..];
                     Ok(())
@@ -241,7 +257,7 @@ impl Connection {
     pub fn close(&mut self, out: &mut Vec<u8>) {
         let before = out.len();
         self.put(&[], out);
-        let _ = self.wire.connection.poll_shutdown_send();
+        self.wire.shut_down();
         self.take(out, before);
     }
 }

@@ -1,8 +1,8 @@
-//! Answers for what a client has said first, as far as messages tell why it is refused: nothing is
-//! decided by it.
+//! Answers for what a client has said first, as far as it tells which keys may be meant, and why
+//! it is refused. Whether a key is right is not decided by it.
 
-/// Bytes of a user's name that are shown.
-pub const MAX_SHOWN: usize = 64;
+/// Names of users that are looked at: clients have one, or a few.
+pub const MAX_NAMES: usize = 8;
 
 /// `supported_versions` and `pre_shared_key` (RFC 8446, section 4.2).
 const VERSIONS: u16 = 43;
@@ -14,8 +14,8 @@ const TLS13: u16 = 0x0304;
 pub struct Hello {
     /// Whether it speaks TLS 1.3.
     pub has_tls13: bool,
-    /// The first user that it says it is, and at most so much of it as is shown.
-    pub user: Option<Vec<u8>>,
+    /// The users that it says it is, whole: the first [`MAX_NAMES`].
+    pub users: Vec<Vec<u8>>,
 }
 
 impl Hello {
@@ -42,8 +42,13 @@ impl Hello {
                     self.has_tls13 = versions.contains(&TLS13.to_be_bytes());
                 }
                 KEYS => {
-                    let user = Reader(body.long()?).long()?;
-                    self.user = Some(user[..user.len().min(MAX_SHOWN)].to_vec());
+                    // A name, and how old a ticket is, which keys are not (section 4.2.11).
+                    let mut names = Reader(body.long()?);
+                    while !names.0.is_empty() && self.users.len() < MAX_NAMES {
+                        let name = names.long()?;
+                        names.take(4)?;
+                        self.users.push(name.to_vec());
+                    }
                 }
                 _ => {}
             }
@@ -96,25 +101,28 @@ mod tests {
         let versions = [0, 43, 0, 5, 4, 3, 4, 3, 3];
         let keys = [0, 41, 0, 11, 0, 9, 0, 3, b'b', b'o', b'b', 0, 0, 0, 0];
         let all = message(&[&[0, 0, 0, 0][..], &versions, &keys].concat());
-        let whole = Hello { has_tls13: true, user: Some(b"bob".to_vec()) };
+        let whole = Hello { has_tls13: true, users: vec![b"bob".to_vec()] };
         assert_eq!(Hello::read(&all), whole);
-        assert_eq!(Hello::read(&message(&versions)), Hello { user: None, ..whole.clone() });
+        assert_eq!(Hello::read(&message(&versions)), Hello { users: vec![], ..whole.clone() });
         assert_eq!(Hello::read(&message(&[0, 43, 0, 3, 2, 3, 3])), Hello::default());
         for end in 0..all.len() {
             assert_ne!(Hello::read(&all[..end]), whole, "cut at {end}");
         }
     }
 
+    /// An extension of keys by these names.
+    fn keys(names: &[&[u8]]) -> Vec<u8> {
+        let number = |count: usize| u16::try_from(count).unwrap().to_be_bytes();
+        let all: Vec<u8> =
+            names.iter().flat_map(|name| [&number(name.len()), *name, &[0; 4]].concat()).collect();
+        [&[0, 41], &number(all.len() + 2)[..], &number(all.len()), &all].concat()
+    }
+
     #[test]
-    fn a_long_name_is_cut() {
-        let name = vec![b'x'; 5000];
-        let mut body = u16::try_from(name.len() + 6).unwrap().to_be_bytes().to_vec();
-        body.extend(u16::try_from(name.len()).unwrap().to_be_bytes());
-        body.extend(&name);
-        body.extend([0; 4]);
-        let mut keys = vec![0, 41];
-        keys.extend(u16::try_from(body.len()).unwrap().to_be_bytes());
-        keys.extend(body);
-        assert_eq!(Hello::read(&message(&keys)).user.map(|user| user.len()), Some(MAX_SHOWN));
+    fn names_are_whole_and_the_first_ones() {
+        let (long, short) = (vec![b'x'; 5000], b"bob".to_vec());
+        let users = |names: &[&[u8]]| Hello::read(&message(&keys(names))).users;
+        assert_eq!(users(&[&long, &short]), [long.clone(), short.clone()]);
+        assert_eq!(users(&[&short[..]; 1000]), vec![short; MAX_NAMES]);
     }
 }

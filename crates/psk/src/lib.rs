@@ -4,10 +4,11 @@
 
 mod connection;
 mod hello;
+mod users;
 mod wire;
 
 pub use connection::{Connection, Refused, Why};
-pub use hello::{Hello, MAX_SHOWN};
+pub use hello::{Hello, MAX_NAMES};
 
 /// Bytes of the shortest key: what s2n-tls takes, after RFC 9257, section 6.
 pub const MIN_KEY: usize = 16;

@@ -3,6 +3,7 @@
 
 use std::ffi::{c_int, c_void};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::Poll;
 
 use errno::{Errno, set_errno};
 use s2n_tls::connection::Connection;
@@ -23,8 +24,9 @@ pub(crate) struct Bytes {
 
 /// A connection whose I/O is bytes.
 pub(crate) struct Wire {
-    // Dropped first: it has a pointer to what is behind it.
-    pub connection: Connection,
+    // Dropped first: it has a pointer to what is behind it. Nobody else gets at it, who could put
+    // another one in its place.
+    connection: Connection,
     bytes: Arc<Mutex<Bytes>>,
 }
 
@@ -41,6 +43,41 @@ impl Wire {
         // SAFETY: as above, for `send`.
         unsafe { connection.set_send_context(context) }?;
         Ok(Wire { connection, bytes })
+    }
+
+    /// Goes on with the handshake.
+    pub(crate) fn negotiate(&mut self) -> Poll<Result<(), Error>> {
+        self.connection.poll_negotiate().map_ok(|_| ())
+    }
+
+    /// Decrypts into this room; the bytes of it, none at the end.
+    pub(crate) fn receive(&mut self, room: &mut [u8]) -> Poll<Result<usize, Error>> {
+        self.connection.poll_recv(room)
+    }
+
+    /// Encrypts; the bytes that were taken.
+    pub(crate) fn send(&mut self, plain: &[u8]) -> Poll<Result<usize, Error>> {
+        self.connection.poll_send(plain)
+    }
+
+    /// Has the peer told that it is over, if that can be.
+    pub(crate) fn shut_down(&mut self) {
+        let _ = self.connection.poll_shutdown_send();
+    }
+
+    /// Bytes of the name of whose key was agreed on: none if it was by something else.
+    pub(crate) fn name_length(&self) -> Result<usize, Error> {
+        self.connection.negotiated_psk_identity_length()
+    }
+
+    /// What the peer says is wrong (RFC 8446, section 6).
+    pub(crate) fn alert(&self) -> Option<u8> {
+        self.connection.alert()
+    }
+
+    /// What a client has said first, without the head of its message.
+    pub(crate) fn hello(&self) -> Result<Vec<u8>, Error> {
+        self.connection.client_hello()?.raw_message()
     }
 
     /// The bytes; not to be kept over a call to the connection, which takes them itself.

@@ -12,6 +12,9 @@ use crate::side::{Step, Taken};
 /// Bytes that encrypting what is taken at a time adds at most: a record each 16 KiB.
 pub(crate) const OVERHEAD: usize = 4 << 10;
 
+/// Bytes that a peer may send until both agree: some certificates, not a disk's worth of them.
+pub(crate) const MAX_BYTES: usize = 256 << 10;
+
 /// GnuTLS says nothing when a certificate is not to its liking.
 pub(crate) const DOUBT: &str = "it may not trust the certificate that it was shown";
 

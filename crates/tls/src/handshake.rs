@@ -19,8 +19,6 @@ use crate::side::{Fault, Side, Step};
 const HEAD: usize = 5;
 /// Bytes of the longest record.
 pub(crate) const MAX_RECORD: usize = HEAD + (16 << 10) + 2048;
-/// Bytes that a peer may send until both agree: some certificates, not a disk's worth of them.
-const MAX_BYTES: usize = 256 << 10;
 /// Bytes that most records of a handshake take, and all of them after it.
 pub(crate) const CONTROL: usize = 512;
 /// Steps between two waits; each takes a record or brings one.
@@ -194,7 +192,7 @@ impl<S: Side> Handshake<S> {
                 Ok((_, 0)) => return Err(self.gone()),
                 Ok((_, count)) => {
                     self.received += count;
-                    if self.received > MAX_BYTES {
+                    if self.received > self.side.longest() {
                         return Err(self.lost("sends a handshake longer than any"));
                     }
                     self.incoming.extend_from_slice(&room[..count]);

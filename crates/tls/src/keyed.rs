@@ -9,6 +9,12 @@ use devsplice_psk::{Connection, Hello, Refused, Why};
 use crate::keys::{Keys, shown};
 use crate::side::{Fault, Step, Taken};
 
+/// Bytes of a client's name that are shown.
+const MAX_SHOWN: usize = 64;
+/// Bytes that a peer may send until both agree: a hello with a few users has less than 1 KiB, and
+/// whoever sends more has the library compare and wait for it.
+const MAX_BYTES: usize = 8 << 10;
+
 /// A side of a connection by a key.
 pub struct Keyed {
     connection: Connection,
@@ -47,6 +53,12 @@ impl Keyed {
             Connection::client(&key.user, &key.secret).map_err(|refused| broken(keys, refused))?;
         let user = Some(user.to_owned());
         Ok(Keyed { connection, file: keys.0.clone(), user, known: Vec::new() })
+    }
+
+    /// As [`crate::Side::longest`].
+    #[expect(clippy::unused_self, reason = "the one without keys has no value to ask")]
+    pub(crate) fn longest(&self) -> usize {
+        MAX_BYTES
     }
 
     /// As [`crate::Side::agree`].
@@ -123,7 +135,9 @@ impl Keyed {
     /// Why a client is refused that has said this.
     fn hello(&self, hello: &Hello, text: &str) -> String {
         let file = self.file.display();
-        let Some(user) = &hello.user else {
+        let is_known = |user: &&Vec<u8>| self.known.contains(*user);
+        let known = hello.users.iter().find(is_known);
+        let Some(user) = known.or(hello.users.first()) else {
             return match hello.has_tls13 {
                 true => format!("has no key of a user in {file} (certificates only?)"),
                 false => {
@@ -131,13 +145,21 @@ impl Keyed {
                 }
             };
         };
-        // A long name is cut, and so may be a known one's beginning.
-        match self.known.iter().any(|known| known == user) {
-            true => {
-                format!("says that it is {}, and has another key than {file}: {text}", shown(user))
+        let name = beginning(user);
+        match known {
+            Some(_) => {
+                format!("says that it is {name}, and has another key than {file}: {text}")
             }
-            false => format!("says that it is {}, of whom {file} has no key", shown(user)),
+            None => format!("says that it is {name}, of whom {file} has no key"),
         }
+    }
+}
+
+/// A name that is anybody's and may be long.
+fn beginning(user: &[u8]) -> String {
+    match user.split_at_checked(MAX_SHOWN) {
+        Some((begin, [_, ..])) => format!("{}...", shown(begin)),
+        _ => shown(user),
     }
 }
 

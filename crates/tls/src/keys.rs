@@ -1,6 +1,7 @@
 //! Answers for a file of users and their keys, as `psktool` of GnuTLS writes it and nbdkit, libnbd
 //! and QEMU read it: a line for each, `USER:KEY`, the key in hexadecimal digits.
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::io::Read;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
@@ -11,7 +12,7 @@ use zeroize::Zeroizing;
 
 /// Most bytes of a file.
 const MAX_FILE: usize = 1 << 20;
-/// Most users in it: a client's name is compared with each, and the file is read for each client.
+/// Most users in it: the file is read for each client.
 const MAX_USERS: usize = 1000;
 /// Most bytes of a user's name.
 const MAX_USER: usize = 128;
@@ -65,11 +66,10 @@ impl Keys {
         if !about.is_file() {
             return Err(Error::invalid(self.name(), "is no file"));
         }
-        // Who can read it is each of its users, and who can write it whoever it likes.
-        if about.mode() & 0o027 != 0 {
-            let reason = format!("has mode {:03o}: others can get at it", about.mode() & 0o777);
+        let own = rustix::process::geteuid().as_raw();
+        if let Some((reason, next)) = flaw(about.mode(), about.uid(), own) {
             return Err(Error::new(ErrorKind::Permission, self.name(), reason)
-                .next(format!("chmod 600 {}", self.name())));
+                .next(format!("{next} {}", self.name())));
         }
         // All the room at once: what grows leaves copies behind.
         let mut text = Zeroizing::new(Vec::with_capacity(MAX_FILE + 1));
@@ -80,6 +80,17 @@ impl Keys {
         }
         Ok(text)
     }
+}
+
+/// Why others can get at a file of this mode and owner, and what mends it; `own` is who we are. Who
+/// can read it is each of its users, and who can write it whoever it likes. Its group may read.
+fn flaw(mode: u32, owner: u32, own: u32) -> Option<(String, String)> {
+    if owner != 0 && owner != own {
+        let reason = format!("belongs to the user {owner}, neither to root nor to {own}");
+        return Some((reason, format!("chown {own}")));
+    }
+    let reason = || format!("has mode {:03o}: others can get at it", mode & 0o777);
+    (mode & 0o027 != 0).then(|| (reason(), "chmod 600".to_owned()))
 }
 
 fn open(path: &Path) -> std::io::Result<File> {
@@ -93,14 +104,14 @@ fn open(path: &Path) -> std::io::Result<File> {
 /// # Errors
 /// In words.
 pub fn parse(text: &[u8]) -> std::result::Result<Vec<Key>, String> {
-    let mut all: Vec<Key> = Vec::new();
+    let (mut all, mut users): (Vec<Key>, HashSet<Vec<u8>>) = (Vec::new(), HashSet::new());
     for (number, line) in (1..).zip(text.split(|byte| *byte == b'\n')) {
         let line = line.strip_suffix(b"\r").unwrap_or(line);
         if line.is_empty() {
             continue;
         }
         let key = key(line).map_err(|reason| format!("line {number} {reason}"))?;
-        if all.iter().any(|known| known.user == key.user) {
+        if !users.insert(key.user.clone()) {
             return Err(format!("line {number} is of a user that a line before it is of, too"));
         }
         if all.len() == MAX_USERS {
@@ -245,12 +256,35 @@ mod tests {
         std::fs::set_permissions(&keys.0, std::fs::Permissions::from_mode(0o600)).unwrap();
         assert_eq!(keys.of("alice").unwrap().secret.len(), 16);
         assert!(keys.of("mallory").err().unwrap().to_string().contains("`mallory`"));
+        if std::os::unix::fs::chown(&keys.0, Some(12345), None).is_ok() {
+            assert!(said(&keys).contains("the user 12345") && said(&keys).contains("chown"));
+            std::os::unix::fs::chown(&keys.0, Some(0), None).unwrap();
+        }
         std::fs::write(&keys.0, vec![b'\n'; MAX_FILE + 1]).unwrap();
         assert!(said(&keys).contains("more than 1048576 bytes"));
         let pipe = Keys(dir.join("pipe"));
         rustix::fs::mkfifoat(rustix::fs::CWD, &pipe.0, 0o600.into()).unwrap();
         assert!(said(&pipe).contains("is no file"));
         std::fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
+    fn a_file_is_roots_or_ours() {
+        for (owner, own, good) in
+            [(0, 0, true), (0, 7, true), (7, 7, true), (7, 0, false), (8, 7, false)]
+        {
+            assert_eq!(flaw(0o100_640, owner, own).is_none(), good, "{owner} {own}");
+        }
+        let (reason, next) = flaw(0o100_600, 8, 7).unwrap();
+        assert!(reason.contains("the user 8") && next == "chown 7", "{reason}");
+    }
+
+    #[test]
+    fn most_users_are_read_in_a_moment() {
+        let text: String = (0..MAX_USERS).map(|user| format!("{user:0128}:{GOOD}\n")).collect();
+        let begun = std::time::Instant::now();
+        assert_eq!(parse(text.as_bytes()).unwrap().len(), MAX_USERS);
+        assert!(begun.elapsed().as_millis() < 50, "{:?}", begun.elapsed());
     }
 
     proptest! {

@@ -60,6 +60,9 @@ pub trait Side: Send + 'static {
     /// Whether the peer may give tickets for later connections: servers may.
     const TAKES_TICKETS: bool;
 
+    /// Most bytes that the peer may send until both agree.
+    fn longest(&self) -> usize;
+
     /// One step of a handshake; `records` are whole, and those that it is not done with are shown
     /// again.
     fn agree(&mut self, records: &mut [u8], out: &mut Vec<u8>) -> Taken<Step>;
@@ -115,6 +118,13 @@ macro_rules! side {
         impl Side for $side {
             const DROPS_REST: bool = $is_client;
             const TAKES_TICKETS: bool = $is_client;
+
+            fn longest(&self) -> usize {
+                match self {
+                    $side::Certified(_) => certified::MAX_BYTES,
+                    $side::Keyed(side) => side.longest(),
+                }
+            }
 
             fn agree(&mut self, records: &mut [u8], out: &mut Vec<u8>) -> Taken<Step> {
                 match self {

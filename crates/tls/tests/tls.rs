@@ -449,6 +449,13 @@ fn who_has_no_key_or_another_is_refused_by_reason() {
         let theirs = format!("says that it is `{stranger}`, of whom");
         assert_words(&words(&server, &client(stranger, &other)), &theirs, ours);
     }
+    // Names are compared whole, and cut where they are shown.
+    let long = "l".repeat(128);
+    other.write_keys(&[(&long, 'c')]);
+    room.write_keys(&[(&long, 'a'), ("alice", 'a')]);
+    let theirs = format!("says that it is `{}`..., and has another key than", &long[..64]);
+    assert_words(&words(&server, &client(&long, &other)), &theirs, ours);
+    other.write_keys(&[("mallory", 'c')]);
     let file = room.keys().0.display().to_string();
     assert!(words(&server, &client("mallory", &other)).0.contains(&file));
     // Nobody by that name in the client's own file.
@@ -496,6 +503,52 @@ fn a_thousand_users_are_each_let_in() {
     for user in ["user-0", "user-998", "alice"] {
         let client = Client { user: Some((user.to_owned(), room.keys())), ..room.client() };
         assert!(meet(&server, &client).1.is_ok(), "{user}");
+    }
+}
+
+/// A ClientHello in one record that names as many users, none of them known.
+#[cfg(feature = "psk")]
+fn naming(users: usize) -> Vec<u8> {
+    let long = |body: &[u8]| [&u16::try_from(body.len()).unwrap().to_be_bytes(), body].concat();
+    let extension = |kind: u8, body: &[u8]| [&[0, kind][..], &long(body)].concat();
+    let names = [0, 1, b'x', 0, 0, 0, 0].repeat(users);
+    let binders = long(&[&[32][..], &[9; 32]].concat());
+    let extensions = [
+        extension(43, &[2, 3, 4]),
+        extension(10, &long(&[0, 0x1d])),
+        extension(13, &long(&[4, 3, 8, 4])),
+        extension(51, &long(&[&[0, 0x1d][..], &long(&[9; 32])].concat())),
+        extension(45, &[1, 1]),
+        extension(41, &[long(&names), binders].concat()),
+    ];
+    let head = [&[3, 3][..], &[7; 32], &[0, 0, 2, 0x13, 0x01, 1, 0]].concat();
+    let message = [head, long(&extensions.concat())].concat();
+    let length = u32::try_from(message.len()).unwrap().to_be_bytes();
+    let message = [&[1][..], &length[1..], &message].concat();
+    [&[22, 3, 1][..], &long(&message)].concat()
+}
+
+#[test]
+#[cfg(feature = "psk")]
+fn who_names_many_users_does_not_keep_others_waiting() {
+    let room = Room::keyed("crowd");
+    let names: Vec<_> = (0..1000).map(|number| format!("{number}")).collect();
+    room.write_keys(&names.iter().map(|name| (name.as_str(), 'f')).collect::<Vec<_>>());
+    let server = room.server(false);
+    let refused = |users| {
+        let (near, mut far) = UnixStream::pair().unwrap();
+        far.write_all(&naming(users)).unwrap();
+        let begun = Instant::now();
+        let error = server.accept(OwnedFd::from(near)).unwrap().wait(end()).unwrap_err();
+        (begun.elapsed(), error.to_string())
+    };
+    for (users, why) in [(1, "`x`, of whom"), (1100, "`x`, of whom"), (2000, "longer than any")] {
+        // The machine may be busy with something else.
+        let all: Vec<_> = (0..5).map(|_| refused(users)).collect();
+        let (least, said) = all.iter().min().unwrap();
+        println!("{users} users: {least:?}, {said}");
+        assert!(said.contains(why), "{said}");
+        assert!(*least < Duration::from_millis(50), "{users} users: {least:?}");
     }
 }
 

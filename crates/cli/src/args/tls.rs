@@ -41,7 +41,8 @@ pub struct TlsOptions {
     #[serde(default)]
     pub tls_kernel: bool,
     /// Let in only clients that are a user in this file and have its key: lines of USER:KEY, as
-    /// psktool writes them. Nobody else may be able to read it.
+    /// psktool writes them. The file has to be of root or of whoever runs devsplice; its group may
+    /// read it, others not. With --tls on, clients without TLS come in, too, and need no key.
     #[arg(long, value_name = "FILE")]
     #[serde(default)]
     pub tls_psk: Option<PathBuf>,
@@ -81,6 +82,13 @@ impl TlsOptions {
             let (option, reason) = match (self.tls_verify_peer, self.tls_kernel) {
                 (true, _) => ("--tls-verify-peer", "there is no TLS in which to verify"),
                 (_, true) => ("--tls-kernel", "there is no TLS for the kernel to do"),
+                _ if self.tls_psk.is_some() => {
+                    return Err(Error::invalid(
+                        "--tls-psk",
+                        "there is no TLS in which to have a key",
+                    )
+                    .next("leave --tls off out, or --tls-psk"));
+                }
                 _ => return Ok(None),
             };
             let next = "--tls require --tls-certificates DIR";
@@ -120,6 +128,10 @@ mod tests {
             (TlsOptions { tls_verify_peer: true, ..plain.clone() }, "--tls-verify-peer"),
             (TlsOptions { tls_kernel: true, ..plain.clone() }, "--tls-kernel"),
             (TlsOptions { tls: Some(TlsChoice::On), ..plain.clone() }, "--tls"),
+            (
+                TlsOptions { tls: Some(TlsChoice::Off), tls_psk: dir.clone(), ..plain.clone() },
+                "--tls-psk",
+            ),
             (TlsOptions { tls_certificates: dir, ..plain.clone() }, "/does/not/exist"),
         ] {
             let error = options.secure(Path::new("/")).unwrap_err().to_string();
