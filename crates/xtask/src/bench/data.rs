@@ -76,8 +76,9 @@ impl Results {
         let mut ratios: Vec<f64> = ours.iter().zip(theirs).map(|(a, b)| a / b).collect();
         let median = summary(ratios.clone())?.median;
         ratios.sort_by(f64::total_cmp);
-        let at = |share: usize| ratios[(ratios.len() - 1) * share / 4];
-        Some(Ratio { median, low: at(1), high: at(3) })
+        // As many are left out above as below, so that a range of few is not of one side only.
+        let last = ratios.len() - 1;
+        Some(Ratio { median, low: ratios[last / 4], high: ratios[last - last / 4] })
     }
 
     /// Writes everything to a file.
@@ -166,6 +167,13 @@ mod tests {
         }
         let ratio = results.ratio("a", "b", "c");
         assert_eq!(ratio, Some(Ratio { median: 2.0, low: 2.0, high: 2.0 }));
+        for (device, value) in
+            [("p", 3.0), ("q", 1.0), ("p", 1.0), ("q", 1.0), ("p", 2.0), ("q", 1.0)]
+        {
+            results.samples.push(sample(device, value));
+        }
+        let ratio = results.ratio("p", "q", "c");
+        assert_eq!(ratio, Some(Ratio { median: 2.0, low: 1.0, high: 3.0 }), "both sides of three");
         results.samples.push(sample("a", 1.0));
         assert_eq!(results.ratio("a", "b", "c"), None, "whose round was it?");
     }

@@ -316,7 +316,7 @@ Written by `cargo xtask bench --native`. A loop device over a file that a server
 FUSE, over a file in memory (tmpfs, 256 MiB); `loop` is the kernel's loop device over such a file
 itself. fio with `--ioengine=io_uring --direct=1 --bs=4k --iodepth=32`, 1 s a sample, devices in
 turn. The machine is shared and its clock is no basis for figures: only ratios are given, each of
-two samples of one round; the middle one counts, and half of all lie in the range behind it. Where
+two samples of one round; the middle one counts, and at least half of all lie in the range behind it. Where
 that is wide, something else was running and the ratio ranks little.
 
 ![chart](native.svg)
@@ -329,7 +329,7 @@ Written by `cargo xtask bench --nbd`. Servers over a socket in the file system, 
 (tmpfs, 256 MiB) and of memory of their own, under fio with `--ioengine=nbd` (libnbd), 0.5 s a
 sample, servers in turn; `-4` has four clients with a connection each. `copy` is of a file of 4 GiB
 in memory to another, dense or with 64 KiB of data in each MiB. Ratios are each of two samples of
-one round; the middle one counts, and half of all lie in the range behind it. At 4k-qd32 with
+one round; the middle one counts, and at least half of all lie in the range behind it. At 4k-qd32 with
 one connection fio itself has a CPU's time used up, under each of the servers: there the ratio says
 little about them.
 
