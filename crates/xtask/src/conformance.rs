@@ -23,6 +23,8 @@ const PROGRAMS: &[&str] =
     &["fio", "sfdisk", "mkfs.ext4", "lsblk", "blockdev", "taskset", "wipefs", "findmnt"];
 /// Seconds of tests after which a machine starts no further one, so that others get a turn.
 const TURN: u64 = 300;
+/// Suites that have to be brought along.
+const BROUGHT: [(&str, &str); 2] = [("suite", "blktests"), ("suite", "ublksrv")];
 /// Where a remark for the page is kept.
 const NOTE: &str = "note.txt";
 /// Seconds for booting and clearing up.
@@ -46,7 +48,7 @@ pub struct Options {
     #[arg(long, value_enum, default_value = "kernel")]
     suite: Suite,
     /// Where the suite is: a checkout of blktests or ublksrv
-    #[arg(long, value_name = "DIR", required_if_eq_any([("suite", "blktests"), ("suite", "ublksrv")]))]
+    #[arg(long, value_name = "DIR", required_if_eq_any(BROUGHT))]
     path: Option<PathBuf>,
     /// What the page says of this run of such a checkout: its commit, or how it was run
     #[arg(long, value_name = "TEXT", requires = "path")]

@@ -355,7 +355,7 @@ mod tests {
         assert_eq!(remote(&[("host", "::1")]), "nbd(nbd://[::1]:10809/)");
         assert_eq!(
             remote(&[("unix", "/a b"), ("export_name", "x&y")]),
-            "nbd(nbd+unix:///x%26y?socket=/a%20b)"
+            r#"nbd("nbd+unix:///x%26y?socket=/a%20b")"#
         );
         let buffered = Wish { is_buffered: true, ..wish("loop", &["/a"], &[]) };
         assert!(stack(&buffered).contains("direct=off"));

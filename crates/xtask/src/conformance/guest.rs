@@ -150,7 +150,8 @@ fn path_with(first: &str) -> OsString {
 }
 
 /// Unmounts and removes what lies in a directory, and ends an NBD server that has its number there.
-const LEAVINGS: &str = "[ ! -f \"$0/nbds_pid\" ] || kill -9 $(cat \"$0/nbds_pid\"); for place in $(cut -d ' ' -f 2 /proc/mounts | grep \"^$0/\"); do \
+const LEAVINGS: &str = "[ ! -f \"$0/nbds_pid\" ] || kill -9 $(cat \"$0/nbds_pid\"); \
+                        for place in $(cut -d ' ' -f 2 /proc/mounts | grep \"^$0/\"); do \
                         umount -l \"$place\"; done; rm -rf \"$0\"/*";
 
 fn has_devices() -> bool {

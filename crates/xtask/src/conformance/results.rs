@@ -137,9 +137,9 @@ of blktests' group ublk from a checkout of it, unmodified, with devsplice as the
 const UBLKSRV: &str = "
 ## ublksrv
 
-`cargo xtask conformance --suite ublksrv --path DIR` runs the tests of ublksrv from a checkout of it,
-unmodified, with devsplice as their `ublk`, each measurement of 3 seconds. Its `run_test.sh` hides
-how a test ends, and many end well whatever happened: here each is started by itself, in the
+`cargo xtask conformance --suite ublksrv --path DIR` runs the tests of ublksrv from a checkout of
+it, unmodified, with devsplice as their `ublk`, each measurement of 3 seconds. Its `run_test.sh`
+hides how a test ends, and many end well whatever happened: here each is started by itself, in the
 environment that `run_test.sh` makes, with the targets null, loop and nbd, and has failed if it ends
 badly, says a word of trouble, or has measured no request. Left out are qcow2, which devsplice does
 not have, and loop/003, nbd/001 and nbd/002, which measure the kernel's own drivers.
