@@ -220,14 +220,14 @@ fn signalled() -> Outcome {
     for signal in ["-INT", "-TERM"] {
         let words = ["add", "-t", "loop", "--clean-teardown", "-r", "1", "-f", &file];
         let id = tool.add(&words);
-        let inode = std::fs::metadata(format!("/dev/ublkc{id}")).unwrap().ino();
-        let server = tool.field(&id, "pid", 7);
+        let inode = || {
+            let node = std::fs::metadata(format!("/dev/ublkc{id}"));
+            node.map(|node| node.ino()).ok()
+        };
+        let (before, server) = (inode(), tool.field(&id, "pid", 7));
+        assert!(before.is_some());
         let _ = call("kill", [signal, &server]).ok();
-        wait_until(20, "the end of the server", || {
-            !PathBuf::from(format!("/proc/{server}")).exists()
-        });
-        let node = std::fs::metadata(format!("/dev/ublkc{id}")).map(|node| node.ino()).ok();
-        assert_ne!(node, Some(inode), "device {id} is left after {signal}");
+        wait_until(20, "the end of the device", || inode() != before);
     }
     // Without that it is left, for `recover`.
     let id = tool.add(&["add", "-t", "loop", "-r", "1", "-f", &file]);
