@@ -4,6 +4,7 @@
 mod ahead;
 pub(crate) mod batch;
 mod brief;
+mod choice;
 mod client;
 mod fuse;
 mod helped;

@@ -9,10 +9,10 @@ pub struct Requests {
     #[arg(long, short = 'T', value_name = "N",
         value_parser = clap::value_parser!(u16).range(1..=64))]
     pub threads: Option<u16>,
-    /// Requests in flight per thread.
-    #[arg(long, short = 'R', value_name = "N", default_value_t = 8,
+    /// Requests in flight per thread [default: 8; 2 where all data lies in files in memory].
+    #[arg(long, short = 'R', value_name = "N",
         value_parser = clap::value_parser!(u16).range(1..=1024))]
-    pub requests: u16,
+    pub requests: Option<u16>,
     /// Bytes of a request: 4k to 32M.
     #[arg(long, value_name = "SIZE", default_value = "256k",
         value_parser = devsplice_core::size::parse_size)]

@@ -80,7 +80,7 @@ fn outcome(compare: &Compare) -> Result<(Outcome, [u64; 2])> {
         let shorter = if lengths[0] < lengths[1] { &compare.one } else { &compare.other };
         return Err(Error::invalid(shorter, reason));
     }
-    let (threads, each) = sizes(&compare.load, block.max(PAGE))?;
+    let (threads, each) = sizes(&compare.load, block.max(PAGE), [&opened[0], &opened[1]])?;
     let most = opened.iter().map(Open::most_threads).min().unwrap_or(threads);
     let load = (threads.min(most), each);
     if let Some(at) = common(opened, load, (0, both), compare.progress)? {

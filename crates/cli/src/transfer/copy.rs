@@ -61,7 +61,7 @@ pub fn run(copy: &Copy) -> Result<ExitCode> {
         let reason = format!("is no multiple of the block of {}, {}", to.name, to.limits().block);
         return Err(Error::invalid("--sparse", reason));
     }
-    let (threads, each) = sizes(&copy.load, align)?;
+    let (threads, each) = sizes(&copy.load, align, [&from, &to])?;
     let threads = threads.min(from.most_threads()).min(to.most_threads());
     let data = u64::from(each.bytes);
     // What cannot be zeroed at once is written from a slot's memory.

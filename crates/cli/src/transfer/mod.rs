@@ -17,6 +17,7 @@ use devsplice_core::{Error, ErrorKind, Limits, Op, Result, Stack};
 use devsplice_exports::local::{Failure, Side, Size};
 use devsplice_exports::threads::Bottom;
 use devsplice_spec::{Kind, Plan};
+use devsplice_uring::{Uring, is_in_memory};
 use rustix::fs::FileType;
 
 use crate::args::Requests;
@@ -27,6 +28,11 @@ use crate::state;
 const REQUEST_SIZES: std::ops::RangeInclusive<u64> = 4096..=32 << 20;
 /// Threads where nobody says how many.
 const MOST_THREADS: usize = 4;
+/// Requests in flight on each thread, where nobody says how many.
+const REQUESTS: u16 = 8;
+/// The same where the thread moves all data itself: more of them are only more memory, and what is
+/// read is out of the CPU's cache before it is written.
+const REQUESTS_IN_PLACE: u16 = 2;
 
 /// A stack that is open.
 pub struct Open {
@@ -70,6 +76,14 @@ impl Open {
     /// Threads that may ask it.
     pub fn most_threads(&self) -> u16 {
         self.bottoms.iter().map(Bottom::most_rings).min().unwrap_or(u16::MAX)
+    }
+
+    /// Whether all of it lies in files in memory.
+    pub fn is_in_memory(&self) -> bool {
+        self.bottoms.iter().all(|bottom| match bottom {
+            Bottom::File { fd, .. } => is_in_memory(fd),
+            Bottom::Bytes(_) | Bottom::Remote(_) => false,
+        })
     }
 
     /// To be asked.
@@ -148,11 +162,11 @@ pub fn missing_file(plan: &Plan) -> Option<&str> {
     place.args.text("path").filter(|path| !Path::new(path).exists())
 }
 
-/// How many threads, and what each of them does.
+/// How many threads, and what each of them does between these.
 ///
 /// # Errors
 /// If a request would be too small, too large or off the blocks.
-pub fn sizes(load: &Requests, align: u64) -> Result<(u16, Size)> {
+pub fn sizes(load: &Requests, align: u64, between: [&Open; 2]) -> Result<(u16, Size)> {
     let bytes = load.request_size;
     if !REQUEST_SIZES.contains(&bytes) || !bytes.is_multiple_of(align) {
         let reason = format!("{bytes} is not 4k to 32M in blocks of {align}");
@@ -161,7 +175,10 @@ pub fn sizes(load: &Requests, align: u64) -> Result<(u16, Size)> {
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = load.threads.unwrap_or(u16::try_from(cpus.min(MOST_THREADS)).unwrap_or(1));
     let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
-    Ok((threads, Size { depth: load.requests, bytes }))
+    let is_in_place =
+        load.request_size <= Uring::MOST_IN_PLACE && between.into_iter().all(Open::is_in_memory);
+    let usual = if is_in_place { REQUESTS_IN_PLACE } else { REQUESTS };
+    Ok((threads, Size { depth: load.requests.unwrap_or(usual), bytes }))
 }
 
 /// What a failed request means to the user.
@@ -215,5 +232,29 @@ pub fn attend<T: Send + 'static>(
                 return Err(Error::new(ErrorKind::Os, "a thread", "ended early"));
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fewer_requests_are_in_flight_where_the_thread_moves_all_itself() {
+        let path = std::env::temp_dir().join(format!("devsplice-sizes.{}", std::process::id()));
+        std::fs::File::create(&path).unwrap().set_len(1 << 20).unwrap();
+        let open = |name: &str| Open::new(name, Access::Read).unwrap();
+        let (memory, disk) = (open("mem(1M)"), open(path.to_str().unwrap()));
+        std::fs::remove_file(&path).unwrap();
+        let depth = |requests, request_size, between| {
+            let load = Requests { threads: None, requests, request_size };
+            sizes(&load, 4096, between).unwrap().1.depth
+        };
+        assert!(memory.is_in_memory());
+        assert_eq!(depth(None, 256 << 10, [&memory, &memory]), REQUESTS_IN_PLACE);
+        assert_eq!(depth(Some(5), 256 << 10, [&memory, &memory]), 5);
+        assert_eq!(depth(None, 1 << 20, [&memory, &memory]), REQUESTS);
+        let usual = if disk.is_in_memory() { REQUESTS_IN_PLACE } else { REQUESTS };
+        assert_eq!(depth(None, 256 << 10, [&memory, &disk]), usual);
     }
 }

@@ -142,6 +142,36 @@ fn what_is_read_from_memory_is_not_copied_for_a_client_of_this_machine() {
     host.wait_for(|counts| counts.bytes_spliced == before.bytes_spliced + (128 << 10));
 }
 
+/// Which of the two ways is faster is tried while there is a CPU for the client and its thread.
+#[test]
+fn a_client_that_reads_much_gets_it_either_way() {
+    if std::thread::available_parallelism().map_or(1, usize::from) < 2 {
+        eprintln!("skipped: there is one CPU");
+        return;
+    }
+    let host = Host::new("ways", |wishes| wishes.in_memory = true);
+    let mut peer = host.peer(Mode::Structured);
+    let (len, places) = (128_u64 << 10, 8);
+    for place in 0..places {
+        assert_eq!(peer.write(place * len, &pattern(len as usize, place), 0), 0);
+    }
+    let before = host.device().crew().counts();
+    let counts = || {
+        let now = host.device().crew().counts();
+        (now.bytes_copied - before.bytes_copied, now.bytes_spliced - before.bytes_spliced)
+    };
+    for number in 0..20_000 {
+        let place = number % places;
+        let read = peer.read(place * len, 128 << 10).unwrap();
+        assert!(read == pattern(len as usize, place), "read {number} differs");
+        if number % 64 == 0 && counts().0 > 64 * len {
+            break;
+        }
+    }
+    let (copied, spliced) = counts();
+    assert!(copied > 64 * len && spliced >= 16 << 20, "{copied} copied, {spliced} lent");
+}
+
 #[test]
 fn what_a_file_has_lost_is_an_error_and_no_zeros() {
     for in_memory in [false, true] {

@@ -36,6 +36,9 @@ pub fn is_in_memory(file: impl AsFd) -> bool {
 pub(super) type Done = VecDeque<Event>;
 
 impl Uring {
+    /// Bytes that are moved in place at most, at a time.
+    pub const MOST_IN_PLACE: u64 = MOST;
+
     /// From now on the thread carries out itself what goes to files in memory and from there.
     /// Nothing changes for a ring that shares its thread.
     pub fn work_in_place(&mut self) {

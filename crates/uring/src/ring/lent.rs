@@ -11,10 +11,12 @@
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use devsplice_core::{Errno, Op};
-use devsplice_engine::{Completion, Event, FileId, Splice, To};
+use devsplice_engine::{Completion, Event, FileId, Ring, Splice, To};
 
 use super::Uring;
+use super::choice::Choice;
 use super::in_place::{MOST, last_errno};
+use super::linger::Linger;
 use super::socket::Outgoing;
 use crate::splice::DATA_AT;
 
@@ -42,6 +44,8 @@ pub(super) struct Loans {
     tags: Box<[Loan]>,
     /// Whether the client of now may be served so.
     on: bool,
+    /// Whether it is, where there is a CPU for it and for this thread.
+    choice: Choice,
 }
 
 /// The kernel's memory for what a socket sends: how much holds bytes that the other end has not
@@ -65,8 +69,10 @@ impl Uring {
             self.loans.resize_with(place + 1, || None);
         }
         if let Some(loans) = self.loans.get_mut(place) {
-            let none = || Loans { tags: vec![Loan::default(); slots].into(), on };
-            loans.get_or_insert_with(none).on = on;
+            let tags = || vec![Loan::default(); slots].into();
+            let loans =
+                loans.get_or_insert_with(|| Loans { tags: tags(), on, choice: Choice::new() });
+            (loans.on, loans.choice) = (on, Choice::new());
         }
     }
 
@@ -100,7 +106,7 @@ impl Uring {
         // What is not there cannot be sent; reading it will tell.
         let size = rustix::fs::fstat(&self.files[usize::from(id.0)].fd)
             .map_or(0, |about| u64::try_from(about.st_size).unwrap_or(0));
-        if at.checked_add(splice.len).is_none_or(|end| end > size) {
+        if at.checked_add(splice.len).is_none_or(|end| end > size) || !self.is_chosen(lane, len) {
             return false;
         }
         let Some(loan) = self.loan(lane, slot) else { return false };
@@ -109,6 +115,17 @@ impl Uring {
         self.bytes_spliced += splice.len;
         done.push_back(Event::Splice { key, result: Ok(splice.len) });
         true
+    }
+
+    /// Whether a read is left in its file rather than copied. Where CPUs are short all are, as that
+    /// takes the least work of the machine; else it is what this client gets its data faster by.
+    fn is_chosen(&mut self, lane: u16, len: u32) -> bool {
+        if !self.linger.as_ref().is_some_and(Linger::is_allowed) {
+            return true;
+        }
+        let now = self.now_ns();
+        let loans = self.loans.get_mut(usize::from(lane)).and_then(Option::as_mut);
+        loans.is_some_and(|loans| loans.choice.lends(len.into(), now))
     }
 
     /// Sends the parts whose data is in files, and those before them; `None` if that was all there

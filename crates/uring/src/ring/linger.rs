@@ -35,9 +35,14 @@ pub(super) struct Linger {
 }
 
 impl Linger {
+    /// Whether there is a CPU for each who would run.
+    pub(super) fn is_allowed(&self) -> bool {
+        self.allowed.load(Ordering::Relaxed)
+    }
+
     /// Whether to stay awake this time.
     fn begins(&mut self) -> bool {
-        if !self.allowed.load(Ordering::Relaxed) {
+        if !self.is_allowed() {
             return false;
         }
         let begins = self.asleep == 0;

@@ -26,7 +26,7 @@ const COPIES: u32 = 3;
 /// How long a server may take to listen.
 const APPEARS: Duration = Duration::from_secs(10);
 
-/// A load: fio's `--rw`, `--bs`, `--iodepth`, `--numjobs`.
+/// A load: fio's `--rw`, `--bs`, `--iodepth`, `--numjobs`, and whether its buffers lie on pages.
 pub struct Cell {
     /// Its name in tables.
     pub name: &'static str,
@@ -34,6 +34,7 @@ pub struct Cell {
     block: &'static str,
     depth: u32,
     jobs: u32,
+    on_pages: bool,
 }
 
 const fn cell(
@@ -43,7 +44,7 @@ const fn cell(
     depth: u32,
     jobs: u32,
 ) -> Cell {
-    Cell { name, rw, block, depth, jobs }
+    Cell { name, rw, block, depth, jobs, on_pages: false }
 }
 
 /// The loads.
@@ -54,6 +55,7 @@ pub const CELLS: &[Cell] = &[
     cell("4k-qd32-write", "randwrite", "4k", 32, 1),
     cell("128k-qd8-read", "randread", "128k", 8, 1),
     cell("128k-qd8-write", "randwrite", "128k", 8, 1),
+    Cell { on_pages: true, ..cell("128k-qd8-read-page", "randread", "128k", 8, 1) },
     cell("4k-qd32-read-4", "randread", "4k", 32, 4),
     cell("4k-qd32-write-4", "randwrite", "4k", 32, 4),
     cell("128k-qd8-read-4", "randread", "128k", 8, 4),
@@ -163,7 +165,7 @@ pub fn run(bin: &Path, samples: u32, file: &Path) -> Fallible<Results> {
 
 /// fio's words for a load.
 fn arguments(uri: &str, cell: &Cell) -> Vec<String> {
-    let Cell { rw, block, depth, jobs, .. } = cell;
+    let Cell { rw, block, depth, jobs, on_pages, .. } = cell;
     [
         "--name=bench",
         "--ioengine=nbd",
@@ -173,6 +175,8 @@ fn arguments(uri: &str, cell: &Cell) -> Vec<String> {
         &format!("--iodepth={depth}"),
         &format!("--numjobs={jobs}"),
         &format!("--size={SIZE}M"),
+        // Else they are where `malloc` has put them, 16 bytes into a page.
+        &format!("--iomem_align={}", if *on_pages { 4096 } else { 0 }),
         "--group_reporting",
         "--norandommap",
         "--time_based",
@@ -213,7 +217,7 @@ fn serve(site: &mut Site, bin: &Path, name: &str, words: &[&str]) -> Fallible<St
     }
     let uri = format!("nbd+unix:///?socket={socket}");
     // What lies in the servers' own memory is data, too.
-    let write = Cell { name: "fill", rw: "write", block: "1M", depth: 4, jobs: 1 };
+    let write = cell("fill", "write", "1M", 4, 1);
     let words = arguments(&uri, &write).into_iter().filter(|word| !word.starts_with("--ramp"));
     let words = words.filter(|word| word != "--time_based" && word != "--runtime=500ms").collect();
     fio(words, &[]).map(|_| uri)
@@ -234,6 +238,8 @@ fn fill(path: &Path, mib: u64, is_dense: bool) -> Fallible<()> {
 /// Has each copier copy each file, in turn.
 fn copies(site: &Site, bin: &Path, results: &mut Results) -> Fallible<()> {
     let (from, to) = (site.path("from"), site.path("to"));
+    // So that the machine has as much memory before the first copy as before the others.
+    fill(Path::new(&to), COPIED, true)?;
     for file in FILES {
         fill(Path::new(&from), COPIED, *file == "copy-dense")?;
         for _ in 0..COPIES {

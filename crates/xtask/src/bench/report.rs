@@ -210,7 +210,7 @@ pub fn nbd_text(results: &Results) -> String {
     let (files, memory) = names.split_at(3);
     let copiers: Vec<&str> = nbd::COPIERS.iter().map(|(name, _)| *name).collect();
     let mut text = String::new();
-    for cells in nbd_cells().chunks(6) {
+    for cells in nbd_cells().chunks(7) {
         text += &ratios(results, "nbdkit-file", files, cells);
         text += "\n";
         text += &ratios(results, "nbdkit-memory", memory, cells);
@@ -316,8 +316,8 @@ Written by `cargo xtask bench --native`. A loop device over a file that a server
 FUSE, over a file in memory (tmpfs, 256 MiB); `loop` is the kernel's loop device over such a file
 itself. fio with `--ioengine=io_uring --direct=1 --bs=4k --iodepth=32`, 1 s a sample, devices in
 turn. The machine is shared and its clock is no basis for figures: only ratios are given, each of
-two samples of one round; the middle one counts, and at least half of all lie in the range behind it. Where
-that is wide, something else was running and the ratio ranks little.
+two samples of one round; the middle one counts, and at least half of all lie in the range behind
+it. Where that is wide, something else was running and the ratio ranks little.
 
 ![chart](native.svg)
 
@@ -327,11 +327,12 @@ const NBD_HEAD: &str = "# NBD servers, and copies
 
 Written by `cargo xtask bench --nbd`. Servers over a socket in the file system, of files in memory
 (tmpfs, 256 MiB) and of memory of their own, under fio with `--ioengine=nbd` (libnbd), 0.5 s a
-sample, servers in turn; `-4` has four clients with a connection each. `copy` is of a file of 4 GiB
-in memory to another, dense or with 64 KiB of data in each MiB. Ratios are each of two samples of
-one round; the middle one counts, and at least half of all lie in the range behind it. At 4k-qd32 with
-one connection fio itself has a CPU's time used up, under each of the servers: there the ratio says
-little about them.
+sample, servers in turn; `-4` has four clients with a connection each. fio's buffers lie 16 bytes
+into a page, where `malloc` puts them; with `-page` on pages, as the kernel's client and QEMU have
+them (`--iomem_align=4096`). `copy` is of a file of 4 GiB in memory to another, dense or with 64
+KiB of data in each MiB. Ratios are each of two samples of one round; the middle one counts, and
+at least half of all lie in the range behind it. At 4k-qd32 with one connection fio itself has a
+CPU's time used up, under each of the servers: there the ratio says little about them.
 
 ![chart](nbd.svg)
 
