@@ -300,6 +300,20 @@ pub fn nbd_uri(bytes: &[u8]) {
     }
 }
 
+/// A file of users and their keys: what is read is written such that it reads back.
+pub fn psk_file(bytes: &[u8]) {
+    let Ok(keys) = devsplice_tls::parse_keys(bytes) else { return };
+    let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+    let lines = keys.iter().map(|key| format!("#{}:{}\n", hex(&key.user), hex(&key.secret)));
+    let lines: String = lines.collect();
+    let again = devsplice_tls::parse_keys(lines.as_bytes()).unwrap_or_default();
+    assert!(again.len() == keys.len() && !keys.is_empty(), "{lines}");
+    for (key, again) in keys.iter().zip(&again) {
+        assert!(key.user == again.user && key.secret == again.secret, "{lines}");
+        assert!((1..=128).contains(&key.user.len()) && (16..=64).contains(&key.secret.len()));
+    }
+}
+
 /// What a server of NBD says to what was asked: nothing is placed outside of it, nothing is taken
 /// that is not there, and it ends.
 pub fn nbd_answers(bytes: &[u8]) {

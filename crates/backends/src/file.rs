@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use devsplice_core::layer::anchored_path;
 use devsplice_core::limits::{MAX_BLOCK, SECTOR};
 use devsplice_core::{Args, Dma, Error, ErrorKind, Key, Kind, Limits, Result, Source};
+use devsplice_uring::lease::is_open_here_alone;
 use devsplice_uring::{FileKind, is_in_memory};
 use rustix::fs::{AtFlags, FallocateFlags, FileType, FlockOperation, Mode, OFlags, StatxFlags};
 
@@ -163,7 +164,15 @@ fn open_unread(wish: &Wish<'_>) -> Result<(OwnedFd, Option<DirectNeed>, Vec<Stri
     // A file in memory is the page cache: there is no way around it, and asked for one the kernel
     // would copy pages that it could lend.
     let around = use_direct.is_some() && !is_in_memory(&plain);
-    let fd = if around { open_with(wish, OFlags::DIRECT)? } else { plain };
+    let fd = match around {
+        true => {
+            let direct = open_with(wish, OFlags::DIRECT)?;
+            // Whether anybody else has the file open is asked below.
+            drop(plain);
+            direct
+        }
+        false => plain,
+    };
     if wish.access != Access::Look {
         lock(&fd, wish)?;
         if !wish.read_only {
@@ -201,8 +210,12 @@ fn patiently<T>(take: impl Fn() -> Result<T, rustix::io::Errno>) -> Result<T, ru
     }
 }
 
-/// A loop device takes no lock on its file, so it has to be looked for.
+/// A loop device takes no lock on its file, so it has to be looked for: among all of them, of which
+/// there may be a thousand, but only where somebody else has the file open at all.
 fn not_under_loop(fd: &OwnedFd, wish: &Wish<'_>) -> Result<()> {
+    if is_open_here_alone(fd.as_fd()) {
+        return Ok(());
+    }
     let os = |errno: rustix::io::Errno| Error::os(wish.path, &errno.into());
     let ours = rustix::fs::fstat(fd).map_err(os)?;
     for (device, file) in crate::sysfs::loops() {

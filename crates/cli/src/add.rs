@@ -166,8 +166,8 @@ fn anchored(add: &Add, here: &Path) -> Add {
             *address = uri.anchored(here).to_string();
         }
     }
-    if let Some(dir) = &mut add.tls.tls_certificates {
-        *dir = here.join(&*dir);
+    for path in add.tls.tls_certificates.iter_mut().chain(&mut add.tls.tls_psk) {
+        *path = here.join(&*path);
     }
     add
 }

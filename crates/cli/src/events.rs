@@ -15,7 +15,7 @@ const KEPT: usize = 256;
 const BEHIND: usize = 1024;
 
 /// What kinds there are, and what each says.
-pub const KINDS: [(&str, &str); 10] = [
+pub const KINDS: [(&str, &str); 11] = [
     ("added", "a disk was made"),
     ("removed", "a disk was removed"),
     ("restarted", "a disk is served again whose server had died"),
@@ -24,6 +24,7 @@ pub const KINDS: [(&str, &str); 10] = [
     ("resumed", "a disk that was held is served again"),
     ("swapped", "a disk has another stack"),
     ("resized", "a disk has another size"),
+    ("unguarded", "the guard of a disk's server has died, and the server goes on without one"),
     ("stuck", "a request has been below for long"),
     ("layer", "what a layer reports: a leg dropped, a resync done"),
 ];

@@ -412,6 +412,11 @@ impl Guard {
         self.voice.pid
     }
 
+    /// Whether it has ended, without having been told to.
+    pub fn has_died(&self) -> bool {
+        matches!(fork::waitpid_nohang(self.voice.pid), Ok(Some(_)))
+    }
+
     /// For those that have something to be kept.
     pub fn voice(&self) -> Voice {
         self.voice.clone()

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -25,6 +25,10 @@ use crate::{front, guard, keeper};
 /// Disks that are removed at a time where all are.
 const AT_A_TIME: usize = 8;
 
+/// What it means that a server has lost its guard, and what to do about it.
+pub const UNGUARDED: &str =
+    "the server goes on without one; devsplice upgrade NAME makes another, with a guard";
+
 /// What all disks of a process share.
 pub struct Common {
     /// What the server is called, if it is one for many disks.
@@ -35,8 +39,23 @@ pub struct Common {
     pub bus: Bus,
     /// Who keeps what has to outlive this process, of a server of one disk.
     voice: Option<Voice>,
+    /// Whether the guard of this process has died.
+    unguarded: AtomicBool,
     news: Sender<News>,
     crews: AtomicU32,
+}
+
+impl Common {
+    /// Whether nobody waits for this process's end any more.
+    pub fn is_unguarded(&self) -> bool {
+        self.unguarded.load(Ordering::Relaxed)
+    }
+
+    /// The guard has died, of the server of these disks.
+    pub fn lose_guard(&self, disks: &[String]) {
+        self.unguarded.store(true, Ordering::Relaxed);
+        disks.iter().for_each(|disk| self.bus.tell(disk, "unguarded", UNGUARDED));
+    }
 }
 
 /// What ties a disk to its server.
@@ -121,6 +140,11 @@ impl Line {
         self.crew = 0;
     }
 
+    /// Whether the server has lost its guard.
+    pub fn is_unguarded(&self) -> bool {
+        self.common.is_unguarded()
+    }
+
     /// Something has happened to the disk.
     pub fn tell(&self, kind: &str, text: &str) {
         self.common.bus.tell(&self.name, kind, text);
@@ -152,7 +176,8 @@ impl Hall {
     ) -> Hall {
         let (server, pool) = server.unzip();
         let crews = AtomicU32::new(0);
-        let common = Arc::new(Common { server, pool, bus: Bus::default(), voice, news, crews });
+        let (bus, unguarded) = (Bus::default(), AtomicBool::new(false));
+        let common = Arc::new(Common { server, pool, bus, voice, unguarded, news, crews });
         Hall { common, slots: Mutex::default(), closed: Mutex::default() }
     }
 
@@ -189,13 +214,29 @@ impl Hall {
         Ok(disk)
     }
 
-    /// Serves a disk again that this server, or one of its name, has served.
+    /// Serves a disk again that this server, or one of its name, has served: as a person wants it,
+    /// also where one has quiesced it.
     ///
     /// # Errors
     /// If the kernel does not keep it, or another process has it.
     pub fn recover(&self, name: &str, why: &str) -> Result<Disk> {
         let (claim, left) = guard::claim_kept(name, false)?;
-        let hosted = Hosted::take_over(claim, &left, None, self.line())?;
+        self.welcome(&left, why, Hosted::take_over(claim, &left, None, self.line())?)
+    }
+
+    /// Takes a disk over as its last server has left it: one that a person has quiesced stays so.
+    ///
+    /// # Errors
+    /// As [`Hall::recover`].
+    pub fn inherit(&self, name: &str, why: &str) -> Result<Disk> {
+        let (claim, left) = guard::claim_kept(name, false)?;
+        if !left.quiesced {
+            return self.welcome(&left, why, Hosted::take_over(claim, &left, None, self.line())?);
+        }
+        self.welcome(&left, "quiesced", Hosted::stay_held(claim, &left, None, self.line())?)
+    }
+
+    fn welcome(&self, left: &Disk, why: &str, hosted: Hosted) -> Result<Disk> {
         let disk = hosted.disk().clone();
         hosted.line.tell(why, &format!("process {} instead of {}", disk.pid, left.pid));
         self.insert(hosted);

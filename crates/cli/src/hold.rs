@@ -100,10 +100,15 @@ impl Hosted {
         match front.suspend() {
             Ok(suspended) => {
                 self.phase = Phase::Held(suspended);
+                self.disk.ending = false;
                 Ok(())
             }
             Err((Some(front), error)) => {
-                if !front.is_ending() {
+                if front.is_ending() {
+                    // Whoever does not ask this process (`list`) is to know it as well.
+                    self.disk.ending = true;
+                    let _ = self.claim.write(&self.disk);
+                } else {
                     self.line.serve(front.crew());
                 }
                 self.phase = Phase::Up(front);
@@ -167,6 +172,9 @@ impl Hosted {
     pub(crate) fn resume(&mut self) -> Result<String> {
         if self.is_ending() {
             self.hold()?;
+            // Where what is below cannot be had again, that is what it is.
+            self.disk.quiesced = true;
+            self.claim.write(&self.disk)?;
         }
         self.go_on_as_before()?;
         let said = format!("{} is served again", self.thing());

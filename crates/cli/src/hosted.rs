@@ -17,7 +17,7 @@ use crate::adopt;
 use crate::args::{Add, Export, RecoveryChoice};
 use crate::assemble::assemble_with;
 use crate::front::{Front, Suspended};
-use crate::hall::Line;
+use crate::hall::{Line, UNGUARDED};
 use crate::sandbox::{self, Choice};
 use crate::state::{self, Claim, Disk};
 use crate::{keeper, protect, tell};
@@ -293,6 +293,11 @@ impl Hosted {
         info["protection"] = protect::shown();
         info["sandbox"] = sandbox::shown();
         info["held"] = json!(host::is_held(&self.disk.device));
+        if self.line.is_unguarded() {
+            let warnings = self.disk.warnings.iter().cloned();
+            let lost = format!("its guard has died; {UNGUARDED}");
+            info["warnings"] = warnings.chain([lost]).collect();
+        }
         let add = self.disk.made_with.as_ref();
         if let Some(file) = add.and_then(|add| add.ublk.shared_memory.as_ref()) {
             info["shared_memory"] = json!(file);

@@ -51,6 +51,7 @@ pub fn run(list: &List) -> Result<()> {
 pub fn word(found: &Found) -> &'static str {
     match found {
         Found { alive: true, disk } if disk.quiesced => "quiesced",
+        Found { alive: true, disk } if disk.ending => "ending",
         Found { alive: true, .. } => "live",
         Found { disk, .. } if guard::is_kept(disk) => "waiting",
         Found { .. } => "dead",

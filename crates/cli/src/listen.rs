@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use devsplice_core::{Error, Result};
 use rustix::fs::Mode;
 use serde_json::{Value, json};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
+use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use crate::hall::Hall;
@@ -56,7 +56,7 @@ impl Ears {
         let listener = UnixListener::bind(path);
         rustix::process::umask(before);
         let listener = listener.map_err(|error| Error::os(path.display().to_string(), &error))?;
-        let signals = Signals::new([SIGTERM, SIGINT, SIGQUIT, SIGHUP])
+        let signals = Signals::new([SIGTERM, SIGINT, SIGQUIT, SIGHUP, SIGCHLD])
             .map_err(|error| Error::os("signal handlers", &error))?;
         Ok(Ears { listener, signals })
     }

@@ -66,7 +66,7 @@ pub fn disks() -> Result<Vec<Value>> {
 }
 
 /// Every state that a disk can be in.
-const STATES: [&str; 5] = ["live", "quiesced", "waiting", "dead", "silent"];
+const STATES: [&str; 6] = ["live", "quiesced", "ending", "waiting", "dead", "silent"];
 /// Counters of `info` that are metrics by themselves: key, name, help.
 const COUNTERS: &[(&str, &str, &str)] = &[
     ("errors", "request_errors", "Requests that ended with an error"),

@@ -1,8 +1,9 @@
 //! Answers for what systemd is told of a disk's processes, where it has started them
 //! (`NOTIFY_SOCKET`, see sd_notify(3)): one datagram for each message, and nothing else.
 //!
-//! The main process is always the guard: it outlives its server and takes its place, so for systemd
-//! the unit's main process never dies while the disk is served.
+//! The main process is the guard: it outlives its server and takes its place, so for systemd the
+//! unit's main process never dies while the disk is served. A server that has lost its guard is the
+//! main process itself: when it dies, the unit is started again.
 
 use std::ffi::OsStr;
 use std::io::IoSlice;
@@ -23,6 +24,11 @@ const AT_ONCE: usize = 253;
 pub fn ready(device: &str, guard: i32) {
     // A guard that has just become a server was the main process until now.
     send(&format!("READY=1\nMAINPID={guard}\nSTATUS=serving {device}"));
+}
+
+/// This process has lost its guard, and is the main one now.
+pub fn unguarded() {
+    send(&format!("MAINPID={}", std::process::id()));
 }
 
 /// The disk is going.

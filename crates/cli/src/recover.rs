@@ -179,7 +179,7 @@ fn many(
     let server = Server::of_many(seat, guard)?;
     for found in servers::disks(name)? {
         if guard::is_kept(&found.disk)
-            && let Err(error) = server.hall().recover(&found.disk.name, why)
+            && let Err(error) = server.hall().inherit(&found.disk.name, why)
         {
             eprintln!("devsplice: {error}");
         }

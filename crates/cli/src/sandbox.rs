@@ -170,8 +170,6 @@ fn process_filters() -> Result<[BpfProgram; 2]> {
     // Threads yes, processes no.
     let thread = calls::CLONE_THREAD;
     rules.insert(calls::CLONE, vec![rule(&[(0, SeccompCmpOp::MaskedEq(thread), 0)])?]);
-    // A table of descriptors of its own for a thread that stands apart, and nothing else.
-    rules.insert(calls::UNSHARE, vec![rule(&[(0, SeccompCmpOp::Ne, calls::CLONE_FILES)])?]);
     let others: Vec<_> = FAMILIES.iter().map(|one| (0, SeccompCmpOp::Ne, *one)).collect();
     rules.insert(calls::SOCKET, vec![rule(&others)?]);
     let main = compile(rules, SeccompAction::Allow, forbidden())?;

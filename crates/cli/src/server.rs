@@ -11,12 +11,12 @@ use devsplice_exports::threads::Pool;
 use devsplice_spec::Plan;
 use rustix::fs::{Mode, OFlags};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use signal_hook::consts::SIGHUP;
+use signal_hook::consts::{SIGCHLD, SIGHUP};
 
 use crate::args::{Add, Export, PathChoice};
 use crate::front;
 use crate::guard::Guard;
-use crate::hall::Hall;
+use crate::hall::{Hall, UNGUARDED};
 use crate::hosted::{Hosted, Wish};
 use crate::listen::{Ears, News};
 use crate::notify;
@@ -217,9 +217,15 @@ impl Server {
     /// If a disk could not be removed in the end. The guard tries again when this process has let
     /// go of everything.
     pub fn run(self) -> Result<()> {
+        // It may have died before its end was a signal here.
+        self.mind_guard();
         loop {
             match notify::recv(&self.news) {
                 Ok(News::Signal(SIGHUP)) => continue,
+                Ok(News::Signal(SIGCHLD)) => {
+                    self.mind_guard();
+                    continue;
+                }
                 Ok(News::Signal(_) | News::Asked(After::End)) | Err(_) => break,
                 Ok(News::Asked(After::HandedOver)) => {
                     self.guard.hand_over();
@@ -245,6 +251,22 @@ impl Server {
                 return Err(Error::new(ErrorKind::Busy, thing, "could not be removed"));
             }
         }
+        self.close()
+    }
+
+    /// Where the guard has ended, which has no other child beside it, nobody waits for this
+    /// process's end but whoever has started it: systemd is to watch this one.
+    fn mind_guard(&self) {
+        if self.hall.common.is_unguarded() || !self.guard.has_died() {
+            return;
+        }
+        eprintln!("devsplice: its guard (process {}) has died; {UNGUARDED}", self.guard.pid());
+        self.hall.common.lose_guard(&self.hall.names());
+        notify::unguarded();
+    }
+
+    /// Removes all disks, and the traces of the server.
+    fn close(self) -> Result<()> {
         notify::stopping();
         self.hall.close()?;
         if let Some(seat) = self.seat {

@@ -77,6 +77,10 @@ pub struct Disk {
     /// Whether it was quiesced, so that the kernel holds its requests.
     #[serde(default)]
     pub quiesced: bool,
+    /// Whether it was to be let go of, and a device below holds on to requests. It is served to
+    /// nobody then.
+    #[serde(default)]
+    pub ending: bool,
     /// How often in a row its server died within [`SETTLED_MS`] of its start.
     #[serde(default)]
     pub restarts: u32,

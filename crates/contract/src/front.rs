@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use devsplice_core::{Errno, Error, Io, Limits, Op, Result, Stack};
 use devsplice_engine::{Completion, Export, FileId, Inbox, Lane, Pages, Request, Ring};
-use devsplice_engine::{Served, Worker};
+use devsplice_engine::{Rest, Served, Worker};
 
 use crate::content::POISON;
 use crate::target::{Ask, Done};
@@ -157,8 +157,8 @@ impl<R: Room> Export<R> for Front {
 
     fn flush(&mut self, _: &mut R) {}
 
-    fn rest(&mut self, _: &mut R) -> bool {
-        false
+    fn rest(&mut self, _: &mut R) -> Rest {
+        Rest::Now
     }
 }
 

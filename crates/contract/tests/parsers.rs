@@ -116,6 +116,7 @@ entries! {
     nbd_client: any_server_of_nbd_is_believed_within_the_limits_or_left,
     nbd_answers: any_answers_of_nbd_stay_within_what_was_asked_or_are_refused,
     nbd_uri: any_address_of_nbd_reads_back_or_is_an_error,
+    psk_file: any_file_of_keys_reads_back_or_is_an_error,
     fuse_wire: any_message_is_a_request_inside_the_file_or_an_error,
 }
 

@@ -222,6 +222,17 @@ impl Process {
         number.unwrap_or_else(|| panic!("no {name} of process {}", self.0))
     }
 
+    /// Calls of `read` and its like that it has made (`syscr` of proc(5)).
+    ///
+    /// # Panics
+    /// If it is not there.
+    #[must_use]
+    pub fn reads(self) -> u64 {
+        let io = self.read("io");
+        let count = io.lines().find_map(|line| line.strip_prefix("syscr: ")?.trim().parse().ok());
+        count.unwrap_or_else(|| panic!("no count of reads of process {}", self.0))
+    }
+
     /// For each of its threads: name, and the CPUs that it may run on.
     #[must_use]
     pub fn threads(self) -> Vec<(String, String)> {

@@ -11,7 +11,7 @@ use std::task::Waker;
 use devsplice_core::live::MOST_BYTES;
 use devsplice_core::{Errno, Io, NodeId, Op, Result};
 
-use crate::export::{Export, Inbox};
+use crate::export::{Export, Inbox, Rest};
 use crate::ring::{Completion, Ring};
 
 /// Orders that are carried out at a time.
@@ -209,7 +209,7 @@ impl<R: Ring> Export<R> for Inner {
 
     fn flush(&mut self, _: &mut R) {}
 
-    fn rest(&mut self, _: &mut R) -> bool {
-        false
+    fn rest(&mut self, _: &mut R) -> Rest {
+        Rest::Now
     }
 }

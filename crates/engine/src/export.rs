@@ -101,10 +101,22 @@ pub trait Export<R: Ring>: Send {
     /// The turn ends and the ring is entered: what was kept back to go together goes now.
     fn flush(&mut self, ring: &mut R);
 
-    /// No request has been there for a second or two: takes back what keeps memory for the next
-    /// ones. Whether some of it comes back only later, so that memory is to be looked at again.
-    fn rest(&mut self, ring: &mut R) -> bool;
+    /// The engine has had no request for a second or two: takes back what keeps memory for the next
+    /// ones, and says what may become of the tags' memory.
+    fn rest(&mut self, ring: &mut R) -> Rest;
 
     /// Whether no further request can come.
     fn is_closed(&self) -> bool;
+}
+
+/// What may become of the memory of an export's tags when the engine has no request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rest {
+    /// Nobody wants what is in it: it may be given back.
+    Now,
+    /// So, and some comes back only later: it is to be looked at again.
+    Again,
+    /// Some of it has data that is still on its way, as replies that a client takes slowly: it
+    /// stays as it is, and is to be looked at again.
+    Keep,
 }

@@ -17,7 +17,7 @@ mod slow;
 pub mod watch;
 
 pub use counts::{Counts, RingCounts, Shared};
-pub use export::{Export, Inbox, Request};
+pub use export::{Export, Inbox, Request, Rest};
 pub use queue::{Lane, Worker};
 pub use ring::{Completion, Event, FileId, Pages, Part, Ring, Splice, Takes, To};
 pub use served::{Answer, Noted, OnNoted, Served, Wake};

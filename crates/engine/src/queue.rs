@@ -9,7 +9,7 @@ use devsplice_core::{Errno, Result, Stack, Stop};
 
 use crate::ahead::{Ahead, SECOND_TICK_KEY};
 use crate::counts::{Shared, one_more};
-use crate::export::{Export, Inbox, Request};
+use crate::export::{Export, Inbox, Request, Rest};
 use crate::flights::{self, Flights, Next};
 use crate::gather::Gather;
 use crate::jobs::Job;
@@ -479,10 +479,15 @@ impl<R: Ring> Worker<R> {
         let is_idle = std::mem::replace(&mut self.watch.finished, finished) == finished;
         let mut again = !is_idle;
         if is_idle {
+            let mut keep = false;
             for lane in &mut self.lanes {
-                again |= lane.export.rest(&mut self.ring);
+                let rest = lane.export.rest(&mut self.ring);
+                again |= rest != Rest::Now;
+                keep |= rest == Rest::Keep;
             }
-            self.ring.rest();
+            if !keep {
+                self.ring.rest();
+            }
         }
         if again {
             self.arm_tick();

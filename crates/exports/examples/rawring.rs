@@ -9,7 +9,9 @@ use std::sync::Arc;
 
 use devsplice_core::StackBuilder;
 use devsplice_core::prelude::*;
-use devsplice_engine::{Completion, Export, FileId, Inbox, Lane, Request, Served, Shared, Worker};
+use devsplice_engine::{
+    Completion, Export, FileId, Inbox, Lane, Request, Rest, Served, Shared, Worker,
+};
 use devsplice_uring::{Config, FileKind, LaneMemory, RingFile, Uring};
 
 /// Bytes of a request's front.
@@ -119,8 +121,8 @@ impl Export<Uring> for Pipe {
 
     fn flush(&mut self, _: &mut Uring) {}
 
-    fn rest(&mut self, _: &mut Uring) -> bool {
-        false
+    fn rest(&mut self, _: &mut Uring) -> Rest {
+        Rest::Now
     }
 }
 

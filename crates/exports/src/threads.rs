@@ -429,10 +429,11 @@ impl Part {
         let files = u16::try_from(files)
             .map_err(|_| Error::invalid("stack", format!("{files} files in one ring")))?;
         let inner = u16::from(served.stack.lives().next().is_some());
-        let make = match (shape.is_wide, shape.low_depth) {
-            (true, _) => Uring::wide,
-            (false, true) => Uring::for_low_depth,
-            (false, false) => Uring::new,
+        let make = match (shape.is_wide, shape.low_depth, pool) {
+            (true, ..) => Uring::wide,
+            (false, true, _) => Uring::for_low_depth,
+            (false, false, Some(_)) => Uring::for_pool,
+            (false, false, None) => Uring::new,
         };
         let mut ring = make(&Config { flights, files, lanes, inner })?;
         let brief = pool.as_ref().map(|_| ring.be_brief()).transpose()?;

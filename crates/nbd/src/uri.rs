@@ -33,6 +33,17 @@ pub struct Tls {
     pub name: Option<String>,
     /// Any server is believed (`tls-verify-peer=false`).
     pub anybody: bool,
+    /// Who we are by a key that both have, instead of certificates.
+    pub user: Option<User>,
+}
+
+/// A user, and the file that has the key of it (`nbds://USER@HOST/?tls-psk-file=FILE`).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct User {
+    /// Its name.
+    pub name: String,
+    /// Where its key is.
+    pub keys: PathBuf,
 }
 
 /// A server and one of its exports.
@@ -67,7 +78,11 @@ impl Uri {
         let (rest, query) = rest.split_once('?').unwrap_or((rest, ""));
         let (host, export) = rest.split_once('/').unwrap_or((rest, ""));
         let Some(export) = decoded(export) else { return wrong("has a bad % in its export") };
-        let Query { socket, tls } = match query_of(query, scheme) {
+        let (name, host) = match host.rsplit_once('@') {
+            Some((name, host)) => (Some(name), host),
+            None => (None, host),
+        };
+        let Query { socket, tls } = match query_of(query, scheme, name) {
             Ok(query) => query,
             Err(reason) => return wrong(&reason),
         };
@@ -104,35 +119,87 @@ struct Query {
     tls: Option<Tls>,
 }
 
-/// What stands behind a `?`.
-fn query_of(query: &str, scheme: &str) -> Result<Query, String> {
+/// What stands behind a `?`; `name` is what stands before an `@`.
+fn query_of(query: &str, scheme: &str, name: Option<&str>) -> Result<Query, String> {
     let mut socket = None;
-    let mut tls = (plain(scheme) != scheme).then(Tls::default);
+    let mut security = (plain(scheme) != scheme).then(Security::default);
     for pair in query.split('&').filter(|pair| !pair.is_empty()) {
         let bad = || format!("has a parameter that is not known, `{pair}`");
         let (key, value) = pair.split_once('=').ok_or_else(bad)?;
         let value = decoded(value).filter(|value| !value.is_empty());
         let value = value.ok_or_else(|| format!("has a parameter that says nothing, `{pair}`"))?;
-        match (key, tls.as_mut()) {
+        match (key, security.as_mut()) {
             ("socket", _) => socket = Some(value),
-            ("tls-psk-file" | "tls-username", _) => {
-                return Err("wants TLS with keys of users (PSK), which rustls has not".to_owned());
-            }
-            ("tls-certificates" | "tls-hostname" | "tls-verify-peer" | "tls-type", None) => {
+            (key, None) if key.starts_with("tls-") => {
                 return Err(format!("has `{key}`, but no TLS; write nbds://"));
             }
-            ("tls-certificates", Some(tls)) => tls.certificates = Some(PathBuf::from(value)),
-            ("tls-hostname", Some(tls)) => tls.name = Some(value),
-            ("tls-verify-peer", Some(tls)) => match value.as_str() {
-                "true" | "1" | "yes" | "on" => tls.anybody = false,
-                "false" | "0" | "no" | "off" => tls.anybody = true,
-                _ => return Err(format!("has `{pair}`, which is neither yes nor no")),
-            },
-            ("tls-type", Some(_)) if value == "x509" => {}
+            (key, Some(security)) => security.take(key, value).map_err(|()| bad())?,
             _ => return Err(bad()),
         }
     }
+    let tls = match (security, name) {
+        (Some(security), name) => Some(security.tls(name)?),
+        (None, Some(_)) => return Err("has a user, but no TLS; write nbds://".to_owned()),
+        (None, None) => None,
+    };
     Ok(Query { socket, tls })
+}
+
+/// What is said of TLS.
+#[derive(Default)]
+struct Security {
+    certificates: Option<PathBuf>,
+    name: Option<String>,
+    verify: Option<bool>,
+    keys: Option<PathBuf>,
+    kind: Option<String>,
+}
+
+impl Security {
+    fn take(&mut self, key: &str, value: String) -> Result<(), ()> {
+        match key {
+            "tls-certificates" => self.certificates = Some(PathBuf::from(value)),
+            "tls-hostname" => self.name = Some(value),
+            "tls-psk-file" => self.keys = Some(PathBuf::from(value)),
+            "tls-type" if ["x509", "psk"].contains(&value.as_str()) => self.kind = Some(value),
+            "tls-verify-peer" => {
+                self.verify = Some(match value.as_str() {
+                    "true" | "1" | "yes" | "on" => true,
+                    "false" | "0" | "no" | "off" => false,
+                    _ => return Err(()),
+                });
+            }
+            _ => return Err(()),
+        }
+        Ok(())
+    }
+
+    fn tls(self, name: Option<&str>) -> Result<Tls, String> {
+        let Some(keys) = self.keys else {
+            return match (name, self.kind.as_deref()) {
+                (None, Some("psk")) => Err("names no file of keys; add tls-psk-file=FILE".into()),
+                (Some(_), _) => Err("has a user, but no key of it; add tls-psk-file=FILE".into()),
+                (None, _) => Ok(Tls {
+                    certificates: self.certificates,
+                    name: self.name,
+                    anybody: self.verify == Some(false),
+                    user: None,
+                }),
+            };
+        };
+        let of_certificates = [
+            ("tls-certificates", self.certificates.is_some()),
+            ("tls-hostname", self.name.is_some()),
+            ("tls-verify-peer", self.verify.is_some()),
+            ("tls-type=x509", self.kind.is_some_and(|kind| kind == "x509")),
+        ];
+        if let Some((what, _)) = of_certificates.into_iter().find(|(_, is_there)| *is_there) {
+            return Err(format!("has `tls-psk-file` and `{what}`, which is for certificates"));
+        }
+        let name = name.and_then(decoded).filter(|name| !name.is_empty());
+        let name = name.ok_or("says whose keys, but not who; write nbds://USER@HOST/")?;
+        Ok(Tls { user: Some(User { name, keys }), ..Tls::default() })
+    }
 }
 
 fn unix(path: &str, export: String) -> Option<Uri> {
@@ -200,24 +267,30 @@ fn encoded(text: &str) -> String {
 impl fmt::Display for Uri {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (export, s) = (encoded(&self.export), if self.tls.is_some() { "s" } else { "" });
+        let user = self.tls.as_ref().and_then(|tls| tls.user.as_ref());
+        let at = user.map_or(String::new(), |user| encoded(&user.name).replace('/', "%2F") + "@");
         let mut sign = '?';
         match &self.place {
             Place::Unix(path) => {
                 sign = '&';
                 let path = encoded(&path.to_string_lossy());
-                write!(f, "nbd{s}+unix:///{export}?socket={path}")?;
+                write!(f, "nbd{s}+unix://{at}/{export}?socket={path}")?;
             }
             Place::Tcp(host, port) if host.contains(':') => {
-                write!(f, "nbd{s}://[{host}]:{port}/{export}")?;
+                write!(f, "nbd{s}://{at}[{host}]:{port}/{export}")?;
             }
-            Place::Tcp(host, port) => write!(f, "nbd{s}://{host}:{port}/{export}")?,
-            Place::Vsock(ANY_MACHINE, port) => write!(f, "nbd{s}+vsock://any:{port}/{export}")?,
-            Place::Vsock(machine, port) => write!(f, "nbd{s}+vsock://{machine}:{port}/{export}")?,
+            Place::Tcp(host, port) => write!(f, "nbd{s}://{at}{host}:{port}/{export}")?,
+            Place::Vsock(ANY_MACHINE, port) => write!(f, "nbd{s}+vsock://{at}any:{port}/{export}")?,
+            Place::Vsock(machine, port) => {
+                write!(f, "nbd{s}+vsock://{at}{machine}:{port}/{export}")?
+            }
         }
         let Some(tls) = &self.tls else { return Ok(()) };
         let files = tls.certificates.as_ref().map(|path| path.to_string_lossy().into_owned());
         let anybody = tls.anybody.then(|| "false".to_owned());
+        let keys = user.map(|user| user.keys.to_string_lossy().into_owned());
         for (key, value) in [
+            ("tls-psk-file", keys),
             ("tls-certificates", files),
             ("tls-hostname", tls.name.clone()),
             ("tls-verify-peer", anybody),
@@ -238,8 +311,11 @@ impl Uri {
         if let Place::Unix(path) = &mut self.place {
             *path = here.join(&*path);
         }
-        if let Some(path) = self.tls.as_mut().and_then(|tls| tls.certificates.as_mut()) {
-            *path = here.join(&*path);
+        if let Some(tls) = &mut self.tls {
+            let keys = tls.user.as_mut().map(|user| &mut user.keys);
+            for path in tls.certificates.iter_mut().chain(keys) {
+                *path = here.join(&*path);
+            }
         }
         self
     }
@@ -268,11 +344,27 @@ mod tests {
                 "nbds+unix:///x?tls-certificates=/a&socket=/s&tls-type=x509&tls-hostname=h",
                 "nbds+unix:///x?socket=/s&tls-certificates=/a&tls-hostname=h",
             ),
+            ("nbds://al@h/x?tls-psk-file=/k", "nbds://al@h:10809/x?tls-psk-file=/k"),
+            (
+                "nbds+unix://a%2Fb@/x?tls-psk-file=/k&tls-type=psk&socket=/s",
+                "nbds+unix://a%2Fb@/x?socket=/s&tls-psk-file=/k",
+            ),
+            ("nbds://a%40b@[::1]/?tls-psk-file=k", "nbds://a%40b@[::1]:10809/?tls-psk-file=k"),
+            ("nbds+vsock://al@2/?tls-psk-file=k", "nbds+vsock://al@2:10809/?tls-psk-file=k"),
         ] {
             let uri = Uri::parse(text).unwrap();
             assert_eq!(uri.to_string(), shown);
             assert_eq!(Uri::parse(shown).unwrap(), uri);
         }
+    }
+
+    #[test]
+    fn paths_are_made_absolute() {
+        let uri = Uri::parse("nbds+unix://al@/?socket=s&tls-psk-file=k").unwrap();
+        let shown = uri.anchored(Path::new("/a")).to_string();
+        assert_eq!(shown, "nbds+unix://al@/?socket=/a/s&tls-psk-file=/a/k");
+        let uri = Uri::parse("nbds://h/?tls-certificates=c").unwrap();
+        assert!(uri.anchored(Path::new("/a")).to_string().ends_with("tls-certificates=/a/c"));
     }
 
     #[test]
@@ -285,6 +377,18 @@ mod tests {
             "nbd://h:70000",
             "nbd://a:b:c/",
             "nbds://h/?tls-psk-file=/keys",
+            "nbds://@h/?tls-psk-file=/keys",
+            "nbds://%zz@h/?tls-psk-file=/keys",
+            "nbds://al@h/",
+            "nbds://al@h/?tls-certificates=/a",
+            "nbds://al@h/?tls-psk-file=",
+            "nbds://al@h/?tls-psk-file=/keys&tls-certificates=/a",
+            "nbds://al@h/?tls-psk-file=/keys&tls-hostname=h",
+            "nbds://al@h/?tls-psk-file=/keys&tls-verify-peer=true",
+            "nbds://al@h/?tls-psk-file=/keys&tls-type=x509",
+            "nbds://al@h/?tls-type=psk",
+            "nbds+unix://al@h/?socket=/s&tls-psk-file=/keys",
+            "nbd://al@h/?tls-psk-file=/keys",
             "nbds://h/?tls-verify-peer=perhaps",
             "nbds://h/?tls-certificates=",
             "nbds://h/?tls-type=psk",

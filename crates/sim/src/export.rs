@@ -1,7 +1,7 @@
 //! Answers for a front end without a kernel: asks, and judges what comes back.
 
 use devsplice_core::{Errno, Extent, Io, Limits, Op, Result};
-use devsplice_engine::{Completion, Export, Inbox, Pages, Request};
+use devsplice_engine::{Completion, Export, Inbox, Pages, Request, Rest};
 
 use crate::cells::{POISON, ZERO, is_mixed, show, stamp};
 use crate::failure::Kind;
@@ -115,8 +115,8 @@ impl Export<SimRing> for SimExport {
 
     fn flush(&mut self, _: &mut SimRing) {}
 
-    fn rest(&mut self, _: &mut SimRing) -> bool {
-        false
+    fn rest(&mut self, _: &mut SimRing) -> Rest {
+        Rest::Now
     }
 }
 

@@ -8,17 +8,18 @@ use std::sync::Arc;
 
 use devsplice_core::{Error, ErrorKind, Result};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::client::{Resumption, WebPkiServerVerifier};
+use rustls::client::{Resumption, UnbufferedClientConnection, WebPkiServerVerifier};
 use rustls::crypto::CryptoProvider;
 use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{
     CertificateDer, CertificateRevocationListDer, PrivateKeyDer, ServerName, UnixTime,
 };
 use rustls::server::danger::ClientCertVerifier;
-use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
+use rustls::server::{NoServerSessionStorage, UnbufferedServerConnection, WebPkiClientVerifier};
 use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, ServerConfig, SignatureScheme};
 
-use crate::{ClientSide, Handshake, ServerSide};
+use crate::keyed::Keyed;
+use crate::{ClientSide, Handshake, Keys, ServerSide};
 
 /// Most bytes of a file of certificates.
 const MAX_FILE: u64 = 4 << 20;
@@ -99,36 +100,14 @@ pub(crate) fn provider() -> Arc<CryptoProvider> {
     Arc::new(rustls::crypto::ring::default_provider())
 }
 
-/// A server's side of TLS: what it shows, and whom it lets in.
+/// A server's side of TLS by certificates: what it shows, and whom it lets in.
 #[derive(Clone, Debug)]
-pub struct Server {
+struct Certified {
     certificates: Certificates,
     verify: bool,
 }
 
-impl Server {
-    /// Looks at the files. They are read again for each client, so renewed ones need no restart.
-    /// With `verify`, clients have to show a certificate by an authority of `ca-cert.pem`.
-    ///
-    /// # Errors
-    /// If a file is missing or is not what it should be; names it.
-    pub fn new(certificates: Certificates, verify: bool) -> Result<Server> {
-        let server = Server { certificates, verify };
-        server.config().map(|_| server)
-    }
-
-    /// The directory.
-    #[must_use]
-    pub fn directory(&self) -> &Path {
-        &self.certificates.0
-    }
-
-    /// Whether clients have to show a certificate.
-    #[must_use]
-    pub fn verifies(&self) -> bool {
-        self.verify
-    }
-
+impl Certified {
     fn verifier(&self) -> Result<Arc<dyn ClientCertVerifier>> {
         let roots = Arc::new(self.certificates.authorities("ca-cert.pem")?);
         WebPkiClientVerifier::builder_with_provider(roots, provider())
@@ -162,14 +141,60 @@ impl Server {
         config.enable_secret_extraction = true;
         Ok(Arc::new(config))
     }
+}
+
+/// A server's side of TLS.
+#[derive(Clone, Debug)]
+pub struct Server(Proof);
+
+/// By what it and its clients are known.
+#[derive(Clone, Debug)]
+enum Proof {
+    Certified(Certified),
+    Keys(Keys),
+}
+
+impl Server {
+    /// Looks at the files. They are read again for each client, so renewed ones need no restart.
+    /// With `verify`, clients have to show a certificate by an authority of `ca-cert.pem`.
+    ///
+    /// # Errors
+    /// If a file is missing or is not what it should be; names it.
+    pub fn new(certificates: Certificates, verify: bool) -> Result<Server> {
+        let certified = Certified { certificates, verify };
+        certified.config().map(|_| Server(Proof::Certified(certified)))
+    }
+
+    /// For clients that are a user of a file and have its key. It is read again for each of them.
+    ///
+    /// # Errors
+    /// If it is missing or is not what it should be; names it.
+    pub fn by_keys(keys: Keys) -> Result<Server> {
+        Keyed::server(&keys).map(|_| Server(Proof::Keys(keys)))
+    }
+
+    /// Whether clients have to show who they are, and by what.
+    #[must_use]
+    pub fn verifies(&self) -> Option<&'static str> {
+        match &self.0 {
+            Proof::Certified(certified) => certified.verify.then_some("tls-verify-peer"),
+            Proof::Keys(_) => Some("tls-psk"),
+        }
+    }
 
     /// Begins with a client that has connected and expects TLS.
     ///
     /// # Errors
     /// If the files have become bad.
     pub fn accept(&self, socket: OwnedFd) -> Result<Handshake<ServerSide>> {
-        let side = ServerSide::new(self.config()?)
-            .map_err(|error| Error::invalid("TLS", error.to_string()))?;
+        let side = match &self.0 {
+            Proof::Certified(certified) => {
+                let side = UnbufferedServerConnection::new(certified.config()?)
+                    .map_err(|error| Error::invalid("TLS", error.to_string()))?;
+                ServerSide::Certified(side.into())
+            }
+            Proof::Keys(keys) => ServerSide::Keyed(Keyed::server(keys)?.into()),
+        };
         Ok(Handshake::new(side, socket, "the client"))
     }
 }
@@ -192,6 +217,8 @@ pub struct Client {
     pub verify: bool,
     /// Who it should be: the host that was connected to, or whoever sits there under another name.
     pub name: String,
+    /// Who we are by a key that both have: then there are no certificates.
+    pub user: Option<(String, Keys)>,
 }
 
 impl Client {
@@ -258,11 +285,15 @@ impl Client {
     /// # Errors
     /// If a file is missing or is not what it should be; names it. Or if the name is none.
     pub fn connect(&self, socket: OwnedFd) -> Result<Handshake<ClientSide>> {
+        if let Some((user, keys)) = &self.user {
+            let side = ClientSide::Keyed(Keyed::client(keys, user)?.into());
+            return Ok(Handshake::new(side, socket, "the server"));
+        }
         let name = ServerName::try_from(self.name.clone())
             .map_err(|_| Error::invalid(&self.name, "is no host name or address"))?;
-        let side = ClientSide::new(Arc::new(self.config()?), name)
+        let side = UnbufferedClientConnection::new(Arc::new(self.config()?), name)
             .map_err(|error| Error::invalid("TLS", error.to_string()))?;
-        Ok(Handshake::new(side, socket, "the server"))
+        Ok(Handshake::new(ClientSide::Certified(side.into()), socket, "the server"))
     }
 }
 

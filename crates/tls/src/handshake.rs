@@ -10,11 +10,9 @@ use devsplice_core::{Error, ErrorKind, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
-use rustls::unbuffered::{ConnectionState, EncodeError, EncryptError};
 
-use crate::reasons::reason;
 use crate::relay::{self, Relay};
-use crate::side::Side;
+use crate::side::{Fault, Side, Step};
 
 /// Bytes of a record's header.
 const HEAD: usize = 5;
@@ -59,9 +57,9 @@ pub struct Handshake<S> {
     socket: OwnedFd,
     /// What the peer is called.
     theirs: &'static str,
-    /// What has come of a record, or of those that rustls wants to see again.
+    /// What has come of a record, or of those that the library wants to see again.
     incoming: Vec<u8>,
-    /// Bytes at its front that rustls has seen.
+    /// Bytes at its front that the library has seen.
     seen: usize,
     outgoing: Vec<u8>,
     received: usize,
@@ -86,8 +84,8 @@ impl<S: Side> Handshake<S> {
         }
     }
 
-    fn error(&self, error: &rustls::Error) -> Error {
-        Error::new(ErrorKind::Permission, "TLS", reason(error, self.theirs))
+    fn error(&self, fault: &Fault) -> Error {
+        Error::new(ErrorKind::Permission, "TLS", fault.reason(self.theirs))
     }
 
     fn lost(&self, reason: &str) -> Error {
@@ -95,11 +93,8 @@ impl<S: Side> Handshake<S> {
     }
 
     fn gone(&self) -> Error {
-        // GnuTLS says nothing when a certificate is not to its liking.
-        let why = match self.received {
-            0 => "",
-            _ => " (it may not trust the certificate that it was shown)",
-        };
+        let why = self.side.doubt(self.received > 0);
+        let why = why.map_or(String::new(), |why| format!(" ({why})"));
         self.lost(&format!("has gone in the middle of a handshake{why}"))
     }
 
@@ -121,9 +116,10 @@ impl<S: Side> Handshake<S> {
                         return Ok(Progress::Reads);
                     }
                 }
-                Err(error) => {
-                    self.alert();
-                    return Err(self.error(&error));
+                Err(fault) => {
+                    // It is told why, if it listens.
+                    let _ = self.send();
+                    return Err(self.error(&fault));
                 }
             }
         }
@@ -152,40 +148,13 @@ impl<S: Side> Handshake<S> {
         }
     }
 
-    /// One state of rustls.
-    fn step(&mut self) -> std::result::Result<Step, rustls::Error> {
-        let status = self.side.process(&mut self.incoming[..self.seen]);
-        let discard = status.discard;
-        let state = match status.state {
-            Ok(state) => state,
-            Err(error) => {
-                self.forget(discard);
-                return Err(error);
-            }
-        };
-        let step = match state {
-            ConnectionState::EncodeTlsData(mut data) => {
-                encode(&mut self.outgoing, CONTROL, |room| data.encode(room))?;
-                Step::Again
-            }
-            ConnectionState::TransmitTlsData(data) => {
-                // `outgoing` has it, and goes first.
-                data.done();
-                Step::Again
-            }
-            // A server may write before it knows the client, which it does not.
-            ConnectionState::BlockedHandshake | ConnectionState::WriteTraffic(_) => Step::Blocked,
-            // Nothing else can come before the end.
-            _ => return Err(rustls::Error::HandshakeNotComplete),
-        };
-        self.forget(discard);
-        let is_done = matches!(step, Step::Blocked) && !self.side.is_handshaking();
-        Ok(if is_done { Step::Done } else { step })
-    }
-
-    fn forget(&mut self, discard: usize) {
-        self.incoming.drain(..discard);
-        self.seen -= discard;
+    /// Shows the records that are there to the library; what comes next.
+    fn step(&mut self) -> std::result::Result<Step, Fault> {
+        let records = &mut self.incoming[..self.seen];
+        let (taken, step) = self.side.agree(records, &mut self.outgoing);
+        self.incoming.drain(..taken);
+        self.seen -= taken;
+        step
     }
 
     /// Sends what there is to send; whether that is all gone.
@@ -202,7 +171,7 @@ impl<S: Side> Handshake<S> {
         Ok(true)
     }
 
-    /// Receives what is missing of a record; whether it is there, and rustls may see it.
+    /// Receives what is missing of a record; whether it is there, and the library may see it.
     fn receive(&mut self) -> Result<bool> {
         loop {
             let there = self.incoming.len() - self.seen;
@@ -210,7 +179,7 @@ impl<S: Side> Handshake<S> {
                 None => HEAD,
                 Some(head) => HEAD + usize::from(u16::from_be_bytes([head[3], head[4]])),
             };
-            // What cannot be a record is shown to rustls at once, which says what is wrong with it.
+            // What cannot be a record is shown to the library at once, which says what is wrong.
             let is_tls = there == 0 || (20..=24).contains(&self.incoming[self.seen]);
             if !is_tls || wanted > MAX_RECORD || (there >= HEAD && there == wanted) {
                 self.seen = self.incoming.len();
@@ -234,21 +203,6 @@ impl<S: Side> Handshake<S> {
         }
     }
 
-    /// Tells the peer why there will be nothing, if it listens.
-    fn alert(&mut self) {
-        // Asked for more than the alert, rustls would look at the wrong bytes again.
-        while self.side.has_record() {
-            let status = self.side.process(&mut self.incoming[..self.seen]);
-            let discard = status.discard;
-            let Ok(ConnectionState::EncodeTlsData(mut data)) = status.state else { break };
-            if encode(&mut self.outgoing, CONTROL, |room| data.encode(room)).is_err() {
-                break;
-            }
-            self.forget(discard);
-        }
-        let _ = self.send();
-    }
-
     /// Hands the connection over. `say` is told what becomes of it later, `ended` when it is over
     /// and nothing of it is left in this process.
     ///
@@ -267,57 +221,5 @@ impl<S: Side> Handshake<S> {
         let relay = Relay::new(self.side, self.socket, self.theirs);
         let socket = relay::start(relay, say, ended)?;
         Ok(Secured { socket, way: Way::Relay })
-    }
-}
-
-enum Step {
-    Again,
-    Blocked,
-    Done,
-}
-
-/// Has rustls put a record behind what is there already.
-pub(crate) fn encode<E: Encoding>(
-    to: &mut Vec<u8>,
-    expected: usize,
-    mut put: impl FnMut(&mut [u8]) -> std::result::Result<usize, E>,
-) -> std::result::Result<(), rustls::Error> {
-    let at = to.len();
-    let mut room = expected;
-    // The second time it has said how much it needs.
-    for _ in 0..2 {
-        to.resize(at + room, 0);
-        match put(&mut to[at..]) {
-            Ok(count) => {
-                to.truncate(at + count);
-                return Ok(());
-            }
-            Err(error) => room = error.needs()?,
-        }
-    }
-    Err(rustls::Error::General("a record that has no size".to_owned()))
-}
-
-/// Why rustls has not put a record where it should.
-pub(crate) trait Encoding {
-    /// The room that it needs, if that is why.
-    fn needs(&self) -> std::result::Result<usize, rustls::Error>;
-}
-
-impl Encoding for EncodeError {
-    fn needs(&self) -> std::result::Result<usize, rustls::Error> {
-        match self {
-            EncodeError::InsufficientSize(size) => Ok(size.required_size),
-            other => Err(rustls::Error::General(other.to_string())),
-        }
-    }
-}
-
-impl Encoding for EncryptError {
-    fn needs(&self) -> std::result::Result<usize, rustls::Error> {
-        match self {
-            EncryptError::InsufficientSize(size) => Ok(size.required_size),
-            other => Err(rustls::Error::General(other.to_string())),
-        }
     }
 }

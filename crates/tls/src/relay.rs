@@ -16,15 +16,13 @@ use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, Shutdown, SocketFlags, SocketType, recv, send, shutdown,
     socketpair,
 };
-use rustls::unbuffered::ConnectionState;
 
-use crate::handshake::{CONTROL, MAX_RECORD, encode};
-use crate::reasons::reason;
-use crate::side::Side;
+use crate::certified::OVERHEAD;
+use crate::handshake::MAX_RECORD;
+use crate::side::{Fault, Side};
 
-/// Plain bytes that are taken at a time; and what encrypting adds, a record each 16 KiB.
+/// Plain bytes that are taken at a time.
 const PLAIN: usize = 64 << 10;
-const OVERHEAD: usize = 4 << 10;
 /// Encrypted bytes that are taken at a time.
 const CIPHER: usize = 4 * MAX_RECORD;
 /// Encrypted bytes that may wait when more is taken from a peer: its records may ask for answers.
@@ -108,8 +106,8 @@ impl<S: Side> Relay<S> {
         }
     }
 
-    fn broken(&self, error: &rustls::Error) -> Stop {
-        Stop::Broken(reason(error, self.theirs))
+    fn broken(&self, fault: &Fault) -> Stop {
+        Stop::Broken(fault.reason(self.theirs))
     }
 
     /// Moves until both ways are over, or one cannot go on.
@@ -195,44 +193,24 @@ impl<S: Side> Relay<S> {
 
     /// Decrypts all records that are there whole.
     fn decrypt(&mut self, inner: &OwnedFd) -> Result<(), Stop> {
-        loop {
-            let status = self.side.process(&mut self.cipher[..self.there]);
-            let discard = status.discard;
-            let state = match status.state {
-                Ok(state) => state,
-                Err(error) => {
-                    self.forget(discard);
-                    self.alert();
-                    return Err(self.broken(&error));
-                }
-            };
-            let mut is_over = false;
-            match state {
-                ConnectionState::ReadTraffic(mut traffic) => {
-                    while let Some(record) = traffic.next_record() {
-                        let record =
-                            record.map_err(|error| Stop::Broken(reason(&error, self.theirs)))?;
-                        give(inner, record.payload, &mut self.up);
-                    }
-                }
-                ConnectionState::EncodeTlsData(mut data) => {
-                    encode(&mut self.down, CONTROL, |room| data.encode(room))
-                        .map_err(|error| Stop::Broken(reason(&error, self.theirs)))?;
-                }
-                ConnectionState::TransmitTlsData(data) => data.done(),
-                ConnectionState::PeerClosed => self.peer_ended = true,
-                _ => is_over = true,
-            }
-            self.forget(discard);
-            if is_over {
-                return Ok(());
+        let Relay { side, cipher, there, up, down, .. } = self;
+        let mut give = |plain: &[u8]| give(inner, plain, up);
+        let (taken, closed) = side.open(&mut cipher[..*there], down, &mut give);
+        self.forget(taken);
+        match closed {
+            Ok(is_closed) => self.peer_ended |= is_closed,
+            Err(fault) => {
+                // It is told why, if it listens.
+                let _ = self.give_down();
+                return Err(self.broken(&fault));
             }
         }
+        Ok(())
     }
 
-    fn forget(&mut self, discard: usize) {
-        self.cipher.copy_within(discard..self.there, 0);
-        self.there -= discard;
+    fn forget(&mut self, taken: usize) {
+        self.cipher.copy_within(taken..self.there, 0);
+        self.there -= taken;
     }
 
     /// Gives our end what it has not taken yet; and the end, when that is next.
@@ -273,41 +251,9 @@ impl<S: Side> Relay<S> {
     /// Encrypts so many plain bytes; none is the end.
     fn encrypt(&mut self, count: usize) -> Result<(), Stop> {
         let Relay { side, cipher, there, down, plain, .. } = self;
-        for _ in 0..8 {
-            let status = side.process(&mut cipher[..*there]);
-            let discard = status.discard;
-            let mut is_done = false;
-            let result = match status.state {
-                Ok(ConnectionState::WriteTraffic(mut traffic)) => {
-                    is_done = true;
-                    if count == 0 {
-                        encode(down, CONTROL, |room| traffic.queue_close_notify(room))
-                    } else {
-                        encode(down, count + OVERHEAD, |room| {
-                            traffic.encrypt(&plain[..count], room)
-                        })
-                    }
-                }
-                Ok(ConnectionState::EncodeTlsData(mut data)) => {
-                    encode(down, CONTROL, |room| data.encode(room))
-                }
-                Ok(ConnectionState::TransmitTlsData(data)) => {
-                    data.done();
-                    Ok(())
-                }
-                Ok(ConnectionState::PeerClosed) => Ok(()),
-                // Both ends have been told; nothing can be said any more.
-                Ok(_) => return Ok(()),
-                Err(error) => Err(error),
-            };
-            cipher.copy_within(discard..*there, 0);
-            *there -= discard;
-            result.map_err(|error| Stop::Broken(reason(&error, self.theirs)))?;
-            if is_done {
-                return Ok(());
-            }
-        }
-        Err(Stop::Broken("TLS does not go on".to_owned()))
+        let (taken, result) = side.seal(&mut cipher[..*there], &plain[..count], down);
+        self.forget(taken);
+        result.map_err(|fault| self.broken(&fault))
     }
 
     /// Gives the peer what it has not taken yet; and the end, when that is next.
@@ -328,21 +274,6 @@ impl<S: Side> Relay<S> {
             let _ = shutdown(&self.outer, Shutdown::Write);
         }
         Ok(())
-    }
-
-    /// Tells the peer that something is wrong, if it listens.
-    fn alert(&mut self) {
-        // Asked for more than the alert, rustls would look at the wrong bytes again.
-        while self.side.has_record() {
-            let status = self.side.process(&mut self.cipher[..self.there]);
-            let discard = status.discard;
-            let Ok(ConnectionState::EncodeTlsData(mut data)) = status.state else { break };
-            if encode(&mut self.down, CONTROL, |room| data.encode(room)).is_err() {
-                break;
-            }
-            self.forget(discard);
-        }
-        let _ = self.give_down();
     }
 }
 

@@ -4,8 +4,10 @@
 
 mod authority;
 
+use std::fs::Permissions;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -14,11 +16,13 @@ use std::time::{Duration, Instant};
 
 use authority::Authority;
 use devsplice_core::Result;
-use devsplice_tls::{Certificates, Client, Handshake, Secured, Server, Side};
+use devsplice_tls::{Certificates, Client, Handshake, Keys, Secured, Server, Side};
 
 /// A directory with all that a server and a client need.
 struct Room {
     dir: PathBuf,
+    /// Whether they have keys instead of certificates.
+    is_keyed: bool,
 }
 
 impl Room {
@@ -36,10 +40,43 @@ impl Room {
         let dir = std::env::temp_dir().join(format!("devsplice-tls-{name}-{id}-{number}"));
         std::fs::create_dir_all(&dir).unwrap();
         fill(&dir);
-        Room { dir }
+        Room { dir, is_keyed: false }
+    }
+
+    /// With keys for `alice` and `bob`.
+    #[cfg(feature = "psk")]
+    fn keyed(name: &str) -> Room {
+        let mut room = Room::with(name, |_| ());
+        room.is_keyed = true;
+        room.write_keys(&[("bob", 'b'), ("alice", 'a')]);
+        room
+    }
+
+    /// One of each kind.
+    fn both(name: &str) -> Vec<Room> {
+        vec![
+            Room::new(name),
+            #[cfg(feature = "psk")]
+            Room::keyed(name),
+        ]
+    }
+
+    fn keys(&self) -> Keys {
+        Keys(self.dir.join("keys.psk"))
+    }
+
+    /// Users, and of what digit their keys are.
+    fn write_keys(&self, users: &[(&str, char)]) {
+        let line =
+            |(user, digit): &(&str, char)| format!("{user}:{}\n", digit.to_string().repeat(64));
+        std::fs::write(&self.keys().0, users.iter().map(line).collect::<String>()).unwrap();
+        std::fs::set_permissions(&self.keys().0, Permissions::from_mode(0o600)).unwrap();
     }
 
     fn server(&self, verify: bool) -> Server {
+        if self.is_keyed {
+            return Server::by_keys(self.keys()).unwrap();
+        }
         Server::new(Certificates(self.dir.clone()), verify).unwrap()
     }
 
@@ -48,6 +85,7 @@ impl Room {
             certificates: Some(Certificates(self.dir.clone())),
             verify: true,
             name: "localhost".to_owned(),
+            user: self.is_keyed.then(|| ("alice".to_owned(), self.keys())),
         }
     }
 }
@@ -113,8 +151,11 @@ fn noise(len: usize) -> Vec<u8> {
 
 #[test]
 fn what_goes_in_comes_out_both_ways_at_once() {
-    let room = Room::new("data");
-    let (mut server, mut client) = both(&room);
+    Room::both("data").iter().for_each(data_in);
+}
+
+fn data_in(room: &Room) {
+    let (mut server, mut client) = both(room);
     let data = noise(5 << 20);
     std::thread::scope(|scope| {
         for end in [&server, &client] {
@@ -154,8 +195,11 @@ fn what_goes_in_comes_out_both_ways_at_once() {
 
 #[test]
 fn nothing_grows_when_nobody_takes() {
-    let room = Room::new("full");
-    let (server, mut client) = both(&room);
+    Room::both("full").iter().for_each(full_in);
+}
+
+fn full_in(room: &Room) {
+    let (server, mut client) = both(room);
     client.socket.set_nonblocking(true).unwrap();
     let (data, mut sent, end) = (noise(64 << 10), 0, end());
     let mut last = Instant::now();
@@ -172,7 +216,10 @@ fn nothing_grows_when_nobody_takes() {
 
 #[test]
 fn what_is_changed_on_the_way_ends_it_and_is_told() {
-    let room = Room::new("changed");
+    Room::both("changed").iter().for_each(changed_in);
+}
+
+fn changed_in(room: &Room) {
     let (a, outer) = UnixStream::pair().unwrap();
     let (inner, b) = UnixStream::pair().unwrap();
     let begun = room.server(false).accept(OwnedFd::from(a)).unwrap();
@@ -292,7 +339,10 @@ fn what_is_revoked_is_refused_on_either_side_and_nothing_else_is() {
 
 #[test]
 fn who_speaks_no_tls_is_told_so_at_once() {
-    let room = Room::new("plain");
+    Room::both("plain").iter().for_each(plain_in);
+}
+
+fn plain_in(room: &Room) {
     for garbage in [&b"IHAVEOPT"[..], &[0x16, 3, 1, 0xff, 0xff, 0], &[0x17, 3, 3, 0, 1, 0]] {
         let (a, mut b) = UnixStream::pair().unwrap();
         b.write_all(garbage).unwrap();
@@ -352,7 +402,10 @@ fn a_directory_that_was_named_and_has_nothing_is_not_replaced_by_the_systems_aut
 
 #[test]
 fn a_client_that_is_gone_leaves_nothing_on_its_way() {
-    let room = Room::new("rest");
+    Room::both("rest").iter().for_each(rest_in);
+}
+
+fn rest_in(room: &Room) {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let ours = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     let mut theirs = listener.accept().unwrap().0;
@@ -376,4 +429,84 @@ fn a_client_that_is_gone_leaves_nothing_on_its_way() {
     let error = theirs.read_to_end(&mut rest).unwrap_err();
     assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
     assert!(rest.len() < sent, "{} of {sent} bytes have come", rest.len());
+}
+
+/// What both say, where one of them has keys, of each kind of fault.
+#[test]
+#[cfg(feature = "psk")]
+fn who_has_no_key_or_another_is_refused_by_reason() {
+    let (room, other) = (Room::keyed("keys"), Room::keyed("other"));
+    let (server, client) = (room.server(false), |user: &str, room: &Room| Client {
+        user: Some((user.to_owned(), room.keys())),
+        ..room.client()
+    });
+    assert!(meet(&server, &client("bob", &room)).1.is_ok());
+    other.write_keys(&[("alice", 'c'), ("mallory", 'a'), ("Alice", 'a'), ("alic", 'a')]);
+    let (theirs, ours) = ("and has another key than", "no such user, or another key");
+    assert_words(&words(&server, &client("alice", &other)), theirs, ours);
+    for stranger in ["mallory", "Alice", "alic"] {
+        let theirs = format!("says that it is `{stranger}`, of whom");
+        assert_words(&words(&server, &client(stranger, &other)), &theirs, ours);
+    }
+    let file = room.keys().0.display().to_string();
+    assert!(words(&server, &client("mallory", &other)).0.contains(&file));
+    // Nobody by that name in the client's own file.
+    let (a, _b) = UnixStream::pair().unwrap();
+    let error = client("carol", &room).connect(OwnedFd::from(a)).map(drop).unwrap_err();
+    assert!(error.to_string().contains("has no key of the user `carol`"), "{error}");
+}
+
+#[test]
+#[cfg(feature = "psk")]
+fn certificates_and_keys_do_not_meet() {
+    let (keyed, certified) = (Room::keyed("keyed"), Room::new("certified"));
+    let said = words(&keyed.server(false), &certified.client());
+    assert_words(&said, "has no key of a user in", "without certificates, by PSK?");
+    // A server that anybody believes by its certificate is not one that has the key.
+    for verify in [false, true] {
+        let said = words(&certified.server(verify), &keyed.client());
+        assert_words(&said, "the client", "the server");
+        println!("{said:?}");
+    }
+}
+
+#[test]
+#[cfg(feature = "psk")]
+fn keys_are_read_again_for_each_client() {
+    let room = Room::keyed("again");
+    let server = room.server(false);
+    room.write_keys(&[("alice", 'e')]);
+    assert!(meet(&server, &room.client()).1.is_ok());
+    std::fs::set_permissions(&room.keys().0, Permissions::from_mode(0o604)).unwrap();
+    let (a, _b) = UnixStream::pair().unwrap();
+    let error = server.accept(OwnedFd::from(a)).map(drop).unwrap_err().to_string();
+    assert!(error.contains("keys.psk") && error.contains("604"), "{error}");
+}
+
+#[test]
+#[cfg(feature = "psk")]
+fn a_thousand_users_are_each_let_in() {
+    let room = Room::keyed("many");
+    let names: Vec<_> = (0..999).map(|number| format!("user-{number}")).collect();
+    let users: Vec<(&str, char)> =
+        names.iter().map(|name| (name.as_str(), 'f')).chain([("alice", 'd')]).collect();
+    room.write_keys(&users);
+    let server = room.server(false);
+    for user in ["user-0", "user-998", "alice"] {
+        let client = Client { user: Some((user.to_owned(), room.keys())), ..room.client() };
+        assert!(meet(&server, &client).1.is_ok(), "{user}");
+    }
+}
+
+#[test]
+#[cfg(not(feature = "psk"))]
+fn keys_are_refused_where_they_were_not_built_in() {
+    let room = Room::with("none", |_| ());
+    room.write_keys(&[("alice", 'a')]);
+    let error = Server::by_keys(room.keys()).unwrap_err().to_string();
+    assert!(error.contains("keys.psk") && error.contains("without TLS with keys"), "{error}");
+    let (a, _b) = UnixStream::pair().unwrap();
+    let client = Client { user: Some(("alice".to_owned(), room.keys())), ..room.client() };
+    let error = client.connect(OwnedFd::from(a)).map(drop).unwrap_err().to_string();
+    assert!(error.contains("built without"), "{error}");
 }

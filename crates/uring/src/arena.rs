@@ -40,14 +40,14 @@ impl Arena {
             mmap_anonymous(std::ptr::null_mut(), bytes, ProtFlags::READ | ProtFlags::WRITE, flags)
         }
         .map_err(|errno| Error::os(format!("{bytes} bytes of request memory"), &errno.into()))?;
-        if stride > HUGE {
-            // A slot as large is there for the rare request; most use the first pages of it, and a
-            // huge page for each would be hundreds of times that. If it fails, that is so.
-            // SAFETY: the range is exactly the mapping made above; the advice changes no contents.
-            let _ = unsafe { madvise(base.cast(), bytes, Advice::LinuxNoHugepage) };
-        }
         let base = NonNull::new(base.cast::<u8>())
             .ok_or_else(|| Error::invalid("request memory", "mapped at address 0"))?;
+        let arena = Arena { base, stride, lent: vec![0; slots].into(), locked };
+        if stride > HUGE {
+            // A slot as large is there for the rare request; most use the first pages of it, and a
+            // huge page for each would be hundreds of times that.
+            arena.have_small_pages();
+        }
         if locked {
             // SAFETY: the range is exactly the mapping made above; locking changes no contents.
             unsafe { mlock(base.as_ptr().cast(), bytes) }.map_err(|errno| {
@@ -55,7 +55,15 @@ impl Arena {
                     .next("raise the limit (ulimit -l), or lower --depth or --queues")
             })?;
         }
-        Ok(Arena { base, stride, lent: vec![0; slots].into(), locked })
+        Ok(arena)
+    }
+
+    /// Has the kernel give what is touched and no more: unasked it may give a huge page where a
+    /// single byte is used. If that fails, it is so.
+    pub(crate) fn have_small_pages(&self) {
+        let bytes = self.lent.len() * self.stride;
+        // SAFETY: the range is exactly this value's mapping; the advice changes no contents.
+        let _ = unsafe { madvise(self.base.as_ptr().cast(), bytes, Advice::LinuxNoHugepage) };
     }
 
     /// The address of a range of a slot, for the kernel.
@@ -244,6 +252,32 @@ mod tests {
         locked.bytes(0).fill(7);
         locked.rest();
         assert!(locked.bytes(0).iter().all(|byte| *byte == 7));
+    }
+
+    #[test]
+    fn an_arena_is_of_small_pages_where_that_is_wanted() {
+        // The flags of the mapping that has its first byte (proc(5): `nh` is "no huge page").
+        let flags = |arena: &Arena| {
+            let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+            let at = arena.address(0, 0, 1);
+            let has_it = |line: &str| {
+                let (first, end) = line.split(' ').next()?.split_once('-')?;
+                let number = |text| u64::from_str_radix(text, 16).ok();
+                Some((number(first)?..number(end)?).contains(&at))
+            };
+            let ours = maps.lines().skip_while(|line| has_it(line) != Some(true));
+            ours.skip(1).find_map(|line| line.strip_prefix("VmFlags:")).unwrap_or("").to_owned()
+        };
+        if !std::path::Path::new("/sys/kernel/mm/transparent_hugepage").exists() {
+            println!("skipped: this kernel has no huge pages of its own accord");
+            return;
+        }
+        let arena = Arena::new(4, 1 << 20, false).unwrap();
+        assert!(!flags(&arena).contains(" nh"), "{}", flags(&arena));
+        arena.have_small_pages();
+        assert!(flags(&arena).contains(" nh"), "{}", flags(&arena));
+        let large = Arena::new(1, 2 * HUGE, false).unwrap();
+        assert!(flags(&large).contains(" nh"), "{}", flags(&large));
     }
 
     #[test]

@@ -14,6 +14,7 @@ mod files;
 #[cfg(feature = "imitation")]
 mod imitation;
 mod inner;
+pub mod lease;
 pub mod loopctl;
 pub mod probe;
 mod ring;

@@ -29,6 +29,10 @@ pub(crate) const FLAG_SETS: [u32; 4] = [
 /// with fewer steps so than with `DEFER_TASKRUN`.
 pub(crate) const LOW_DEPTH_FLAGS: u32 =
     BASE | SETUP_SUBMIT_ALL | SETUP_SINGLE_ISSUER | SETUP_COOP_TASKRUN | SETUP_NO_SQARRAY;
+/// For a ring that shares its thread, where the eventfd of one with `DEFER_TASKRUN` does not ring
+/// (since 6.0).
+pub(crate) const OWN_BELL_FLAGS: u32 =
+    BASE | SETUP_SUBMIT_ALL | SETUP_SINGLE_ISSUER | SETUP_COOP_TASKRUN;
 const BASE: u32 = SETUP_CQSIZE | SETUP_CLAMP;
 
 /// The one set for a ring of 128-byte entries, whose commands touch memory of ours only while this

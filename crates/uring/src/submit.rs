@@ -10,7 +10,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use devsplice_core::{Error, ErrorKind, Result};
 
-use crate::setup::{self, Cqe, FLAG_SETS, LOW_DEPTH_FLAGS, Made, Mapping, WIDE_FLAGS};
+use crate::setup::{
+    self, Cqe, FLAG_SETS, LOW_DEPTH_FLAGS, Made, Mapping, OWN_BELL_FLAGS, WIDE_FLAGS,
+};
 use crate::uapi::{ENTER_GETEVENTS, ENTER_NO_IOWAIT, ENTER_REGISTERED_RING, Sqe};
 
 /// `IORING_CQ_EVENTFD_DISABLED` (since 5.8).
@@ -44,6 +46,8 @@ pub(crate) struct Queues {
     pub(crate) enters: u64,
     /// Whether it was made for requests that come one at a time.
     pub(crate) is_low_depth: bool,
+    /// Its own descriptor tells who waits for it with epoll.
+    pub(crate) is_own_bell: bool,
     /// Where the second entry of a pair is that may not have been taken yet, counted as `tail`.
     pair_at: Option<u64>,
     /// What is submitted instead of what was asked for, where only this process is of interest.
@@ -88,6 +92,13 @@ impl Queues {
         }
     }
 
+    /// A ring for the calling thread that is its own bell.
+    pub(crate) fn own_bell(entries: u32, completions: u32) -> Result<Queues> {
+        let made = setup::make(entries, completions, OWN_BELL_FLAGS);
+        let queues = made.map(Queues::with).map_err(|error| unavailable(&error))?;
+        Ok(Queues { is_own_bell: true, ..queues })
+    }
+
     fn with(made: Made) -> Queues {
         let Made { rings, entries, params, fd } = made;
         let (sq, cq) = (&params.sq, &params.cq);
@@ -126,6 +137,7 @@ impl Queues {
             enter_flags: ENTER_GETEVENTS | registered | quiet,
             enters: 0,
             is_low_depth: false,
+            is_own_bell: false,
             pair_at: None,
             #[cfg(feature = "imitation")]
             imitation: crate::imitation::Imitation::default(),

@@ -3,11 +3,12 @@
 
 use std::cell::RefCell;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::mpsc;
 use std::thread::JoinHandle;
 
 use devsplice_core::{Error, Result};
+use rustix::fs::{Mode, OFlags, open};
 use rustix::mount::{MountPropagationFlags, mount_change};
 
 /// include/uapi/linux/prctl.h.
@@ -97,52 +98,52 @@ pub fn start(name: String, body: impl FnOnce() + Send + 'static) -> io::Result<J
 }
 
 /// Runs `work` on a thread with a table of descriptors of its own, which holds nothing but standard
-/// input, output and error and a copy of `fd`. What it waits for can then come from this process:
-/// when the process is killed, its files (and so the device that it serves) close although this
-/// thread still waits for them. `work` must bring no descriptors along: they are not in its table.
+/// input, output and error, and the directory `dir` (`O_PATH`). What it waits for can then come
+/// from this process: when the process is killed, its files (and so the device that it serves)
+/// close although this thread still waits for them. `work` must bring no descriptors along: they
+/// are not in its table.
 ///
 /// # Errors
 /// If there is no thread, or no table, to be had.
 pub fn apart<T: Send + 'static>(
-    fd: Option<BorrowedFd<'_>>,
+    dir: Option<BorrowedFd<'_>>,
     work: impl FnOnce(Option<OwnedFd>) -> T + Send + 'static,
 ) -> io::Result<mpsc::Receiver<T>> {
-    let kept = fd.map(|fd| fd.as_raw_fd());
+    let kept = dir.map(|dir| dir.as_raw_fd());
     let (ready, is_ready) = mpsc::channel();
     let (answer, result) = mpsc::channel();
     std::thread::Builder::new().name("apart".to_owned()).stack_size(256 << 10).spawn(
         move || {
-            let fd = match own_table(kept) {
-                Ok(fd) => fd,
+            let dir = match own_table(kept) {
+                Ok(dir) => dir,
                 Err(error) => return drop(ready.send(Err(error))),
             };
             let _ = ready.send(Ok(()));
-            let _ = answer.send(work(fd));
+            let _ = answer.send(work(dir));
         },
     )?;
-    // `fd` stays open until the other table has its copy.
+    // `dir` stays open until the other table has it.
     is_ready.recv().map_err(io::Error::other)??;
     Ok(result)
 }
 
-/// Gives the calling thread a table of descriptors with only the first three and `kept`.
+/// Gives the calling thread a table of descriptors with only the first three, and `kept` opened
+/// anew.
+///
+/// Nothing is copied that would only be closed: a server of many disks has ten thousand
+/// descriptors. (The kernel leaves out the end of the table, fs/file.c, `sane_fdtable_size`; with
+/// `kept` in the new one, which has a high number, it would copy what is before that.)
 fn own_table(kept: Option<RawFd>) -> io::Result<Option<OwnedFd>> {
-    // SAFETY: CLONE_FILES alone; the calling thread has just begun and holds no descriptor that it
-    // could take for another one.
-    if unsafe { libc::unshare(libc::CLONE_FILES) } != 0 {
+    let (first, last) = (3_u32, u32::MAX);
+    // SAFETY: this gives the calling thread a table of its own before anything is closed, and the
+    // thread has just begun: it uses nothing of what is closed there.
+    let done =
+        unsafe { libc::syscall(libc::SYS_close_range, first, last, libc::CLOSE_RANGE_UNSHARE) };
+    if done != 0 {
         return Err(io::Error::last_os_error());
     }
-    let kept = kept.and_then(|fd| u32::try_from(fd).ok()).filter(|fd| *fd > 2);
-    let ranges = match kept {
-        Some(fd) => [(3, fd - 1), (fd + 1, u32::MAX)],
-        None => [(3, u32::MAX), (u32::MAX, u32::MAX)],
-    };
-    for (first, last) in ranges.into_iter().filter(|(first, last)| first <= last) {
-        // SAFETY: the table is this thread's alone, and nothing on it uses what is closed here.
-        if unsafe { libc::syscall(libc::SYS_close_range, first, last, 0_u32) } != 0 {
-            return Err(io::Error::last_os_error());
-        }
-    }
-    // SAFETY: this table's copy of the descriptor has no other owner.
-    Ok(kept.map(|fd| unsafe { OwnedFd::from_raw_fd(fd.cast_signed()) }))
+    // By way of the process, whose table is the one that this thread began with.
+    let reopen =
+        |fd| open(format!("/proc/self/fd/{fd}"), OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
+    Ok(kept.map(reopen).transpose()?)
 }

@@ -12,7 +12,7 @@ use devsplice_nbd::Mode;
 use devsplice_nbd::client::{Handshake, Outcome, Wish};
 use devsplice_nbd::limits::HANDSHAKE_SECONDS;
 use devsplice_nbd::uri::{Place, Uri};
-use devsplice_tls::{Certificates, Client};
+use devsplice_tls::{Certificates, Client, Keys};
 use devsplice_uring::{Link, vsock};
 use rustix::net::{AddressFamily, sockopt};
 
@@ -80,6 +80,7 @@ fn client(uri: &Uri) -> Option<Client> {
         certificates: tls.certificates.clone().map(Certificates),
         verify: !tls.anybody,
         name: tls.name.clone().unwrap_or_else(|| host.to_owned()),
+        user: tls.user.clone().map(|user| (user.name, Keys(user.keys))),
     })
 }
 

@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
-use devsplice_core::{Error, ErrorKind, Result};
-use devsplice_exports::nbd::{Certificates, Secure, Server, Tls};
+use devsplice_core::{Error, Result};
+use devsplice_exports::nbd::{Certificates, Keys, Secure, Server, Tls};
 use serde::{Deserialize, Serialize};
 
 /// Whether NBD clients speak TLS.
@@ -22,7 +22,8 @@ pub enum TlsChoice {
 /// TLS for a disk that is reached by NBD.
 #[derive(Args, Clone, Debug, Default, Serialize, Deserialize)]
 pub struct TlsOptions {
-    /// Whether NBD clients speak TLS [default: require with --tls-certificates, else off].
+    /// Whether NBD clients speak TLS [default: require with --tls-certificates or --tls-psk, else
+    /// off].
     #[arg(long, value_enum)]
     #[serde(default)]
     pub tls: Option<TlsChoice>,
@@ -34,8 +35,9 @@ pub struct TlsOptions {
     #[arg(long)]
     #[serde(default)]
     pub tls_verify_peer: bool,
-    /// Keys of users instead of certificates: not to be had here, see docs/nbd.md.
-    #[arg(long, value_name = "FILE", hide = true)]
+    /// Let in only clients that are a user in this file and have its key: lines of USER:KEY, as
+    /// psktool writes them. Nobody else may be able to read it.
+    #[arg(long, value_name = "FILE")]
     #[serde(default)]
     pub tls_psk: Option<PathBuf>,
 }
@@ -58,34 +60,35 @@ impl TlsOptions {
     /// # Errors
     /// If they make no sense together, or the files none.
     pub fn secure(&self, here: &Path) -> Result<Option<Secure>> {
-        if let Some(file) = &self.tls_psk {
-            let reason = "TLS with keys of users (PSK) cannot be done: rustls has none";
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                format!("--tls-psk {}", file.display()),
-                reason,
-            )
-            .next("use certificates: --tls-certificates DIR --tls-verify-peer"));
+        if self.tls_psk.is_some() && (self.tls_certificates.is_some() || self.tls_verify_peer) {
+            let reason = "clients are known by keys or by certificates, not by both";
+            return Err(Error::invalid("--tls-psk", reason)
+                .next("leave --tls-certificates and --tls-verify-peer out, or --tls-psk"));
         }
-        let policy = match (self.tls, &self.tls_certificates) {
-            (Some(TlsChoice::Off), _) | (None, None) => Tls::Off,
+        let is_there = self.tls_certificates.is_some() || self.tls_psk.is_some();
+        let policy = match (self.tls, is_there) {
+            (Some(TlsChoice::Off), _) | (None, false) => Tls::Off,
             (Some(TlsChoice::On), _) => Tls::Offered,
             (Some(TlsChoice::Require) | None, _) => Tls::Required,
         };
-        match (policy, &self.tls_certificates) {
-            (Tls::Off, _) if self.tls_verify_peer => {
-                Err(Error::invalid("--tls-verify-peer", "there is no TLS in which to verify")
-                    .next("--tls require --tls-certificates DIR"))
-            }
-            (Tls::Off, _) => Ok(None),
-            (_, None) => Err(Error::invalid("--tls", "there is no certificate to show")
-                .next("--tls-certificates DIR, with server-cert.pem and server-key.pem")),
-            (policy, Some(dir)) => {
-                let files = Certificates(here.join(dir));
-                let server = Server::new(files, self.tls_verify_peer)?;
-                Ok(Some(Secure { policy, server }))
-            }
+        if policy == Tls::Off {
+            return match self.tls_verify_peer {
+                true => {
+                    Err(Error::invalid("--tls-verify-peer", "there is no TLS in which to verify")
+                        .next("--tls require --tls-certificates DIR"))
+                }
+                false => Ok(None),
+            };
         }
+        let server = match (&self.tls_certificates, &self.tls_psk) {
+            (Some(dir), _) => Server::new(Certificates(here.join(dir)), self.tls_verify_peer)?,
+            (None, Some(file)) => Server::by_keys(Keys(here.join(file)))?,
+            (None, None) => {
+                return Err(Error::invalid("--tls", "there is no certificate to show, and no key")
+                    .next("--tls-certificates DIR with server-cert.pem, or --tls-psk FILE"));
+            }
+        };
+        Ok(Some(Secure { policy, server }))
     }
 }
 
@@ -99,7 +102,15 @@ mod tests {
         assert!(plain.secure(Path::new("/")).unwrap().is_none() && plain.first().is_none());
         let dir = Some(PathBuf::from("/does/not/exist"));
         for (options, name) in [
-            (TlsOptions { tls_psk: dir.clone(), ..plain.clone() }, "--tls-psk"),
+            (
+                TlsOptions { tls_psk: dir.clone(), tls_certificates: dir.clone(), ..plain.clone() },
+                "--tls-psk",
+            ),
+            (
+                TlsOptions { tls_psk: dir.clone(), tls_verify_peer: true, ..plain.clone() },
+                "--tls-psk",
+            ),
+            (TlsOptions { tls_psk: dir.clone(), ..plain.clone() }, "/does/not/exist"),
             (TlsOptions { tls_verify_peer: true, ..plain.clone() }, "--tls-verify-peer"),
             (TlsOptions { tls: Some(TlsChoice::On), ..plain.clone() }, "--tls"),
             (TlsOptions { tls_certificates: dir, ..plain.clone() }, "/does/not/exist"),

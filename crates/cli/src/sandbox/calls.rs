@@ -6,12 +6,10 @@ use devsplice_uring::thread::calls as sys;
 pub const TGKILL: i64 = sys::SYS_tgkill;
 pub const CLONE: i64 = sys::SYS_clone;
 pub const CLONE3: i64 = sys::SYS_clone3;
-pub const UNSHARE: i64 = sys::SYS_unshare;
 pub const SOCKET: i64 = sys::SYS_socket;
 
 /// include/uapi/linux/sched.h.
 pub const CLONE_THREAD: u64 = 0x0001_0000;
-pub const CLONE_FILES: u64 = 0x0000_0400;
 
 /// Sockets that a server may have: control clients and systemd (1, AF_UNIX), disks elsewhere (2,
 /// 10, 40: AF_INET, AF_INET6, AF_VSOCK), and what looks their names up (16, AF_NETLINK).
@@ -98,6 +96,7 @@ pub const NEVER: &[i64] = &[
     sys::SYS_execveat,
     sys::SYS_fork,
     sys::SYS_vfork,
+    sys::SYS_unshare,
     sys::SYS_kill,
     sys::SYS_tkill,
     sys::SYS_rt_sigqueueinfo,

@@ -19,6 +19,7 @@ pub fn add(group: &mut Group, kind: Kind) {
     group.add("sizes_that_do_not_fit_say_how_to_mend_it", move || bad_sizes(kind));
     group.add("a_file_used_twice_in_a_stack_is_refused_by_any_name", move || used_twice(kind));
     group.add("a_file_that_another_disk_serves_is_refused", move || served_already(kind));
+    group.add("a_file_under_a_loop_device_is_refused", move || under_loop(kind));
     group.add("a_mounted_device_is_refused", move || mounted(kind));
     group.add("a_device_that_is_let_go_in_a_moment_is_waited_for", move || held_below(kind));
     group.add("a_file_that_may_not_be_read_is_named", unreadable);
@@ -32,6 +33,23 @@ pub fn add(group: &mut Group, kind: Kind) {
         group.alone("without_the_module_auto_takes_fuse_and_says_why", without_module);
         group.alone("add_loads_the_module_by_itself", loads_module);
     }
+}
+
+/// Such a device takes no lock, and one that only reads could see what we write change under it.
+fn under_loop(kind: Kind) -> Outcome {
+    need_tool("losetup")?;
+    let room = Room::new();
+    for more in [&[][..], &["-r"]] {
+        let file = room.file("a", 4 * MIB);
+        let words = ["-f", "--show"].iter().chain(more).copied().chain([file.as_str()]);
+        let node = call("losetup", words).ok().trim().to_owned();
+        room.add_refused(kind, &file, &[], &[&file, &format!("in use by {node}"), "losetup -d"]);
+        call("losetup", ["-d", &node]).ok();
+        // Somebody who merely reads it is not in the way.
+        let _reader = std::fs::File::open(&file).unwrap();
+        room.add(kind, &file, &["--no-part-scan"]).remove();
+    }
+    Ok(())
 }
 
 /// As after a kill: the kernel closes the device of a dead server some time later.

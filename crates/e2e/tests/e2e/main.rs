@@ -25,6 +25,7 @@ mod mirror;
 mod nbd;
 mod ops;
 mod protect;
+mod psk;
 mod reach;
 mod recover;
 mod remote;
@@ -94,6 +95,7 @@ fn groups() -> Vec<Group> {
     matrix::add(&mut nbd);
     let mut tls = Group::new("tls", Ok(()));
     tls::add(&mut tls);
+    psk::add(&mut tls);
     let mut groups = vec![cli, bad, copies, nbd, tls];
     let fuse = [Kind::Fuse].into_iter().chain(FUSE_PATHS.map(Kind::FuseUring));
     for kind in fuse.chain(PATHS.map(Kind::Ublk)) {

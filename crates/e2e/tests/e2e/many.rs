@@ -20,6 +20,8 @@ const THREADS: usize = 2;
 const OTHERS: usize = 6;
 /// Milliseconds that making a disk may take.
 const ATTACH_MS: f64 = 10.0;
+/// KiB of memory that an idle disk may keep.
+const RESIDENT_KIB: u64 = 256;
 /// How many times what the kernel takes for a loop device, where that is more: the machine has
 /// other things to do then.
 const ATTACH_LOOPS: f64 = 4.0;
@@ -29,6 +31,7 @@ const EMULATED: f64 = 10.0;
 pub fn add(group: &mut Group, kind: Kind) {
     let count = if kind.is_ublk() { 64 } else { 20 };
     group.alone(&format!("many_{count}_disks_of_one_server"), move || many(kind, count));
+    group.alone("many_others_make_a_disk_no_dearer", move || as_dear_as_the_first(kind));
     group.alone("many_a_busy_disk_keeps_no_other_waiting", move || fair(kind));
     group.add("many_a_mirror_among_other_disks", move || mirror(kind));
     group.add("many_one_is_served_by_nbd_time_and_again", move || by_nbd(kind));
@@ -47,6 +50,59 @@ pub fn add_thousand(group: &mut Group, kind: Kind) {
     if mode() == Mode::Vm && std::env::var_os("DEVSPLICE_E2E_FULL").is_some() {
         group.alone("many_1000_disks_of_one_server", move || many(kind, 1000));
     }
+}
+
+/// Nothing is looked through that grows with the number of disks: loop devices, say.
+fn as_dear_as_the_first(kind: Kind) -> Outcome {
+    let room = Room::new();
+    let server = Server::start(&room, &["--threads", "1"]);
+    let (process, prefix, mut talk) = (server.process(), room.name(), server.talk());
+    let mut reads = Vec::new();
+    for number in 0..20 {
+        let wish = wish(&room, kind, &prefix, 2 * number);
+        let before = process.reads();
+        talk.result("add", &wish);
+        reads.push(process.reads() - before);
+    }
+    println!("{}: calls to read, for each of 20 disks of a file: {reads:?}", kind.name());
+    let [first, last] = [&reads[1..6], &reads[15..]].map(median_of);
+    assert!(last <= first + 4, "{last} calls to read after {first}: {reads:?}");
+    drop(talk);
+    server.end();
+    Ok(())
+}
+
+fn median_of(some: &[u64]) -> u64 {
+    let mut some = some.to_vec();
+    some.sort_unstable();
+    some[some.len() / 2]
+}
+
+/// A disk of a server of many that a person has quiesced, when that server dies.
+fn quiesced_across_a_death(
+    room: &Room,
+    server: &Server<'_>,
+    quiet: &str,
+    others_live: impl Fn() -> bool,
+) {
+    let _ = room.devsplice(["quiesce", quiet]).ok();
+    let old = server.process();
+    old.signal(Signal::KILL);
+    old.ends_within(20);
+    wait_until(60, "another server with the other disks", || {
+        server.process() != old && others_live()
+    });
+    let info = || {
+        let text = room.devsplice(["info", "--json", quiet]).run().out;
+        serde_json::from_str::<Value>(&text).unwrap_or_default()
+    };
+    wait_until(20, "the next server has it", || info()["pid"] == json!(server.process().0));
+    let info = info();
+    assert_eq!(info["state"], "quiesced", "{info}");
+    let stack = info["stack"].as_str().unwrap_or_default();
+    let file = stack.trim_start_matches("file(").trim_end_matches(')');
+    call("flock", ["-n", file, "true"]).ok();
+    let _ = room.devsplice(["resume", quiet]).ok();
 }
 
 /// Whoever looks whether a server runs takes its seat for a moment: one that starts then waits.
@@ -156,10 +212,12 @@ fn make(
         took.push(start.elapsed().as_secs_f64() * 1000.0);
     }
     let most = took.iter().copied().fold(0.0, f64::max);
+    let some = (count / 10).max(1);
+    let [first, last] = [&took[..some], &took[count - some..]].map(|some| median(some.to_vec()));
     let (middle, bare) = (median(took), median(bare));
     println!(
-        "{}: {count} disks: attach {middle:.1} ms (median), {most:.1} ms (most); the kernel's loop \
-         device {bare:.1} ms",
+        "{}: {count} disks: attach {middle:.1} ms (median; of the first {first:.1} ms, of the last \
+         {last:.1} ms), {most:.1} ms (most); the kernel's loop device {bare:.1} ms",
         kind.name()
     );
     let slow = if mode() == Mode::Vm { EMULATED } else { 1.0 };
@@ -186,8 +244,10 @@ fn many(kind: Kind, count: usize) -> Outcome {
         "{}: {count} disks: {io} I/O threads of {all}, {idle} ticks in 3 s idle, {full} KiB \
          resident, {} KiB for each disk",
         kind.name(),
-        (full.saturating_sub(empty)) / count as u64,
+        full.saturating_sub(empty) / count as u64,
     );
+    let each = full.saturating_sub(empty) / count as u64;
+    assert!(each <= RESIDENT_KIB, "{each} KiB resident for each disk");
     assert_eq!(io, THREADS, "{:?}", process.threads());
     assert!(all <= THREADS + OTHERS, "{:?}", process.threads());
     assert!(idle <= 1, "{idle} ticks of an idle server");
@@ -424,9 +484,8 @@ fn survive(kind: Kind) -> Outcome {
         fio.join().expect("fio notices nothing");
     });
     let quiet = format!("{prefix}2");
-    for word in ["quiesce", "resume"] {
-        let _ = room.devsplice([word, &quiet]).ok();
-    }
+    quiesced_across_a_death(&room, &server, &quiet, || all_live(8, server.process()));
+    assert!(all_live(9, server.process()));
     verify(&room, disks[2]["device"].as_str().unwrap_or_default().as_ref(), 8 * MIB, "4k-64k");
     server.end();
     Ok(())

@@ -12,6 +12,7 @@ use rustix::process::Signal;
 use serde_json::Value;
 
 use crate::nbd::{Served, verify_32_deep};
+use crate::psk::keys;
 use crate::tls::certificates;
 
 /// Bytes of each disk.
@@ -20,16 +21,104 @@ const SIZE: u64 = 16 * MIB;
 pub fn add(group: &mut Group) {
     for which in [Which::Ours, Which::Nbdkit, Which::Qemu, Which::NbdServer] {
         let name = which.name();
-        group.add(&format!("our_client_keeps_every_byte_over_{name}"), move || below(which, false));
-        group.add(&format!("our_client_keeps_every_byte_over_{name}_with_tls"), move || {
-            below(which, true)
-        });
+        for by in [By::Nothing, By::Certificates, By::Keys] {
+            if (which, by) != (Which::NbdServer, By::Keys) {
+                let end = by.name();
+                let name = format!("our_client_keeps_every_byte_over_{name}{end}");
+                group.add(&name, move || below(which, by));
+            }
+        }
     }
     group.add("holes_below_a_server_below_us_are_told_as_they_are_now", holes);
-    group.add("qemu_writes_32_deep_to_our_server", || qemu(false));
-    group.add("qemu_writes_32_deep_to_our_server_with_tls", || qemu(true));
+    for by in [By::Nothing, By::Certificates, By::Keys] {
+        let name = format!("qemu_writes_32_deep_to_our_server{}", by.name());
+        group.add(&name, move || qemu(by));
+    }
     group.alone("the_kernels_client_keeps_every_byte_over_our_server", || kernel(false));
     group.alone("the_kernels_client_keeps_every_byte_over_our_server_with_tls", || kernel(true));
+}
+
+/// By what the two are known to each other.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum By {
+    Nothing,
+    Certificates,
+    Keys,
+}
+
+impl By {
+    fn name(self) -> &'static str {
+        match self {
+            By::Nothing => "",
+            By::Certificates => "_with_tls",
+            By::Keys => "_with_tls_by_keys",
+        }
+    }
+}
+
+/// The same, with the directory in which it is.
+struct Trust {
+    by: By,
+    dir: String,
+}
+
+impl Trust {
+    fn new(room: &Room, by: By) -> Result<Trust, devsplice_e2e::Skip> {
+        let dir = match by {
+            By::Nothing => String::new(),
+            By::Certificates => certificates(room, "pki"),
+            By::Keys => keys(room, "keys")?,
+        };
+        Ok(Trust { by, dir })
+    }
+
+    /// What our server is told.
+    fn ours(&self) -> Vec<String> {
+        match self.by {
+            By::Nothing => Vec::new(),
+            By::Certificates => vec!["--tls-certificates".to_owned(), self.dir.clone()],
+            By::Keys => vec!["--tls-psk".to_owned(), format!("{}/keys.psk", self.dir)],
+        }
+    }
+
+    /// What nbdkit is told.
+    fn nbdkit(&self) -> Vec<String> {
+        let dir = &self.dir;
+        let option = match self.by {
+            By::Nothing => return Vec::new(),
+            By::Certificates => format!("--tls-certificates={dir}"),
+            By::Keys => format!("--tls-psk={dir}/keys.psk"),
+        };
+        vec!["--tls=require".to_owned(), option]
+    }
+
+    /// What QEMU's tools are told, at one end.
+    fn qemu(&self, end: &str) -> Option<String> {
+        let dir = &self.dir;
+        let verify = if end == "server" { ",verify-peer=no" } else { "" };
+        let user = if end == "client" { ",username=alice" } else { "" };
+        match self.by {
+            By::Nothing => None,
+            By::Certificates => {
+                Some(format!("tls-creds-x509,id=t,endpoint={end},dir={dir}{verify}"))
+            }
+            By::Keys => Some(format!("tls-creds-psk,id=t,endpoint={end},dir={dir}{user}")),
+        }
+    }
+
+    /// An export behind a socket, as an address.
+    fn uri(&self, name: &str, socket: &str) -> String {
+        let dir = &self.dir;
+        match self.by {
+            By::Nothing => format!("nbd+unix:///{name}?socket={socket}"),
+            By::Certificates => {
+                format!("nbds+unix:///{name}?socket={socket}&tls-certificates={dir}")
+            }
+            By::Keys => {
+                format!("nbds+unix://alice@/{name}?socket={socket}&tls-psk-file={dir}/keys.psk")
+            }
+        }
+    }
 }
 
 /// A program that serves.
@@ -66,7 +155,7 @@ impl<'r> Server<'r> {
     fn start(
         room: &'r Room,
         which: Which,
-        pki: Option<&str>,
+        trust: &Trust,
     ) -> Result<Server<'r>, devsplice_e2e::Skip> {
         let (socket, image) = (room.path("below.sock"), room.file("below.img", SIZE));
         let mut server = Server {
@@ -81,16 +170,15 @@ impl<'r> Server<'r> {
         };
         match which {
             Which::Ours => {
-                let tls = pki.map_or(Vec::new(), |dir| vec!["--tls-certificates", dir]);
+                let tls = trust.ours();
+                let tls: Vec<_> = tls.iter().map(String::as_str).collect();
                 let served = Served::new(room, &image, &tls);
                 (server.socket, server.name) = (served.socket.clone(), served.name.clone());
                 server._ours = Some(served);
             }
             Which::Nbdkit => {
                 need_tool("nbdkit")?;
-                let tls = pki.map_or_else(Vec::new, |dir| {
-                    vec!["--tls=require".to_owned(), format!("--tls-certificates={dir}")]
-                });
+                let tls = trust.nbdkit();
                 let mut all = vec!["-f", "-U", &socket];
                 all.extend(tls.iter().map(String::as_str));
                 all.extend(["file", &image]);
@@ -99,9 +187,7 @@ impl<'r> Server<'r> {
             Which::Qemu => {
                 need_tool("qemu-nbd")?;
                 let mut all = vec!["-f", "raw", "-k", &socket, "-x", "disk", "-e", "8", "-t"];
-                let object = pki.map(|dir| {
-                    format!("tls-creds-x509,id=t,endpoint=server,dir={dir},verify-peer=no")
-                });
+                let object = trust.qemu("server");
                 if let Some(object) = &object {
                     all.extend(["--object", object, "--tls-creds", "t"]);
                 }
@@ -112,7 +198,8 @@ impl<'r> Server<'r> {
                 need_tool("nbd-server")?;
                 let (config, pid) = (room.path("below.conf"), room.path("below.pid"));
                 let mut text = format!("[generic]\nunixsock = {socket}\n");
-                if let Some(dir) = pki {
+                if trust.by == By::Certificates {
+                    let dir = &trust.dir;
                     text += &format!("certfile = {dir}/server-cert.pem\n");
                     text += &format!("keyfile = {dir}/server-key.pem\n");
                     text += &format!("cacertfile = {dir}/ca-cert.pem\nforce_tls = true\n");
@@ -129,14 +216,6 @@ impl<'r> Server<'r> {
         wait_until(20, "a server listens", || Path::new(&socket).exists());
         Ok(server)
     }
-
-    fn uri(&self, pki: Option<&str>) -> String {
-        let Server { socket, name, .. } = self;
-        match pki {
-            None => format!("nbd+unix:///{name}?socket={socket}"),
-            Some(dir) => format!("nbds+unix:///{name}?socket={socket}&tls-certificates={dir}"),
-        }
-    }
 }
 
 impl Drop for Server<'_> {
@@ -148,12 +227,12 @@ impl Drop for Server<'_> {
 }
 
 /// fio, our server, our client, and the server in question.
-fn below(which: Which, is_secure: bool) -> Outcome {
+fn below(which: Which, by: By) -> Outcome {
     need(mode() == Mode::Native, "it needs nothing of the machine's kernel")?;
     let room = Room::new();
-    let pki = is_secure.then(|| certificates(&room, "pki"));
-    let server = Server::start(&room, which, pki.as_deref())?;
-    let stack = format!("nbd(\"{}\")", server.uri(pki.as_deref()));
+    let trust = Trust::new(&room, by)?;
+    let server = Server::start(&room, which, &trust)?;
+    let stack = format!("nbd(\"{}\")", trust.uri(&server.name, &server.socket));
     let served = Served::at(&room, "above.sock", &stack, &["--threads", "2"]);
     verify_32_deep(&room, &served.uri, SIZE)?;
     let info = served.info();
@@ -218,33 +297,32 @@ fn holes() -> Outcome {
 }
 
 /// An export of ours as QEMU names it, and what has to be said before.
-fn for_qemu(served: &Served<'_>, pki: Option<&str>) -> (Vec<String>, String) {
+fn for_qemu(served: &Served<'_>, trust: &Trust) -> (Vec<String>, String) {
     let (socket, name) = (served.socket.clone(), served.name.clone());
     let image = format!("driver=nbd,server.type=unix,server.path={socket},export={name}");
-    match pki {
-        None => (vec!["--image-opts".to_owned()], image),
-        Some(dir) => {
-            let object = format!("tls-creds-x509,id=t,endpoint=client,dir={dir}");
-            let first = ["--object", &object, "--image-opts"].map(str::to_owned).to_vec();
-            (first, format!("{image},tls-creds=t,tls-hostname=localhost"))
-        }
-    }
+    let Some(object) = trust.qemu("client") else {
+        return (vec!["--image-opts".to_owned()], image);
+    };
+    let first = ["--object", &object, "--image-opts"].map(str::to_owned).to_vec();
+    let name = if trust.by == By::Certificates { ",tls-hostname=localhost" } else { "" };
+    (first, format!("{image},tls-creds=t{name}"))
 }
 
 fn tool(room: &Room, name: &str, arguments: &[&str]) -> Call {
     call(name, arguments).dir(&room.dir).limit(60)
 }
 
-fn qemu(is_secure: bool) -> Outcome {
+fn qemu(by: By) -> Outcome {
     need(mode() == Mode::Native, "it needs nothing of the machine's kernel")?;
     need_tool("qemu-img")?;
     need_tool("qemu-io")?;
     let room = Room::new();
-    let pki = is_secure.then(|| certificates(&room, "pki"));
-    let tls = pki.iter().flat_map(|dir| ["--tls-certificates", dir]).collect::<Vec<_>>();
+    let trust = Trust::new(&room, by)?;
+    let tls = trust.ours();
+    let tls: Vec<_> = tls.iter().map(String::as_str).collect();
     let image = room.file("a.img", SIZE);
     let served = Served::new(&room, &image, &tls);
-    let (first, address) = for_qemu(&served, pki.as_deref());
+    let (first, address) = for_qemu(&served, &trust);
     let first: Vec<_> = first.iter().map(String::as_str).collect();
     // The first half in pieces that touch, every byte by what it says, 32 of them in flight.
     let pattern = |place: u32| 1 + place / 16 % 251;

@@ -1,6 +1,9 @@
 //! Answers for disks over NBD as the tools see them that people use: nbdinfo, nbdcopy, qemu, fio.
 
-use devsplice_e2e::{Call, Group, MIB, Outcome, Ran, Room, call, need, need_tool, wait_until};
+use devsplice_e2e::{
+    Call, Group, Kind, MIB, Outcome, Ran, Room, call, is_root, kernel_is, need, need_tool,
+    wait_until,
+};
 use rustix::process::Signal;
 use serde_json::Value;
 
@@ -10,6 +13,7 @@ pub fn add(group: &mut Group) {
     group.add("nbdcopy_brings_and_fetches_and_keeps_holes", nbdcopy);
     group.add("qemu_writes_reads_zeroes_and_compares", qemu);
     group.add("del_waits_for_clients_unless_forced", del);
+    group.add("a_disk_whose_requests_hang_below_is_ending_until_it_is_resumed", ending);
     group.add("a_killed_server_leaves_a_place_that_the_next_one_takes", killed);
     group.add("what_makes_no_sense_is_refused_by_name", refused);
 }
@@ -37,7 +41,8 @@ impl<'a> Served<'a> {
         let mut arguments = vec!["add", stack, "-n", &name, "--listen", &listen];
         arguments.extend(more);
         let uri = room.devsplice(arguments).ok().trim().to_owned();
-        let scheme = if more.contains(&"--tls-certificates") { "nbds" } else { "nbd" };
+        let is_tls = more.iter().any(|one| ["--tls-certificates", "--tls-psk"].contains(one));
+        let scheme = if is_tls { "nbds" } else { "nbd" };
         assert_eq!(uri, format!("{scheme}+unix:///{name}?socket={socket}"));
         Served { room, name, socket, uri }
     }
@@ -252,6 +257,41 @@ fn del() -> Outcome {
     assert!(refused.err.contains("held by 1 NBD connection"), "{}", refused.err);
     let _ = served.del(&["--force"]).ok();
     assert_ne!(running.finish().code, Some(0), "it was cut off");
+    Ok(())
+}
+
+/// What it lies on is quiesced, so that requests for it stay where they are.
+fn ending() -> Outcome {
+    need(is_root(), "needs root")?;
+    need(kernel_is(6, 9), "FUSE holds no requests before Linux 6.9")?;
+    need_tool("nbdcopy")?;
+    let room = Room::new();
+    let below = room.add(Kind::Fuse, &room.file("a", 4 * MIB), &["--no-part-scan"]);
+    let served = Served::new(&room, &below.node.display().to_string(), &[]);
+    let listed = || {
+        let list = room.devsplice(["list", "--json"]).ok();
+        let list: Value = serde_json::from_str(&list).unwrap();
+        let ours = list.as_array().into_iter().flatten().find(|one| one["name"] == *served.name);
+        ours.map_or(Value::Null, |one| one["state"].clone())
+    };
+    room.devsplice(["quiesce", &below.name]).ok();
+    let client = tool(&room, "nbdcopy", &[&served.uri, "null:"]).limit(90).start();
+    wait_until(20, "a client is there", || served.info()["clients"] != 0);
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    assert_eq!(listed(), "live");
+    let refused = room.devsplice(["quiesce", &served.name]).limit(60).run().ended_with(1);
+    assert_eq!(listed(), "ending", "{}", refused.err);
+    assert_eq!(served.info()["state"], "ending");
+    assert_ne!(client.finish().code, Some(0), "nobody serves it");
+    let metrics = room.devsplice(["metrics"]).ok();
+    let is_so = format!("disk=\"{}\",state=\"ending\"}} 1", served.name);
+    assert!(metrics.contains(&is_so), "{metrics}");
+    room.devsplice(["resume", &below.name]).ok();
+    room.devsplice(["resume", &served.name]).ok();
+    assert_eq!(listed(), "live");
+    tool(&room, "nbdcopy", &[&served.uri, "null:"]).ok();
+    served.remove();
+    below.remove();
     Ok(())
 }
 

@@ -9,7 +9,7 @@ use std::os::unix::net::UnixDatagram;
 use std::time::Duration;
 
 use devsplice_e2e::{
-    Group, Kind, MIB, Outcome, Process, Room, call, engines, kernel_is, need, program,
+    Group, Kind, MIB, Outcome, Process, Room, call, engines, kernel_is, need, program, wait_until,
 };
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use rustix::process::Signal;
@@ -24,6 +24,10 @@ pub fn add(group: &mut Group, kind: Kind) {
     group.add("kept_by_systemd_when_server_and_guard_are_killed", move || {
         need(kernel_is(6, 9), "FUSE sends no request again before Linux 6.9")?;
         both_killed(kind)
+    });
+    group.add("kept_by_systemd_when_the_guard_is_killed_and_later_the_server", move || {
+        need(kernel_is(6, 9), "FUSE sends no request again before Linux 6.9")?;
+        guard_first(kind)
     });
     group.add("kept_by_systemd_swapped_or_quiesced_as_it_was_when_both_are_killed", move || {
         need(kernel_is(6, 9), "FUSE sends no request again before Linux 6.9")?;
@@ -133,6 +137,42 @@ fn both_killed(kind: Kind) -> Outcome {
     systemd.start(&room, &unit);
     assert_ne!(server(&disk), last);
     room.devsplice(["del", &disk.name]).ok();
+    Ok(())
+}
+
+/// systemd does not notice the guard's end: the server does, which is the main process from then
+/// on.
+fn guard_first(kind: Kind) -> Outcome {
+    engines()?;
+    let room = Room::new();
+    let file = room.file("a", 16 * MIB);
+    let disk = room.add(kind, &file, &["--no-part-scan", "--queues", "1"]);
+    let unit = room.add_arguments(kind, &file, &["-n", &disk.name, "--or-recover"]);
+    let mut systemd = Systemd::new(&room);
+    systemd.start(&room, &unit);
+    let guard = |server: Process| Process(server.children().first().copied().unwrap_or(0));
+    let mut killed = 0;
+    under_verify(&disk, 4, |_| {
+        let old = server(&disk);
+        let first = guard(old);
+        first.signal(Signal::KILL);
+        let main = format!("MAINPID={}", old.0);
+        wait_until(10, "another main process", || systemd.unread().contains(&main));
+        let lost = format!("its guard (process {}) has died", first.0);
+        assert!(disk.log().contains(&lost), "{}", disk.log());
+        let warnings = disk.info()["warnings"].to_string();
+        assert!(warnings.contains("devsplice upgrade NAME"), "{warnings}");
+        old.signal(Signal::KILL);
+        old.ends_within(10);
+        systemd.start(&room, &unit);
+        assert!(server(&disk) != old && guard(server(&disk)).lives());
+        let warnings = disk.info()["warnings"].to_string();
+        assert!(!warnings.contains("its guard has died"), "{warnings}");
+        killed += 1;
+    });
+    assert_eq!(killed, 4);
+    let _ = disk.del(&[]).ok();
+    disk.is_gone_within(5);
     Ok(())
 }
 

@@ -27,10 +27,12 @@ pub fn add(group: &mut Group) {
 }
 
 /// A disk that goes with the test, reached over both kinds of socket.
-struct Secret<'a> {
+pub struct Secret<'a> {
     room: &'a Room,
-    name: String,
-    port: String,
+    /// What it is called.
+    pub name: String,
+    /// Where it listens, of TCP.
+    pub port: String,
 }
 
 /// A directory of the room with all that a server and a client need.
@@ -44,7 +46,7 @@ pub fn certificates(room: &Room, name: &str) -> String {
 }
 
 impl<'a> Secret<'a> {
-    fn new(room: &'a Room, stack: &str, more: &[&str]) -> Secret<'a> {
+    pub fn new(room: &'a Room, stack: &str, more: &[&str]) -> Secret<'a> {
         let name = room.name();
         let listen = format!("unix:{}", room.path(&format!("{name}.sock")));
         let mut arguments = vec!["add", stack, "-n", &name, "--json", "--writable"];
@@ -68,28 +70,28 @@ impl<'a> Secret<'a> {
         format!("nbds://127.0.0.1:{port}/{name}?tls-certificates={certificates}")
     }
 
-    fn plain(&self) -> String {
+    pub fn plain(&self) -> String {
         format!("nbd://127.0.0.1:{}/{}", self.port, self.name)
     }
 
-    fn info(&self) -> Value {
+    pub fn info(&self) -> Value {
         let text = self.room.devsplice(["info", "--json", &self.name]).ok();
         serde_json::from_str(&text).unwrap_or_else(|error| panic!("info: {error}: {text}"))
     }
 
-    fn log(&self) -> String {
+    pub fn log(&self) -> String {
         let path = self.room.run.join(format!("{}.log", self.name)).display().to_string();
         std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{path}: {error}"))
     }
 
     /// A call that must fail; afterwards the log says `words`.
-    fn refuses(&self, ran: Ran, words: &str) -> Ran {
+    pub fn refuses(&self, ran: Ran, words: &str) -> Ran {
         assert_ne!(ran.code, Some(0), "{}", ran.out);
         wait_until(20, words, || self.log().contains(words));
         ran
     }
 
-    fn remove(self) {
+    pub fn remove(self) {
         wait_until(20, "clients have gone", || self.info()["clients"] == 0);
         let info = self.info();
         assert_eq!((&info["counts"]["errors"], &info["counts"]["stuck"]), (&0.into(), &0.into()));
@@ -297,13 +299,13 @@ fn renewed() -> Outcome {
 }
 
 /// nbdkit, which does TLS by GnuTLS.
-struct Kit<'a> {
+pub struct Kit<'a> {
     room: &'a Room,
     running: Option<Running>,
 }
 
 impl<'a> Kit<'a> {
-    fn new(room: &'a Room, options: &[&str]) -> Kit<'a> {
+    pub fn new(room: &'a Room, options: &[&str]) -> Kit<'a> {
         let mut kit = Kit { room, running: None };
         kit.start(options);
         kit
@@ -383,7 +385,9 @@ fn options() -> Outcome {
         (&["--tls", "require"][..], &["--tls", "--tls-certificates"][..]),
         (&["--tls-verify-peer"], &["--tls-verify-peer"]),
         (&["--tls-certificates", "/nonexistent"], &["/nonexistent/"]),
-        (&["--tls-psk", "/keys"], &["--tls-psk /keys", "rustls has none", "--tls-certificates"]),
+        (&["--tls-psk", "/nonexistent"], &["/nonexistent"]),
+        (&["--tls-psk", "/keys", "--tls-certificates", &files], &["--tls-psk", "not by both"]),
+        (&["--tls-psk", "/keys", "--tls-verify-peer"], &["--tls-psk", "not by both"]),
     ] {
         let arguments = [&["add", "mem:1M", "-n", &name][..], &nbd, options].concat();
         let said = room.refusal(arguments);

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 
 use devsplice_core::{Errno, Io, Limits, Op, Result};
-use devsplice_engine::{Completion, Export, Inbox, Pages, Request};
+use devsplice_engine::{Completion, Export, Inbox, Pages, Request, Rest};
 
 use super::{Dones, FakeRing};
 
@@ -264,8 +264,8 @@ impl Export<FakeRing> for FakeExport {
 
     fn flush(&mut self, _: &mut FakeRing) {}
 
-    fn rest(&mut self, _: &mut FakeRing) -> bool {
-        false
+    fn rest(&mut self, _: &mut FakeRing) -> Rest {
+        Rest::Now
     }
 }
 

@@ -12,7 +12,7 @@
 use std::sync::Arc;
 
 use devsplice_core::{Errno, Error, ErrorKind, Io, Op, Result};
-use devsplice_engine::{Completion, Export, FileId, Inbox, Request};
+use devsplice_engine::{Completion, Export, FileId, Inbox, Request, Rest};
 use devsplice_uring::{FUSE_OP_AT, FuseEntry, FusePayload, Uring};
 use zerocopy::IntoBytes;
 
@@ -196,8 +196,8 @@ impl Export<Uring> for Queue {
         }
     }
 
-    fn rest(&mut self, _: &mut Uring) -> bool {
-        false
+    fn rest(&mut self, _: &mut Uring) -> Rest {
+        Rest::Now
     }
 
     fn is_closed(&self) -> bool {

@@ -25,7 +25,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use devsplice_core::{Errno, Error, ErrorKind, Io, Op, Result};
-use devsplice_engine::{Completion, Export, FileId, Inbox, Request, Ring};
+use devsplice_engine::{Completion, Export, FileId, Inbox, Request, Rest, Ring};
 use devsplice_uring::Uring;
 use zerocopy::IntoBytes;
 
@@ -310,16 +310,16 @@ impl Export<Uring> for Queue {
         }
     }
 
-    fn rest(&mut self, ring: &mut Uring) -> bool {
+    fn rest(&mut self, ring: &mut Uring) -> Rest {
         for tag in &mut self.tags {
             tag.resident &= tag.reading;
         }
         if self.window == 1 {
-            return false;
+            return Rest::Now;
         }
         self.window = 1;
         self.cancel_reads(ring, 1);
-        true
+        Rest::Again
     }
 
     fn is_closed(&self) -> bool {

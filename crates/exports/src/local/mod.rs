@@ -12,7 +12,9 @@ mod load;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use devsplice_core::{Errno, Error, ErrorKind, Io, Result, Stack};
-use devsplice_engine::{Completion, Counts, Export, Inbox, Lane, Request, Served, Shared, Worker};
+use devsplice_engine::{
+    Completion, Counts, Export, Inbox, Lane, Request, Rest, Served, Shared, Worker,
+};
 use devsplice_uring::{Config, LaneMemory, Uring};
 
 use crate::threads::Bottom;
@@ -234,8 +236,9 @@ impl Export<Uring> for Queue {
         }
     }
 
-    fn rest(&mut self, _: &mut Uring) -> bool {
-        false
+    fn rest(&mut self, _: &mut Uring) -> Rest {
+        // What was read for the next request of a slot is in its memory between the two.
+        Rest::Keep
     }
 
     fn is_closed(&self) -> bool {

@@ -15,7 +15,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use devsplice_core::{Errno, Io, Limits, Op, Result};
-use devsplice_engine::{Completion, Export, FileId, Inbox, Request};
+use devsplice_engine::{Completion, Export, FileId, Inbox, Request, Rest};
 use devsplice_nbd::limits::{MAX_EXTENTS, MAX_PAYLOAD};
 use devsplice_nbd::server::{ALLOCATION, Ask, Refusal, Session};
 use devsplice_nbd::wire::{MAX_REQUEST_LEN, error};
@@ -588,8 +588,8 @@ impl Export<Uring> for Connection {
         }
     }
 
-    fn rest(&mut self, _: &mut Uring) -> bool {
-        false
+    fn rest(&mut self, _: &mut Uring) -> Rest {
+        if self.outbox.has_any() || self.intake.is_partial() { Rest::Keep } else { Rest::Now }
     }
 
     fn is_closed(&self) -> bool {

@@ -17,7 +17,7 @@ mod suspend;
 
 pub use devsplice_nbd::server::Tls;
 pub use devsplice_nbd::uri::Uri;
-pub use devsplice_tls::{Certificates, Server};
+pub use devsplice_tls::{Certificates, Keys, Server};
 pub use listen::Rule;
 pub use suspend::Suspended;
 
@@ -60,8 +60,7 @@ impl Secure {
             Tls::Required => "tls-require",
             Tls::Off | Tls::Offered => "tls-on",
         };
-        let verify = self.server.verifies().then_some("tls-verify-peer");
-        std::iter::once(policy).chain(verify).collect()
+        std::iter::once(policy).chain(self.server.verifies()).collect()
     }
 }
 

@@ -33,6 +33,13 @@ pub(super) enum Intake {
     },
 }
 
+impl Intake {
+    /// Whether memory of a tag that has no request in the engine has data of one to come.
+    pub(super) fn is_partial(&self) -> bool {
+        matches!(self, Intake::Data { .. })
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Phase {
     /// Nobody is here.

@@ -12,7 +12,7 @@
 //! Between fetch and commit a tag goes the same way as in [`queue`](super::queue).
 
 use devsplice_core::{Errno, Error, ErrorKind, Extent, Io, Op, Result};
-use devsplice_engine::{Completion, Export, FileId, Inbox, Request, Ring};
+use devsplice_engine::{Completion, Export, FileId, Inbox, Request, Rest, Ring};
 use devsplice_uring::uapi::{CQE_BUFFER, CQE_MORE};
 use devsplice_uring::{Buffers, Command, Uring};
 use zerocopy::IntoBytes;
@@ -469,8 +469,8 @@ impl<R: Ring + Wire> Export<R> for BatchQueue {
         }
     }
 
-    fn rest(&mut self, _: &mut R) -> bool {
-        false
+    fn rest(&mut self, _: &mut R) -> Rest {
+        Rest::Now
     }
 
     fn is_closed(&self) -> bool {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
 
 use devsplice_core::{Errno, Error, ErrorKind, Io, Result};
-use devsplice_engine::{Completion, Export, Inbox, Ring};
+use devsplice_engine::{Completion, Export, Inbox, Rest, Ring};
 use devsplice_uring::Uring;
 use rustix::process::Signal;
 
@@ -196,7 +196,7 @@ impl Export<Uring> for Dying {
         self.0.flush(ring);
     }
 
-    fn rest(&mut self, ring: &mut Uring) -> bool {
+    fn rest(&mut self, ring: &mut Uring) -> Rest {
         self.0.rest(ring)
     }
 }
@@ -281,7 +281,7 @@ impl Export<Uring> for NoSlots {
         self.0.flush(ring);
     }
 
-    fn rest(&mut self, ring: &mut Uring) -> bool {
+    fn rest(&mut self, ring: &mut Uring) -> Rest {
         self.0.rest(ring)
     }
 

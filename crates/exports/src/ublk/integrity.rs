@@ -10,7 +10,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use devsplice_core::{Errno, Error, Io, Op, Result};
-use devsplice_engine::{Completion, Export, FileId, Inbox};
+use devsplice_engine::{Completion, Export, FileId, Inbox, Rest};
 use devsplice_uring::{FileKind, RingFile, Uring};
 use rustix::fs::{Mode, OFlags};
 
@@ -204,7 +204,7 @@ impl Export<Uring> for Checked {
         self.inner.flush(ring);
     }
 
-    fn rest(&mut self, ring: &mut Uring) -> bool {
+    fn rest(&mut self, ring: &mut Uring) -> Rest {
         self.inner.rest(ring)
     }
 

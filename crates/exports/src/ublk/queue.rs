@@ -10,7 +10,7 @@ mod zoned;
 use std::sync::Arc;
 
 use devsplice_core::{Errno, Error, ErrorKind, Extent, Io, Op, Result, Zones};
-use devsplice_engine::{Completion, Export, FileId, Inbox, Request};
+use devsplice_engine::{Completion, Export, FileId, Inbox, Request, Rest};
 use devsplice_uring::{Command, Prepared, Slots, Uring};
 use zerocopy::IntoBytes;
 
@@ -503,8 +503,8 @@ impl Export<Uring> for Queue {
 
     fn flush(&mut self, _: &mut Uring) {}
 
-    fn rest(&mut self, _: &mut Uring) -> bool {
-        false
+    fn rest(&mut self, _: &mut Uring) -> Rest {
+        Rest::Now
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use devsplice_core::{Errno, Io, Result};
-use devsplice_engine::{Completion, Export, Inbox};
+use devsplice_engine::{Completion, Export, Inbox, Rest};
 use devsplice_uring::Uring;
 
 use super::map::Descriptors;
@@ -85,7 +85,7 @@ impl Export<Uring> for Marked {
         self.inner.flush(ring);
     }
 
-    fn rest(&mut self, ring: &mut Uring) -> bool {
+    fn rest(&mut self, ring: &mut Uring) -> Rest {
         self.inner.rest(ring)
     }
 
@@ -154,8 +154,8 @@ mod tests {
 
         fn flush(&mut self, _: &mut Uring) {}
 
-        fn rest(&mut self, _: &mut Uring) -> bool {
-            false
+        fn rest(&mut self, _: &mut Uring) -> Rest {
+            Rest::Now
         }
 
         fn is_closed(&self) -> bool {

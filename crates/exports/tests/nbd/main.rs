@@ -129,6 +129,50 @@ fn a_client_that_takes_its_replies_late_gets_what_was_there() {
     }
 }
 
+/// The engine has long done with the requests when the client takes the first reply, and gives
+/// memory back that nobody needs.
+#[test]
+fn a_client_that_takes_its_replies_after_seconds_gets_what_was_there() {
+    let len = 256 << 10;
+    for in_memory in [false, true] {
+        let host = Host::new("slow", |wishes| wishes.in_memory = in_memory);
+        let mut peer = host.peer(Mode::Extended);
+        for n in 0..32 {
+            assert_eq!(peer.write(n * len, &pattern(len as usize, n + 1), 0), 0);
+        }
+        for n in 0..32 {
+            let bytes = peer.request(command::READ, 0, (n * len, len));
+            peer.send(&bytes);
+        }
+        let last = peer.last_cookie();
+        for n in 0..32 {
+            if n == 0 || n == 20 {
+                std::thread::sleep(Duration::from_millis(3500));
+            }
+            let (cookie, reply) = peer.reply();
+            let number = 31 - (last - cookie);
+            let expected = pattern(len as usize, number + 1);
+            assert!(reply.data == expected, "in memory {in_memory}: reply {number} differs");
+        }
+    }
+}
+
+/// As there, with the first half of a write's data.
+#[test]
+fn data_that_comes_in_halves_seconds_apart_is_written_whole() {
+    let host = Host::new("halves", |_| ());
+    let mut peer = host.peer(Mode::Extended);
+    let data = pattern(1 << 20, 3);
+    let head = peer.request(command::WRITE, 0, (0, 1 << 20));
+    peer.send(&head);
+    for part in data.chunks((1 << 20) / 3) {
+        peer.send(part);
+        std::thread::sleep(Duration::from_millis(2500));
+    }
+    assert_eq!(peer.reply().1.error, 0);
+    assert!(peer.read(0, 1 << 20).as_ref() == Ok(&data));
+}
+
 #[test]
 fn what_is_read_from_memory_is_not_copied_for_a_client_of_this_machine() {
     let host = Host::new("lent", |wishes| wishes.in_memory = true);

@@ -48,6 +48,9 @@ fn cargo(arguments: &[&str]) -> Command {
     command
 }
 
+/// What is left out of a build unless it is asked for (docs/decisions/036.md), and tested here.
+const PSK: &str = "devsplice/psk";
+
 /// Whether every file is formatted.
 pub fn format() -> Fallible<Counts> {
     check(&mut cargo(&["fmt", "--all", "--check"]))
@@ -55,8 +58,8 @@ pub fn format() -> Fallible<Counts> {
 
 /// Whether clippy is content.
 pub fn lints() -> Fallible<Counts> {
-    let command = ["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"];
-    check(&mut cargo(&command))
+    let command = ["clippy", "--workspace", "--all-targets", "--features", PSK];
+    check(cargo(&command).args(["--", "-D", "warnings"]))
 }
 
 /// Whether the style rules hold.
@@ -72,8 +75,15 @@ pub fn documentation() -> Fallible<Counts> {
 
 /// Every test that needs nothing but a compiler.
 pub fn unit_tests(filter: Option<&str>) -> Fallible<Counts> {
-    let mut command =
-        cargo(&["test", "--workspace", "--exclude", "devsplice-e2e", "--no-fail-fast"]);
+    let mut command = cargo(&[
+        "test",
+        "--workspace",
+        "--exclude",
+        "devsplice-e2e",
+        "--no-fail-fast",
+        "--features",
+        PSK,
+    ]);
     // What a test that passed has printed may say that it could not run here.
     tests(command.args(filter).args(["--", "--show-output"]))
 }
@@ -144,7 +154,7 @@ pub fn simulator(seeds: &str) -> Fallible<Counts> {
 /// Builds the end-to-end tests and the command they test.
 pub fn build_end_to_end() -> Fallible<Programs> {
     let command = build_executable(
-        &["build", "--release", "-p", "devsplice", "--bin", "devsplice"],
+        &["build", "--release", "-p", "devsplice", "--bin", "devsplice", "--features", PSK],
         "devsplice",
     )?;
     let tests =
