@@ -15,7 +15,7 @@ use crate::bench::run::bounded;
 use crate::bench::{self, peers};
 use crate::proc::run_quiet;
 use crate::{Fallible, deps, proc, tidy, vm};
-use results::{Outcome, Results};
+use results::{Outcome, Results, Section};
 use suites::Suite;
 
 /// What the tests start in the machine.
@@ -23,16 +23,18 @@ const PROGRAMS: &[&str] =
     &["fio", "sfdisk", "mkfs.ext4", "lsblk", "blockdev", "taskset", "wipefs", "findmnt"];
 /// Seconds of tests after which a machine starts no further one, so that others get a turn.
 const TURN: u64 = 300;
+/// Suites that have to be brought along.
+const BROUGHT: [(&str, &str); 2] = [("suite", "blktests"), ("suite", "ublksrv")];
 /// Where a remark for the page is kept.
 const NOTE: &str = "note.txt";
 /// Seconds for booting and clearing up.
 const OVERHEAD: u64 = 150;
 
-/// Run the kernel's own ublk tests, or those of blktests, with devsplice in the place of their
-/// server.
+/// Run the kernel's own ublk tests, or those of blktests or ublksrv, with devsplice in the place of
+/// their server.
 ///
-/// The kernel's tests come from Debian's package of its source, those of blktests from a checkout
-/// of yours. They run unmodified in the VM, each with a time limit. Results are kept in
+/// The kernel's tests come from Debian's package of its source, the others from a checkout of
+/// yours. They run unmodified in the VM, each with a time limit. Results are kept in
 /// target/conformance, and the page docs/conformance.md is written from all that are kept. Needs
 /// root.
 #[derive(Args)]
@@ -45,8 +47,8 @@ pub struct Options {
     /// Whose tests
     #[arg(long, value_enum, default_value = "kernel")]
     suite: Suite,
-    /// Where the suite is: a checkout of blktests
-    #[arg(long, value_name = "DIR", required_if_eq("suite", "blktests"))]
+    /// Where the suite is: a checkout of blktests or ublksrv
+    #[arg(long, value_name = "DIR", required_if_eq_any(BROUGHT))]
     path: Option<PathBuf>,
     /// What the page says of this run of such a checkout: its commit, or how it was run
     #[arg(long, value_name = "TEXT", requires = "path")]
@@ -219,11 +221,16 @@ fn boot(directory: &Path, limit: u64) -> Fallible<u8> {
 fn render(home: &Path) -> Fallible<u8> {
     let ours = Results::load(&home.join("devsplice/results.json"));
     let theirs = Results::load(&home.join("kublk/results.json"));
-    let others = Results::load(&home.join("blktests/results.json"));
-    let note = fs::read_to_string(home.join("blktests").join(NOTE)).unwrap_or_default();
+    let brought = [Suite::Blktests, Suite::Ublksrv].map(|suite| {
+        let directory = home.join(suite.home());
+        let note = fs::read_to_string(directory.join(NOTE)).unwrap_or_default();
+        (suite, Results::load(&directory.join("results.json")), note)
+    });
+    let others =
+        brought.each_ref().map(|(suite, results, note)| Section { suite: *suite, results, note });
     let names = Suite::Kernel.names(&home.join("devsplice/suite"))?;
     let page = tidy::workspace()?.join("docs/conformance.md");
-    fs::write(&page, results::page(&names, (&ours, &theirs), (&others, &note)))
+    fs::write(&page, results::page(&names, (&ours, &theirs), &others))
         .map_err(|e| format!("cannot write {}: {e}", page.display()))?;
     Ok(0)
 }

@@ -184,7 +184,7 @@ fn more(words: &Words, is_recovery: bool) -> Result<More> {
         batch: words.has("batch"),
         rotates: words.has("rotate_auto_buf"),
         per_io: words.has("per_io_tasks"),
-        unprivileged: false,
+        ..More::default()
     })
 }
 

@@ -122,8 +122,15 @@ fn text(seen: &Seen, tool: Tool, threads: &[i32]) -> String {
     }
     for (queue, cpus) in seen.cpus.iter().enumerate() {
         let cpus: String = cpus.iter().map(|cpu| format!("{cpu} ")).collect();
-        let thread = threads.get(queue % threads.len().max(1)).copied().unwrap_or(-1);
+        // As `exports/threads` gives queues to threads, and threads to queues.
+        let first = queue % threads.len().max(1);
+        let its = threads.iter().skip(first).step_by(seen.cpus.len());
+        let its: Vec<String> = its.map(i32::to_string).collect();
+        let thread = its.first().map_or("-1", String::as_str);
         let _ = match tool {
+            Tool::Ublk if its.len() > 1 => {
+                writeln!(text, "\tqueue {queue}: tid {} affinity({cpus})", its.join(" "))
+            }
             Tool::Ublk => writeln!(text, "\tqueue {queue}: tid {thread} affinity({cpus})"),
             Tool::Rublk => {
                 writeln!(text, "\tqueue {queue} tid: {thread} affinity({})", cpus.trim_end())
@@ -214,6 +221,8 @@ mod tests {
         assert_eq!(fields(&ublk, "queue 1")[3], "71");
         assert!(ublk.contains("\ttarget {\"dev_size\":1048576"));
         assert!(list(Tool::Rublk).contains("\tqueue 1 tid: 71 affinity(1)\n"));
+        let shared = text(&seen(), Tool::Ublk, &[70, 71, 72, 73]);
+        assert!(shared.contains("\tqueue 1: tid 71 73 affinity(1 )\n"), "{shared}");
         // With fewer threads than queues, and with none to be found.
         assert_eq!(fields(&text(&seen(), Tool::Ublk, &[70]), "queue 1")[3], "70");
         assert_eq!(fields(&text(&seen(), Tool::Ublk, &[]), "queue 1")[3], "-1");

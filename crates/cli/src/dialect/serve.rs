@@ -3,13 +3,15 @@
 
 use std::io::{BufRead, BufReader, PipeWriter, Write};
 use std::process::ExitCode;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 
 use devsplice_backends::Access;
 use devsplice_core::{Error, ErrorKind, Result};
 use devsplice_exports::threads::Service;
 use devsplice_exports::ublk::{Control, Device, Fit, Shared, Suspended};
 use devsplice_spec::Plan;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
 
 use super::wish::Wish;
 use super::{Tool, list, record};
@@ -25,8 +27,8 @@ pub fn add(wish: &Wish, tool: Tool) -> Result<ExitCode> {
     let plan = Plan::parse(&wish.stack()?, &CATALOG)?;
     if wish.is_foreground {
         let made = make(wish, &plan)?;
-        show(made.0.id(), tool)?;
-        return Ok(serve(&made));
+        show(made.device.id(), tool)?;
+        return Ok(serve(made));
     }
     let os = |error| Error::os("server process", &error);
     let (reader, writer) = std::io::pipe().map_err(os)?;
@@ -43,8 +45,14 @@ pub fn add(wish: &Wish, tool: Tool) -> Result<ExitCode> {
     }
 }
 
-/// A device, and the memory that it shares with clients.
-type Made = (Device, Option<Shared>);
+/// A device that is served.
+struct Made {
+    device: Device,
+    /// The memory that it shares with clients.
+    _shared: Option<Shared>,
+    /// The signals that stop and delete it.
+    signals: Option<Signals>,
+}
 
 fn make(wish: &Wish, plan: &Plan) -> Result<Made> {
     protect::server();
@@ -68,6 +76,8 @@ fn make(wish: &Wish, plan: &Plan) -> Result<Made> {
             std::process::exit(1);
         },
     };
+    let signals = wish.more.ends_with_signal.then(|| Signals::new([SIGINT, SIGTERM]));
+    let signals = signals.transpose().map_err(|error| Error::os("signal handlers", &error))?;
     let device = if let Some(id) = wish.id.filter(|_| wish.more.is_recovery) {
         let suspended = Suspended::find_with(id, &options, extra)?;
         suspended.resume(service, Fit::Same).map_err(|(_, error)| error)?
@@ -82,7 +92,7 @@ fn make(wish: &Wish, plan: &Plan) -> Result<Made> {
     match shared.transpose() {
         Ok(shared) => {
             record::keep(device.id(), &wish.words);
-            Ok((device, shared))
+            Ok(Made { device, _shared: shared, signals })
         }
         Err(error) => {
             let _ = device.detach();
@@ -100,21 +110,50 @@ fn background(wish: &Wish, plan: &Plan, mut status: PipeWriter) -> Result<ExitCo
         server::silence(None).map(|()| made)
     });
     let report = match &made {
-        Ok((device, _)) => format!("{}\n", device.id()),
+        Ok(made) => format!("{}\n", made.device.id()),
         Err(error) => format!("{error}\n"),
     };
     let _ = status.write_all(report.as_bytes());
     drop(status);
-    Ok(made.map_or(ExitCode::from(1), |made| serve(&made)))
+    Ok(made.map_or(ExitCode::from(1), serve))
 }
 
-/// Serves until the device is stopped. The process's end is what lets it be deleted.
-fn serve((device, _): &Made) -> ExitCode {
-    if let Some(end) = device.crew().take_end() {
-        // Nothing is ever sent: the wait ends with the last I/O thread.
-        let _ = end.recv();
+/// Serves until the device is stopped, or a signal stops it. The process's end is what lets it be
+/// deleted by others.
+fn serve(made: Made) -> ExitCode {
+    let Made { device, _shared, signals } = made;
+    let (news, ends) = mpsc::channel();
+    let over = news.clone();
+    device.crew().at_end(Box::new(move || {
+        let _ = over.send(End::Stopped);
+    }));
+    if let Some(mut signals) = signals {
+        std::thread::spawn(move || {
+            for _ in signals.forever() {
+                let _ = news.send(End::Signal);
+            }
+        });
     }
-    ExitCode::SUCCESS
+    match ends.recv() {
+        Ok(End::Signal) => {
+            let id = device.id();
+            if let Err(error) = device.detach() {
+                eprintln!("ublk: {error}");
+                return ExitCode::from(1);
+            }
+            record::forget(id);
+            ExitCode::SUCCESS
+        }
+        Ok(End::Stopped) | Err(_) => ExitCode::SUCCESS,
+    }
+}
+
+/// Why a server ends.
+enum End {
+    /// Its device was stopped.
+    Stopped,
+    /// It was told to stop it.
+    Signal,
 }
 
 /// The device's number as its server reports it, or why there is none.

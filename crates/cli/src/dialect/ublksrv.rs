@@ -31,6 +31,13 @@ const KNOWN: &[Known] = &[
     flag('S', "seq_tags"),
     // Whenever a device is to be recovered.
     flag('\0', "quiesce"),
+    // What a signal to the server does: stop and delete the device, or end it as any process.
+    flag('\0', "clean-teardown"),
+    flag('\0', "abandon-ring"),
+    flag('\0', "shmem_zc"),
+    value('\0', "htlb"),
+    // How data of writes is sent to an NBD server is decided here.
+    flag('\0', "send_zc"),
     flag('\0', "foreground"),
     flag('\0', "buffered_io"),
     flag('v', "verbose"),
@@ -41,7 +48,8 @@ const KNOWN: &[Known] = &[
 pub const HELP: &str = "\
 ublk add -t null|loop|stripe|fault_inject [-f FILE]... [-n ID] [-q QUEUES] [-d DEPTH] [-g 0|1]
      [-r 0|1] [-i 0|1] [-e 0|1] [-z] [-b] [-T THREADS] [--usercopy] [--buffered_io]
-     [--unprivileged] [--foreground]
+     [--shmem_zc [--htlb FILE]] [--clean-teardown] [--unprivileged] [--foreground]
+ublk add -t nbd --host HOST | --unix PATH [--export_name NAME] ...as above
 ublk recover -n ID;  quiesce -n ID
 ublk del -n ID | -a;  list [-n ID];  features";
 
@@ -95,12 +103,16 @@ fn add(words: &Words) -> Result<Wish> {
         is_foreground: words.has("foreground"),
         is_buffered: words.has("buffered_io"),
         read_only: words.has("read_only"),
+        shares_memory: words.has("shmem_zc"),
+        shared_file: words.get("htlb").map(|file| (file.to_owned(), false)),
         more: More {
             outlives: on("user_recovery")? || reissues || fails,
             reissues,
             fails,
             batch: words.has("batch"),
-            per_io: each > 1,
+            // Those of a queue in batches take whatever comes.
+            per_queue: if words.has("batch") { 0 } else { each },
+            ends_with_signal: words.has("clean-teardown"),
             unprivileged: words.has("unprivileged"),
             ..More::default()
         },
@@ -125,7 +137,8 @@ mod tests {
         assert_eq!((wish.target.as_str(), wish.queues, wish.depth), ("loop", 2, 64));
         assert_eq!((wish.files, wish.is_buffered), (vec!["/a".to_owned()], true));
         assert_eq!(wish.copy, CopyMode::Copy);
-        assert_eq!(wish.more, More { outlives: true, reissues: true, ..More::default() });
+        let more = More { outlives: true, reissues: true, per_queue: 1, ..More::default() };
+        assert_eq!(wish.more, more);
         for (flags, mode) in [
             ("-g 1", CopyMode::GetData),
             ("--usercopy", CopyMode::UserCopy),
@@ -136,7 +149,18 @@ mod tests {
             assert_eq!(wish.copy, mode);
         }
         let Ok(Verb::Add(wish)) = read("add -t null -q 2 -d 65 -T 4 -S") else { panic!() };
-        assert_eq!((wish.threads, wish.more.per_io, wish.more.batch), (Some(8), true, false));
+        assert_eq!((wish.threads, wish.more.per_queue, wish.more.batch), (Some(8), 4, false));
+        let Ok(Verb::Add(wish)) = read("add -t null -q 2 -T 4 -b") else { panic!() };
+        assert_eq!((wish.threads, wish.more.per_queue, wish.more.batch), (Some(8), 0, true));
+        let line = "add -t nbd -q 1 -d 127 -z --send_zc --host 127.0.0.1";
+        let Ok(Verb::Add(wish)) = read(line) else { panic!() };
+        assert_eq!(wish.target_options, [("host".to_owned(), "127.0.0.1".to_owned())]);
+        let line = "add -t loop -f /a --shmem_zc --htlb /h --clean-teardown";
+        let Ok(Verb::Add(wish)) = read(line) else { panic!() };
+        assert_eq!(wish.shared_file, Some(("/h".to_owned(), false)));
+        assert!(wish.shares_memory && wish.more.ends_with_signal);
+        let Ok(Verb::Add(wish)) = read("add -t null --abandon-ring") else { panic!() };
+        assert!(!wish.more.ends_with_signal);
         let Ok(Verb::Add(wish)) = read("add -t null -b --quiesce -r 1") else { panic!() };
         assert!(wish.more.batch && wish.more.outlives);
         assert_eq!(read("quiesce -n 2").unwrap(), Verb::Quiesce { id: 2 });

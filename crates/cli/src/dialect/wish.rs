@@ -3,6 +3,7 @@
 
 use devsplice_core::{Error, Result};
 use devsplice_exports::ublk::{DataPath, Extra, Integrity, Options, Recovery, Segments, Trial};
+use devsplice_nbd::uri::{PORT, Place, Uri};
 
 use super::words::number;
 
@@ -41,7 +42,7 @@ pub enum Which {
 /// What a device is to be.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Wish {
-    /// `null`, `loop`, `stripe` or `fault_inject`.
+    /// `null`, `loop`, `stripe`, `fault_inject` or `nbd`.
     pub target: String,
     /// What it lies on.
     pub files: Vec<String>,
@@ -114,6 +115,10 @@ pub struct More {
     pub rotates: bool,
     /// Every thread serves some tags of every queue.
     pub per_io: bool,
+    /// Threads of each queue, each of which serves some of its tags; 0 and 1 for one.
+    pub per_queue: u16,
+    /// A signal to its server stops and deletes it.
+    pub ends_with_signal: bool,
     /// It may be served without root.
     pub unprivileged: bool,
 }
@@ -182,6 +187,7 @@ impl Wish {
                 .option("die_during_fetch")
                 .is_ok_and(|die| die.unwrap_or(0_u64) > 0),
             per_io: self.more.per_io,
+            per_queue: self.more.per_queue,
             rotates: self.more.rotates,
             no_slots: self.copy == CopyMode::Fallback,
             ..Extra::default()
@@ -216,6 +222,9 @@ impl Wish {
                     Some(bytes) => Ok(format!("linear({}, size={bytes})", file(&self.files[0]))),
                 }
             }
+            "nbd" => need(self.files.is_empty(), "no file")
+                .and_then(|()| self.remote())
+                .map(|uri| format!("nbd({})", quoted(&uri.to_string()))),
             "stripe" => {
                 need(
                     !self.files.is_empty() && self.integrity.is_none(),
@@ -237,6 +246,21 @@ impl Wish {
             other => Err(Error::invalid(format!("-t {other}"), "no such target")
                 .next("null, loop, stripe, fault_inject")),
         }
+    }
+
+    /// The export of an NBD server.
+    fn remote(&self) -> Result<Uri> {
+        self.only_options(&["host", "unix", "export_name"])?;
+        let text = |name: &str| {
+            let found = self.target_options.iter().rev().find(|(known, _)| known == name);
+            found.map(|(_, text)| text.clone())
+        };
+        let place = match (text("host"), text("unix")) {
+            (Some(host), None) => Place::Tcp(host, PORT),
+            (None, Some(path)) => Place::Unix(path.into()),
+            _ => return Err(Error::invalid("nbd", "needs a server").next("--host or --unix")),
+        };
+        Ok(Uri { place, export: text("export_name").unwrap_or_default(), tls: None })
     }
 
     /// How large a loop with integrity data is: as many whole blocks as both files have room for.
@@ -327,6 +351,12 @@ mod tests {
             slow.starts_with("delay(null(size=268435456000)") && slow.contains("read=2"),
             "{slow}"
         );
+        let remote = |options| stack(&wish("nbd", &[], options));
+        assert_eq!(remote(&[("host", "::1")]), "nbd(nbd://[::1]:10809/)");
+        assert_eq!(
+            remote(&[("unix", "/a b"), ("export_name", "x&y")]),
+            r#"nbd("nbd+unix:///x%26y?socket=/a%20b")"#
+        );
         let buffered = Wish { is_buffered: true, ..wish("loop", &["/a"], &[]) };
         assert!(stack(&buffered).contains("direct=off"));
     }
@@ -340,6 +370,9 @@ mod tests {
             ("loop", &["/a"], &[("chunk_size", "4096")]),
             ("stripe", &[], &[]),
             ("fault_inject", &[], &[("delay_us", "soon")]),
+            ("nbd", &[], &[]),
+            ("nbd", &[], &[("host", "a"), ("unix", "/b")]),
+            ("nbd", &["/a"], &[("host", "a")]),
             ("tape", &[], &[]),
         ] {
             assert!(wish(target, files, options).stack().is_err(), "{target} {files:?}");

@@ -8,6 +8,8 @@ use devsplice_e2e::{
     Call, Group, Kind, MIB, Outcome, Room, call, engines, need, program, verify, wait_until,
 };
 
+use crate::nbd::Served;
+
 /// The tools with the words that make a loop device over a file.
 const TOOLS: &[(&str, &[&str])] = &[
     ("kublk", &["add", "-t", "loop"]),
@@ -56,6 +58,9 @@ pub fn add(group: &mut Group, kind: Kind) {
         group.add(&name, move || way(flags, features));
     }
     group.add("a_device_whose_server_died_while_it_fetched_goes", dies_fetching);
+    group.add("ublks_queues_have_threads_of_their_own_and_again_after_recovery", threads_of_queues);
+    group.add("ublks_devices_are_stopped_and_deleted_by_a_signal", signalled);
+    group.add("ublks_devices_over_an_nbd_server_are_true_and_recovered", over_nbd);
     group.add("integrity_data_of_kublk_is_kept_and_checked", integrity);
 }
 
@@ -169,6 +174,87 @@ fn recovered(name: &str, words: &str, again: &str) -> Outcome {
         let ran = tool.call(&["recover", "-n", &id]).run().ended_with(1);
         assert!(ran.err.contains("nothing is known"), "{}", ran.err);
     }
+    Ok(())
+}
+
+/// Threads of each queue, as the list names them; all of the server's, none of two queues.
+fn threads_of_queues() -> Outcome {
+    engines()?;
+    let room = Room::new();
+    let (tool, file) = (Tool::new(&room, "ublk"), room.file("a", 16 * MIB));
+    tool.needs(&["PER_IO_DAEMON"])?;
+    let words = "add -t loop -q 2 -d 65 -T 4 -z -r 1 -f";
+    let words: Vec<&str> = words.split(' ').chain([file.as_str()]).collect();
+    let id = tool.add(&words);
+    for server in 0..2 {
+        let said = tool.call(&["list", "-n", &id]).ok();
+        let pid = tool.field(&id, "pid", 7);
+        let lists = said.lines().filter_map(|line| line.split_once(": tid "));
+        let mut all: Vec<&str> = Vec::new();
+        for (_, list) in lists {
+            let list = list.split(" affinity").next().unwrap_or_default();
+            assert_eq!(list.split(' ').count(), 4, "{said}");
+            all.extend(list.split(' '));
+        }
+        let is_its = |thread: &&str| PathBuf::from(format!("/proc/{pid}/task/{thread}")).exists();
+        assert!(!all.is_empty() && all.iter().all(is_its), "{said}");
+        let count = all.len();
+        all.sort_unstable();
+        all.dedup();
+        assert_eq!(all.len(), count, "a thread serves two queues: {said}");
+        verify(&room, &node(&id), 16 * MIB, "512-64k");
+        if server == 0 {
+            let _ = call("kill", ["-9", &pid]).ok();
+            wait_until(20, "a quiesced device", || tool.field(&id, "state", 9) == "QUIESCED");
+            let _ = tool.call(&["recover", "-n", &id]).ok();
+            assert_eq!(tool.field(&id, "state", 9), "LIVE");
+        }
+    }
+    tool.del(&id);
+    Ok(())
+}
+
+fn signalled() -> Outcome {
+    let room = Room::new();
+    let (tool, file) = (Tool::new(&room, "ublk"), room.file("a", 16 * MIB));
+    for signal in ["-INT", "-TERM"] {
+        let words = ["add", "-t", "loop", "--clean-teardown", "-r", "1", "-f", &file];
+        let id = tool.add(&words);
+        let inode = || {
+            let node = std::fs::metadata(format!("/dev/ublkc{id}"));
+            node.map(|node| node.ino()).ok()
+        };
+        let (before, server) = (inode(), tool.field(&id, "pid", 7));
+        assert!(before.is_some());
+        let _ = call("kill", [signal, &server]).ok();
+        wait_until(20, "the end of the device", || inode() != before);
+    }
+    // Without that it is left, for `recover`.
+    let id = tool.add(&["add", "-t", "loop", "-r", "1", "-f", &file]);
+    let _ = call("kill", ["-TERM", &tool.field(&id, "pid", 7)]).ok();
+    wait_until(20, "a quiesced device", || tool.field(&id, "state", 9) == "QUIESCED");
+    tool.del(&id);
+    Ok(())
+}
+
+fn over_nbd() -> Outcome {
+    engines()?;
+    let room = Room::new();
+    let (tool, file) = (Tool::new(&room, "ublk"), room.file("a", 16 * MIB));
+    let far = Served::new(&room, &file, &[]);
+    let words = "add -t nbd -q 2 -z --send_zc -r 1 -i 1 --export_name";
+    let more = [far.name.as_str(), "--unix", far.socket.as_str()];
+    let words: Vec<&str> = words.split(' ').chain(more).collect();
+    let id = tool.add(&words);
+    verify(&room, &node(&id), 16 * MIB, "512-64k");
+    let _ = call("kill", ["-9", &tool.field(&id, "pid", 7)]).ok();
+    wait_until(20, "a quiesced device", || tool.field(&id, "state", 9) == "QUIESCED");
+    let _ = tool.call(&["recover", "-n", &id]).ok();
+    verify(&room, &node(&id), 16 * MIB, "512-64k");
+    let device = std::fs::read(node(&id)).unwrap();
+    tool.del(&id);
+    far.remove();
+    assert!(device == std::fs::read(&file).unwrap(), "the server's file holds something else");
     Ok(())
 }
 

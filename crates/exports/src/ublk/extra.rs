@@ -54,6 +54,9 @@ pub struct Extra {
     pub dies_fetching: bool,
     /// Whether every thread serves some tags of every queue, as many threads as are asked for.
     pub per_io: bool,
+    /// Threads of each queue, each of which serves some of its tags (not in batches, where threads
+    /// of a queue take whatever comes); 0 and 1 for one that serves them all.
+    pub per_queue: u16,
     /// Whether requests that come one at a time are served with fewer calls, at the price of some
     /// work where a request is of several pieces (`DataPath::AutoRegister`, not in batches). If
     /// nothing is said, where that pays.
@@ -83,10 +86,15 @@ impl Extra {
         if self.unprivileged { features & !PRIVILEGED } else { features }
     }
 
+    /// Whether tags of a queue are dealt out to threads.
+    pub(super) fn deals(&self) -> bool {
+        self.per_io || self.per_queue > 1
+    }
+
     /// The feature flags that it takes.
     pub(super) fn flags(&self) -> u64 {
         let get_data = if self.need_get_data { F_NEED_GET_DATA } else { 0 };
-        let per_io = if self.per_io { F_PER_IO_DAEMON } else { 0 };
+        let per_io = if self.deals() { F_PER_IO_DAEMON } else { 0 };
         let integrity = if self.integrity.is_some() { F_INTEGRITY } else { 0 };
         let shared = if self.shared_memory { F_SHMEM_ZC } else { 0 };
         let unprivileged = if self.unprivileged { F_UNPRIVILEGED } else { 0 };
@@ -341,6 +349,9 @@ mod tests {
         assert_eq!(params.types, PARAM_DMA_ALIGN | PARAM_SEGMENT);
         assert_eq!((params.dma_alignment, params.seg_boundary_mask), (4095, 4095));
         assert_eq!((params.max_segment_size, params.max_segments), (32_768, 32));
+        let dealing = [(false, 0), (false, 1), (false, 2), (true, 0)]
+            .map(|(per_io, per_queue)| Extra { per_io, per_queue, ..Extra::default() }.flags());
+        assert_eq!(dealing, [0, 0, F_PER_IO_DAEMON, F_PER_IO_DAEMON]);
         let no_slots = Extra { no_slots: true, ..Extra::default() };
         assert!(no_slots.wish(&mut info, DataPath::AutoRegister).is_ok());
         assert!(no_slots.wish(&mut info, DataPath::Copy).is_err());

@@ -413,7 +413,8 @@ impl Made {
     fn spreads(&self) -> bool {
         let (Options { threads, queues, .. }, flags) = (&self.options, self.info.flags);
         let is_plain = flags & (F_BATCH_IO | F_ZONED) == 0 && self.extra.integrity.is_none();
-        let is_odd = self.extra.low_depth == Some(true) || self.extra.dies_fetching;
+        let extra = &self.extra;
+        let is_odd = extra.low_depth == Some(true) || extra.dies_fetching || extra.per_queue > 1;
         threads > queues && flags & F_PER_IO_DAEMON != 0 && is_plain && !is_odd
     }
 
@@ -422,15 +423,17 @@ impl Made {
         let info = self.info;
         let file = open_char(info.dev_id)?;
         self.extra.per_io |= service.pool.is_none() && self.spreads();
+        // Those of a pool serve whole queues.
+        self.extra.per_queue *= u16::from(service.pool.is_none());
         // Tags are dealt to as many threads as there will be.
         let rings = service.bottoms.iter().map(Bottom::most_rings).min().unwrap_or(u16::MAX);
         let threads = self.options.threads.min(rings);
         let options = Options { threads, ..self.options.clone() };
         let low_depth = is_low_depth(&self.extra, (&info, self.data_path), &service);
         let shape = Shape { low_depth, ..shape((&options, &self.extra), &info, self.data_path) };
-        let is_shared = shape.threads > shape.queues && !self.extra.per_io;
+        let is_shared = shape.threads > shape.queues && !self.extra.deals();
         // Threads of one queue are there to run beside each other.
-        let affinity = self.options.affinity && !self.extra.per_io && !is_shared;
+        let affinity = self.options.affinity && !self.extra.deals() && !is_shared;
         let cpus = if affinity { queue_cpus(&mut self.control, &info) } else { Vec::new() };
         let way = (self.data_path, self.control.is_encoded(), is_shared);
         let block = service.stack.limits().block;
@@ -469,7 +472,7 @@ fn choose_batch(
 ) -> Result<u64> {
     let is_offered = features & F_BATCH_IO != 0;
     // Where the kernel copies, it does so to memory of the thread that committed last.
-    let may_share = path != DataPath::Copy && !extra.per_io;
+    let may_share = path != DataPath::Copy && !extra.deals();
     let is_shared = options.threads > options.queues && may_share;
     if extra.rotates && is_shared {
         // The turn of a tag would have to be known to all threads that it may come to.
@@ -530,14 +533,16 @@ fn queue_maker(
     ((extra, zones), threads, block): (Asked, u16, u32),
 ) -> Box<crate::threads::MakeQueue> {
     let (depth, each) = (info.queue_depth, extra::descriptor_bytes(info));
-    let dealer = extra::Dealer::new(info.nr_hw_queues, threads);
+    // All threads, or those of one queue.
+    let hands = if extra.per_io { threads } else { threads / info.nr_hw_queues.max(1) };
+    let dealer = extra::Dealer::new(info.nr_hw_queues, hands);
     let is_batched = info.flags & F_BATCH_IO != 0;
     let begun: Vec<_> = (0..info.nr_hw_queues).map(|_| AtomicBool::new(false)).collect();
     Box::new(move |queue, ring: &mut Uring| {
         extra.prepare(ring)?;
         let fd = file.try_clone().map_err(|error| Error::os("/dev/ublkc", &error))?;
         let part = match &extra {
-            extra if extra.per_io => dealer.deal(queue)?,
+            extra if extra.deals() => dealer.deal(queue)?,
             extra if extra.dies_fetching => extra::Part { first: 0, step: depth },
             _ => extra::Part::WHOLE,
         };

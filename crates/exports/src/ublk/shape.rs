@@ -42,14 +42,23 @@ fn may_lock(limit: Option<u64>) -> u32 {
 pub(super) fn shape((options, extra): (&Options, &Extra), info: &DevInfo, path: DataPath) -> Shape {
     let slots = path.copies() == 0;
     let is_batched = info.flags & F_BATCH_IO != 0 && path != DataPath::Copy;
+    let queues = info.nr_hw_queues.max(1);
     let most = match (extra.per_io, is_batched) {
         (true, _) => info.queue_depth,
         (false, true) => MAX_THREADS,
         (false, false) => info.nr_hw_queues,
     };
     let room = extra.integrity.as_ref().map_or(0, |kept| kept.room(MAX_IO, SECTOR));
-    let threads = options.threads.clamp(1, most);
-    let depth = info.queue_depth.div_ceil(if extra.per_io { threads } else { 1 });
+    // As many of each queue, and a tag at least for each.
+    let each = extra.per_queue.min(info.queue_depth).min(MAX_THREADS.min(options.threads) / queues);
+    let (threads, hands) = match each {
+        0 | 1 => {
+            let threads = options.threads.clamp(1, most);
+            (threads, if extra.per_io { threads } else { 1 })
+        }
+        each => (queues * each, each),
+    };
+    let depth = info.queue_depth.div_ceil(hands);
     // Zero-copy paths have memory for the requests that fall back; untouched, it costs nothing.
     let memory = LaneMemory {
         depth: if extra.rotates { depth.saturating_mul(2) } else { depth },
@@ -81,7 +90,7 @@ pub(super) fn is_low_depth(
 /// Whether most requests of this disk can go one at a time with fewer calls: their ends can be sent
 /// ahead, behind the splice to a file, and nothing has to hear of them in between.
 fn pays_low_depth(extra: &Extra, service: &Service) -> bool {
-    let has_queues_of_its_own = !extra.per_io && service.pool.is_none();
+    let has_queues_of_its_own = !extra.deals() && service.pool.is_none();
     let is_plain = service.stack.zones().is_none() && extra.integrity.is_none();
     let is_file = |bottom: &Bottom| matches!(bottom, Bottom::File { .. });
     let is_quiet = service.stack.lives().next().is_none();
@@ -131,5 +140,23 @@ mod tests {
         assert_eq!(threads(F_BATCH_IO, DataPath::UserCopy), 5);
         assert_eq!(threads(F_BATCH_IO, DataPath::Copy), 2);
         assert_eq!(threads(0, DataPath::AutoRegister), 2);
+    }
+
+    #[test]
+    fn queues_have_as_many_threads_of_their_own_as_there_are_for_all() {
+        let shape = |queues, depth, per_queue, asked| {
+            let info = DevInfo { nr_hw_queues: queues, queue_depth: depth, ..DevInfo::default() };
+            let extra = Extra { per_queue, ..Extra::default() };
+            let shape = shape((&options(None, asked), &extra), &info, DataPath::AutoRegister);
+            assert!(!shape.is_shared);
+            (shape.threads, shape.memory.depth)
+        };
+        assert_eq!(shape(2, 65, 4, 8), (8, 17));
+        // The kernel has given it fewer queues than it was to have, or its bottoms have no rings.
+        assert_eq!(shape(1, 65, 4, 8), (4, 17));
+        assert_eq!(shape(2, 65, 4, 5), (4, 33));
+        assert_eq!(shape(2, 65, 4, 3), (2, 65));
+        assert_eq!(shape(2, 3, 4, 8), (6, 1));
+        assert_eq!(shape(200, 65, 4, 800), (200, 65));
     }
 }

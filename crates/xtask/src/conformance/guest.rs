@@ -72,7 +72,7 @@ pub fn run(directory: &Path) -> Fallible<u8> {
 
 impl Suite {
     fn test(&self, name: &str) -> Fallible<Outcome> {
-        let log = self.directory.join("logs").join(format!("{name}.txt"));
+        let log = self.directory.join("logs").join(format!("{}.txt", name.replace('/', "-")));
         let place = self.directory.join("suite");
         let mut command = bounded(self.limit, "bash");
         // To a file: a server that a test leaves behind would hold a pipe open.
@@ -81,23 +81,29 @@ impl Suite {
             .args(self.kind.words(&place, name))
             .env("PATH", &self.path)
             .env("TMPDIR", FILES)
-            .current_dir(&place);
+            .envs(self.kind.environment(&place, Path::new(FILES)))
+            .current_dir(self.kind.place(&place));
         let start = Instant::now();
         let status = command.status().map_err(|e| format!("cannot start a test: {e}"))?;
         let seconds = start.elapsed().as_secs_f64();
         let said = fs::read_to_string(&log).unwrap_or_default();
+        let wrong = self.kind.verdict(&said).err();
         let (verdict, reason) = match status.code() {
             Some(code) if self.kind.was_skipped(code, &said) => {
                 let script = self.kind.script(&place, name);
                 let script = fs::read_to_string(script).unwrap_or_default();
                 ("skip", missing(&script, &self.path).unwrap_or_else(|| last_word(&said)))
             }
-            Some(0) if self.kind.has_passed(&said) => ("pass", String::new()),
+            Some(0) if wrong.is_none() => ("pass", String::new()),
             Some(code) if LATE.contains(&code) => {
                 let said = last_word(&said);
                 ("hang", format!("not done in {} s: {said}", self.limit))
             }
-            Some(code) => ("fail", format!("exit code {code}: {}", last_word(&said))),
+            Some(code) => {
+                let word =
+                    wrong.filter(|line| !line.is_empty()).unwrap_or_else(|| last_word(&said));
+                ("fail", format!("exit code {code}: {word}"))
+            }
             None => ("fail", "ended by a signal".to_owned()),
         };
         Ok(Outcome { verdict: verdict.into(), seconds, reason })
@@ -143,8 +149,9 @@ fn path_with(first: &str) -> OsString {
     std::env::join_paths(first.into_iter().chain(std::env::split_paths(&others))).unwrap_or(others)
 }
 
-/// Unmounts and removes what lies in a directory.
-const LEAVINGS: &str = "for place in $(cut -d ' ' -f 2 /proc/mounts | grep \"^$0/\"); do \
+/// Unmounts and removes what lies in a directory, and ends an NBD server that has its number there.
+const LEAVINGS: &str = "[ ! -f \"$0/nbds_pid\" ] || kill -9 $(cat \"$0/nbds_pid\"); \
+                        for place in $(cut -d ' ' -f 2 /proc/mounts | grep \"^$0/\"); do \
                         umount -l \"$place\"; done; rm -rf \"$0\"/*";
 
 fn has_devices() -> bool {

@@ -6,6 +6,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
+use super::suites::Suite;
 use crate::Fallible;
 
 /// How a test ended.
@@ -126,7 +127,7 @@ the scripts: a program is missing there, or is too old.
 ";
 
 const BLKTESTS: &str = "
-## blktests and ublksrv
+## blktests
 
 No package of Debian has them. `cargo xtask conformance --suite blktests --path DIR` runs the tests
 of blktests' group ublk from a checkout of it, unmodified, with devsplice as their `src/miniublk`.
@@ -134,17 +135,53 @@ of blktests' group ublk from a checkout of it, unmodified, with devsplice as the
 ";
 
 const UBLKSRV: &str = "
-Those of ublksrv are not run. The end-to-end tests whose names begin with `miniublks_`, `rublks_`
-and `ublks_` make, kill, recover and delete devices as these suites do, and read the lists as they
-do.
+## ublksrv
+
+`cargo xtask conformance --suite ublksrv --path DIR` runs the tests of ublksrv from a checkout of
+it, unmodified, with devsplice as their `ublk`, each measurement of 3 seconds. Its `run_test.sh`
+hides how a test ends, and many end well whatever happened: here each is started by itself, in the
+environment that `run_test.sh` makes, with the targets null, loop and nbd, and has failed if it ends
+badly, says a word of trouble, or has measured no request. Left out are qcow2, which devsplice does
+not have, and loop/003, nbd/001 and nbd/002, which measure the kernel's own drivers.
+
 ";
 
-/// The page about the tests called `names`: how `ours` ended, beside `theirs`; and how `others` of
-/// blktests did, with a note on that.
+/// What the page says of a suite that has to be brought along.
+pub struct Section<'a> {
+    /// Whose it is: which heading it has.
+    pub suite: Suite,
+    /// How its tests ended.
+    pub results: &'a Results,
+    /// A note on that.
+    pub note: &'a str,
+}
+
+impl Section<'_> {
+    fn write(&self, text: &mut String) {
+        let (head, group) = match self.suite {
+            Suite::Ublksrv => (UBLKSRV, ""),
+            Suite::Kernel | Suite::Blktests => (BLKTESTS, "ublk/"),
+        };
+        *text += head;
+        if !self.note.is_empty() {
+            let _ = writeln!(text, "{}\n", self.note);
+        }
+        let _ = writeln!(text, "devsplice: {}.\n", self.results.summary());
+        *text += "| test | devsplice | s | at commit | reason |\n|---|---|---|---|---|\n";
+        for (name, (Outcome { verdict, seconds, reason }, tested)) in &self.results.0 {
+            let reason = reason.replace('|', "\\|");
+            let row = format!("{group}{name} | {verdict} | {seconds:.0} | {tested} | {reason}");
+            let _ = writeln!(text, "| {row} |");
+        }
+    }
+}
+
+/// The page about the tests called `names`: how `ours` ended, beside `theirs`; and about other
+/// suites.
 pub fn page(
     names: &[String],
     (ours, theirs): (&Results, &Results),
-    (others, note): (&Results, &str),
+    others: &[Section<'_>],
 ) -> String {
     let mut text = String::from(HEAD);
     let _ = writeln!(text, "devsplice: {}.\n", ours.summary());
@@ -168,17 +205,10 @@ pub fn page(
             "| {name} | {verdict} | {seconds:.0} | {tested} | {other} | {time} | {reason} |"
         );
     }
-    text += BLKTESTS;
-    if !note.is_empty() {
-        let _ = writeln!(text, "{note}\n");
+    for section in others {
+        section.write(&mut text);
     }
-    let _ = writeln!(text, "devsplice: {}.\n", others.summary());
-    text += "| test | devsplice | s | at commit | reason |\n|---|---|---|---|---|\n";
-    for (name, (Outcome { verdict, seconds, reason }, tested)) in &others.0 {
-        let reason = reason.replace('|', "\\|");
-        let _ = writeln!(text, "| ublk/{name} | {verdict} | {seconds:.0} | {tested} | {reason} |");
-    }
-    text + UBLKSRV
+    text
 }
 
 #[cfg(test)]
@@ -219,10 +249,14 @@ mod tests {
         let mut kept = Results::default();
         kept.merge_from(&results, "abc");
         let results = kept;
-        let page = page(&names, (&results, &Results::default()), (&results, "Of May."));
+        let of = |suite| Section { suite, results: &results, note: "Of May." };
+        let others = [of(Suite::Blktests), of(Suite::Ublksrv)];
+        let page = page(&names, (&results, &Results::default()), &others);
         assert!(page.contains("| loop_05 | not run yet |"), "{page}");
         assert!(page.contains("| loop_04 | fail | 2 | abc |  |  | x\\|y |"), "{page}");
         assert!(page.contains("\nOf May.\n"), "{page}");
         assert!(page.contains("| ublk/loop_04 | fail | 2 | abc | x\\|y |"), "{page}");
+        assert!(page.contains("## ublksrv\n"), "{page}");
+        assert!(page.contains("\n| loop_04 | fail | 2 | abc | x\\|y |\n"), "{page}");
     }
 }
