@@ -4,26 +4,28 @@
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use devsplice_uring::ktls::{self, Cipher, Direction, Keys};
 use rustix::io::Errno;
 
-/// What is known of each.
-static KNOWN: Mutex<Vec<(Cipher, bool)>> = Mutex::new(Vec::new());
+/// What is known of each; until when, where that is no answer for good.
+static KNOWN: Mutex<Vec<(Cipher, bool, Option<Instant>)>> = Mutex::new(Vec::new());
 /// How long a byte may take from one end of a pair to the other.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// How long it is not tried again where something was short: who waits for it greets clients.
+const PAUSE: Duration = Duration::from_secs(60);
 
 /// Whether it does it with this cipher.
 pub(crate) fn can(cipher: Cipher) -> bool {
     let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some((_, can)) = known.iter().find(|(one, _)| *one == cipher) {
+    known.retain(|(.., until)| until.is_none_or(|until| Instant::now() < until));
+    if let Some((_, can, _)) = known.iter().find(|(one, ..)| *one == cipher) {
         return *can;
     }
     let tried = rehearse(cipher);
-    if let Some(can) = verdict(&tried) {
-        known.push((cipher, can));
-    }
+    let until = verdict(&tried).is_none().then(|| Instant::now() + PAUSE);
+    known.push((cipher, tried.is_ok(), until));
     tried.is_ok()
 }
 
@@ -50,7 +52,9 @@ fn errno(error: &std::io::Error) -> Errno {
 
 fn pair() -> std::io::Result<(TcpStream, TcpStream)> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
-    let ours = TcpStream::connect(listener.local_addr()?)?;
+    // A firewall may keep even these apart.
+    let ours = TcpStream::connect_timeout(&listener.local_addr()?, PATIENCE)?;
+    listener.set_nonblocking(true)?;
     let (theirs, from) = listener.accept()?;
     if from != ours.local_addr()? {
         // Somebody else was quicker; it is tried again with the next connection.
