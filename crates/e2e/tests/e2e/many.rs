@@ -393,11 +393,14 @@ fn left(kind: Kind) -> Outcome {
     };
     assert_eq!(gc(&[]), (None, None), "a server that lives is none of its business");
     let process = server.process();
-    for guard in process.children() {
-        Process(guard).signal(Signal::KILL);
+    let guards = process.children();
+    for guard in &guards {
+        Process(*guard).signal(Signal::KILL);
     }
     process.signal(Signal::KILL);
     process.ends_within(20);
+    // They hold the server's state, too, until they have ended.
+    guards.into_iter().for_each(|guard| Process(guard).ends_within(20));
     let (kept, would, removed) =
         (Some(json!("kept")), Some(json!("would be removed")), Some(json!("removed")));
     if disks[0]["recovery"] == "reissue" {
