@@ -46,7 +46,7 @@ fn again() -> Outcome {
     let secret = Secret::new(&room, "mem:16M", &options);
     let uri = secret.tcp(&files);
     // An emulated processor takes seconds for each.
-    for _ in 0..if mode() == Mode::Vm { 12 } else { 10 } {
+    for _ in 0..if mode() == Mode::Vm { 6 } else { 10 } {
         let _ = call("nbdcopy", [&image, &uri]).limit(60).ok();
     }
     let _ = call("nbdcopy", [&uri, &back]).limit(60).ok();
@@ -63,7 +63,7 @@ fn again() -> Outcome {
 fn every_byte(room: &Room, kind: Kind, uri: &str) {
     let disk: Disk<'_> = room.add(kind, uri, &[]);
     assert_eq!(disk.info()["servers"][0]["tls_kernel"], has_kernel());
-    let _ = verify(room, &disk.node, 8 * MIB, "4k-256k");
+    let _ = verify(room, &disk.node, 4 * MIB, "4k-256k");
     let info = disk.info();
     assert_eq!(info["servers"][0]["reconnects"], 0, "{info:#}");
     if kind.is_ublk() {
