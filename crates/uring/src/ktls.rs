@@ -11,6 +11,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, ipproto, sockopt};
 
+use crate::uapi::{MSG_NOSIGNAL, MSG_WAITALL};
+
 /// Types of records (RFC 8446, section 5.1).
 pub const ALERT: u8 = 21;
 /// As [`ALERT`].
@@ -25,6 +27,12 @@ const MAX_INFO: usize = 56;
 /// Bytes of a number only used once, and of a record's number.
 const NONCE: usize = 12;
 const NUMBER: usize = 8;
+
+/// How a ring sends over a socket, all of it or as much as there is room for. Where the kernel does
+/// its TLS, all cannot be asked for (net/tls/tls_sw.c, `tls_sw_sendmsg`, Linux 7.3: `EOPNOTSUPP`).
+pub(crate) fn send_flags(is_sealed: bool) -> u32 {
+    MSG_NOSIGNAL | if is_sealed { 0 } else { MSG_WAITALL }
+}
 
 /// Set for good when somebody wants it.
 static WANTED: AtomicBool = AtomicBool::new(false);

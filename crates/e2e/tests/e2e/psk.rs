@@ -7,7 +7,7 @@ use std::path::Path;
 
 use devsplice_e2e::{Call, Group, MIB, Mode, Outcome, Room, Skip, call, mode, need, need_tool};
 
-use crate::tls::{Kit, Secret, certificates};
+use crate::tls::{Kit, Secret, certificates, goes_there_and_back, tool};
 
 pub fn add(group: &mut Group) {
     group.add("tools_copy_by_keys_over_either_kind_of_socket", copies);
@@ -53,31 +53,15 @@ fn unix(room: &Room, secret: &Secret<'_>, user: &str, file: &str) -> String {
     format!("nbds+unix://{user}@/{name}?socket={socket}&tls-psk-file={file}")
 }
 
-fn tool(room: &Room, name: &str, arguments: &[&str]) -> Call {
-    call(name, arguments).dir(&room.dir).limit(60)
-}
-
 fn copies() -> Outcome {
     need_tool("nbdcopy")?;
     need_tool("nbdinfo")?;
     let room = Room::new();
     let file = format!("{}/keys.psk", keys(&room, "keys")?);
-    let (image, a) = (room.path("image"), room.file("a.img", 32 * MIB));
-    // Bytes that do not repeat: a record out of place would be seen.
-    let words = (0..4 * MIB as u32).flat_map(u32::to_le_bytes);
-    std::fs::write(&image, words.collect::<Vec<_>>()).unwrap();
+    let a = room.file("a.img", 32 * MIB);
     let secret = Secret::new(&room, &a, &["--tls-psk", &file, "--threads", "2"]);
     for uri in [unix(&room, &secret, "alice", &file), tcp(&secret, "alice", &file)] {
-        let told = tool(&room, "nbdinfo", &[&uri]).ok();
-        assert!(told.contains("with TLS"), "{told}");
-        std::fs::File::options().write(true).open(&a).unwrap().set_len(0).unwrap();
-        std::fs::File::options().write(true).open(&a).unwrap().set_len(32 * MIB).unwrap();
-        let _ = tool(&room, "nbdcopy", &["--requests=32", &image, &uri]).ok();
-        let back = room.path("back");
-        let _ = tool(&room, "nbdcopy", &["--requests=32", &uri, &back]).ok();
-        let found = std::fs::read(&back).unwrap();
-        assert!(found[..16 << 20] == std::fs::read(&image).unwrap(), "{uri}");
-        assert!(found[16 << 20..].iter().all(|byte| *byte == 0), "{uri}");
+        goes_there_and_back(&room, &uri, &a);
     }
     assert_eq!(secret.info()["features"], serde_json::json!(["tls-require", "tls-psk"]));
     secret.remove();

@@ -105,35 +105,37 @@ impl Drop for Secret<'_> {
     }
 }
 
-fn tool(room: &Room, name: &str, arguments: &[&str]) -> Call {
+pub fn tool(room: &Room, name: &str, arguments: &[&str]) -> Call {
     call(name, arguments).dir(&room.dir).limit(60)
+}
+
+/// 16 MiB go through `uri` to the file `a` of 32 MiB that is served there, and all comes back.
+pub fn goes_there_and_back(room: &Room, uri: &str, a: &str) {
+    let (image, back) = (room.path("image"), room.path("back"));
+    // Bytes that do not repeat: a record out of place would be seen.
+    let words = (0..4 * MIB as u32).flat_map(u32::to_le_bytes);
+    std::fs::write(&image, words.collect::<Vec<_>>()).unwrap();
+    let told = tool(room, "nbdinfo", &[uri]).ok();
+    assert!(told.contains("with TLS"), "{told}");
+    std::fs::File::options().write(true).open(a).unwrap().set_len(0).unwrap();
+    std::fs::File::options().write(true).open(a).unwrap().set_len(32 * MIB).unwrap();
+    let _ = tool(room, "nbdcopy", &[&image, uri]).ok();
+    let _ = tool(room, "nbdcopy", &[uri, &back]).ok();
+    let found = std::fs::read(&back).unwrap();
+    assert!(found[..16 << 20] == std::fs::read(&image).unwrap(), "{uri}");
+    assert!(found[16 << 20..].iter().all(|byte| *byte == 0), "{uri}");
+    std::fs::remove_file(&back).unwrap();
 }
 
 fn copies() -> Outcome {
     need_tool("nbdcopy")?;
     need_tool("nbdinfo")?;
     let room = Room::new();
-    let files = certificates(&room, "pki");
-    let (image, a) = (room.path("image"), room.file("a.img", 32 * MIB));
-    // Bytes that do not repeat: a record out of place would be seen.
-    let words = (0..4 * MIB as u32).flat_map(u32::to_le_bytes);
-    std::fs::write(&image, words.collect::<Vec<_>>()).unwrap();
-    let secret = Secret::new(
-        &room,
-        &a,
-        &["--tls-certificates", &files, "--tls-verify-peer", "--threads", "2"],
-    );
-    for (uri, back) in [(secret.unix(&files), "unix"), (secret.tcp(&files), "tcp")] {
-        let told = tool(&room, "nbdinfo", &[&uri]).ok();
-        assert!(told.contains("with TLS"), "{told}");
-        std::fs::File::options().write(true).open(&a).unwrap().set_len(0).unwrap();
-        std::fs::File::options().write(true).open(&a).unwrap().set_len(32 * MIB).unwrap();
-        let _ = tool(&room, "nbdcopy", &[&image, &uri]).ok();
-        let back = room.path(back);
-        let _ = tool(&room, "nbdcopy", &[&uri, &back]).ok();
-        let found = std::fs::read(&back).unwrap();
-        assert!(found[..16 << 20] == std::fs::read(&image).unwrap(), "{uri}");
-        assert!(found[16 << 20..].iter().all(|byte| *byte == 0), "{uri}");
+    let (files, a) = (certificates(&room, "pki"), room.file("a.img", 32 * MIB));
+    let options = ["--tls-certificates", &files, "--tls-verify-peer", "--threads", "2"];
+    let secret = Secret::new(&room, &a, &options);
+    for uri in [secret.unix(&files), secret.tcp(&files)] {
+        goes_there_and_back(&room, &uri, &a);
     }
     assert_eq!(secret.info()["features"], serde_json::json!(["tls-require", "tls-verify-peer"]));
     secret.remove();

@@ -9,11 +9,11 @@ use devsplice_engine::FileId;
 
 use super::{KIND_EXPORT_LENT, KIND_SENT, Uring, tag_of};
 use crate::files::{RingFile, Slot};
+use crate::ktls::send_flags;
 use crate::setup;
 use crate::splice::IoVec;
 use crate::uapi::{
-    MSG_NOSIGNAL, MSG_WAITALL, OP_RECV, OP_SEND, OP_SENDMSG, RECVSEND_POLL_FIRST, SQE_FIXED_FILE,
-    Sqe,
+    MSG_WAITALL, OP_RECV, OP_SEND, OP_SENDMSG, RECVSEND_POLL_FIRST, SQE_FIXED_FILE, Sqe,
 };
 use std::os::fd::AsRawFd;
 
@@ -149,7 +149,7 @@ impl Uring {
             opcode: OP_SEND,
             fd: i32::from(socket.0),
             flags: SQE_FIXED_FILE,
-            op_flags: MSG_NOSIGNAL | if is_sealed { 0 } else { MSG_WAITALL },
+            op_flags: send_flags(is_sealed),
             user_data: KIND_SENT | u64::from(lane) << 32 | u64::from(index),
             ..Sqe::default()
         };

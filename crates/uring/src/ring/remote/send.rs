@@ -12,11 +12,10 @@ use rustix::net::{SendFlags, send};
 
 use super::{Conn, Remotes, SENT, Uring, user_data};
 use crate::arena::Arena;
+use crate::ktls::send_flags;
 use crate::ring::socket::MessageHeader;
 use crate::splice::{DATA_AT, IoVec, PagesKind, with_slot};
-use crate::uapi::{
-    MSG_MORE, MSG_NOSIGNAL, MSG_WAITALL, OP_SEND, OP_SENDMSG, SQE_FIXED_FILE, SQE_IO_LINK, Sqe,
-};
+use crate::uapi::{MSG_MORE, OP_SEND, OP_SENDMSG, SQE_FIXED_FILE, SQE_IO_LINK, Sqe};
 
 /// Requests of a batch.
 const MOST: usize = 64;
@@ -207,13 +206,12 @@ impl Remotes {
         let conn = &mut self.conns[index];
         let batch = &mut *conn.batch;
         (batch.is_cut, batch.error) = (false, 0);
-        // TLS of the kernel's refuses to be asked to send all (net/tls/tls_sw.c, `tls_sw_sendmsg`,
-        // Linux 7.3: EOPNOTSUPP), and a send that stops short would not stop what is linked.
+        // A send that may stop short does not stop what is linked behind it.
         let is_sealed = conn.records.is_some();
         let base = Sqe {
             fd: i32::from(conn.file.0),
             flags: SQE_FIXED_FILE,
-            op_flags: MSG_NOSIGNAL | if is_sealed { 0 } else { MSG_WAITALL },
+            op_flags: send_flags(is_sealed),
             user_data: user_data(index, SENT),
             ..Sqe::default()
         };
