@@ -378,6 +378,14 @@ impl Voice {
         }
     }
 
+    /// Whether the guard lives: its end of the pipe ends with it.
+    pub fn is_heard(&self) -> bool {
+        let pipes = self.pipes();
+        let Some(Pipes { say, .. }) = &*pipes else { return false };
+        let mut ends = [PollFd::new(say, PollFlags::empty())];
+        poll(&mut ends, Some(&Timespec::default())) == Ok(0)
+    }
+
     /// Has the guard keep descriptors of this process, so that they outlive it.
     ///
     /// # Errors

@@ -86,6 +86,25 @@ impl Hosted {
         }
     }
 
+    /// Whether it would outlive a failure on the way to being held. Where the kernel does not keep
+    /// it that is up to its guard; this process, shut in as it is, can start no other.
+    fn can_be_spared(&self) -> Result<()> {
+        let is_up_to_guard = match &self.phase {
+            Phase::Up(front) => !front.kept().0.is_empty(),
+            _ => false,
+        };
+        if !is_up_to_guard || self.line.has_keeper() {
+            return Ok(());
+        }
+        let reason = "its guard has died, and without one the disk would go with its server if \
+                      anything failed on the way";
+        let error = Error::new(ErrorKind::Unsupported, self.thing(), reason);
+        Err(error.next(format!(
+            "devsplice upgrade {} makes a server with a guard; then try again",
+            self.disk.name
+        )))
+    }
+
     /// Finishes what is in flight, lets go of the stack. The kernel holds what comes.
     pub(crate) fn hold(&mut self) -> Result<()> {
         self.can_be_held()?;
@@ -160,6 +179,7 @@ impl Hosted {
 
     /// Holds the disk until it is to go on.
     pub(crate) fn quiesce(&mut self) -> Result<String> {
+        self.can_be_spared()?;
         self.hold()?;
         self.disk.quiesced = true;
         self.claim.write(&self.disk)?;
@@ -218,6 +238,7 @@ impl Hosted {
     }
 
     fn exchange(&mut self, plan: &Plan) -> Result<()> {
+        self.can_be_spared()?;
         let old = self.plan.clone();
         let clients = match &self.phase {
             Phase::Up(front) => front.clients().unwrap_or(0),
