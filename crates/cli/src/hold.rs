@@ -247,18 +247,21 @@ impl Hosted {
         if matches!(self.phase, Phase::Up(_)) {
             self.hold()?;
         }
-        if let Err(error) = self.go_on(plan, Fit::Resized) {
-            return Err(match self.go_on(&old, adopt::fit(&self.disk)) {
-                Ok(()) if clients > 0 => {
-                    error.next("its clients were disconnected; else nothing was changed")
-                }
-                Ok(()) => error.next("nothing was changed"),
-                Err(second) => error.next(format!(
-                    "the disk is quiesced now, for the old stack cannot be had again: {second}"
-                )),
-            });
-        }
-        Ok(())
+        let Err(error) = self.go_on(plan, Fit::Resized) else { return Ok(()) };
+        Err(match self.go_on(&old, adopt::fit(&self.disk)) {
+            Ok(()) if clients > 0 => {
+                error.next("its clients were disconnected; else nothing was changed")
+            }
+            Ok(()) => error.next("nothing was changed"),
+            Err(second) => {
+                let what = format!("the old stack cannot be had again: {second}");
+                // Who does not ask this process has to see it, too.
+                self.disk.quiesced = true;
+                let _ = self.claim.write(&self.disk);
+                self.line.tell("quiesced", &what);
+                error.next(format!("the disk is quiesced now, for {what}"))
+            }
+        })
     }
 
     /// Goes on with what the same stack is by now.
@@ -288,6 +291,14 @@ impl Hosted {
             let reason = format!("is smaller ({new}) than the disk ({old})");
             return Err(Error::invalid("the stack", reason)
                 .next("shrink what is on the disk first, then --shrink"));
+        }
+        if limits.size != self.disk.size
+            && let Phase::Up(Front::Fuse(_)) | Phase::Held(Suspended::Fuse(_)) = &self.phase
+        {
+            let (new, old) = (show_size(limits.size), show_size(self.disk.size));
+            let reason = format!("is over FUSE and keeps its size of {old}, the stack has {new}");
+            return Err(Error::new(ErrorKind::Unsupported, self.thing(), reason)
+                .next(format!("swap to linear(..., size={old}), or make the disk anew")));
         }
         Ok(limits.size)
     }

@@ -50,6 +50,9 @@ pub fn add(group: &mut Group, kind: Kind, is_home: bool) {
         group.add("kept_a_disk_without_a_guard_is_not_let_go_of", move || {
             asks_again().and_then(|()| not_let_go(kind))
         });
+        group.add("kept_a_disk_over_fuse_keeps_its_size", move || {
+            asks_again().and_then(|()| keeps_size(kind))
+        });
         group.add("kept_a_guard_that_comes_late_leaves_the_disk_to_the_next", move || {
             asks_again().and_then(|()| late_guard(kind))
         });
@@ -342,6 +345,30 @@ fn not_let_go(kind: Kind) -> Outcome {
     is_as(&b);
     let _ = disk.del(&[]).ok();
     disk.is_gone_within(5);
+    Ok(())
+}
+
+/// What the disk cannot be is refused while it is served: there would be no way back from a stack
+/// that has another size by now.
+fn keeps_size(kind: Kind) -> Outcome {
+    let room = Room::new();
+    let file = room.full_file("a", 4 * MIB, 0x5a);
+    let disk = room.add(kind, &file, &["--no-part-scan"]);
+    let resize = |size| std::fs::File::options().write(true).open(&file).unwrap().set_len(size);
+    let other = room.file("b", 8 * MIB);
+    resize(8 * MIB).unwrap();
+    for words in [vec!["resize", &disk.name], vec!["swap", &disk.name, &other]] {
+        let refused = room.refusal(words);
+        assert!(refused.contains("keeps its size of 4M, the stack has 8M"), "{refused}");
+        assert_eq!((disk.info()["state"].clone(), state(&room, &disk)), {
+            (serde_json::json!("live"), "live".to_owned())
+        });
+        call("cmp", ["-n", "4194304", &file, &disk.node.to_string_lossy()]).limit(20).ok();
+    }
+    // As it was, and made to be that of the same size.
+    room.devsplice(["swap", &disk.name, &format!("linear({file}, size=4M)")]).ok();
+    call("cmp", ["-n", "4194304", &file, &disk.node.to_string_lossy()]).limit(20).ok();
+    disk.remove();
     Ok(())
 }
 
