@@ -317,7 +317,7 @@ fn succeed(found: &Found) -> Result<(Server, launch::Report)> {
     if kept.is_none() && found.disk.ublk_id.is_none() {
         let reason = "what keeps it cannot be had from its guard nor from its server";
         return Err(Error::new(ErrorKind::Permission, name, reason)
-            .next("see whether this kernel lets root look into other processes"));
+            .next("that takes /proc (mount -t proc proc /proc) and a kernel that lets root look"));
     }
     let mut guard = guard::start_with(kept.as_ref().map_or(&[], |kept| &kept.fuse))?;
     // The old server lets go of the disk. If it has no guard nothing else keeps it then, whatever
