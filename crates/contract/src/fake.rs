@@ -294,6 +294,7 @@ impl World {
         self.due.clear();
         self.ready.clear();
         self.pages.clear();
+        self.outer.clear();
         self.inner.clear();
         self.hits.clear();
         self.now = 0;
@@ -583,7 +584,12 @@ impl Ring for FakeRing {
     /// Whoever still wants data in its pages sees that it is gone.
     fn rest(&mut self, lane: u16) {
         let world = &mut *self.lock();
-        let Some(of_lane) = world.outer.get(usize::from(lane)).cloned() else { return };
+        let of_lane = match world.outer.get(usize::from(lane)) {
+            Some(of_lane) => of_lane.clone(),
+            // Whoever has made pages otherwise has one lane.
+            None if world.outer.is_empty() => 0..world.pages.len(),
+            None => return,
+        };
         world.rests.push((lane, world.now));
         world.pages[of_lane].iter_mut().for_each(|pages| pages.fill(0xee));
     }
