@@ -301,7 +301,7 @@ impl World {
         self.deadline = LONGEST;
     }
 
-    /// Pages for each tag of the next lane, large enough for each of `ios`; the number of the first.
+    /// Pages for each tag of the next lane, large enough for `ios`; the number of the first.
     pub fn add_pages<'a>(&mut self, depth: u16, ios: impl Iterator<Item = &'a Io>) -> u32 {
         let with_pages = ios.filter(|io| io.op.has_pages());
         let most = with_pages.map(|io| io.extent.len).max().unwrap_or(0);
