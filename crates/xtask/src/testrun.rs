@@ -143,11 +143,24 @@ fn prepare_tools() {
     }
 }
 
-/// Prints the table, the tests left out by reason, and the last line.
+/// Prints the tests left out by reason, the table, what failed, and the last line: what matters
+/// most comes last, where whoever keeps only the end of an output has it.
 fn report(done: &[Done], time: Duration) -> u8 {
-    println!("\n{:34} {:>8} {:>7} {:>7} {:>8}", "step", "time", "passed", "failed", "skipped");
     let (mut passed, mut failed, mut skipped) = (0, 0, 0);
     let mut reasons: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    println!();
+    for Counts { skipped, .. } in done.iter().map(|done| &done.counts) {
+        for (test, reason) in skipped {
+            reasons.entry(reason).or_default().push(test);
+        }
+    }
+    for (reason, tests) in reasons {
+        println!("skipped: {reason}");
+        for test in tests {
+            println!("    {test}");
+        }
+    }
+    println!("\n{:34} {:>8} {:>7} {:>7} {:>8}", "step", "time", "passed", "failed", "skipped");
     for Done { name, time, counts } in done {
         let (seconds, skips) = (time.as_secs_f64(), counts.skipped.len());
         let (held, broken) = (counts.passed, counts.failed);
@@ -155,15 +168,15 @@ fn report(done: &[Done], time: Duration) -> u8 {
         passed += held;
         failed += broken;
         skipped += skips;
-        for (test, reason) in &counts.skipped {
-            reasons.entry(reason).or_default().push(test);
-        }
     }
     println!("{:34} {:>6.1} s", "all", time.as_secs_f64());
-    for (reason, tests) in reasons {
-        println!("skipped: {reason}");
-        for test in tests {
+    for Done { name, counts, .. } in done.iter().filter(|done| done.counts.failed > 0) {
+        println!("failed in {name}:");
+        for test in &counts.broken {
             println!("    {test}");
+        }
+        if counts.broken.is_empty() {
+            println!("    no test by name: the step itself did not end well");
         }
     }
     println!("{passed} passed, {failed} failed, {skipped} skipped");
