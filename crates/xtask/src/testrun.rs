@@ -107,7 +107,13 @@ pub fn run(options: &Options) -> Fallible<u8> {
         Ok(Counts::default())
     })?;
     if let Some(programs) = programs {
-        run.step("end to end, this machine", || steps::end_to_end_here(&programs, filter))?;
+        let mut had = Vec::new();
+        run.step("end to end, this machine", || {
+            steps::end_to_end_here(&programs, filter, &mut had)
+        })?;
+        if options.full {
+            had.clear();
+        }
         let kernels: &[&str] = match options {
             Options { quick: true, .. } => &[],
             Options { full: true, .. } => &["7.3", "6.18", "6.12", "6.1"],
@@ -118,7 +124,7 @@ pub fn run(options: &Options) -> Fallible<u8> {
             let name = format!("end to end, VM with Linux {series}");
             let (mut kernel, mut pace) = (Kernel::default(), Pace::new());
             let about = (&mut kernel, &mut pace);
-            run.step(&name, || steps::end_to_end_vm(&programs, series, filter, about))?;
+            run.step(&name, || steps::end_to_end_vm(&programs, series, (filter, &had), about))?;
             pace.show(series);
             table.push((series, kernel));
         }
