@@ -38,6 +38,7 @@ const MAX_BYTES: u64 = 2 * MAX_PAYLOAD as u64;
 pub(super) const RECEIVED: u32 = 0;
 const SENT: u32 = 1;
 const BELL: u32 = 2;
+pub(super) const ROOM: u32 = 3;
 
 /// A connection's place on an I/O thread, whether somebody is there or not.
 pub(super) struct Connection {
@@ -70,6 +71,8 @@ pub(super) struct Connection {
     may_lend: bool,
     /// The client, over a network, is sent away and has not hung up.
     pub(super) sees_off: bool,
+    /// A wait for room in the socket is out.
+    pub(super) awaits_room: bool,
 }
 
 impl Connection {
@@ -103,6 +106,7 @@ impl Connection {
             unflushed: VecDeque::with_capacity(usize::from(depth)),
             may_lend,
             sees_off: false,
+            awaits_room: false,
         }
     }
 
@@ -456,6 +460,10 @@ impl Export<Uring> for Connection {
         match completion.index >> 16 {
             RECEIVED => self.received(ring, completion.result, inbox),
             SENT => self.sent(ring, completion.result, inbox),
+            ROOM => {
+                self.awaits_room = false;
+                self.settle(ring);
+            }
             _ => self.rung(ring, inbox),
         }
         Ok(())
