@@ -114,8 +114,8 @@ impl Connection {
         if self.outbox.has_any() || self.idle.len() + half < self.tags.len() {
             return;
         }
-        // Of what TLS by the kernel has encrypted some may not be with the network yet, and would be
-        // lost with a shutdown. The client hangs up when it hears that this is the end.
+        // Some of what TLS by the kernel has encrypted may not be with the network yet, and would
+        // be lost with a shutdown. The client hangs up when it hears that this is the end.
         if self.has_last_word(ring)
             && let Some(Client { socket, records: None, .. }) = &self.client
         {
