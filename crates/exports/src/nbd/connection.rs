@@ -38,6 +38,7 @@ const MAX_BYTES: u64 = 2 * MAX_PAYLOAD as u64;
 pub(super) const RECEIVED: u32 = 0;
 const SENT: u32 = 1;
 const BELL: u32 = 2;
+pub(super) const ROOM: u32 = 3;
 
 /// A connection's place on an I/O thread, whether somebody is there or not.
 pub(super) struct Connection {
@@ -72,6 +73,8 @@ pub(super) struct Connection {
     pub(super) sees_off: bool,
     /// Of the flushes that failed, those that this client knows of.
     told: u32,
+    /// A wait for room in the socket is out.
+    pub(super) awaits_room: bool,
 }
 
 impl Connection {
@@ -106,6 +109,7 @@ impl Connection {
             may_lend,
             sees_off: false,
             told: 0,
+            awaits_room: false,
         }
     }
 
@@ -460,6 +464,10 @@ impl Export<Uring> for Connection {
         match completion.index >> 16 {
             RECEIVED => self.received(ring, completion.result, inbox),
             SENT => self.sent(ring, completion.result, inbox),
+            ROOM => {
+                self.awaits_room = false;
+                self.settle(ring);
+            }
             _ => self.rung(ring, inbox),
         }
         Ok(())

@@ -76,6 +76,9 @@ impl Desk {
     }
 }
 
+/// A client that is told nothing more, and what it may still say over TLS by the kernel.
+pub(super) type Leaving = (OwnedFd, Box<dyn Records>);
+
 /// All that is shared between the threads of an export.
 pub(super) struct Post {
     pub(super) desks: Box<[Desk]>,
@@ -95,8 +98,8 @@ pub(super) struct Post {
     relays: AtomicUsize,
     /// Connections whose TLS the kernel does.
     sealed: AtomicUsize,
-    /// Sockets of clients that have been told that it is over, for the greeting thread.
-    leaving: Mutex<Vec<OwnedFd>>,
+    /// Clients that have been told that it is over, for the greeting thread.
+    leaving: Mutex<Vec<Leaving>>,
     /// CPUs that this process may use.
     cpus: usize,
     /// There is a CPU for each client and each thread that serves them: who waits may do so awake.
@@ -211,13 +214,13 @@ impl Post {
     }
 
     /// Has the greeting thread wait for a client to hang up.
-    pub(super) fn see_off(&self, socket: OwnedFd) {
-        lock(&self.leaving).push(socket);
+    pub(super) fn see_off(&self, socket: OwnedFd, records: Box<dyn Records>) {
+        lock(&self.leaving).push((socket, records));
         self.bell.ring();
     }
 
-    /// Sockets that were given so.
-    pub(super) fn take_leaving(&self) -> Vec<OwnedFd> {
+    /// Those that were given so.
+    pub(super) fn take_leaving(&self) -> Vec<Leaving> {
         std::mem::take(&mut *lock(&self.leaving))
     }
 
