@@ -366,8 +366,11 @@ impl World {
         }
         if let (To::File(file), Op::Flush) = (flying.to, flying.op) {
             let disk = &mut self.disks[usize::from(file.0)];
-            if let Some(errno) = disk.bad_flush {
-                return Err(errno);
+            if let Some((errno, times)) = &mut disk.bad_flush
+                && *times > 0
+            {
+                *times -= 1;
+                return Err(*errno);
             }
         }
         if self.rng.percent(self.faults.eagain) {

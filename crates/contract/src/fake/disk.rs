@@ -26,8 +26,8 @@ pub struct Disk {
     /// What survives a power cut, and what was done since; only of a disk with limits.
     pub(super) durable: Vec<u8>,
     pub(super) changes: Vec<Change>,
-    /// What flushes of it fail with.
-    pub bad_flush: Option<Errno>,
+    /// What flushes of it fail with, and how many do.
+    pub bad_flush: Option<(Errno, u32)>,
 }
 
 impl Disk {
