@@ -17,8 +17,8 @@ pub(crate) struct Careful {
 /// Where a request has failed in a way that is not tried again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Lost {
-    /// A device could not make durable what it had taken. It says so once: Linux reports an error of
-    /// writeback to an open file once, and its next flush succeeds.
+    /// A device could not make durable what it had taken. It says so once: Linux reports an error
+    /// of writeback to an open file once, and its next flush succeeds.
     At(To),
     /// A layer could not resolve what it was asked.
     Missed(NodeId, Io),

@@ -70,8 +70,8 @@ impl LaneLive {
 
     /// A request of which nothing is out: what is to be done about its failures, if anything. The
     /// first time it fails it is routed again with care, one piece at a time, so that it is known
-    /// who sent what where; what is lost is not sent again, but counts as failed. At the end of such
-    /// a pass the layers above each failure are told.
+    /// who sent what where; what is lost is not sent again, but counts as failed. At the end of
+    /// such a pass the layers above each failure are told.
     fn care(&self, stack: &Stack, job: &mut Job) -> Option<Slow> {
         let (io, node) = (job.routed(), job.node);
         let Some(careful) = &mut job.careful else {

@@ -41,8 +41,8 @@ pub(crate) struct Letter {
     pub(crate) reply: mpsc::Sender<Answer>,
 }
 
-/// Which requests of a lane are under way, by tag: 0 for none, else the epoch in which it was routed
-/// first and where it waits.
+/// Which requests of a lane are under way, by tag: 0 for none, else the epoch in which it was
+/// routed first and where it waits.
 #[derive(Debug)]
 pub(crate) struct Shard {
     under_way: Box<[AtomicU64]>,
@@ -253,13 +253,13 @@ impl Served {
     /// Waits until no request is under way for which the layer at `node` answered before this call.
     ///
     /// A request that waits at a layer below `node` is: it goes on from there with what `node` has
-    /// answered. One that waits at `node` itself or elsewhere holds no answer of it. So what a layer
-    /// does for those that wait at it may wait for a grace, and graces never wait for one another in
-    /// a circle: only layers above for layers below.
+    /// answered. One that waits at `node` itself or elsewhere holds no answer of it. So what a
+    /// layer does for those that wait at it may wait for a grace, and graces never wait for one
+    /// another in a circle: only layers above for layers below.
     ///
     /// A request puts its epoch into the shard and then asks layers; whoever waits has changed what
-    /// its layer answers, moves the epoch on and then looks into the shards. So one that is not seen
-    /// there gets the new answers.
+    /// its layer answers, moves the epoch on and then looks into the shards. So one that is not
+    /// seen there gets the new answers.
     pub(crate) async fn grace(&self, node: NodeId) {
         let _waiting = Waiting::new(&self.graces);
         let last = self.epoch.fetch_add(1, Ordering::SeqCst);

@@ -1,6 +1,6 @@
 //! Answers for live layers over live layers: a failed flush is believed, a request that waits below
-//! is still under way for the layers above it, nobody's flush passes for another one's, and no layer
-//! waits for memory that a layer above it has.
+//! is still under way for the layers above it, nobody's flush passes for another one's, and no
+//! layer waits for memory that a layer above it has.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -235,7 +235,7 @@ fn a_log_has_no_entry_whose_data_waits_at_the_disk() {
 fn a_flush_does_not_copy_what_has_not_reached_the_scratch_device() {
     let slow = Over("throttle", "write-bps=64k burst=1ms", vec![Disk]);
     let stack = real(&Over("flaky", "", vec![Disk, slow]), &[]);
-    // The second write goes to the disk at once; what lies on the scratch device is the first one's.
+    // The second write goes to the disk at once; the scratch device has the first one's bytes.
     let plan = vec![
         now(write(0, 4096)),
         at(1000, FLUSH),

@@ -38,6 +38,17 @@ impl Disk {
         }
     }
 
+    /// Whether a flush that begins now succeeds.
+    pub(super) fn may_flush(&mut self) -> Result<(), Errno> {
+        match &mut self.bad_flush {
+            Some((errno, times)) if *times > 0 => {
+                *times -= 1;
+                Err(*errno)
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// What was done on `at..at + len`; bytes that are lost with power until a flush.
     pub(super) fn changed(&mut self, at: usize, len: usize, fua: bool) {
         let Some(limits) = &self.limits else { return };
