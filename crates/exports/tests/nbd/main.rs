@@ -1,6 +1,7 @@
 //! Answers for the NBD server as a client sees it: over a socket, against files.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod asked;
 mod bad;
 mod peer;
 

@@ -9,16 +9,17 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use devsplice_core::{Limits, StackBuilder};
+use devsplice_core::{Limits, Stack, StackBuilder};
 use devsplice_engine::Counts;
 use devsplice_exports::nbd::{Device, Options, Secure, Uri};
 use devsplice_exports::threads::{Bottom, Service};
 use devsplice_nbd::client::{Agreed, Handshake, Outcome, Wish};
 use devsplice_nbd::wire::{self, Reply, can, chunk, command};
 use devsplice_nbd::{Mode, Request};
-use devsplice_uring::FileKind;
+use devsplice_uring::{FileKind, Remote};
 
-const SIZE: u64 = 64 << 20;
+/// Bytes of the file.
+pub const SIZE: u64 = 64 << 20;
 const MEMORY: &str = "/dev/shm";
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -49,18 +50,37 @@ pub struct Wishes {
     /// Whether the file is in memory, where its data goes another way.
     pub in_memory: bool,
     pub secure: Option<Secure>,
+    /// A server whose export, as large as the file, is the disk's second half.
+    pub server: Option<Arc<dyn Remote>>,
 }
 
 fn service(file: &std::fs::File, limits: Limits) -> Service {
     let mut builder = StackBuilder::new();
     let (root, _) = builder.backend("image", Limits { volatile_cache: true, ..limits }).unwrap();
+    serve(vec![of(file)], builder.finish(root))
+}
+
+fn of(file: &std::fs::File) -> Bottom {
+    Bottom::File { fd: OwnedFd::from(file.try_clone().unwrap()), kind: FileKind::Regular }
+}
+
+/// The file, and a server's export behind it.
+fn service_with(file: &std::fs::File, server: Arc<dyn Remote>) -> Service {
+    let mut builder = StackBuilder::new();
+    let mut below = |name| builder.backend(name, Limits::ideal(SIZE)).unwrap().0;
+    let below = ["image", "server"].map(&mut below);
+    let concat = devsplice_layers::find("concat").unwrap();
+    let args = devsplice_core::Args::new("concat", concat.keys, &[]).unwrap();
+    let layer = (concat.make)(&args).unwrap();
+    let root = builder.layer("concat", layer, &below, &mut |_, _, _| Ok(())).unwrap();
+    serve(vec![of(file), Bottom::Remote(server)], builder.finish(root))
+}
+
+fn serve(bottoms: Vec<Bottom>, stack: Stack) -> Service {
     Service {
         pool: None,
-        stack: Arc::new(builder.finish(root)),
-        bottoms: vec![Bottom::File {
-            fd: OwnedFd::from(file.try_clone().unwrap()),
-            kind: FileKind::Regular,
-        }],
+        stack: Arc::new(stack),
+        bottoms,
         on_stuck: Arc::new(|stuck| panic!("{stuck:?}")),
         on_event: Arc::new(|text| eprintln!("{text}")),
         on_death: |error| panic!("{error}"),
@@ -86,6 +106,7 @@ impl Host {
             slow_zeroes: false,
             in_memory: false,
             secure: None,
+            server: None,
         };
         change(&mut wishes);
         let above = if wishes.in_memory { PathBuf::from(MEMORY) } else { std::env::temp_dir() };
@@ -97,7 +118,10 @@ impl Host {
         let file = open.open(dir.join("image")).unwrap();
         file.set_len(SIZE).unwrap();
         let fast_zeroes = !wishes.slow_zeroes;
-        let service = service(&file, Limits { fast_zeroes, ..Limits::ideal(SIZE) });
+        let service = match wishes.server {
+            Some(server) => service_with(&file, server),
+            None => service(&file, Limits { fast_zeroes, ..Limits::ideal(SIZE) }),
+        };
         let options = Options {
             name: "disk".to_owned(),
             listen: wishes.listen.iter().map(|text| Uri::parse(text).unwrap()).collect(),
