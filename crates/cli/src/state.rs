@@ -1,9 +1,10 @@
 //! Answers for what is known of served disks between commands: files under /run/devsplice.
 //!
 //! NAME.json says what a disk is; its server holds a lock on it for as long as it lives, so that a
-//! process number that was used again misleads nobody. NAME.next is what it is to say, while that is
-//! written over what it says. NAME.sock is where the server listens, NAME.log what it had to say. Where one server has many disks, the last two are links to what it
-//! has: @SERVER.sock and @SERVER.log; @SERVER.server says who it is.
+//! process number that was used again misleads nobody. NAME.next is what it is to say, while that
+//! is written over what it says. NAME.sock is where the server listens, NAME.log what it had to
+//! say. Where one server has many disks, the last two are links to what it has: @SERVER.sock and
+//! @SERVER.log; @SERVER.server says who it is.
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{Read, Seek};

@@ -91,8 +91,8 @@ pub(super) fn choose(asked: Option<Recovery>, features: u64) -> Result<Recovery>
 
 /// How long a dead server's rings may take to let go.
 const RELEASE: Duration = Duration::from_secs(60);
-/// How long a disk may take until what it has in flight is done before somebody is told; it takes as
-/// long as what is below does, and other disks of its server must not end with it.
+/// How long a disk may take until what it has in flight is done before somebody is told. It takes
+/// as long as what is below does, and other disks of its server must not end with it.
 const DRAIN: Duration = Duration::from_secs(60);
 /// How often it is looked whether that is so.
 const STEP: Duration = Duration::from_millis(1);
