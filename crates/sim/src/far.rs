@@ -37,6 +37,9 @@ pub(crate) struct Weather {
     pub(crate) error: u64,
     /// The server says that it goes.
     pub(crate) parting: u64,
+    /// Writes that the server dies of, each time: those that begin in one of so many of the blocks
+    /// of 4 KiB.
+    pub(crate) deadly: Option<u64>,
     /// Bytes that are under way at most.
     room: usize,
     /// What the server has not flushed dies with it.
@@ -78,6 +81,8 @@ pub(crate) struct Far {
     pub(crate) is_linked: bool,
     /// The server has said an error, by key.
     pub(crate) erred: Vec<bool>,
+    /// Connections that were lost before it was answered, and when the first was, by key.
+    losses: Vec<(u32, u64)>,
     wish: Wish,
     agreed: Agreed,
     patience: Patience,
@@ -138,6 +143,8 @@ impl Far {
             answer: if weather.silent > 0 { rng.between(1, 3) as u32 } else { 0 },
             outage: if rng.percent(70) { Some(rng.between(2, 5) as u32) } else { None },
         };
+        // Who waits for ever does for such a write, too.
+        weather.deadly = (patience.outage.is_some() && rng.percent(25)).then(|| rng.between(3, 20));
         let mode = rng.pick(&[Mode::Simple, Mode::Structured, Mode::Extended]);
         let wish = Wish { name: String::new(), mode, allocation: rng.percent(50), tls: false };
         let offer = offer(limits, rng);
@@ -153,6 +160,7 @@ impl Far {
             connection: 0,
             is_linked: false,
             erred: Vec::new(),
+            losses: Vec::new(),
             wish,
             talk: Conversation::new(0, &agreed, patience),
             agreed,
@@ -177,6 +185,7 @@ impl Far {
     fn begin(&mut self, keys: usize) {
         self.talk = Conversation::new(keys as u32, &self.agreed, self.patience);
         (self.places, self.erred) = (vec![None; keys], vec![false; keys]);
+        self.losses = vec![(0, 0); keys];
         (self.ghosts, self.ends) = (vec![false; keys], vec![u32::MAX; keys]);
         self.server = Server::default();
         (self.is_ticking, self.is_dialling, self.gave_up) = (false, false, false);

@@ -241,7 +241,12 @@ impl World {
         if !server.jobs.contains_key(&number) {
             return;
         }
-        if self.rng.permille(weather.death) {
+        let is_deadly = |job: &Job| {
+            let block = job.request.offset / 4096;
+            matches!(job.ask, Ask::Write { .. })
+                && weather.deadly.is_some_and(|deadly| block.is_multiple_of(deadly))
+        };
+        if self.rng.permille(weather.death) || server.jobs.get(&number).is_some_and(is_deadly) {
             return self.die(far);
         }
         let Some(mut job) = server.jobs.remove(&number) else { return };
