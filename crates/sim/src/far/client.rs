@@ -301,6 +301,9 @@ impl World {
                 return self.fail(Kind::NeedlessError, text);
             }
             erred[key as usize] = true;
+            let device = self.fars[far].device;
+            self.deadly += 1;
+            self.deadly_legs += u64::from(self.devices[device].habits.is_some());
             self.land(far, key, Err(Errno::EIO));
         }
     }
