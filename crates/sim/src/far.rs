@@ -143,13 +143,15 @@ impl Far {
             answer: if weather.silent > 0 { rng.between(1, 3) as u32 } else { 0 },
             outage: if rng.percent(70) { Some(rng.between(2, 5) as u32) } else { None },
         };
-        // Who waits for ever does for such a write, too.
-        weather.deadly = (patience.outage.is_some() && rng.percent(25)).then(|| rng.between(3, 20));
         let mode = rng.pick(&[Mode::Simple, Mode::Structured, Mode::Extended]);
         let wish = Wish { name: String::new(), mode, allocation: rng.percent(50), tls: false };
         let offer = offer(limits, rng);
         let mut agreed = first(&wish, &offer);
         agreed.most = agreed.most.min(rng.pick(&[1 << 16, 1 << 25]));
+        // Who waits for ever does for such a write, too. All else is as it is without.
+        let mut aside = rng.clone();
+        let is_deadly = patience.outage.is_some() && aside.percent(25);
+        weather.deadly = is_deadly.then(|| aside.between(3, 20));
         Far {
             device,
             disk,

@@ -467,7 +467,9 @@ impl World {
             Verdict::Over(result) => {
                 self.land(far, key, result);
                 // Another may have waited for that.
-                self.send_far(far);
+                if self.fars[far].talk.has_unsent() {
+                    self.send_far(far);
+                }
             }
             Verdict::Parting => self.lose(far, false),
             Verdict::Open if self.mutant == Some(Mutant::FarEarly) && keys.contains(&key) => {
