@@ -428,7 +428,7 @@ impl Part {
         let files = opened.len() + 2 * queues.len();
         let files = u16::try_from(files)
             .map_err(|_| Error::invalid("stack", format!("{files} files in one ring")))?;
-        let inner = u16::from(served.stack.lives().next().is_some());
+        let inner = u16::try_from(served.stack.live_levels()).unwrap_or(0);
         let make = match (shape.is_wide, shape.low_depth, pool) {
             (true, ..) => Uring::wide,
             (false, true, _) => Uring::for_low_depth,

@@ -70,6 +70,8 @@ pub(super) struct Connection {
     may_lend: bool,
     /// The client, over a network, is sent away and has not hung up.
     pub(super) sees_off: bool,
+    /// Of the flushes that failed, those that this client knows of.
+    told: u32,
 }
 
 impl Connection {
@@ -103,6 +105,7 @@ impl Connection {
             unflushed: VecDeque::with_capacity(usize::from(depth)),
             may_lend,
             sees_off: false,
+            told: 0,
         }
     }
 
@@ -168,6 +171,7 @@ impl Connection {
         self.large = false;
         self.phase = Phase::Open;
         self.sees_off = false;
+        self.told = self.post.failed_flushes();
         self.post.seal(client.records.is_some());
         ring.lend_files(self.lane, self.may_lend && is_local(&client.socket));
         self.client = Some(client);
@@ -462,6 +466,8 @@ impl Export<Uring> for Connection {
     }
 
     fn finish(&mut self, ring: &mut Uring, tag: u16, io: &Io, result: Result<(), Errno>) {
+        let is_flush = io.op == Op::Flush || io.fua;
+        let result = if is_flush { self.post.flushed(&mut self.told, result) } else { result };
         let state = &mut self.tags[usize::from(tag)];
         if self.phase == Phase::Lost {
             self.free(tag);
