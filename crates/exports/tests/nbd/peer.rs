@@ -16,7 +16,7 @@ use devsplice_exports::threads::{Bottom, Service};
 use devsplice_nbd::client::{Agreed, Handshake, Outcome, Wish};
 use devsplice_nbd::wire::{self, Reply, can, chunk, command};
 use devsplice_nbd::{Mode, Request};
-use devsplice_uring::{FileKind, Remote};
+use devsplice_uring::{Bytes, FileKind, Remote};
 
 /// Bytes of the file.
 pub const SIZE: u64 = 64 << 20;
@@ -52,6 +52,8 @@ pub struct Wishes {
     pub secure: Option<Secure>,
     /// A server whose export, as large as the file, is the disk's second half.
     pub server: Option<Arc<dyn Remote>>,
+    /// What the disk is of, instead of the file.
+    pub bytes: Option<Arc<dyn Bytes>>,
 }
 
 fn service(file: &std::fs::File, limits: Limits) -> Service {
@@ -62,6 +64,12 @@ fn service(file: &std::fs::File, limits: Limits) -> Service {
 
 fn of(file: &std::fs::File) -> Bottom {
     Bottom::File { fd: OwnedFd::from(file.try_clone().unwrap()), kind: FileKind::Regular }
+}
+
+fn service_of(bytes: Arc<dyn Bytes>) -> Service {
+    let mut builder = StackBuilder::new();
+    let (root, _) = builder.backend("bytes", bytes.limits()).unwrap();
+    serve(vec![Bottom::Bytes(bytes)], builder.finish(root))
 }
 
 /// The file, and a server's export behind it.
@@ -107,6 +115,7 @@ impl Host {
             in_memory: false,
             secure: None,
             server: None,
+            bytes: None,
         };
         change(&mut wishes);
         let above = if wishes.in_memory { PathBuf::from(MEMORY) } else { std::env::temp_dir() };
@@ -118,9 +127,10 @@ impl Host {
         let file = open.open(dir.join("image")).unwrap();
         file.set_len(SIZE).unwrap();
         let fast_zeroes = !wishes.slow_zeroes;
-        let service = match wishes.server {
-            Some(server) => service_with(&file, server),
-            None => service(&file, Limits { fast_zeroes, ..Limits::ideal(SIZE) }),
+        let service = match (wishes.server, wishes.bytes) {
+            (Some(server), _) => service_with(&file, server),
+            (None, Some(bytes)) => service_of(bytes),
+            (None, None) => service(&file, Limits { fast_zeroes, ..Limits::ideal(SIZE) }),
         };
         let options = Options {
             name: "disk".to_owned(),
