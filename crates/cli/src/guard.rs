@@ -378,6 +378,14 @@ impl Voice {
         }
     }
 
+    /// Whether the guard lives: its end of the pipe ends with it.
+    pub fn is_heard(&self) -> bool {
+        let pipes = self.pipes();
+        let Some(Pipes { say, .. }) = &*pipes else { return false };
+        let mut ends = [PollFd::new(say, PollFlags::empty())];
+        poll(&mut ends, Some(&Timespec::default())) == Ok(0)
+    }
+
     /// Has the guard keep descriptors of this process, so that they outlive it.
     ///
     /// # Errors
@@ -493,12 +501,13 @@ pub fn claim_kept(name: &str, is_kept_here: bool) -> Result<(Claim, Disk)> {
     }
 }
 
-/// Whether the kernel keeps the disk of a dead server for the next one.
+/// Whether the kernel keeps the disk of a dead server for the next one. One over FUSE is taken for
+/// kept where that cannot be seen, without /proc: it must not be cleaned up then.
 pub fn is_kept(disk: &Disk) -> bool {
     if !disk.outlives_server() {
         return false;
     }
-    let Some(id) = disk.ublk_id else { return keeper::of(disk).is_some() };
+    let Some(id) = disk.ublk_id else { return !fuse::can_look() || keeper::of(disk).is_some() };
     let Ok(mut control) = ublk::Control::open() else { return false };
     // It becomes quiesced when the dead process has let go of everything, so it may still be live.
     matches!(control.server(id), Ok((pid, state)) if state != "dead"

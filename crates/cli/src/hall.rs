@@ -99,8 +99,14 @@ impl Line {
         self.common.voice.as_ref().ok_or_else(none)?.keep(fds, told)
     }
 
-    /// Has the guard keep what keeps the disk, and writes down that it does. Where it cannot, the
-    /// disk goes with its server.
+    /// Whether the guard lives that has to keep what the kernel does not.
+    pub fn has_keeper(&self) -> bool {
+        self.common.voice.as_ref().is_some_and(Voice::is_heard)
+    }
+
+    /// Has the guard keep what keeps the disk, and writes down that it does. Where it cannot, a
+    /// disk that was kept before can still be taken over from this process, as long as that lives;
+    /// one that is new goes with its server.
     pub fn entrust(&self, front: &mut Front, disk: &mut Disk) {
         let (fds, told) = front.kept();
         if fds.is_empty() {
@@ -111,6 +117,11 @@ impl Line {
             Ok(keeper) => {
                 disk.keeper = Some(keeper);
                 keeper::store(disk, fds);
+            }
+            Err(error) if disk.keeper.is_some() => {
+                let own = keeper::numbers(fds);
+                disk.keeper.iter_mut().for_each(|keeper| keeper.own.clone_from(&own));
+                disk.warnings.push(format!("nobody keeps the disk but its server: {error}"));
             }
             Err(error) => {
                 front.forget();

@@ -86,6 +86,25 @@ impl Hosted {
         }
     }
 
+    /// Whether it would outlive a failure on the way to being held. Where the kernel does not keep
+    /// it that is up to its guard; this process, shut in as it is, can start no other.
+    fn can_be_spared(&self) -> Result<()> {
+        let is_up_to_guard = match &self.phase {
+            Phase::Up(front) => !front.kept().0.is_empty(),
+            _ => false,
+        };
+        if !is_up_to_guard || self.line.has_keeper() {
+            return Ok(());
+        }
+        let reason = "its guard has died, and without one the disk would go with its server if \
+                      anything failed on the way";
+        let error = Error::new(ErrorKind::Unsupported, self.thing(), reason);
+        Err(error.next(format!(
+            "devsplice upgrade {} makes a server with a guard; then try again",
+            self.disk.name
+        )))
+    }
+
     /// Finishes what is in flight, lets go of the stack. The kernel holds what comes.
     pub(crate) fn hold(&mut self) -> Result<()> {
         self.can_be_held()?;
@@ -160,6 +179,7 @@ impl Hosted {
 
     /// Holds the disk until it is to go on.
     pub(crate) fn quiesce(&mut self) -> Result<String> {
+        self.can_be_spared()?;
         self.hold()?;
         self.disk.quiesced = true;
         self.claim.write(&self.disk)?;
@@ -218,6 +238,7 @@ impl Hosted {
     }
 
     fn exchange(&mut self, plan: &Plan) -> Result<()> {
+        self.can_be_spared()?;
         let old = self.plan.clone();
         let clients = match &self.phase {
             Phase::Up(front) => front.clients().unwrap_or(0),
@@ -226,18 +247,21 @@ impl Hosted {
         if matches!(self.phase, Phase::Up(_)) {
             self.hold()?;
         }
-        if let Err(error) = self.go_on(plan, Fit::Resized) {
-            return Err(match self.go_on(&old, adopt::fit(&self.disk)) {
-                Ok(()) if clients > 0 => {
-                    error.next("its clients were disconnected; else nothing was changed")
-                }
-                Ok(()) => error.next("nothing was changed"),
-                Err(second) => error.next(format!(
-                    "the disk is quiesced now, for the old stack cannot be had again: {second}"
-                )),
-            });
-        }
-        Ok(())
+        let Err(error) = self.go_on(plan, Fit::Resized) else { return Ok(()) };
+        Err(match self.go_on(&old, adopt::fit(&self.disk)) {
+            Ok(()) if clients > 0 => {
+                error.next("its clients were disconnected; else nothing was changed")
+            }
+            Ok(()) => error.next("nothing was changed"),
+            Err(second) => {
+                let what = format!("the old stack cannot be had again: {second}");
+                // Who does not ask this process has to see it, too.
+                self.disk.quiesced = true;
+                let _ = self.claim.write(&self.disk);
+                self.line.tell("quiesced", &what);
+                error.next(format!("the disk is quiesced now, for {what}"))
+            }
+        })
     }
 
     /// Goes on with what the same stack is by now.
@@ -267,6 +291,14 @@ impl Hosted {
             let reason = format!("is smaller ({new}) than the disk ({old})");
             return Err(Error::invalid("the stack", reason)
                 .next("shrink what is on the disk first, then --shrink"));
+        }
+        if limits.size != self.disk.size
+            && let Phase::Up(Front::Fuse(_)) | Phase::Held(Suspended::Fuse(_)) = &self.phase
+        {
+            let (new, old) = (show_size(limits.size), show_size(self.disk.size));
+            let reason = format!("is over FUSE and keeps its size of {old}, the stack has {new}");
+            return Err(Error::new(ErrorKind::Unsupported, self.thing(), reason)
+                .next(format!("swap to linear(..., size={old}), or make the disk anew")));
         }
         Ok(limits.size)
     }

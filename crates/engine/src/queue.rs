@@ -472,21 +472,20 @@ impl<R: Ring> Worker<R> {
         }
     }
 
-    /// A tick has found nothing to do. If that was so ever since the last one, memory is given
-    /// back. Only at the end of a turn: no event is left then whose data has not been looked at.
+    /// A tick has found nothing to do. If that was so ever since the last one, the memory of each
+    /// lane whose export holds nothing in it is given back. Only at the end of a turn: no event is
+    /// left then whose data has not been looked at.
     fn rest(&mut self) {
         let finished = self.counts.read().requests;
         let is_idle = std::mem::replace(&mut self.watch.finished, finished) == finished;
         let mut again = !is_idle;
         if is_idle {
-            let mut keep = false;
-            for lane in &mut self.lanes {
-                let rest = lane.export.rest(&mut self.ring);
+            for (lane, of) in (0..).zip(&mut self.lanes) {
+                let rest = of.export.rest(&mut self.ring);
                 again |= rest != Rest::Now;
-                keep |= rest == Rest::Keep;
-            }
-            if !keep {
-                self.ring.rest();
+                if rest != Rest::Keep {
+                    self.ring.rest(lane);
+                }
             }
         }
         if again {

@@ -564,8 +564,8 @@ impl Ring for Uring {
         bytes.copy_from_slice(&self.memory(lane, tag)[DATA_AT..][..bytes.len()]);
     }
 
-    fn rest(&mut self) {
-        for arena in self.arenas[..self.outer].iter_mut().flatten() {
+    fn rest(&mut self, lane: u16) {
+        if let Some(Some(arena)) = self.arenas[..self.outer].get_mut(usize::from(lane)) {
             arena.rest();
         }
     }

@@ -9,6 +9,7 @@ mod adopt;
 mod alike;
 mod bad;
 mod batch;
+mod blind;
 mod cli;
 mod contract;
 mod copy;
@@ -128,6 +129,7 @@ fn groups() -> Vec<Group> {
             many::add_thousand(&mut group, kind);
             if kind == Kind::Fuse {
                 stored::add(&mut group, kind);
+                blind::add(&mut group, kind);
             }
             if kind == home {
                 dialect::add(&mut group, kind);

@@ -10,7 +10,7 @@ use devsplice_uring::loopctl;
 use rustix::fs::{Mode, OFlags, fsync, open, openat};
 use rustix::io::Errno;
 
-use super::connection::{abort, is_of, os};
+use super::connection::{self, abort, is_of, os};
 
 /// Where free loop devices come from.
 pub const LOOP_CONTROL: &str = "/dev/loop-control";
@@ -239,6 +239,10 @@ pub fn is_held(path: &str, name: &str) -> Result<bool> {
 }
 
 fn has_holder(connection: u32) -> bool {
+    // Who cannot look takes it for held.
+    if !connection::can_look() {
+        return true;
+    }
     let Ok(processes) = std::fs::read_dir("/proc") else { return true };
     let is_it = |file: &Path| is_of(file, Some(connection));
     processes.flatten().any(|process| has_open(&process, is_it))

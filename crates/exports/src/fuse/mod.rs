@@ -25,8 +25,8 @@ use devsplice_engine::Counts;
 use devsplice_uring::{FileKind, FusePayload, LaneMemory, RingFile, loopctl, thread::apart};
 
 use crate::threads::{Bottom, Crew, OnMade, Service, Shape, Work};
-pub use connection::is_of;
 use connection::{DEV_FUSE, Mount};
+pub use connection::{can_look, is_of};
 use keep::{Keep, Lasting, new_stop};
 pub use keep::{Kept, Suspended};
 use loopdev::{Cleared, LOOP_CONTROL, PREFIX, Wanted};
