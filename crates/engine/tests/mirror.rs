@@ -103,6 +103,36 @@ fn a_check_right_after_a_leg_has_come_waits_until_it_is_filled() {
     assert!(product.bytes(0, len) == product.bytes(1, len), "the legs differ");
 }
 
+/// The others' superblocks say already that it is being filled; nobody fills it.
+#[test]
+fn an_add_whose_leg_cannot_be_written_keeps_what_the_leg_lacks_in_the_log() {
+    for seed in 0..20 {
+        let write = |at| Ask { at: 5 * SECOND, io: Io::new(Op::Write, at, 64 << 10) };
+        let plan = fill(MIB).into_iter().chain([write(0), write(MIB / 2)]).collect();
+        let stack = fresh("clean=1ms", MIB, Limits::ideal(0));
+        let mut product = served(stack, plan, |setup| Setup { seed, ..setup });
+        let equal = Ok("1048576 bytes checked, 0 differing blocks found".to_owned());
+        product.turn_until(|product| product.done().len() == 16);
+        assert_eq!(product.tell("check"), equal);
+        assert!(product.tell("fail 1").is_ok());
+        product.turn_until(|product| product.done().len() == 18);
+        // It is sent twice before it counts as failed.
+        let (from, to) = (MIB, MIB + 8192);
+        let bad = Bad { file: 1, from, to, fault: Fault::Fail(Errno::EIO), times: 2 };
+        product.bench.world.lock().unwrap().faults.bad = vec![bad];
+        let refused = product.tell("add 1");
+        assert!(refused.is_err(), "{refused:?}");
+        assert_eq!(product.bench.world.lock().unwrap().faults.bad[0].times, 0);
+        // Many times as long as it takes to clean.
+        product.rest();
+        assert_eq!(product.number("regions_dirty"), 2, "leg 1 lacks them, seed {seed}");
+        assert!(product.tell("add 1").unwrap().contains("what it lacks by the log"));
+        assert_eq!(product.tell("check"), equal, "seed {seed}");
+        product.all_succeed(18);
+        assert!(product.bytes(0, MIB) == product.bytes(1, MIB), "the legs differ, seed {seed}");
+    }
+}
+
 #[test]
 fn a_check_that_waits_for_a_copy_that_fails_ends_and_people_are_told_once() {
     let bad = |file| Bad {

@@ -37,7 +37,7 @@ use crate::bell::Bell;
 use crate::bytes::Helpers;
 use crate::files::{FileKind, RingFile, Slot};
 use crate::setup::{self, Cqe};
-use crate::splice::{DATA_AT, Flight, ZEROES_LEN, simple, simple_entry};
+use crate::splice::{DATA_AT, Flight, MOST_LANES, ZEROES_LEN, simple, simple_entry};
 use crate::submit::Queues;
 use crate::uapi::{OP_TIMEOUT, OP_URING_CMD, SQE_FIXED_FILE, Sqe};
 
@@ -187,6 +187,10 @@ impl Uring {
     }
 
     fn with(config: &Config, queues: fn(u32, u32) -> Result<Queues>) -> Result<Uring> {
+        let lanes = config.lanes.len() + usize::from(config.inner);
+        if lanes > MOST_LANES {
+            return Err(Error::invalid("ring", format!("{lanes} lanes (most {MOST_LANES})")));
+        }
         let depth: u32 = config.lanes.iter().map(|lane| u32::from(lane.depth)).sum();
         let depth = depth + u32::from(config.inner) * u32::from(INNER_DEPTH);
         // A tag has at most its own command and its splices out at a time.

@@ -15,6 +15,7 @@ mod contract;
 mod copy;
 mod dialect;
 mod doors;
+mod kept;
 mod ktls;
 mod layers;
 mod life;
@@ -42,7 +43,8 @@ mod zoned;
 use std::process::ExitCode;
 
 use devsplice_e2e::{
-    FUSE_PATHS, Group, Kind, Mode, PATHS, Skip, is_root, leftovers, mode, need, program, trials,
+    FUSE_PATHS, Group, Kind, Mode, PATHS, Skip, had, is_root, leftovers, mode, need, program,
+    trials,
 };
 use libtest_mimic::{Arguments, Completion, Trial};
 
@@ -96,8 +98,10 @@ fn groups() -> Vec<Group> {
     remote::add_copies(&mut nbd);
     matrix::add(&mut nbd);
     let mut tls = Group::new("tls", Ok(()));
-    tls::add(&mut tls);
-    psk::add(&mut tls);
+    if !had("tls") {
+        tls::add(&mut tls);
+        psk::add(&mut tls);
+    }
     ktls::add(&mut tls, home);
     let mut groups = vec![cli, bad, copies, nbd, tls];
     let fuse = [Kind::Fuse].into_iter().chain(FUSE_PATHS.map(Kind::FuseUring));
@@ -117,6 +121,10 @@ fn groups() -> Vec<Group> {
             continue;
         }
         contract::add(&mut group, kind);
+        if kind == Kind::Fuse && kind != home && had("fuse") {
+            groups.push(group);
+            continue;
+        }
         if kind == home || kind == Kind::Fuse {
             life::add(&mut group, kind);
             layers::add(&mut group, kind);
@@ -129,6 +137,7 @@ fn groups() -> Vec<Group> {
             many::add_thousand(&mut group, kind);
             if kind == Kind::Fuse {
                 stored::add(&mut group, kind);
+                kept::add(&mut group, kind);
                 blind::add(&mut group, kind);
             }
             if kind == home {

@@ -3,6 +3,7 @@
 
 mod asked;
 mod bad;
+mod flushes;
 mod peer;
 mod stale;
 

@@ -52,7 +52,7 @@ pub struct Wishes {
     pub secure: Option<Secure>,
     /// A server whose export, as large as the file, is the disk's second half.
     pub server: Option<Arc<dyn Remote>>,
-    /// What the disk is of, instead of the file.
+    /// What the disk is instead of the file.
     pub bytes: Option<Arc<dyn Bytes>>,
 }
 

@@ -256,16 +256,21 @@ impl State {
         Ok(())
     }
 
-    /// Every dirty region counts as unsynced: a leg comes that lacks them.
-    pub(crate) fn unsync(&self) {
+    /// Every dirty region counts as unsynced: a leg comes that lacks them. `all` do where all bits
+    /// are on disk; else a clean region's may be on its way there, and no write may go yet.
+    pub(crate) fn unsync(&self, all: bool) {
         for index in 0..self.region_count() {
-            let is_marked = lock(&self.log).is_marked(index);
-            let state = self.state_of(index);
-            if is_marked
-                && state != region::UNSYNCED
-                && self.turn_region(index, state, region::UNSYNCED)
-            {
-                self.unsynced.fetch_add(1, Ordering::SeqCst);
+            loop {
+                let is_marked = lock(&self.log).is_marked(index);
+                let state = self.state_of(index);
+                let is_dirty = is_marked && (all || state != region::CLEAN);
+                if !is_dirty || state == region::UNSYNCED {
+                    break;
+                }
+                if self.turn_region(index, state, region::UNSYNCED) {
+                    self.unsynced.fetch_add(1, Ordering::SeqCst);
+                    break;
+                }
             }
         }
     }

@@ -23,6 +23,9 @@ const SECOND: u64 = 1_000_000_000;
 const GREETING_NS: u64 = SECOND;
 /// Connections of a run: far more than any needs.
 const MOST_CONNECTIONS: u32 = 4000;
+/// After so many the way is not cut any more: where a request takes a hundred steps of the way, and
+/// each may cut it, none might come through in any time.
+const CALM: u32 = 2000;
 
 /// The cells of a splice's memory, in the order of its parts. They are whole sectors.
 fn gathered(flying: &Flying, cells: &[Cell]) -> Arc<[Cell]> {
@@ -191,7 +194,7 @@ impl World {
         let Far { pipes, patience, .. } = &mut self.fars[far];
         let pipe = &mut pipes[way];
         pipe.is_flowing = false;
-        if self.rng.permille(weather.cut) {
+        if self.rng.permille(weather.cut) && connection < CALM {
             return self.cut(far);
         }
         if patience.answer > 0 && self.rng.permille(weather.silent) {
