@@ -223,7 +223,7 @@ impl Remotes {
             }
             match &mut conn.records {
                 // What has been encrypted may not be with the network yet; a shutdown loses it.
-                Some(records) if how == Shutdown::Write => records.close(socket),
+                Some(records) if how == Shutdown::Write => drop(records.close(socket)),
                 _ => drop(shutdown(socket, how)),
             }
             conn.remote.part();
