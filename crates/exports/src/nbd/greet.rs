@@ -98,6 +98,7 @@ impl Host {
             for mut guest in guests {
                 match guest.serve(&self.post, self.secure.as_ref()) {
                     Step::Stays => left.push(guest),
+                    Step::Chose if !guest.may_enter(&self.post) => left.push(guest),
                     Step::Chose => self.hand_over(guest),
                     Step::Gone(reason) => self.part(&guest.peer, reason),
                 }
@@ -126,7 +127,7 @@ impl Host {
         }
         all.extend(guests.iter().filter_map(Guest::poll));
         all.extend(leavers.iter().map(|leaver| PollFd::new(&leaver.socket, PollFlags::IN)));
-        let ends = guests.iter().map(|guest| guest.end);
+        let ends = guests.iter().filter_map(Guest::limit);
         let first = ends.chain(leavers.iter().map(|leaver| leaver.end)).min();
         let limit = first.map(|end| end.saturating_duration_since(Instant::now()));
         let limit = limit.and_then(|limit| Timespec::try_from(limit).ok());

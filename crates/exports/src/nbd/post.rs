@@ -7,7 +7,7 @@
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use devsplice_core::{Errno, Result};
@@ -15,6 +15,7 @@ use devsplice_nbd::server::Session;
 use devsplice_uring::Bell;
 use devsplice_uring::ktls::Records;
 
+use super::stale::Stale;
 use crate::threads::OnEvent;
 
 /// A client that has chosen the export.
@@ -52,7 +53,12 @@ pub(super) struct Question {
 #[derive(Debug)]
 pub(super) enum Letter {
     Client(Box<Client>),
-    Answer { tag: u16, extents: Vec<Extent> },
+    Answer {
+        tag: u16,
+        extents: Vec<Extent>,
+    },
+    /// Somebody comes; has who is here gone? Answered by [`Desk::looked`].
+    Look(u64),
 }
 
 /// A place for one connection, on the I/O thread that serves it.
@@ -63,6 +69,8 @@ pub(super) struct Desk {
     taken: AtomicBool,
     /// Connections that it has had.
     pub(super) served: AtomicU32,
+    /// The last [`Letter::Look`] that it has answered.
+    pub(super) looked: AtomicU64,
 }
 
 impl Desk {
@@ -98,6 +106,10 @@ pub(super) struct Post {
     relays: AtomicUsize,
     /// Connections whose TLS the kernel does.
     sealed: AtomicUsize,
+    /// Changes of connections that have ended.
+    pub(super) stale: Stale,
+    /// How often it was asked who has gone.
+    looks: AtomicU64,
     /// Clients that have been told that it is over, for the greeting thread.
     leaving: Mutex<Vec<Leaving>>,
     /// CPUs that this process may use.
@@ -134,6 +146,7 @@ impl Post {
                 bell: Bell::new()?,
                 taken: AtomicBool::new(false),
                 served: AtomicU32::new(0),
+                looked: AtomicU64::new(0),
             })
         };
         Ok(Arc::new(Post {
@@ -147,6 +160,8 @@ impl Post {
             failed_flushes: AtomicU32::new(0),
             relays: AtomicUsize::new(0),
             sealed: AtomicUsize::new(0),
+            stale: Stale::default(),
+            looks: AtomicU64::new(0),
             leaving: Mutex::default(),
             cpus: std::thread::available_parallelism().map_or(1, usize::from),
             roomy: Arc::new(AtomicBool::new(false)),
@@ -175,6 +190,8 @@ impl Post {
         let index = free.min_by_key(|index| load(index % self.threads))?;
         self.desks[index].taken.store(true, Ordering::Release);
         self.desks[index].served.fetch_add(1, Ordering::Relaxed);
+        // It is newer than all that have been asked for.
+        self.desks[index].looked.store(self.looks.load(Ordering::Relaxed), Ordering::Release);
         self.count();
         Some(&self.desks[index])
     }
@@ -185,6 +202,27 @@ impl Post {
         self.count();
         // Somebody may have waited for that.
         self.bell.ring();
+    }
+
+    /// Has all connections look whether their clients have gone; what [`Post::has_looked`] takes.
+    pub(super) fn look(&self) -> u64 {
+        let look = self.looks.fetch_add(1, Ordering::Relaxed) + 1;
+        for desk in self.desks.iter().filter(|desk| desk.taken.load(Ordering::Acquire)) {
+            desk.send(Letter::Look(look));
+        }
+        look
+    }
+
+    /// Whether they have.
+    pub(super) fn has_looked(&self, look: u64) -> bool {
+        self.desks.iter().all(|desk| {
+            !desk.taken.load(Ordering::Acquire) || desk.looked.load(Ordering::Acquire) >= look
+        })
+    }
+
+    /// A change is over whose connection had ended.
+    pub(super) fn is_done(&self, desk: usize, tag: u16) {
+        self.stale.remove(desk, tag, |waiting| self.desks[waiting].bell.ring());
     }
 
     /// How many threads there are for TLS.

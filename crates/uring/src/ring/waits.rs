@@ -29,6 +29,19 @@ impl Uring {
         });
     }
 
+    /// Waits until the other end of the socket `file` sends nothing more, whether or not there is
+    /// something left to be received; once.
+    pub fn poll_end(&mut self, (lane, index): (u16, u32), file: FileId) {
+        self.queues.push(Sqe {
+            opcode: OP_POLL_ADD,
+            fd: i32::from(file.0),
+            flags: SQE_FIXED_FILE,
+            op_flags: u32::try_from(libc::POLLRDHUP).unwrap_or(0),
+            user_data: KIND_EXPORT | u64::from(lane) << 32 | u64::from(index),
+            ..Sqe::default()
+        });
+    }
+
     /// As [`Uring::poll`], of a file that is not among the ring's: such a wait may be left alone
     /// when the ring goes. The file must be open as long as the ring.
     pub fn poll_other(&mut self, (lane, index): (u16, u32), file: BorrowedFd<'_>) {
