@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
+use std::time::{Duration, Instant};
 
 use devsplice_core::{Error, ErrorKind, Result};
 use devsplice_engine::Noted;
@@ -24,6 +25,10 @@ use crate::{front, guard, keeper};
 
 /// Disks that are removed at a time where all are.
 const AT_A_TIME: usize = 8;
+
+/// How long what a dead server had in flight may be waited for, and how often it is tried.
+const STUCK: Duration = Duration::from_secs(60);
+const AGAIN: Duration = Duration::from_millis(100);
 
 /// What it means that a server has lost its guard, and what to do about it.
 pub const UNGUARDED: &str =
@@ -170,8 +175,9 @@ pub struct Hall {
     /// What they share.
     pub common: Arc<Common>,
     slots: Mutex<BTreeMap<String, Slot>>,
-    /// Whether no disk is to come any more.
-    closed: Mutex<bool>,
+    /// Whether no disk is to come any more. Who brings one has this until it is in its place, so
+    /// that none comes that nobody knows of.
+    closed: RwLock<bool>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -189,7 +195,7 @@ impl Hall {
         let crews = AtomicU32::new(0);
         let (bus, unguarded) = (Bus::default(), AtomicBool::new(false));
         let common = Arc::new(Common { server, pool, bus, voice, unguarded, news, crews });
-        Hall { common, slots: Mutex::default(), closed: Mutex::default() }
+        Hall { common, slots: Mutex::default(), closed: RwLock::default() }
     }
 
     /// For a disk that is to come.
@@ -203,19 +209,34 @@ impl Hall {
         lock(&self.slots).insert(name, Arc::new(Mutex::new(Some(hosted))));
     }
 
+    /// The right to bring a disk. Once nobody gets it any more, all that had it are done.
+    ///
+    /// # Errors
+    /// If no disk is to come any more.
+    fn open(&self) -> Result<RwLockReadGuard<'_, bool>> {
+        let closed = self.closed.read().unwrap_or_else(PoisonError::into_inner);
+        if *closed {
+            let server = self.common.server.as_deref().unwrap_or("this server");
+            return Err(Error::new(ErrorKind::Busy, server, "is ending"));
+        }
+        Ok(closed)
+    }
+
+    fn set_closed(&self, closed: bool) {
+        *self.closed.write().unwrap_or_else(PoisonError::into_inner) = closed;
+    }
+
     /// Makes a disk.
     ///
     /// # Errors
     /// Whatever stands in the way; nothing is left behind then.
     pub fn add(&self, add: &Add, plan: &Plan) -> Result<Disk> {
-        let Some(server) = &self.common.server else {
+        if self.common.server.is_none() {
             let reason = "is for one disk, which it has";
             return Err(Error::new(ErrorKind::Unsupported, "this server", reason)
                 .next("devsplice serve starts one for many"));
-        };
-        if *lock(&self.closed) {
-            return Err(Error::new(ErrorKind::Busy, server, "is ending"));
         }
+        let _open = self.open()?;
         let choice = front::choose_for(add)?;
         let claim = Claim::take(add.name.as_deref())?;
         let hosted = Hosted::begin(Wish { add, plan, choice }, claim, self.line())?;
@@ -231,8 +252,33 @@ impl Hall {
     /// # Errors
     /// If the kernel does not keep it, or another process has it.
     pub fn recover(&self, name: &str, why: &str) -> Result<Disk> {
+        let _open = self.open()?;
         let (claim, left) = guard::claim_kept(name, false)?;
         self.welcome(&left, why, Hosted::take_over(claim, &left, None, self.line())?)
+    }
+
+    /// As [`Hall::inherit`], of disks that cannot be had yet, as something below is in use: what
+    /// their dead server had in flight there may be stuck. They are tried again for a while, and
+    /// others are served meanwhile.
+    pub fn inherit_late(self: &Arc<Hall>, mut names: Vec<String>, why: &str) {
+        if names.is_empty() {
+            return;
+        }
+        let (hall, why) = (Arc::clone(self), why.to_owned());
+        std::thread::spawn(move || {
+            let end = Instant::now() + STUCK;
+            while !names.is_empty() {
+                std::thread::sleep(AGAIN);
+                names.retain(|name| match hall.inherit(name, &why) {
+                    Ok(_) => false,
+                    Err(error) if error.kind() == ErrorKind::Busy && Instant::now() < end => true,
+                    Err(error) => {
+                        eprintln!("devsplice: {error}; devsplice recover {name} tries again");
+                        false
+                    }
+                });
+            }
+        });
     }
 
     /// Takes a disk over as its last server has left it: one that a person has quiesced stays so.
@@ -240,6 +286,7 @@ impl Hall {
     /// # Errors
     /// As [`Hall::recover`].
     pub fn inherit(&self, name: &str, why: &str) -> Result<Disk> {
+        let _open = self.open()?;
         let (claim, left) = guard::claim_kept(name, false)?;
         if !left.quiesced {
             return self.welcome(&left, why, Hosted::take_over(claim, &left, None, self.line())?);
@@ -349,7 +396,7 @@ impl Hall {
     /// # Errors
     /// If one does not go.
     pub fn close(&self) -> Result<()> {
-        *lock(&self.closed) = true;
+        self.set_closed(true);
         let failed = self.each(|name| {
             let (_, slot) = self.meant(Some(name))?;
             self.take_away(name, &mut lock(&slot), true)
@@ -388,7 +435,7 @@ impl Hall {
     /// # Errors
     /// If one cannot be left: all are served as before then.
     pub fn hand_over(&self) -> Result<()> {
-        *lock(&self.closed) = true;
+        self.set_closed(true);
         let slots: Vec<Slot> = lock(&self.slots).values().cloned().collect();
         let mut places: Vec<_> = slots.iter().map(|slot| lock(slot)).collect();
         let mut disks: Vec<&mut Hosted> =
@@ -409,7 +456,7 @@ impl Hall {
                 eprintln!("devsplice: {error}");
             }
         }
-        *lock(&self.closed) = false;
+        self.set_closed(false);
         done
     }
 

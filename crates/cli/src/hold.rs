@@ -116,13 +116,15 @@ impl Hosted {
             }
         };
         self.line.pause();
-        match front.suspend() {
+        let name = self.disk.name.clone();
+        let mut late = |text: &str| hosted::report(&name, text);
+        match front.suspend(&mut late) {
             Ok(suspended) => {
                 self.phase = Phase::Held(suspended);
                 self.disk.ending = false;
                 Ok(())
             }
-            Err((Some(front), error)) => {
+            Err((front, error)) => {
                 if front.is_ending() {
                     // Whoever does not ask this process (`list`) is to know it as well.
                     self.disk.ending = true;
@@ -132,11 +134,6 @@ impl Hosted {
                 }
                 self.phase = Phase::Up(front);
                 Err(error)
-            }
-            Err((None, error)) => {
-                // Neither served nor held: the guard, or the next recover, makes it whole.
-                hosted::die(error);
-                std::process::exit(1)
             }
         }
     }
@@ -158,22 +155,38 @@ impl Hosted {
                 return Err(error);
             }
         };
+        disk.quiesced = false;
+        // Before the first request is served: who comes after this process has to serve what that
+        // one was written to.
+        if let Err(error) = self.claim.write(&disk) {
+            self.phase = Phase::Held(suspended);
+            return Err(error);
+        }
         match suspended.resume(service, fit) {
             Ok(mut front) => {
                 self.line.entrust(&mut front, &mut disk);
                 disk.warnings.extend(front.crew().warnings.iter().cloned());
                 disk.low_depth = front.is_low_depth();
-                disk.quiesced = false;
                 self.line.serve(front.crew());
                 self.phase = Phase::Up(front);
                 self.disk = disk;
                 self.plan = plan.clone();
-                self.claim.write(&self.disk)
+                // What matters is written already.
+                self.note();
+                Ok(())
             }
             Err((suspended, error)) => {
                 self.phase = Phase::Held(suspended);
+                self.note();
                 Err(error)
             }
+        }
+    }
+
+    /// Writes down what the disk is, where nothing is lost if that cannot be.
+    fn note(&mut self) {
+        if let Err(error) = self.claim.write(&self.disk) {
+            hosted::report(&self.disk.name, &format!("not written down: {error}"));
         }
     }
 

@@ -185,13 +185,16 @@ fn many(
     seat.about.threads = threads.or(had).unwrap_or_else(cpus);
     seat.about.sandbox = sandbox.unwrap_or(seat.about.sandbox);
     let server = Server::of_many(seat, guard)?;
-    for found in servers::disks(name)? {
-        if guard::is_kept(&found.disk)
-            && let Err(error) = server.hall().inherit(&found.disk.name, why)
+    let mut late = Vec::new();
+    for Found { disk, .. } in servers::disks(name)? {
+        if guard::is_kept(&disk)
+            && let Err(error) = server.hall().inherit(&disk.name, why)
         {
             eprintln!("devsplice: {error}");
+            late.extend((error.kind() == ErrorKind::Busy).then_some(disk.name));
         }
     }
+    server.hall().inherit_late(late, why);
     Ok(server)
 }
 

@@ -370,10 +370,7 @@ impl World {
             Some(Fault::Hang) | None => (),
         }
         if let (To::File(file), Op::Flush) = (flying.to, flying.op) {
-            let disk = &mut self.disks[usize::from(file.0)];
-            if let Some(errno) = disk.bad_flush {
-                return Err(errno);
-            }
+            self.disks[usize::from(file.0)].may_flush()?;
         }
         if self.rng.percent(self.faults.eagain) {
             return Err(Errno::EAGAIN);

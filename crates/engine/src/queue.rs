@@ -260,7 +260,7 @@ impl<R: Ring> Worker<R> {
         let Lane { stack, jobs, files, live, .. } = &mut lanes[usize::from(lane)];
         let job = &mut jobs[usize::from(tag)];
         if let Some(live) = live {
-            live.begin(job);
+            live.begin(tag, job);
             if job.careful.is_some() {
                 return self.route_carefully(lane, tag);
             }
@@ -380,12 +380,13 @@ impl<R: Ring> Worker<R> {
                 self.ring.after(key, ns);
             }
             Next::Failed(errno) => {
+                let to = flight.to;
                 self.flights.release(key);
                 let Lane { jobs, live, .. } = &mut self.lanes[usize::from(lane)];
                 let job = &mut jobs[usize::from(tag)];
                 job.fail(errno);
                 if let Some(live) = live {
-                    live.failed(job);
+                    live.failed(job, to, errno);
                 }
                 self.settle(lane, tag, 1);
             }
@@ -435,7 +436,7 @@ impl<R: Ring> Worker<R> {
             return self.waiting.push_back((lane, tag));
         }
         if let Some(live) = live {
-            live.ended(job);
+            live.ended(tag, job);
         }
         if !*is_inner {
             return self.finish(lane, tag);

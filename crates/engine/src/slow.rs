@@ -205,9 +205,9 @@ impl Meta for Hand {
     }
 
     fn grace(&self) -> Slow {
-        let served = self.served.clone();
+        let (served, node) = (self.served.clone(), self.node);
         Box::pin(async move {
-            served.grace().await;
+            served.grace(node).await;
             Ok(())
         })
     }

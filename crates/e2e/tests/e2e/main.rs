@@ -15,6 +15,7 @@ mod contract;
 mod copy;
 mod dialect;
 mod doors;
+mod kept;
 mod ktls;
 mod layers;
 mod life;
@@ -136,6 +137,7 @@ fn groups() -> Vec<Group> {
             many::add_thousand(&mut group, kind);
             if kind == Kind::Fuse {
                 stored::add(&mut group, kind);
+                kept::add(&mut group, kind);
                 blind::add(&mut group, kind);
             }
             if kind == home {

@@ -93,7 +93,7 @@ pub(crate) fn server(disk: &Disk<'_>) -> Process {
 }
 
 /// What `list` says of its state.
-fn state(room: &Room, disk: &Disk<'_>) -> String {
+pub(crate) fn state(room: &Room, disk: &Disk<'_>) -> String {
     let list = room.devsplice(["list", "--json"]).ok();
     let list: serde_json::Value = serde_json::from_str(&list).unwrap();
     let all = list.as_array().into_iter().flatten();

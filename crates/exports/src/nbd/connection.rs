@@ -38,6 +38,9 @@ const MAX_BYTES: u64 = 2 * MAX_PAYLOAD as u64;
 pub(super) const RECEIVED: u32 = 0;
 const SENT: u32 = 1;
 const BELL: u32 = 2;
+pub(super) const ROOM: u32 = 3;
+const GONE: u32 = 4;
+const CANCELLED: u32 = 5;
 
 /// A connection's place on an I/O thread, whether somebody is there or not.
 pub(super) struct Connection {
@@ -54,6 +57,9 @@ pub(super) struct Connection {
     listening: bool,
     /// A receive is out.
     pub(super) receiving: bool,
+    /// It is waited for that the client goes; and no longer.
+    watching: bool,
+    unwatched: bool,
     pub(super) intake: Intake,
     /// The last write was large.
     large: bool,
@@ -66,12 +72,16 @@ pub(super) struct Connection {
     pub(super) outbox: Outbox,
     /// Tags that need a flush before their reply.
     unflushed: VecDeque<u16>,
+    /// Changes that wait for those of connections that have ended.
+    pub(super) held: VecDeque<(u16, Io)>,
     /// The stack leaves data where it is until somebody changes it.
     may_lend: bool,
     /// The client, over a network, is sent away and has not hung up.
     pub(super) sees_off: bool,
     /// Of the flushes that failed, those that this client knows of.
     told: u32,
+    /// A wait for room in the socket is out.
+    pub(super) awaits_room: bool,
 }
 
 impl Connection {
@@ -95,6 +105,8 @@ impl Connection {
             phase: Phase::Free,
             listening: false,
             receiving: false,
+            watching: false,
+            unwatched: false,
             intake: Intake::Request,
             large: false,
             staged: (0, 0),
@@ -103,9 +115,11 @@ impl Connection {
             bytes: 0,
             outbox: Outbox::new(depth),
             unflushed: VecDeque::with_capacity(usize::from(depth)),
+            held: VecDeque::with_capacity(usize::from(depth)),
             may_lend,
             sees_off: false,
             told: 0,
+            awaits_room: false,
         }
     }
 
@@ -136,11 +150,13 @@ impl Connection {
             match letter {
                 Letter::Client(client) => self.welcome(ring, *client),
                 Letter::Answer { tag, extents } => self.tell(ring, tag, &extents),
+                Letter::Look(look) => self.look(look),
             }
         }
         while let Some(tag) = self.unflushed.pop_front() {
             self.start(inbox, tag, Io::new(Op::Flush, 0, 0), ring);
         }
+        self.go_on(ring, inbox);
         if post.is_stopping() {
             self.end();
         }
@@ -175,6 +191,25 @@ impl Connection {
         self.post.seal(client.records.is_some());
         ring.lend_files(self.lane, self.may_lend && is_local(&client.socket));
         self.client = Some(client);
+        (self.watching, self.unwatched) = (true, false);
+        ring.poll_end((self.lane, GONE << 16), self.socket);
+    }
+
+    /// The client has gone, or it is not waited for any more.
+    fn gone(&mut self, ring: &mut Uring, result: i32) {
+        self.watching = false;
+        if result > 0 {
+            self.notice();
+        }
+        self.settle(ring);
+    }
+
+    /// Whether it is still waited for that the client goes; it is asked no longer to be.
+    pub(super) fn unwatch(&mut self, ring: &mut Uring) -> bool {
+        if self.watching && !std::mem::replace(&mut self.unwatched, true) {
+            ring.cancel_poll((self.lane, CANCELLED << 16), GONE << 16);
+        }
+        self.watching
     }
 
     /// Takes what is staged; asks for more.
@@ -235,6 +270,7 @@ impl Connection {
         let (mode, answer) = (session.mode, session.admit(request));
         if answer == Ok(Ask::Disconnect) {
             self.phase = Phase::Leaving;
+            self.leave_behind();
             return Ok(());
         }
         let Some(tag) = self.idle.pop() else { return Err(Broken("no room for a request")) };
@@ -319,6 +355,17 @@ impl Connection {
         if io.op.has_pages() {
             state.bytes = u32::try_from(io.extent.len).unwrap_or(u32::MAX);
             self.bytes += u64::from(state.bytes);
+        }
+        if io.op.changes() && self.post.stale.keeps(self.desk, io.extent) {
+            return self.hold(tag, io);
+        }
+        self.begin(inbox, tag, io, ring);
+    }
+
+    /// As [`Connection::start`], for what has not been counted as in flight only now.
+    pub(super) fn begin(&mut self, inbox: &mut Inbox, tag: u16, io: Io, ring: &mut Uring) {
+        if io.op.changes() {
+            self.tags[usize::from(tag)].changes = io.extent.len;
         }
         ring.forget_loan(self.lane, tag);
         let pages = ring.memory_pages(self.lane, tag);
@@ -460,6 +507,12 @@ impl Export<Uring> for Connection {
         match completion.index >> 16 {
             RECEIVED => self.received(ring, completion.result, inbox),
             SENT => self.sent(ring, completion.result, inbox),
+            ROOM => {
+                self.awaits_room = false;
+                self.settle(ring);
+            }
+            GONE => self.gone(ring, completion.result),
+            CANCELLED => {}
             _ => self.rung(ring, inbox),
         }
         Ok(())
@@ -469,6 +522,10 @@ impl Export<Uring> for Connection {
         let is_flush = io.op == Op::Flush || io.fua;
         let result = if is_flush { self.post.flushed(&mut self.told, result) } else { result };
         let state = &mut self.tags[usize::from(tag)];
+        state.changes = 0;
+        if std::mem::take(&mut state.is_stale) {
+            self.post.is_done(self.desk, tag);
+        }
         if self.phase == Phase::Lost {
             self.free(tag);
             return self.settle(ring);
@@ -499,7 +556,8 @@ impl Export<Uring> for Connection {
     }
 
     fn rest(&mut self, _: &mut Uring) -> Rest {
-        Rest::keep_if(self.outbox.has_any() || !self.intake.is_between(self.staged))
+        let waits = !self.held.is_empty() || self.outbox.has_any();
+        Rest::keep_if(waits || !self.intake.is_between(self.staged))
     }
 
     fn is_closed(&self) -> bool {

@@ -40,7 +40,9 @@ pub(super) struct Guest {
     pub(super) peer: Peer,
     /// Received and not taken yet.
     pending: Vec<u8>,
-    pub(super) end: Instant,
+    end: Instant,
+    /// It has chosen, and this has to be over before it is let in.
+    look: Option<u64>,
     /// TLS waits for the client to take something.
     writes: bool,
     /// Records that were no data.
@@ -58,12 +60,14 @@ impl Guest {
     pub(super) fn new(socket: OwnedFd, handshake: Handshake, peer: Peer) -> Guest {
         let end = Instant::now() + Duration::from_secs(HANDSHAKE_SECONDS);
         let line = Line::Open(socket, None);
-        Guest { line, handshake, peer, pending: Vec::new(), end, writes: false, asides: 0 }
+        let pending = Vec::new();
+        Guest { line, handshake, peer, pending, end, look: None, writes: false, asides: 0 }
     }
 
     /// What is to be waited for; nothing where all is over.
     pub(super) fn poll(&self) -> Option<PollFd<'_>> {
         let (fd, writes) = match &self.line {
+            _ if self.look.is_some() => return None,
             Line::Securing(handshake) => (handshake.as_fd(), self.writes),
             Line::Open(socket, _) => (socket.as_fd(), !self.handshake.output().is_empty()),
             Line::Cut => return None,
@@ -72,8 +76,24 @@ impl Guest {
         Some(PollFd::from_borrowed_fd(fd, flags))
     }
 
+    /// By when it has to have chosen.
+    pub(super) fn limit(&self) -> Option<Instant> {
+        self.look.is_none().then_some(self.end)
+    }
+
+    /// Whether it may be let in, as it has chosen: it may be here for the second time, and what it
+    /// asks for now must not be done beside what it has asked for over a connection that has ended,
+    /// so all others look first whether theirs has.
+    pub(super) fn may_enter(&mut self, post: &Post) -> bool {
+        let look = *self.look.get_or_insert_with(|| post.look());
+        post.has_looked(look)
+    }
+
     /// Goes on as far as that is possible without waiting.
     pub(super) fn serve(&mut self, post: &Arc<Post>, secure: Option<&Secure>) -> Step {
+        if self.look.is_some() {
+            return Step::Chose;
+        }
         if Instant::now() >= self.end {
             let what = match self.line {
                 Line::Securing(_) => "finished a TLS handshake",

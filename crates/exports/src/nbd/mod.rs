@@ -14,6 +14,7 @@ mod listen;
 mod outbox;
 mod post;
 mod sealed;
+mod stale;
 mod state;
 mod suspend;
 

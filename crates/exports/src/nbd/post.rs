@@ -7,7 +7,7 @@
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use devsplice_core::{Errno, Result};
@@ -15,6 +15,7 @@ use devsplice_nbd::server::Session;
 use devsplice_uring::Bell;
 use devsplice_uring::ktls::Records;
 
+use super::stale::Stale;
 use crate::threads::OnEvent;
 
 /// A client that has chosen the export.
@@ -52,7 +53,12 @@ pub(super) struct Question {
 #[derive(Debug)]
 pub(super) enum Letter {
     Client(Box<Client>),
-    Answer { tag: u16, extents: Vec<Extent> },
+    Answer {
+        tag: u16,
+        extents: Vec<Extent>,
+    },
+    /// Somebody comes; has who is here gone? Answered by [`Desk::looked`].
+    Look(u64),
 }
 
 /// A place for one connection, on the I/O thread that serves it.
@@ -63,6 +69,8 @@ pub(super) struct Desk {
     taken: AtomicBool,
     /// Connections that it has had.
     pub(super) served: AtomicU32,
+    /// The last [`Letter::Look`] that it has answered.
+    pub(super) looked: AtomicU64,
 }
 
 impl Desk {
@@ -75,6 +83,9 @@ impl Desk {
         self.bell.ring();
     }
 }
+
+/// A client that is told nothing more, and what it may still say over TLS by the kernel.
+pub(super) type Leaving = (OwnedFd, Box<dyn Records>);
 
 /// All that is shared between the threads of an export.
 pub(super) struct Post {
@@ -95,8 +106,12 @@ pub(super) struct Post {
     relays: AtomicUsize,
     /// Connections whose TLS the kernel does.
     sealed: AtomicUsize,
-    /// Sockets of clients that have been told that it is over, for the greeting thread.
-    leaving: Mutex<Vec<OwnedFd>>,
+    /// Changes of connections that have ended.
+    pub(super) stale: Stale,
+    /// How often it was asked who has gone.
+    looks: AtomicU64,
+    /// Clients that have been told that it is over, for the greeting thread.
+    leaving: Mutex<Vec<Leaving>>,
     /// CPUs that this process may use.
     cpus: usize,
     /// There is a CPU for each client and each thread that serves them: who waits may do so awake.
@@ -131,6 +146,7 @@ impl Post {
                 bell: Bell::new()?,
                 taken: AtomicBool::new(false),
                 served: AtomicU32::new(0),
+                looked: AtomicU64::new(0),
             })
         };
         Ok(Arc::new(Post {
@@ -144,6 +160,8 @@ impl Post {
             failed_flushes: AtomicU32::new(0),
             relays: AtomicUsize::new(0),
             sealed: AtomicUsize::new(0),
+            stale: Stale::default(),
+            looks: AtomicU64::new(0),
             leaving: Mutex::default(),
             cpus: std::thread::available_parallelism().map_or(1, usize::from),
             roomy: Arc::new(AtomicBool::new(false)),
@@ -172,6 +190,8 @@ impl Post {
         let index = free.min_by_key(|index| load(index % self.threads))?;
         self.desks[index].taken.store(true, Ordering::Release);
         self.desks[index].served.fetch_add(1, Ordering::Relaxed);
+        // It is newer than all that have been asked for.
+        self.desks[index].looked.store(self.looks.load(Ordering::Relaxed), Ordering::Release);
         self.count();
         Some(&self.desks[index])
     }
@@ -182,6 +202,27 @@ impl Post {
         self.count();
         // Somebody may have waited for that.
         self.bell.ring();
+    }
+
+    /// Has all connections look whether their clients have gone; what [`Post::has_looked`] takes.
+    pub(super) fn look(&self) -> u64 {
+        let look = self.looks.fetch_add(1, Ordering::Relaxed) + 1;
+        for desk in self.desks.iter().filter(|desk| desk.taken.load(Ordering::Acquire)) {
+            desk.send(Letter::Look(look));
+        }
+        look
+    }
+
+    /// Whether they have.
+    pub(super) fn has_looked(&self, look: u64) -> bool {
+        self.desks.iter().all(|desk| {
+            !desk.taken.load(Ordering::Acquire) || desk.looked.load(Ordering::Acquire) >= look
+        })
+    }
+
+    /// A change is over whose connection had ended.
+    pub(super) fn is_done(&self, desk: usize, tag: u16) {
+        self.stale.remove(desk, tag, |waiting| self.desks[waiting].bell.ring());
     }
 
     /// How many threads there are for TLS.
@@ -211,13 +252,13 @@ impl Post {
     }
 
     /// Has the greeting thread wait for a client to hang up.
-    pub(super) fn see_off(&self, socket: OwnedFd) {
-        lock(&self.leaving).push(socket);
+    pub(super) fn see_off(&self, socket: OwnedFd, records: Box<dyn Records>) {
+        lock(&self.leaving).push((socket, records));
         self.bell.ring();
     }
 
-    /// Sockets that were given so.
-    pub(super) fn take_leaving(&self) -> Vec<OwnedFd> {
+    /// Those that were given so.
+    pub(super) fn take_leaving(&self) -> Vec<Leaving> {
         std::mem::take(&mut *lock(&self.leaving))
     }
 

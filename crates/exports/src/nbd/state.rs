@@ -14,6 +14,10 @@ pub(super) struct Tag {
     pub(super) flush: bool,
     /// It is a question that has no answer yet.
     pub(super) asked: bool,
+    /// Bytes that it changes, while that is under way below.
+    pub(super) changes: u64,
+    /// It is, and its connection has ended.
+    pub(super) is_stale: bool,
 }
 
 /// What is to come from the client next.

@@ -5,6 +5,7 @@ mod asked;
 mod bad;
 mod flushes;
 mod peer;
+mod stale;
 
 use std::io::Write;
 use std::time::Duration;
@@ -271,7 +272,7 @@ fn holes_are_told_and_data_never_is_one() {
 fn several_connections_see_one_disk() {
     let host = Host::new("several", |_| {});
     let mut peers: Vec<_> = (0..4).map(|_| host.peer(Mode::Structured)).collect();
-    assert_eq!(host.device().clients(), 4);
+    host.wait_until(4);
     for (n, peer) in peers.iter_mut().enumerate() {
         assert_eq!(peer.write(n as u64 * 4096, &pattern(4096, n as u64), 0), 0);
     }

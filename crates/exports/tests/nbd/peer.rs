@@ -62,14 +62,14 @@ fn service(file: &std::fs::File, limits: Limits) -> Service {
     serve(vec![of(file)], builder.finish(root))
 }
 
+fn of(file: &std::fs::File) -> Bottom {
+    Bottom::File { fd: OwnedFd::from(file.try_clone().unwrap()), kind: FileKind::Regular }
+}
+
 fn service_of(bytes: Arc<dyn Bytes>) -> Service {
     let mut builder = StackBuilder::new();
     let (root, _) = builder.backend("bytes", bytes.limits()).unwrap();
     serve(vec![Bottom::Bytes(bytes)], builder.finish(root))
-}
-
-fn of(file: &std::fs::File) -> Bottom {
-    Bottom::File { fd: OwnedFd::from(file.try_clone().unwrap()), kind: FileKind::Regular }
 }
 
 /// The file, and a server's export behind it.
