@@ -1,7 +1,8 @@
 //! Answers for mirrors from outside: made, degraded and rebuilt under load, killed, checked.
 
 use devsplice_e2e::{
-    Disk, Group, Kind, MIB, Outcome, Room, call, engines, load, need_tool, verify, wait_until,
+    Disk, Group, Kind, MIB, Outcome, PATHS, Room, call, engines, load, need_tool, verify,
+    wait_until,
 };
 use rustix::process::Signal;
 use serde_json::Value;
@@ -26,6 +27,11 @@ pub fn add(group: &mut Group, kind: Kind) {
         group.add("a_leg_whose_server_is_dead_does_not_keep_a_disk_over_nbd", quiesced);
     }
     group.add("check_and_repair_find_what_was_changed_behind_its_back", move || repair(kind));
+    if PATHS[..2].iter().any(|path| kind == Kind::Ublk(path)) {
+        group.add("kept_a_disk_that_becomes_a_mirror_has_its_pages_left_alone", move || {
+            swapped_to(kind)
+        });
+    }
 }
 
 /// Two fresh legs and the mirror over them, formatted.
@@ -82,6 +88,23 @@ fn format(kind: Kind) -> Outcome {
     let [a, b] = [a, b].map(|path| std::fs::read(path).unwrap());
     assert!(a[..data].iter().all(|byte| *byte == 0x41), "the first leg's data is kept");
     assert!(a[..data] == b[..data], "and the second leg has it");
+    Ok(())
+}
+
+fn swapped_to(kind: Kind) -> Outcome {
+    let room = Room::new();
+    let plain = room.file("plain", LEG - (64 << 10));
+    let disk = room.add(kind, &plain, &["--no-part-scan"]);
+    assert_eq!(disk.queue("stable_writes"), "0", "one place gets the pages");
+    let [_, _, mirror] = formatted(&room);
+    room.devsplice(["swap", &disk.name, &mirror]).ok();
+    assert_eq!(disk.queue("stable_writes"), "1", "legs get the same pages one by one");
+    let warnings = disk.info()["warnings"].to_string();
+    assert!(warnings.contains("mount it anew"), "{warnings}");
+    in_sync(&disk);
+    verify(&room, &disk.node, SPAN, "512-64k");
+    all_equal(&room, &disk);
+    disk.remove();
     Ok(())
 }
 

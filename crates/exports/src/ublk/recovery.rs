@@ -224,6 +224,7 @@ impl Suspended {
                 {
                     device.crew.warnings.push(format!("its users know the old size: {error}"));
                 }
+                device.keep_pages_stable(true);
                 Ok(device)
             }
             Err(error) => Err((Box::new(self), error)),
