@@ -16,7 +16,7 @@ const WRITE_NS: u64 = 10;
 struct Disks {
     limits: Vec<Limits>,
     bytes: RefCell<Vec<Vec<u8>>>,
-    /// What a power cut would leave of the log, by port, and how many writes there had been by then.
+    /// What a power cut would leave of the log, by port, and how many writes there had been then.
     durable: RefCell<Vec<(u64, Vec<u8>)>>,
     writes: RefCell<Vec<u64>>,
     unsettled: RefCell<bool>,
