@@ -352,10 +352,10 @@ impl Claim {
         let before = usize::try_from(self.file.metadata()?.len()).unwrap_or(0);
         let len = before.max(text.len());
         let text = format!("{text:len$}");
-        if len <= IN_ONE_PIECE {
+        let (next, new) = (path(&self.name, "next"), path(&self.name, "next~"));
+        if len <= IN_ONE_PIECE && !next.exists() {
             return self.file.write_all_at(text.as_bytes(), 0);
         }
-        let (next, new) = (path(&self.name, "next"), path(&self.name, "next~"));
         let beside = write_new(&new, text.trim_end()).and_then(|()| std::fs::rename(&new, &next));
         if let Err(error) = beside {
             let _ = std::fs::remove_file(&new);
@@ -364,6 +364,8 @@ impl Claim {
             if len > before {
                 return Err(error);
             }
+            // One that is there from before would count.
+            let _ = std::fs::remove_file(&next);
         }
         match self.file.write_all_at(text.as_bytes(), 0) {
             Ok(()) => {
@@ -379,7 +381,7 @@ impl Claim {
     /// Removes all state of the disk, and the link to its node.
     pub fn remove(self) {
         let _ = std::fs::remove_file(link(&self.name));
-        for ending in ["sock", "log", "doomed", "next", "json"] {
+        for ending in ["sock", "log", "doomed", "next~", "next", "json"] {
             let _ = std::fs::remove_file(path(&self.name, ending));
         }
     }
@@ -405,12 +407,12 @@ fn parse(name: &str, text: &[u8]) -> Result<Option<Disk>> {
     if text.trim_ascii().is_empty() {
         return Ok(None);
     }
-    let reason = match serde_json::from_slice(text) {
-        Ok(disk) => return Ok(Some(disk)),
-        Err(reason) => reason,
-    };
+    // It is there only while what stands in the file may be half of it, which need not show.
     let next = std::fs::read(path(name, "next")).unwrap_or_default();
-    serde_json::from_slice(&next).map(Some).map_err(|_| {
+    if let Ok(disk) = serde_json::from_slice(&next) {
+        return Ok(Some(disk));
+    }
+    serde_json::from_slice(text).map(Some).map_err(|reason| {
         let reason = format!("does not say what the disk is, and is kept as it is: {reason}");
         Error::invalid(path(name, "json").display().to_string(), reason).next(
             "a devsplice as new as the one that wrote it may know; devsplice adopt serves what \
@@ -476,7 +478,7 @@ impl Found {
 }
 
 /// Whether a process is there and has not ended. (Threads of one that has may be about to.)
-fn runs(pid: u32) -> bool {
+pub(crate) fn runs(pid: u32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"));
     let state = stat.ok().and_then(|stat| stat.rsplit_once(") ")?.1.chars().next());
     state.is_some_and(|state| !matches!(state, 'Z' | 'X'))

@@ -5,7 +5,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use devsplice_core::trace::Trace;
-use devsplice_core::{Errno, Io, Meta, NodeId, Result, Slow, Stack, Stop};
+use devsplice_core::{Errno, Io, Meta, NodeId, Op, Result, Slow, Stack, Stop};
 
 use crate::counts::one_more;
 use crate::desk::{self, Desk, Inner, SharedDesk};
@@ -111,7 +111,8 @@ impl LaneLive {
 
     /// A request has failed, and the layers concerned are still to be told.
     fn unsettle(&self, job: &mut Job) {
-        if job.io.op.changes() && !std::mem::replace(&mut job.unsettled, true) {
+        // A flush, too: what it was told is not told again to who flushes next.
+        if job.io.op != Op::Read && !std::mem::replace(&mut job.unsettled, true) {
             self.served.unsettle();
         }
     }
@@ -399,17 +400,23 @@ impl<R: Ring> Worker<R> {
         self.settle(lane, tag, 0);
     }
 
-    /// All exports are closed and no request is left: whether live layers are done as well.
+    /// All exports are closed and no request of theirs is left: whether live layers are done as
+    /// well. What they do in the background is not waited for, it ends where it is.
     pub(crate) fn is_at_rest(&mut self) -> bool {
-        let Some(slow) = &mut self.slow else { return true };
+        let is_idle = self.busy == 0;
+        let Some(slow) = &mut self.slow else { return is_idle };
         if !slow.stopping {
             for side in slow.sides.iter_mut().filter(|side| !side.is_home && !side.has_left) {
-                side.has_left = true;
-                side.served.leave();
+                side.has_left = is_idle;
+                if is_idle {
+                    side.served.leave();
+                }
             }
             // What runs in the background goes on for the others: a request of theirs may wait for
             // it.
-            if slow.sides.iter().any(|side| side.is_home && !side.served.is_alone()) {
+            let is_wanted =
+                |side: &Side| !if side.is_home { side.served.is_alone() } else { side.has_left };
+            if slow.sides.iter().any(is_wanted) {
                 return false;
             }
             slow.executor.drop_background();

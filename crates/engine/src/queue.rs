@@ -153,8 +153,7 @@ impl<R: Ring> Worker<R> {
             lane.export.flush(&mut self.ring);
         }
         self.counts.set_ring(self.ring.counts());
-        let is_closed = self.busy == 0 && self.lanes.iter().all(|lane| lane.export.is_closed());
-        if is_closed && self.is_at_rest() {
+        if self.is_left() && self.is_at_rest() {
             self.ring.enter(false)?;
             return Ok(false);
         }
@@ -168,6 +167,17 @@ impl<R: Ring> Worker<R> {
         let can_go_on = !self.waiting.is_empty() && !self.flights.is_full();
         self.ring.enter(!can_go_on)?;
         Ok(true)
+    }
+
+    /// Whether no export asks for anything any more, and none waits for an answer.
+    fn is_left(&self) -> bool {
+        if self.busy > 0 && self.slow.is_none() {
+            return false;
+        }
+        let asks = |lane: &Lane<R>| lane.jobs.iter().any(|job| job.active);
+        let all = || self.lanes.iter();
+        all().all(|lane| lane.export.is_closed())
+            && (self.busy == 0 || !all().any(|lane| !lane.is_inner && asks(lane)))
     }
 
     /// Goes on with the request that has waited longest, if there is room for its pieces.

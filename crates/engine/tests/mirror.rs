@@ -164,6 +164,18 @@ fn a_check_that_waits_for_a_copy_that_fails_ends_and_people_are_told_once() {
     assert_eq!(is_told(&product, "leg at port 1 is in sync"), 1);
 }
 
+/// With nothing between two copies there is always one under way.
+#[test]
+fn a_device_that_ends_does_not_wait_for_a_leg_to_be_rebuilt() {
+    const SIZE: u64 = 64 * MIB;
+    let stack = fresh("", SIZE, Limits::ideal(0));
+    let mut product = served(stack, fill(MIB), |setup| Setup { open: false, ..setup });
+    while product.bench.worker.turn().unwrap() {}
+    product.all_succeed(16);
+    let copied = product.number("bytes_synced");
+    assert!(copied < SIZE / 2, "it waited for {copied} bytes");
+}
+
 #[test]
 fn a_check_that_waits_ends_with_the_device() {
     let stack = fresh("rate=1", 2 * MIB, Limits::ideal(0));

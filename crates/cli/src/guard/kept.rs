@@ -97,7 +97,10 @@ pub fn is_kept(disk: &Disk) -> bool {
         // It becomes quiesced when the dead process has let go of everything, so it may still be
         // live.
         Ok((pid, state)) => {
-            let is_its = pid <= 0 || u32::try_from(pid).is_ok_and(|pid| pid == disk.pid);
+            // One that is gone served it before: whoever took it over was killed before the kernel
+            // knew.
+            let is_its = pid <= 0
+                || u32::try_from(pid).is_ok_and(|pid| pid == disk.pid || !state::runs(pid));
             state != "dead" && is_its
         }
         Err(error) => is_there(error),

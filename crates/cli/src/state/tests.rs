@@ -19,7 +19,10 @@ fn what_is_longer_than_a_page_is_written_beside_first() {
     // Who wrote it was killed over it: after it had been written beside.
     let next = serde_json::to_string(&disk(30_000)).unwrap();
     write_new(&super::path(&name, "next"), &next).unwrap();
-    assert_eq!(said(), Some(10), "what is whole counts");
+    assert_eq!(said(), Some(30_000), "what stands in the file may be half of it");
+    claim.write(&disk(20)).unwrap();
+    assert_eq!(said(), Some(20), "nothing from before outranks it");
+    write_new(&super::path(&name, "next"), &next).unwrap();
     claim.file.write_all_at(&[b'y'; 4096], 0).unwrap();
     assert_eq!(said(), Some(30_000));
     assert_eq!(claim.read().unwrap().unwrap().stack.len(), 30_000);

@@ -270,6 +270,10 @@ impl Connection {
         let (mode, answer) = (session.mode, session.admit(request));
         if answer == Ok(Ask::Disconnect) {
             self.phase = Phase::Leaving;
+            // What has not begun would begin beside what the client asks for over another one.
+            while let Some((held, _)) = self.held.pop_front() {
+                self.reply(ring, held, error::ESHUTDOWN);
+            }
             self.leave_behind();
             return Ok(());
         }
@@ -520,7 +524,11 @@ impl Export<Uring> for Connection {
 
     fn finish(&mut self, ring: &mut Uring, tag: u16, io: &Io, result: Result<(), Errno>) {
         let is_flush = io.op == Op::Flush || io.fua;
-        let result = if is_flush { self.post.flushed(&mut self.told, result) } else { result };
+        let is_heard = self.phase != Phase::Lost;
+        let result = match is_flush {
+            true => self.post.flushed((&mut self.told, is_heard), result),
+            false => result,
+        };
         let state = &mut self.tags[usize::from(tag)];
         state.changes = 0;
         if std::mem::take(&mut state.is_stale) {

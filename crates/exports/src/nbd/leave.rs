@@ -85,7 +85,7 @@ impl Connection {
                 self.notice();
             }
         }
-        self.post.desks[self.desk].looked.store(look, Ordering::Release);
+        self.post.desks[self.desk].looked.fetch_max(look, Ordering::AcqRel);
         self.post.bell.ring();
     }
 

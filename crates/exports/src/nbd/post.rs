@@ -100,8 +100,9 @@ pub(super) struct Post {
     stop: AtomicBool,
     /// Clients get their answers before that.
     gently: AtomicBool,
-    /// Flushes that failed, of any connection.
+    /// Flushes that failed, of any connection; and whether one did whose client had gone.
     failed_flushes: AtomicU32,
+    is_untold: AtomicBool,
     /// Threads that there are for TLS.
     relays: AtomicUsize,
     /// Connections whose TLS the kernel does.
@@ -129,12 +130,26 @@ impl Post {
     /// What a flush on a connection comes to, or a write that is one as well. The kernel tells of
     /// what it could not write once for each open file (Linux 7.3, `file_check_and_advance_wb_err`,
     /// mm/filemap.c), and all connections share theirs: whoever has not been `told` is told by us.
-    /// Where two flushes end at the same time, it may be with the next one.
-    pub(super) fn flushed(&self, told: &mut u32, result: Result<(), Errno>) -> Result<(), Errno> {
+    /// What was to be told to a client that has gone fails the next flush of anybody, as the one
+    /// that comes back may ask. Where two flushes end at the same time, it may be with the next.
+    pub(super) fn flushed(
+        &self,
+        (told, is_heard): (&mut u32, bool),
+        result: Result<(), Errno>,
+    ) -> Result<(), Errno> {
         match result {
-            Err(_) => *told = self.failed_flushes.fetch_add(1, Ordering::AcqRel) + 1,
+            Err(_) if !is_heard => self.is_untold.store(true, Ordering::Release),
+            Ok(()) if !is_heard => return Ok(()),
+            Ok(()) if self.is_untold.load(Ordering::Acquire) => {
+                // Whoever is first counts it for all.
+                if self.is_untold.swap(false, Ordering::AcqRel) {
+                    self.failed_flushes.fetch_add(1, Ordering::AcqRel);
+                }
+                *told = self.failed_flushes();
+            }
             Ok(()) if *told == self.failed_flushes() => return Ok(()),
             Ok(()) => *told = self.failed_flushes(),
+            Err(_) => *told = self.failed_flushes.fetch_add(1, Ordering::AcqRel) + 1,
         }
         result.and(Err(Errno::EIO))
     }
@@ -158,6 +173,7 @@ impl Post {
             stop: AtomicBool::new(false),
             gently: AtomicBool::new(false),
             failed_flushes: AtomicU32::new(0),
+            is_untold: AtomicBool::new(false),
             relays: AtomicUsize::new(0),
             sealed: AtomicUsize::new(0),
             stale: Stale::default(),

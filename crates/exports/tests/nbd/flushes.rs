@@ -14,6 +14,7 @@ use crate::peer::{Host, Peer, SIZE, pattern};
 #[derive(Default)]
 struct Forgetful {
     has_lost: AtomicBool,
+    is_slow: AtomicBool,
 }
 
 impl Bytes for Forgetful {
@@ -28,6 +29,9 @@ impl Bytes for Forgetful {
         Ok(())
     }
     fn flush(&self) -> io::Result<()> {
+        if self.is_slow.load(Ordering::SeqCst) {
+            std::thread::sleep(std::time::Duration::from_millis(500));
+        }
         let has_lost = self.has_lost.swap(false, Ordering::SeqCst);
         if has_lost { Err(io::Error::from_raw_os_error(5)) } else { Ok(()) }
     }
@@ -66,4 +70,26 @@ fn a_flush_that_failed_is_told_to_every_client_once() {
         assert_eq!(flush(&mut peers[0]), error::EIO);
         assert_eq!(flush(&mut peers[1]), 0);
     }
+}
+
+#[test]
+fn a_flush_that_failed_when_its_client_had_gone_is_told_when_it_asks_again() {
+    let medium = Arc::new(Forgetful::default());
+    let bytes: Arc<dyn Bytes> = medium.clone();
+    let host = Host::new("untold", |wishes| wishes.bytes = Some(bytes));
+    let mut other = host.peer(Mode::Structured);
+    let mut peer = host.peer(Mode::Structured);
+    assert_eq!(peer.write(0, &pattern(4096, 1), 0), 0);
+    medium.has_lost.store(true, Ordering::SeqCst);
+    medium.is_slow.store(true, Ordering::SeqCst);
+    let request = peer.request(command::FLUSH, 0, (0, 0));
+    peer.send(&request);
+    std::thread::sleep(std::time::Duration::from_millis(100));
+    peer.cut();
+    let mut peer = host.peer(Mode::Structured);
+    host.wait_until(2);
+    medium.is_slow.store(false, Ordering::SeqCst);
+    assert_eq!(flush(&mut peer), error::EIO);
+    assert_eq!(flush(&mut other), error::EIO);
+    assert_eq!((flush(&mut peer), flush(&mut other)), (0, 0));
 }

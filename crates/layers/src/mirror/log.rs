@@ -206,6 +206,8 @@ impl State {
     async fn are_equal(&self, busy: &[u64], meta: &Rc<dyn Meta>) -> Result<(), Errno> {
         meta.grace().await?;
         self.flush_legs(meta).await?;
+        // A leg tells of what it has lost once: if it told a request, that one has been heard now.
+        meta.grace().await?;
         let _turn = self.log_turn.take().await;
         // A leg that is missing, or that this flush has cost, lacks what these regions got; so may
         // one that has failed a write of which we are still to be told.
