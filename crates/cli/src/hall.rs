@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use devsplice_core::{Error, ErrorKind, Result};
 use devsplice_engine::Noted;
@@ -26,9 +26,10 @@ use crate::{front, guard, keeper};
 /// Disks that are removed at a time where all are.
 const AT_A_TIME: usize = 8;
 
-/// How long what a dead server had in flight may be waited for, and how often it is tried.
-const STUCK: Duration = Duration::from_secs(60);
+/// How long it is until a disk that is in use still, by what a dead server had in flight, is tried
+/// again: at first, and at most.
 const AGAIN: Duration = Duration::from_millis(100);
+const MOST_PAUSE: Duration = Duration::from_secs(10);
 
 /// What it means that a server has lost its guard, and what to do about it.
 pub const UNGUARDED: &str =
@@ -258,20 +259,21 @@ impl Hall {
     }
 
     /// As [`Hall::inherit`], of disks that cannot be had yet, as something below is in use: what
-    /// their dead server had in flight there may be stuck. They are tried again for a while, and
-    /// others are served meanwhile.
+    /// their dead server had in flight there may be stuck. They are tried again as long as it takes,
+    /// less and less often, and others are served meanwhile.
     pub fn inherit_late(self: &Arc<Hall>, mut names: Vec<String>, why: &str) {
         if names.is_empty() {
             return;
         }
         let (hall, why) = (Arc::clone(self), why.to_owned());
         std::thread::spawn(move || {
-            let end = Instant::now() + STUCK;
+            let mut pause = AGAIN;
             while !names.is_empty() {
-                std::thread::sleep(AGAIN);
+                std::thread::sleep(pause);
+                pause = (pause * 2).min(MOST_PAUSE);
                 names.retain(|name| match hall.inherit(name, &why) {
                     Ok(_) => false,
-                    Err(error) if error.kind() == ErrorKind::Busy && Instant::now() < end => true,
+                    Err(error) if error.kind() == ErrorKind::Busy => true,
                     Err(error) => {
                         eprintln!("devsplice: {error}; devsplice recover {name} tries again");
                         false
@@ -443,19 +445,15 @@ impl Hall {
         let mut done = disks.iter().try_for_each(|hosted| hosted.can_be_left());
         let mut held = 0;
         while done.is_ok() && held < disks.len() {
-            done = disks[held].hold();
-            held += usize::from(done.is_ok());
+            done = hold_one(&mut disks, held);
+            held = if done.is_ok() { held + 1 } else { held };
         }
         if done.is_ok() {
             places.iter_mut().for_each(|place| **place = None);
             lock(&self.slots).clear();
             return Ok(());
         }
-        for hosted in &mut disks[..held] {
-            if let Err(error) = hosted.go_on_as_before() {
-                eprintln!("devsplice: {error}");
-            }
-        }
+        go_on(&mut disks[..held]);
         self.set_closed(false);
         done
     }
@@ -489,5 +487,32 @@ impl Hall {
     pub fn disks(&self) -> Vec<Disk> {
         let slots: Vec<Slot> = lock(&self.slots).values().cloned().collect();
         slots.iter().filter_map(|slot| Some(lock(slot).as_ref()?.disk().clone())).collect()
+    }
+}
+
+/// Holds one of several disks that are to be left together, those before it being held. If it takes
+/// long, their clients do not wait for it.
+fn hold_one(disks: &mut [&mut Hosted], index: usize) -> Result<()> {
+    let (before, rest) = disks.split_at_mut(index);
+    let mut is_late = false;
+    let done = rest[0].hold_with(&mut || {
+        if !std::mem::replace(&mut is_late, true) {
+            go_on(before);
+        }
+    });
+    if !is_late {
+        return done;
+    }
+    done.and_then(|()| rest[0].go_on_as_before())?;
+    let why = "what is in flight below it has not come back for too long; try again";
+    Err(Error::new(ErrorKind::Busy, rest[0].thing(), why))
+}
+
+/// Serves disks that are held as before.
+fn go_on(disks: &mut [&mut Hosted]) {
+    for hosted in disks.iter_mut().filter(|hosted| hosted.state() == "quiesced") {
+        if let Err(error) = hosted.go_on_as_before() {
+            eprintln!("devsplice: {error}");
+        }
     }
 }

@@ -107,6 +107,14 @@ impl Hosted {
 
     /// Finishes what is in flight, lets go of the stack. The kernel holds what comes.
     pub(crate) fn hold(&mut self) -> Result<()> {
+        self.hold_with(&mut || ())
+    }
+
+    /// As [`Hosted::hold`]; `late` is called each time that it takes another minute.
+    ///
+    /// # Errors
+    /// As there.
+    pub(crate) fn hold_with(&mut self, late: &mut dyn FnMut()) -> Result<()> {
         self.can_be_held()?;
         let front = match std::mem::replace(&mut self.phase, Phase::Between) {
             Phase::Up(front) => front,
@@ -117,7 +125,10 @@ impl Hosted {
         };
         self.line.pause();
         let name = self.disk.name.clone();
-        let mut late = |text: &str| hosted::report(&name, text);
+        let mut late = |text: &str| {
+            hosted::report(&name, text);
+            late();
+        };
         match front.suspend(&mut late) {
             Ok(suspended) => {
                 self.phase = Phase::Held(suspended);
