@@ -113,6 +113,12 @@ pub trait Meta {
     /// asked after a grace, which does not wait for such requests to end.
     fn is_unsettled(&self) -> bool;
 
+    /// Whether the device ends, or is suspended, and nothing of its own is under way any more: what
+    /// is done in the background and may take long is to go to sleep where it can be left.
+    fn is_ending(&self) -> bool {
+        false
+    }
+
     /// Tells whoever watches the device.
     fn event(&self, text: String);
 }

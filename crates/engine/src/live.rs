@@ -401,22 +401,25 @@ impl<R: Ring> Worker<R> {
     }
 
     /// All exports are closed and no request of theirs is left: whether live layers are done as
-    /// well. What they do in the background is not waited for, it ends where it is.
+    /// well. What they do in the background is not waited for: it is told, and left where it sleeps.
     pub(crate) fn is_at_rest(&mut self) -> bool {
         let is_idle = self.busy == 0;
         let Some(slow) = &mut self.slow else { return is_idle };
         if !slow.stopping {
-            for side in slow.sides.iter_mut().filter(|side| !side.is_home && !side.has_left) {
-                side.has_left = is_idle;
-                if is_idle {
+            if is_idle {
+                for side in slow.sides.iter_mut().filter(|side| !side.is_home && !side.has_left) {
+                    side.has_left = true;
                     side.served.leave();
                 }
             }
             // What runs in the background goes on for the others: a request of theirs may wait for
             // it.
-            let is_wanted =
-                |side: &Side| !if side.is_home { side.served.is_alone() } else { side.has_left };
-            if slow.sides.iter().any(is_wanted) {
+            if slow.sides.iter().any(|side| side.is_home && !side.served.is_alone()) {
+                return false;
+            }
+            if !is_idle {
+                let homes = slow.sides.iter().filter(|side| side.is_home);
+                homes.for_each(|side| side.served.end_soon());
                 return false;
             }
             slow.executor.drop_background();

@@ -2,7 +2,7 @@
 //! requests are under way (grace), commands and events of its live layers.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 
 use devsplice_core::wait::Bell;
@@ -78,6 +78,8 @@ pub struct Served {
     quiet: Bell,
     /// Requests that change data, have failed below and have not ended.
     unsettled: AtomicU32,
+    /// Nobody asks for anything any more.
+    ending: AtomicBool,
     /// Threads that serve the stack and have not come to their end.
     workers: AtomicU32,
     /// Wakes the thread that does what is done once for a device: the first that came.
@@ -104,6 +106,7 @@ impl Served {
             awaited: AtomicU64::new(0),
             quiet: Bell::default(),
             unsettled: AtomicU32::new(0),
+            ending: AtomicBool::new(false),
             workers: AtomicU32::new(0),
             home: Mutex::default(),
             mail: Mutex::default(),
@@ -244,6 +247,15 @@ impl Served {
     /// Such a request has ended.
     pub(crate) fn settled(&self) {
         self.unsettled.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    /// What goes on in the background is to come to where it can be left.
+    pub(crate) fn end_soon(&self) {
+        self.ending.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn is_ending(&self) -> bool {
+        self.ending.load(Ordering::Relaxed)
     }
 
     pub(crate) fn is_unsettled(&self) -> bool {

@@ -212,6 +212,10 @@ impl Meta for Hand {
         })
     }
 
+    fn is_ending(&self) -> bool {
+        self.served.is_ending()
+    }
+
     fn is_unsettled(&self) -> bool {
         self.served.is_unsettled()
     }

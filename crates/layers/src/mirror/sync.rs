@@ -94,6 +94,9 @@ impl State {
         begun: u64,
         meta: &Rc<dyn Meta>,
     ) -> Result<(), Errno> {
+        while meta.is_ending() {
+            meta.sleep(SECOND).await?;
+        }
         while let Some(ns) = self.due(len).checked_sub(meta.now_ns() - begun).filter(|ns| *ns > 0) {
             meta.sleep(ns.min(SECOND)).await?;
         }
