@@ -259,8 +259,8 @@ impl Hall {
     }
 
     /// As [`Hall::inherit`], of disks that cannot be had yet, as something below is in use: what
-    /// their dead server had in flight there may be stuck. They are tried again as long as it takes,
-    /// less and less often, and others are served meanwhile.
+    /// their dead server had in flight there may be stuck. They are tried again as long as it
+    /// takes, less and less often, and others are served meanwhile.
     pub fn inherit_late(self: &Arc<Hall>, mut names: Vec<String>, why: &str) {
         if names.is_empty() {
             return;

@@ -401,7 +401,8 @@ impl<R: Ring> Worker<R> {
     }
 
     /// All exports are closed and no request of theirs is left: whether live layers are done as
-    /// well. What they do in the background is not waited for: it is told, and left where it sleeps.
+    /// well. What they do in the background is not waited for: it is told, and left where it
+    /// sleeps.
     pub(crate) fn is_at_rest(&mut self) -> bool {
         let is_idle = self.busy == 0;
         let Some(slow) = &mut self.slow else { return is_idle };
