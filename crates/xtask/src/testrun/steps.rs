@@ -13,7 +13,7 @@ use crate::proc::{self, Guard, run_quiet, tied};
 use crate::{Fallible, tidy, vm};
 
 /// How long any step may take.
-const STEP_LIMIT: Duration = Duration::from_secs(40 * 60);
+const STEP_LIMIT: Duration = Duration::from_secs(50 * 60);
 /// Instructions that routing a request through three layers may cost.
 const ROUTE_BAR: u64 = 250;
 /// The requests of the two runs whose difference counts: what start and end cost cancels out.
