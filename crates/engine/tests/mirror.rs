@@ -7,9 +7,9 @@ mod common;
 
 use std::sync::Arc;
 
-use common::product::{Product, make, product_with};
+use common::product::{Fresh, Product, make, product_with};
 use common::*;
-use devsplice_core::{Args, BackendId, Bottoms, Errno, Io, Limits, Op, Stack, StackBuilder};
+use devsplice_core::{Args, Bottoms, Errno, Io, Limits, Op, Stack, StackBuilder};
 use devsplice_engine::To;
 
 /// Bytes of a leg that are the mirror's own.
@@ -17,23 +17,6 @@ const META: u64 = 64 << 10;
 /// Bytes of the window in which legs are made equal.
 const WINDOW: u64 = 256 << 10;
 const SECOND: u64 = 1_000_000_000;
-
-/// Disks as whoever builds the stack writes them.
-struct Fresh(Vec<Vec<u8>>);
-
-impl Bottoms for Fresh {
-    fn read(&mut self, id: BackendId, at: u64, into: &mut [u8]) -> Result<(), Errno> {
-        let at = usize::try_from(at).unwrap();
-        into.copy_from_slice(&self.0[usize::from(id.0)][at..at + into.len()]);
-        Ok(())
-    }
-
-    fn write(&mut self, id: BackendId, at: u64, bytes: &[u8]) -> Result<(), Errno> {
-        let at = usize::try_from(at).unwrap();
-        self.0[usize::from(id.0)][at..at + bytes.len()].copy_from_slice(bytes);
-        Ok(())
-    }
-}
 
 /// A mirror of `size` bytes over two disks that was just formatted: the second is to be filled.
 fn fresh(keys: &str, size: u64, leg: Limits) -> (Arc<Stack>, Vec<Vec<u8>>) {

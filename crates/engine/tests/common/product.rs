@@ -2,13 +2,30 @@
 
 use std::sync::{Arc, Mutex};
 
-use devsplice_core::{Args, BackendId, Errno, Limits, NodeId, Stack, StackBuilder};
+use devsplice_core::{Args, BackendId, Bottoms, Errno, Limits, NodeId, Stack, StackBuilder};
 use devsplice_engine::{Answer, Served};
 
 use super::{Ask, Bench, Done, MIB, Setup, disk, ideal, setup};
 
 /// Bytes of each disk in the world.
 pub const DISK: u64 = 16 * MIB;
+
+/// Disks as whoever builds the stack writes them.
+pub struct Fresh(pub Vec<Vec<u8>>);
+
+impl Bottoms for Fresh {
+    fn read(&mut self, id: BackendId, at: u64, into: &mut [u8]) -> Result<(), Errno> {
+        let at = usize::try_from(at).unwrap();
+        into.copy_from_slice(&self.0[usize::from(id.0)][at..at + into.len()]);
+        Ok(())
+    }
+
+    fn write(&mut self, id: BackendId, at: u64, bytes: &[u8]) -> Result<(), Errno> {
+        let at = usize::try_from(at).unwrap();
+        self.0[usize::from(id.0)][at..at + bytes.len()].copy_from_slice(bytes);
+        Ok(())
+    }
+}
 
 pub fn make(name: &str, keys: &str) -> Box<dyn devsplice_core::Layer> {
     let driver = devsplice_layers::find(name).unwrap();

@@ -558,7 +558,7 @@ impl Export<Uring> for Connection {
     fn flush(&mut self, ring: &mut Uring) {
         self.renew(ring);
         if self.phase != Phase::Lost {
-            let is_sealed = self.client.as_ref().is_some_and(|client| client.records.is_some());
+            let is_sealed = self.is_sealed();
             self.outbox.flush(ring, (self.lane, SENT << 16), self.socket, is_sealed);
         }
     }

@@ -94,8 +94,7 @@ impl Connection {
     pub(super) fn notice(&mut self) {
         // What the kernel has not decrypted yet may be no TLS at all, and that is to be said: it is
         // received until it ends, as behind a relay.
-        let is_sealed = self.client.as_ref().is_some_and(|client| client.records.is_some());
-        if self.phase == Phase::Open && !is_sealed {
+        if self.phase == Phase::Open && !self.is_sealed() {
             let is_between = self.intake.is_between(self.staged);
             self.lose((!is_between).then_some("gone in the middle of a request"));
         }

@@ -68,12 +68,17 @@ impl Connection {
         false
     }
 
+    /// Whether the kernel does TLS for it.
+    pub(super) fn is_sealed(&self) -> bool {
+        self.client.as_ref().is_some_and(|client| client.records.is_some())
+    }
+
     /// The end of a connection of which nothing is out any more. One that has been told so over TLS
     /// by the kernel is waited for: what has been encrypted may not be with the network yet, and a
     /// socket that is closed with bytes unread, as the client's own last word would be, takes
     /// answers back that are under way.
     pub(super) fn farewell(&mut self) {
-        let is_sealed = self.client.as_ref().is_some_and(|client| client.records.is_some());
+        let is_sealed = self.is_sealed();
         if is_sealed {
             self.post.unseal();
         }
