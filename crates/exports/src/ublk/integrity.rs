@@ -16,6 +16,7 @@ use rustix::fs::{Mode, OFlags};
 
 use super::extra::Part;
 use super::map::Descriptors;
+use super::progress::Progress;
 use super::uapi::{IO_F_INTEGRITY, PARAM_INTEGRITY, Params, integrity_at};
 
 /// What integrity data a device has.
@@ -68,8 +69,8 @@ const SECOND: u32 = 9;
 #[derive(Clone, Copy)]
 struct Wait {
     io: Io,
-    /// Bytes that the step under way has moved.
-    moved: usize,
+    /// Of the step under way.
+    progress: Progress,
 }
 
 /// What a queue is, as far as its integrity data needs it.
@@ -107,7 +108,7 @@ impl Checked {
     ) -> Result<Checked> {
         let kept = file.map(open).transpose()?;
         let kept = kept.map(|fd| ring.add_file(RingFile { fd, kind: FileKind::Regular }));
-        let wait = Wait { io: Io::new(Op::Flush, 0, 0), moved: 0 };
+        let wait = Wait { io: Io::new(Op::Flush, 0, 0), progress: Progress::NONE };
         let waits = vec![wait; usize::from(config.depth)].into();
         let (lane, kept, waiting) = (0, kept.transpose()?, 0);
         Ok(Checked { inner, config, descriptors, device, kept, lane, waits, waiting })
@@ -120,7 +121,8 @@ impl Checked {
 
     /// Goes on with a step of `tag`: what it has not moved yet.
     fn step(&self, ring: &mut Uring, kind: u32, tag: u16) {
-        let Wait { io, moved } = self.waits[usize::from(tag)];
+        let Wait { io, progress } = self.waits[usize::from(tag)];
+        let moved = progress.moved as usize;
         let len = usize::try_from(self.scaled(io.extent.len)).unwrap_or(0) - moved;
         let range = (self.config.room_at + moved, len);
         let place = (self.lane, kind << 16 | u32::from(tag));
@@ -137,23 +139,15 @@ impl Checked {
 
     /// A step has moved something, or failed.
     fn stepped(&mut self, ring: &mut Uring, kind: u32, tag: u16, result: i32) {
-        let wait = &mut self.waits[usize::from(tag)];
-        let io = wait.io;
-        let moved = match usize::try_from(result) {
-            Ok(0) => Err(Errno::EIO),
-            Ok(count) => Ok(count),
-            Err(_) if Errno::from_result(result).is_transient() => Ok(0),
-            Err(_) => Err(Errno::EIO),
-        };
-        match moved {
-            Ok(count) => wait.moved += count,
-            Err(errno) => return self.done(ring, tag, Err(errno)),
+        let Wait { io, progress } = &mut self.waits[usize::from(tag)];
+        if progress.take(result).is_err() {
+            return self.done(ring, tag, Err(Errno::EIO));
         }
-        let moved = wait.moved as u64;
-        if moved < self.scaled(io.extent.len) {
+        let (moved, len) = (u64::from(progress.moved), io.extent.len);
+        if moved < self.scaled(len) {
             self.step(ring, kind, tag);
         } else if kind == FIRST {
-            self.waits[usize::from(tag)].moved = 0;
+            self.waits[usize::from(tag)].progress = Progress::NONE;
             self.step(ring, SECOND, tag);
         } else {
             self.done(ring, tag, Ok(()));
@@ -194,7 +188,7 @@ impl Export<Uring> for Checked {
         if result.is_err() || !io.op.has_pages() || !has || is_dropped {
             return self.inner.finish(ring, tag, io, result);
         }
-        self.waits[usize::from(tag)] = Wait { io: *io, moved: 0 };
+        self.waits[usize::from(tag)] = Wait { io: *io, progress: Progress::NONE };
         self.waiting += 1;
         let loads = io.op == Op::Write || self.kept.is_some();
         self.step(ring, if loads { FIRST } else { SECOND }, tag);

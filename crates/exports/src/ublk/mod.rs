@@ -15,6 +15,7 @@ mod integrity;
 mod map;
 mod outside;
 mod params;
+mod progress;
 mod queue;
 mod recovery;
 mod shape;
