@@ -17,7 +17,7 @@ use rustix::fs::{Mode, OFlags};
 use super::extra::Part;
 use super::map::Descriptors;
 use super::progress::Progress;
-use super::uapi::{IO_F_INTEGRITY, PARAM_INTEGRITY, Params, integrity_at};
+use super::uapi::{IO_F_INTEGRITY, PARAM_DISCARD, PARAM_INTEGRITY, Params, integrity_at};
 
 /// What integrity data a device has.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -37,9 +37,12 @@ pub struct Integrity {
 }
 
 impl Integrity {
-    /// Tells the kernel of it.
+    /// Tells the kernel of it. Discards and zeroing are not offered: they have no integrity data,
+    /// and what is kept for blocks that they have changed would fail each later read of those.
     pub(super) fn limit(&self, params: &mut Params) {
-        params.types |= PARAM_INTEGRITY;
+        params.types = params.types & !PARAM_DISCARD | PARAM_INTEGRITY;
+        (params.discard_granularity, params.max_discard_segments) = (0, 0);
+        (params.max_discard_sectors, params.max_write_zeroes_sectors) = (0, 0);
         params.integrity_flags = self.flags;
         params.interval_exp = params.logical_bs_shift;
         params.metadata_size = self.bytes;
@@ -209,6 +212,8 @@ impl Export<Uring> for Checked {
 
 #[cfg(test)]
 mod tests {
+    use devsplice_core::Limits;
+
     use super::*;
 
     #[test]
@@ -223,6 +228,19 @@ mod tests {
         assert_eq!((params.csum_type, params.tag_size), (4, 8));
         assert_eq!(integrity.room(1 << 20, 512), 128 << 10);
         assert_eq!(Integrity { bytes: 8, ..integrity }.room(1 << 20, 4096), 4096);
+    }
+
+    #[test]
+    fn a_disk_with_integrity_data_offers_nothing_that_would_leave_it_behind() {
+        let integrity = Integrity { bytes: 8, ..Integrity::default() };
+        let (limits, bare) = (Limits::ideal(1 << 20), Params::default());
+        let mut params = super::super::params::params(&limits, false, 1 << 20, false);
+        assert!(params.types & PARAM_DISCARD != 0 && params.max_write_zeroes_sectors != 0);
+        integrity.limit(&mut params);
+        assert_eq!(params.types & (PARAM_DISCARD | PARAM_INTEGRITY), PARAM_INTEGRITY);
+        assert_eq!(params.max_discard_sectors, bare.max_discard_sectors);
+        assert_eq!(params.max_write_zeroes_sectors, bare.max_write_zeroes_sectors);
+        assert_eq!(params.discard_granularity, bare.discard_granularity);
     }
 
     #[test]
