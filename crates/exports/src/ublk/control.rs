@@ -29,6 +29,9 @@ pub struct Control {
     /// Whether a device that was seen is one without privileges: whoever says something about such
     /// has to name its node and may use that, be it root.
     is_users: BTreeMap<u32, bool>,
+    /// How long START_DEV is waited for, if not as long as all others.
+    #[cfg(test)]
+    pub(super) start_limit: Option<Duration>,
 }
 
 fn open_node() -> Result<OwnedFd> {
@@ -56,8 +59,14 @@ impl Control {
     /// Without the driver, the right to use it, or io_uring; names the next step.
     pub fn open() -> Result<Control> {
         let file = open_node()?;
-        let mut control =
-            Control { ring: ControlRing::new()?, file, features: 0, is_users: BTreeMap::new() };
+        let mut control = Control {
+            ring: ControlRing::new()?,
+            file,
+            features: 0,
+            is_users: BTreeMap::new(),
+            #[cfg(test)]
+            start_limit: None,
+        };
         let mut bits = [0_u8; 8];
         // Kernels before 6.5 fail it: then nothing beyond copying can be counted on.
         if control.send("GET_FEATURES", ctrl::GET_FEATURES, none(), Some(&mut bits)).is_ok() {
@@ -135,7 +144,8 @@ impl Control {
         let op = if is_bare { op & 0xff } else { op };
         let at = DataAt { len: 6, addr: 8 };
         let data = data.map(|data| (data, at));
-        let result = self.ring.command(self.file.as_fd(), (name, op), payload, data, LIMIT)?;
+        let limit = self.limit(op);
+        let result = self.ring.command(self.file.as_fd(), (name, op), payload, data, limit)?;
         if result >= 0 {
             return Ok(());
         }
@@ -144,6 +154,16 @@ impl Control {
             id => format!("ublk device {id}: {name}"),
         };
         Err(explain(thing, Errno::from_result(result)))
+    }
+
+    #[cfg(not(test))]
+    fn limit(&self, _: u32) -> Duration {
+        LIMIT
+    }
+
+    #[cfg(test)]
+    fn limit(&self, op: u32) -> Duration {
+        self.start_limit.filter(|_| op & 0xff == ctrl::START_DEV & 0xff).unwrap_or(LIMIT)
     }
 
     /// Creates a device; returns what the driver made of `info`.
