@@ -15,6 +15,9 @@ use super::uapi::{CtrlCmd, DevInfo, F_IOCTL_ENCODE, F_UNPRIVILEGED, Params, ctrl
 pub const CONTROL: &str = "/dev/ublk-control";
 /// What a command may take before we say that it hangs. Stopping waits for I/O that we serve.
 const LIMIT: Duration = Duration::from_secs(20);
+/// What the driver may wait for at a time before it holds a disk's requests; who wants to wait
+/// longer asks again. Well below what the command may take.
+const IDLE_LIMIT: Duration = Duration::from_secs(5);
 /// Who may use it.
 const AS_WHOM: &str = "run as root, or --unprivileged as a member of the group ublk";
 /// Bytes for the path of a character device, before what else a command carries.
@@ -204,7 +207,10 @@ impl Control {
 
     /// Has new requests wait in the kernel, and ends the fetches that wait for one. What is being
     /// served can still be finished; the commits of that wait again, until this is called again.
+    /// The driver may wait for up to `limit`, and 5 seconds at most, until each queue has a fetch
+    /// that waits, and refuses it as busy if one has not.
     pub(crate) fn quiesce(&mut self, id: u32, limit: Duration) -> Result<()> {
+        let limit = limit.min(IDLE_LIMIT);
         let data = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
         let command = CtrlCmd { data, ..device(id) };
         self.send("QUIESCE_DEV", ctrl::QUIESCE_DEV, command, None)
