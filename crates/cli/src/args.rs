@@ -1,12 +1,11 @@
 //! Answers for the command line: every command, option and help text, defined once.
 
-use std::sync::LazyLock;
-
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use devsplice_exports::fuse;
 use devsplice_exports::ublk::{DataPath, Recovery};
 use serde::{Deserialize, Serialize};
 
+mod add;
 mod many;
 mod tls;
 mod transfer;
@@ -377,50 +376,6 @@ pub const CONNECTIONS: u16 = 16;
 
 fn connections() -> u16 {
     CONNECTIONS
-}
-
-impl Add {
-    /// The options, as they are written down, of a disk of which nothing but its stack is said.
-    pub fn plain() -> &'static serde_json::Value {
-        #[derive(Parser)]
-        struct Line {
-            #[command(flatten)]
-            add: Add,
-        }
-        // Made once: a server makes thousands of disks.
-        static PLAIN: LazyLock<serde_json::Value> = LazyLock::new(|| {
-            let add = Line::parse_from(["add", "--", ""]).add;
-            serde_json::to_value(add).unwrap_or_default()
-        });
-        &PLAIN
-    }
-
-    /// The options with these fields, as they are written down; the others are as if not said.
-    ///
-    /// # Errors
-    /// Which field is no option, or has no such value.
-    pub fn with(fields: serde_json::Value) -> Result<Add, serde_json::Error> {
-        use serde::de::Error;
-        let mut all = Add::plain().clone();
-        let serde_json::Value::Object(fields) = fields else {
-            return Err(serde_json::Error::custom("options are a table"));
-        };
-        for (name, value) in fields {
-            match all.get_mut(&name) {
-                Some(place) => *place = value,
-                None => return Err(serde_json::Error::custom(format!("no option `{name}`"))),
-            }
-        }
-        serde_json::from_value(all)
-    }
-
-    /// The fields that are not as if nothing was said.
-    pub fn changed(&self) -> serde_json::Value {
-        let all = serde_json::to_value(self).unwrap_or_default();
-        let fields = all.as_object().into_iter().flatten();
-        let other = fields.filter(|(name, value)| Add::plain().get(name) != Some(value));
-        other.map(|(name, value)| (name.clone(), value.clone())).collect()
-    }
 }
 
 #[derive(Args, Clone, Debug)]

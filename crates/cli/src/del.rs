@@ -85,21 +85,21 @@ fn clear(found: &Found, force: bool) -> Result<()> {
     let name = &found.disk.name;
     let end = Instant::now() + END_LIMIT;
     while Instant::now() < end {
-        match Claim::hold(name)? {
-            Some((_, Some(left))) if !force && guard::is_kept(&left) && is_in_use(&left) => {
-                let reason = "its server is gone, but it is in use; the kernel holds its requests";
-                return Err(Error::new(ErrorKind::Busy, name, reason).next(format!(
-                    "devsplice recover {name} serves it again; --force loses what is not written"
-                )));
+        if let Some((claim, left)) = Claim::hold(name)? {
+            let keeper = left.as_ref().filter(|_| !force).and_then(guard::kept_by);
+            if let (Some(keeper), Some(left)) = (keeper, &left)
+                && is_in_use(left)
+            {
+                let reason = format!("is in use; {}", keeper.says());
+                let next = keeper.next(name);
+                return Err(Error::new(ErrorKind::Busy, name, reason)
+                    .next(format!("{next}; --force loses what is not written")));
             }
-            Some((claim, left)) => {
-                if let Some(left) = left {
-                    guard::clean(&left);
-                }
-                claim.remove();
-                return Ok(());
+            if let Some(left) = left {
+                guard::clean(&left);
             }
-            None => {}
+            claim.remove();
+            return Ok(());
         }
         let Ok(now) = state::find(name) else { return Ok(()) };
         if now.alive {

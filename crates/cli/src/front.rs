@@ -330,25 +330,25 @@ impl Front {
     }
 
     /// Finishes what is in flight, has the kernel hold what comes, lets go of all that is below.
+    /// `late` is told where that takes its time.
     ///
     /// # Errors
-    /// If this disk cannot be suspended (it is as before then), or what is in flight does not come
-    /// back: over NBD it is on its way then ([`Front::is_ending`]); with the others nothing can be
-    /// done but to end, for somebody keeps the disk.
-    pub fn suspend(self) -> Result<Suspended, (Option<Front>, Error)> {
+    /// If this disk cannot be suspended (it is as before then), or, over NBD, what is in flight
+    /// does not come back: it is on its way then ([`Front::is_ending`]).
+    pub fn suspend(self, late: &mut dyn FnMut(&str)) -> Result<Suspended, (Front, Error)> {
         match self {
-            Front::Ublk(device) => match device.suspend() {
+            Front::Ublk(device) => match device.suspend(late) {
                 Ok(suspended) => Ok(Suspended::Ublk(Box::new(suspended))),
-                Err((back, error)) => Err((back.map(Front::Ublk), error)),
+                Err((back, error)) => Err((Front::Ublk(back), error)),
             },
-            Front::Fuse(device) => match device.suspend() {
+            Front::Fuse(device) => match device.suspend(late) {
                 Ok(suspended) => Ok(Suspended::Fuse(Box::new(suspended))),
-                Err((back, error)) => Err((back.map(Front::Fuse), error)),
+                Err((back, error)) => Err((Front::Fuse(back), error)),
             },
             Front::Nbd(device) => match device.suspend() {
                 Ok(suspended) => Ok(Suspended::Nbd(Box::new(suspended))),
-                // Nobody keeps it, so whoever has other disks must not end for it.
-                Err((back, error)) => Err((Some(Front::Nbd(back)), error)),
+                // Its clients wait for an answer, not the kernel.
+                Err((back, error)) => Err((Front::Nbd(back), error)),
             },
         }
     }

@@ -14,7 +14,11 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use crate::server::{self, Server};
 use crate::servers::{self, Seat};
 use crate::state::{self, Claim, Disk, Keeper};
-use crate::{keeper, protect};
+use crate::{keeper, protect, sandbox};
+
+mod kept;
+
+pub use kept::{KeptBy, claim_kept, is_kept, kept_by};
 
 /// The server's end: its end tells the guard.
 pub struct Guard {
@@ -46,6 +50,10 @@ const SUCCESSION: Duration = Duration::from_secs(30);
 const HESITATION: Duration = Duration::from_secs(2);
 /// How often in a row a server may die soon after its start before it is let be.
 const MOST_RESTARTS: u32 = 10;
+
+/// How long it is before what could not be had below is tried again: at first, and at last.
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+const LAST_PAUSE: Duration = Duration::from_secs(10);
 
 /// What the server says before it goes in good order.
 const FAREWELL: &str = "bye";
@@ -149,6 +157,9 @@ fn orphaned(name: &str, server: u32, kept: &[OwnedFd]) -> Option<String> {
                 }
                 return served;
             }
+            Ok(Some((_, Some(left)))) if !state::is_doomed(name) && kept_by(&left).is_some() => {
+                return None;
+            }
             Ok(Some((claim, left))) => {
                 // It is ours until it is removed.
                 if let Some(left) = left {
@@ -161,7 +172,14 @@ fn orphaned(name: &str, server: u32, kept: &[OwnedFd]) -> Option<String> {
                 return None;
             }
             Ok(None) => std::thread::sleep(Duration::from_millis(5)),
-            Err(_) => return None,
+            Err(error) => {
+                let _ = server::silence(Some(&state::path(name, "log")));
+                eprintln!("devsplice: {name}: its server has died: {error}");
+                if is_kept_here {
+                    stay(name);
+                }
+                return None;
+            }
         }
     }
     None
@@ -200,7 +218,7 @@ fn orphaned_server(name: &str) -> Option<String> {
         }
     };
     for found in servers::disks(name).ok()? {
-        if !is_kept(&found.disk)
+        if kept_by(&found.disk).is_none()
             && let Ok(Some(claim)) = Claim::try_take(&found.disk.name)
         {
             claim.remove();
@@ -340,13 +358,41 @@ fn worth(mut claim: Claim, mut disk: Disk) -> Option<String> {
 /// must not have it.
 fn succeed(name: &str, kept: &[OwnedFd]) {
     let _ = server::silence(Some(&state::path(name, "log")));
-    // Whatever becomes of that, this process keeps what it has.
-    let copies = kept.iter().filter_map(|fd| fd.try_clone().ok()).collect();
-    become_server(name, || crate::recover::again(name, Some(copies)));
+    let mut pause = FIRST_PAUSE;
+    loop {
+        // Whatever becomes of that, this process keeps what it has.
+        let copies = kept.iter().filter_map(|fd| fd.try_clone().ok()).collect();
+        let failed = become_server(name, || crate::recover::again(name, Some(copies)));
+        if failed != Some(ErrorKind::Busy) || !waits(name, !kept.is_empty()) {
+            break;
+        }
+        if sandbox::is_on() {
+            // It can start no guard any more. Where this is a unit's, that is to be tried again:
+            // it is for what ends abnormally alone.
+            if kept.is_empty() {
+                std::process::abort();
+            }
+            break;
+        }
+        // What a dead server has in flight below holds that for as long as it takes.
+        eprintln!("devsplice: {name}: tried again in {} ms", pause.as_millis());
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(LAST_PAUSE);
+        if !waits(name, !kept.is_empty()) {
+            break;
+        }
+    }
     if !kept.is_empty() {
         stay(name);
     }
     std::process::exit(1);
+}
+
+/// Whether a disk still waits for a server: nobody else has it, nor has removed it.
+fn waits(name: &str, is_kept_here: bool) -> bool {
+    let Ok(Some((_, Some(disk)))) = Claim::hold(name) else { return false };
+    let is_there = is_kept(&disk) || is_kept_here && disk.outlives_server();
+    is_there && !disk.quiesced && !state::is_doomed(name)
 }
 
 /// The same for a server of many.
@@ -356,15 +402,19 @@ fn succeed_server(name: &str) {
     std::process::exit(1);
 }
 
-/// Serves, and ends with that. Returns where it cannot.
-fn become_server(name: &str, start: impl FnOnce() -> Result<Server>) {
+/// Serves, and ends with that. Returns where it cannot; why, if it has not begun.
+fn become_server(name: &str, start: impl FnOnce() -> Result<Server>) -> Option<ErrorKind> {
     let _ = std::env::set_current_dir("/");
-    match start().and_then(Server::run) {
-        Ok(()) => std::process::exit(0),
+    let (error, kind) = match start().map(Server::run) {
+        Ok(Ok(())) => std::process::exit(0),
+        Ok(Err(error)) => (error, None),
         Err(error) => {
-            eprintln!("devsplice: {error}; devsplice recover {name} tries again");
+            let kind = error.kind();
+            (error, Some(kind))
         }
-    }
+    };
+    eprintln!("devsplice: {error}; devsplice recover {name} tries again");
+    kind
 }
 
 impl Voice {
@@ -376,6 +426,14 @@ impl Voice {
         if let Some(pipes) = &mut *self.pipes() {
             let _ = pipes.say.write_all(format!("{line}\n").as_bytes());
         }
+    }
+
+    /// Whether the guard lives: its end of the pipe ends with it.
+    pub fn is_heard(&self) -> bool {
+        let pipes = self.pipes();
+        let Some(Pipes { say, .. }) = &*pipes else { return false };
+        let mut ends = [PollFd::new(say, PollFlags::empty())];
+        poll(&mut ends, Some(&Timespec::default())) == Ok(0)
     }
 
     /// Has the guard keep descriptors of this process, so that they outlive it.
@@ -457,52 +515,6 @@ impl Guard {
         self.voice.pipes().take();
         let _ = fork::waitpid(self.voice.pid);
     }
-}
-
-/// The right to a disk that the kernel keeps, or this process does, and what its last server wrote
-/// of it.
-///
-/// # Errors
-/// If the kernel does not have it any more, or another process serves it.
-pub fn claim_kept(name: &str, is_kept_here: bool) -> Result<(Claim, Disk)> {
-    let busy = |reason: &str| Error::new(ErrorKind::Busy, name, reason);
-    // A dead server's rings hold it for a moment longer than the server lived.
-    let end = Instant::now() + state::LINGER;
-    let held = loop {
-        match Claim::hold(name)? {
-            None if Instant::now() < end => std::thread::sleep(Duration::from_millis(5)),
-            held => break held,
-        }
-    };
-    match held {
-        Some((claim, Some(left))) if is_kept(&left) || is_kept_here && left.outlives_server() => {
-            Ok((claim, left))
-        }
-        Some((_, Some(left))) => {
-            let reason = match left.outlives_server() {
-                true => "the kernel does not have it any more",
-                false => "was made to go with its server (--recovery off)",
-            };
-            Err(busy(reason).next(format!("devsplice del {name}, then add it again")))
-        }
-        Some((claim, None)) => {
-            claim.remove();
-            Err(Error::new(ErrorKind::NotFound, name, "is gone"))
-        }
-        None => Err(busy("another process serves it")),
-    }
-}
-
-/// Whether the kernel keeps the disk of a dead server for the next one.
-pub fn is_kept(disk: &Disk) -> bool {
-    if !disk.outlives_server() {
-        return false;
-    }
-    let Some(id) = disk.ublk_id else { return keeper::of(disk).is_some() };
-    let Ok(mut control) = ublk::Control::open() else { return false };
-    // It becomes quiesced when the dead process has let go of everything, so it may still be live.
-    matches!(control.server(id), Ok((pid, state)) if state != "dead"
-        && (pid <= 0 || u32::try_from(pid).is_ok_and(|pid| pid == disk.pid)))
 }
 
 /// Takes the device of a server that is gone away. For who holds the claim on its name. Best

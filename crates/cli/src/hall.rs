@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
+use std::time::Duration;
 
 use devsplice_core::{Error, ErrorKind, Result};
 use devsplice_engine::Noted;
@@ -24,6 +25,11 @@ use crate::{front, guard, keeper};
 
 /// Disks that are removed at a time where all are.
 const AT_A_TIME: usize = 8;
+
+/// How long it is until a disk that is in use still, by what a dead server had in flight, is tried
+/// again: at first, and at most.
+const AGAIN: Duration = Duration::from_millis(100);
+const MOST_PAUSE: Duration = Duration::from_secs(10);
 
 /// What it means that a server has lost its guard, and what to do about it.
 pub const UNGUARDED: &str =
@@ -99,8 +105,14 @@ impl Line {
         self.common.voice.as_ref().ok_or_else(none)?.keep(fds, told)
     }
 
-    /// Has the guard keep what keeps the disk, and writes down that it does. Where it cannot, the
-    /// disk goes with its server.
+    /// Whether the guard lives that has to keep what the kernel does not.
+    pub fn has_keeper(&self) -> bool {
+        self.common.voice.as_ref().is_some_and(Voice::is_heard)
+    }
+
+    /// Has the guard keep what keeps the disk, and writes down that it does. Where it cannot, a
+    /// disk that was kept before can still be taken over from this process, as long as that lives;
+    /// one that is new goes with its server.
     pub fn entrust(&self, front: &mut Front, disk: &mut Disk) {
         let (fds, told) = front.kept();
         if fds.is_empty() {
@@ -111,6 +123,11 @@ impl Line {
             Ok(keeper) => {
                 disk.keeper = Some(keeper);
                 keeper::store(disk, fds);
+            }
+            Err(error) if disk.keeper.is_some() => {
+                let own = keeper::numbers(fds);
+                disk.keeper.iter_mut().for_each(|keeper| keeper.own.clone_from(&own));
+                disk.warnings.push(format!("nobody keeps the disk but its server: {error}"));
             }
             Err(error) => {
                 front.forget();
@@ -159,8 +176,9 @@ pub struct Hall {
     /// What they share.
     pub common: Arc<Common>,
     slots: Mutex<BTreeMap<String, Slot>>,
-    /// Whether no disk is to come any more.
-    closed: Mutex<bool>,
+    /// Whether no disk is to come any more. Who brings one has this until it is in its place, so
+    /// that none comes that nobody knows of.
+    closed: RwLock<bool>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -178,7 +196,7 @@ impl Hall {
         let crews = AtomicU32::new(0);
         let (bus, unguarded) = (Bus::default(), AtomicBool::new(false));
         let common = Arc::new(Common { server, pool, bus, voice, unguarded, news, crews });
-        Hall { common, slots: Mutex::default(), closed: Mutex::default() }
+        Hall { common, slots: Mutex::default(), closed: RwLock::default() }
     }
 
     /// For a disk that is to come.
@@ -192,19 +210,34 @@ impl Hall {
         lock(&self.slots).insert(name, Arc::new(Mutex::new(Some(hosted))));
     }
 
+    /// The right to bring a disk. Once nobody gets it any more, all that had it are done.
+    ///
+    /// # Errors
+    /// If no disk is to come any more.
+    fn open(&self) -> Result<RwLockReadGuard<'_, bool>> {
+        let closed = self.closed.read().unwrap_or_else(PoisonError::into_inner);
+        if *closed {
+            let server = self.common.server.as_deref().unwrap_or("this server");
+            return Err(Error::new(ErrorKind::Busy, server, "is ending"));
+        }
+        Ok(closed)
+    }
+
+    fn set_closed(&self, closed: bool) {
+        *self.closed.write().unwrap_or_else(PoisonError::into_inner) = closed;
+    }
+
     /// Makes a disk.
     ///
     /// # Errors
     /// Whatever stands in the way; nothing is left behind then.
     pub fn add(&self, add: &Add, plan: &Plan) -> Result<Disk> {
-        let Some(server) = &self.common.server else {
+        if self.common.server.is_none() {
             let reason = "is for one disk, which it has";
             return Err(Error::new(ErrorKind::Unsupported, "this server", reason)
                 .next("devsplice serve starts one for many"));
-        };
-        if *lock(&self.closed) {
-            return Err(Error::new(ErrorKind::Busy, server, "is ending"));
         }
+        let _open = self.open()?;
         let choice = front::choose_for(add)?;
         let claim = Claim::take(add.name.as_deref())?;
         let hosted = Hosted::begin(Wish { add, plan, choice }, claim, self.line())?;
@@ -220,8 +253,34 @@ impl Hall {
     /// # Errors
     /// If the kernel does not keep it, or another process has it.
     pub fn recover(&self, name: &str, why: &str) -> Result<Disk> {
+        let _open = self.open()?;
         let (claim, left) = guard::claim_kept(name, false)?;
         self.welcome(&left, why, Hosted::take_over(claim, &left, None, self.line())?)
+    }
+
+    /// As [`Hall::inherit`], of disks that cannot be had yet, as something below is in use: what
+    /// their dead server had in flight there may be stuck. They are tried again as long as it
+    /// takes, less and less often, and others are served meanwhile.
+    pub fn inherit_late(self: &Arc<Hall>, mut names: Vec<String>, why: &str) {
+        if names.is_empty() {
+            return;
+        }
+        let (hall, why) = (Arc::clone(self), why.to_owned());
+        std::thread::spawn(move || {
+            let mut pause = AGAIN;
+            while !names.is_empty() {
+                std::thread::sleep(pause);
+                pause = (pause * 2).min(MOST_PAUSE);
+                names.retain(|name| match hall.inherit(name, &why) {
+                    Ok(_) => false,
+                    Err(error) if error.kind() == ErrorKind::Busy => true,
+                    Err(error) => {
+                        eprintln!("devsplice: {error}; devsplice recover {name} tries again");
+                        false
+                    }
+                });
+            }
+        });
     }
 
     /// Takes a disk over as its last server has left it: one that a person has quiesced stays so.
@@ -229,6 +288,7 @@ impl Hall {
     /// # Errors
     /// As [`Hall::recover`].
     pub fn inherit(&self, name: &str, why: &str) -> Result<Disk> {
+        let _open = self.open()?;
         let (claim, left) = guard::claim_kept(name, false)?;
         if !left.quiesced {
             return self.welcome(&left, why, Hosted::take_over(claim, &left, None, self.line())?);
@@ -338,7 +398,7 @@ impl Hall {
     /// # Errors
     /// If one does not go.
     pub fn close(&self) -> Result<()> {
-        *lock(&self.closed) = true;
+        self.set_closed(true);
         let failed = self.each(|name| {
             let (_, slot) = self.meant(Some(name))?;
             self.take_away(name, &mut lock(&slot), true)
@@ -377,7 +437,7 @@ impl Hall {
     /// # Errors
     /// If one cannot be left: all are served as before then.
     pub fn hand_over(&self) -> Result<()> {
-        *lock(&self.closed) = true;
+        self.set_closed(true);
         let slots: Vec<Slot> = lock(&self.slots).values().cloned().collect();
         let mut places: Vec<_> = slots.iter().map(|slot| lock(slot)).collect();
         let mut disks: Vec<&mut Hosted> =
@@ -385,20 +445,16 @@ impl Hall {
         let mut done = disks.iter().try_for_each(|hosted| hosted.can_be_left());
         let mut held = 0;
         while done.is_ok() && held < disks.len() {
-            done = disks[held].hold();
-            held += usize::from(done.is_ok());
+            done = hold_one(&mut disks, held);
+            held = if done.is_ok() { held + 1 } else { held };
         }
         if done.is_ok() {
             places.iter_mut().for_each(|place| **place = None);
             lock(&self.slots).clear();
             return Ok(());
         }
-        for hosted in &mut disks[..held] {
-            if let Err(error) = hosted.go_on_as_before() {
-                eprintln!("devsplice: {error}");
-            }
-        }
-        *lock(&self.closed) = false;
+        go_on(&mut disks[..held]);
+        self.set_closed(false);
         done
     }
 
@@ -431,5 +487,32 @@ impl Hall {
     pub fn disks(&self) -> Vec<Disk> {
         let slots: Vec<Slot> = lock(&self.slots).values().cloned().collect();
         slots.iter().filter_map(|slot| Some(lock(slot).as_ref()?.disk().clone())).collect()
+    }
+}
+
+/// Holds one of several disks that are to be left together, those before it being held. If it takes
+/// long, their clients do not wait for it.
+fn hold_one(disks: &mut [&mut Hosted], index: usize) -> Result<()> {
+    let (before, rest) = disks.split_at_mut(index);
+    let mut is_late = false;
+    let done = rest[0].hold_with(&mut || {
+        if !std::mem::replace(&mut is_late, true) {
+            go_on(before);
+        }
+    });
+    if !is_late {
+        return done;
+    }
+    done.and_then(|()| rest[0].go_on_as_before())?;
+    let why = "what is in flight below it has not come back for too long; try again";
+    Err(Error::new(ErrorKind::Busy, rest[0].thing(), why))
+}
+
+/// Serves disks that are held as before.
+fn go_on(disks: &mut [&mut Hosted]) {
+    for hosted in disks.iter_mut().filter(|hosted| hosted.state() == "quiesced") {
+        if let Err(error) = hosted.go_on_as_before() {
+            eprintln!("devsplice: {error}");
+        }
     }
 }

@@ -86,8 +86,35 @@ impl Hosted {
         }
     }
 
+    /// Whether it would outlive a failure on the way to being held. Where the kernel does not keep
+    /// it that is up to its guard; this process, shut in as it is, can start no other.
+    fn can_be_spared(&self) -> Result<()> {
+        let is_up_to_guard = match &self.phase {
+            Phase::Up(front) => !front.kept().0.is_empty(),
+            _ => false,
+        };
+        if !is_up_to_guard || self.line.has_keeper() {
+            return Ok(());
+        }
+        let reason = "its guard has died, and without one the disk would go with its server if \
+                      anything failed on the way";
+        let error = Error::new(ErrorKind::Unsupported, self.thing(), reason);
+        Err(error.next(format!(
+            "devsplice upgrade {} makes a server with a guard; then try again",
+            self.disk.name
+        )))
+    }
+
     /// Finishes what is in flight, lets go of the stack. The kernel holds what comes.
     pub(crate) fn hold(&mut self) -> Result<()> {
+        self.hold_with(&mut || ())
+    }
+
+    /// As [`Hosted::hold`]; `late` is called each time that it takes another minute.
+    ///
+    /// # Errors
+    /// As there.
+    pub(crate) fn hold_with(&mut self, late: &mut dyn FnMut()) -> Result<()> {
         self.can_be_held()?;
         let front = match std::mem::replace(&mut self.phase, Phase::Between) {
             Phase::Up(front) => front,
@@ -97,13 +124,18 @@ impl Hosted {
             }
         };
         self.line.pause();
-        match front.suspend() {
+        let name = self.disk.name.clone();
+        let mut late = |text: &str| {
+            hosted::report(&name, text);
+            late();
+        };
+        match front.suspend(&mut late) {
             Ok(suspended) => {
                 self.phase = Phase::Held(suspended);
                 self.disk.ending = false;
                 Ok(())
             }
-            Err((Some(front), error)) => {
+            Err((front, error)) => {
                 if front.is_ending() {
                     // Whoever does not ask this process (`list`) is to know it as well.
                     self.disk.ending = true;
@@ -113,11 +145,6 @@ impl Hosted {
                 }
                 self.phase = Phase::Up(front);
                 Err(error)
-            }
-            Err((None, error)) => {
-                // Neither served nor held: the guard, or the next recover, makes it whole.
-                hosted::die(error);
-                std::process::exit(1)
             }
         }
     }
@@ -139,27 +166,44 @@ impl Hosted {
                 return Err(error);
             }
         };
+        disk.quiesced = false;
+        // Before the first request is served: who comes after this process has to serve what that
+        // one was written to.
+        if let Err(error) = self.claim.write(&disk) {
+            self.phase = Phase::Held(suspended);
+            return Err(error);
+        }
         match suspended.resume(service, fit) {
             Ok(mut front) => {
                 self.line.entrust(&mut front, &mut disk);
                 disk.warnings.extend(front.crew().warnings.iter().cloned());
                 disk.low_depth = front.is_low_depth();
-                disk.quiesced = false;
                 self.line.serve(front.crew());
                 self.phase = Phase::Up(front);
                 self.disk = disk;
                 self.plan = plan.clone();
-                self.claim.write(&self.disk)
+                // What matters is written already.
+                self.note();
+                Ok(())
             }
             Err((suspended, error)) => {
                 self.phase = Phase::Held(suspended);
+                self.note();
                 Err(error)
             }
         }
     }
 
+    /// Writes down what the disk is, where nothing is lost if that cannot be.
+    fn note(&mut self) {
+        if let Err(error) = self.claim.write(&self.disk) {
+            hosted::report(&self.disk.name, &format!("not written down: {error}"));
+        }
+    }
+
     /// Holds the disk until it is to go on.
     pub(crate) fn quiesce(&mut self) -> Result<String> {
+        self.can_be_spared()?;
         self.hold()?;
         self.disk.quiesced = true;
         self.claim.write(&self.disk)?;
@@ -218,6 +262,7 @@ impl Hosted {
     }
 
     fn exchange(&mut self, plan: &Plan) -> Result<()> {
+        self.can_be_spared()?;
         let old = self.plan.clone();
         let clients = match &self.phase {
             Phase::Up(front) => front.clients().unwrap_or(0),
@@ -226,18 +271,21 @@ impl Hosted {
         if matches!(self.phase, Phase::Up(_)) {
             self.hold()?;
         }
-        if let Err(error) = self.go_on(plan, Fit::Resized) {
-            return Err(match self.go_on(&old, adopt::fit(&self.disk)) {
-                Ok(()) if clients > 0 => {
-                    error.next("its clients were disconnected; else nothing was changed")
-                }
-                Ok(()) => error.next("nothing was changed"),
-                Err(second) => error.next(format!(
-                    "the disk is quiesced now, for the old stack cannot be had again: {second}"
-                )),
-            });
-        }
-        Ok(())
+        let Err(error) = self.go_on(plan, Fit::Resized) else { return Ok(()) };
+        Err(match self.go_on(&old, adopt::fit(&self.disk)) {
+            Ok(()) if clients > 0 => {
+                error.next("its clients were disconnected; else nothing was changed")
+            }
+            Ok(()) => error.next("nothing was changed"),
+            Err(second) => {
+                let what = format!("the old stack cannot be had again: {second}");
+                // Who does not ask this process has to see it, too.
+                self.disk.quiesced = true;
+                let _ = self.claim.write(&self.disk);
+                self.line.tell("quiesced", &what);
+                error.next(format!("the disk is quiesced now, for {what}"))
+            }
+        })
     }
 
     /// Goes on with what the same stack is by now.
@@ -267,6 +315,14 @@ impl Hosted {
             let reason = format!("is smaller ({new}) than the disk ({old})");
             return Err(Error::invalid("the stack", reason)
                 .next("shrink what is on the disk first, then --shrink"));
+        }
+        if limits.size != self.disk.size
+            && let Phase::Up(Front::Fuse(_)) | Phase::Held(Suspended::Fuse(_)) = &self.phase
+        {
+            let (new, old) = (show_size(limits.size), show_size(self.disk.size));
+            let reason = format!("is over FUSE and keeps its size of {old}, the stack has {new}");
+            return Err(Error::new(ErrorKind::Unsupported, self.thing(), reason)
+                .next(format!("swap to linear(..., size={old}), or make the disk anew")));
         }
         Ok(limits.size)
     }

@@ -454,13 +454,13 @@ pub(crate) fn stuck_text(stuck: &Stuck) -> String {
 }
 
 /// What there is to say of a disk, in the log.
-fn report(disk: &str, text: &str) {
+pub(crate) fn report(disk: &str, text: &str) {
     eprintln!("devsplice: {disk}: {text}");
 }
 
 /// An I/O thread cannot go on: what it serves is lost. The guard sees to it.
 #[allow(clippy::needless_pass_by_value)]
-pub(crate) fn die(error: Error) {
+fn die(error: Error) {
     eprintln!("devsplice: {error}; this process ends");
     std::process::exit(1);
 }

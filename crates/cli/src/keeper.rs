@@ -110,6 +110,21 @@ pub fn stored(disk: &Disk) -> Vec<OwnedFd> {
     if fds.iter().all(is_connected) { fds } else { Vec::new() }
 }
 
+/// Whether a process that is neither its server nor its guard keeps the disk: systemd, for the next
+/// start of its unit. Where that cannot be found out, one does.
+pub fn is_elsewhere(disk: &Disk) -> bool {
+    if disk.keeper.is_none() || disk.device.is_empty() {
+        return false;
+    }
+    let Some(all) = fuse::keepers(&disk.device, &disk.name) else { return true };
+    let keeps = |&(pid, fd): &(u32, i32)| match pull(pid, &[fd]) {
+        Ok(fds) => fds.iter().all(is_connected),
+        // It may have gone meanwhile.
+        Err(_) => is_ours(pid, fd, disk),
+    };
+    all.iter().any(keeps)
+}
+
 /// A number is another connection's as soon as this one is gone. So what is stored by that name
 /// before is let go of (`store`), and what has been stored is the disk's only if it is connected
 /// still: then nobody else has had the number since.

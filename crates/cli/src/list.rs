@@ -53,7 +53,7 @@ pub fn word(found: &Found) -> &'static str {
         Found { alive: true, disk } if disk.quiesced => "quiesced",
         Found { alive: true, disk } if disk.ending => "ending",
         Found { alive: true, .. } => "live",
-        Found { disk, .. } if guard::is_kept(disk) => "waiting",
+        Found { disk, .. } if guard::kept_by(disk).is_some() => "waiting",
         Found { .. } => "dead",
     }
 }

@@ -1,6 +1,15 @@
 //! Answers for the command `devsplice`: parses, dispatches, turns errors into exit codes.
 #![forbid(unsafe_code)]
 
+/// Prints to standard error, for all modules below, in place of the one that panics if it cannot:
+/// a log on a full file system must not end a server, nor a guard.
+macro_rules! eprintln {
+    ($($arg:tt)*) => {{
+        use std::io::Write;
+        let _ = writeln!(std::io::stderr(), $($arg)*);
+    }};
+}
+
 mod add;
 mod adopt;
 mod args;

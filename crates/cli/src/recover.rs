@@ -27,6 +27,11 @@ const GLANCE: Duration = Duration::from_secs(2);
 /// How long a server may take to take a disk back.
 const TAKE: Duration = Duration::from_secs(60);
 
+/// What is said of a disk that another process has now, and that nobody serves, as before.
+pub fn still(name: &str) -> String {
+    format!("quiesced, as it was; devsplice resume {name} serves it")
+}
+
 /// Serves disks again whose servers are gone.
 ///
 /// # Errors
@@ -45,6 +50,9 @@ pub fn recover(recover: &Recover) -> Result<()> {
             say!("{}", disk.shown());
         } else {
             say!("{}", disk.device);
+            if disk.quiesced {
+                eprintln!("devsplice: {}: {}", disk.name, still(&disk.name));
+            }
         }
         Ok(())
     })
@@ -177,13 +185,16 @@ fn many(
     seat.about.threads = threads.or(had).unwrap_or_else(cpus);
     seat.about.sandbox = sandbox.unwrap_or(seat.about.sandbox);
     let server = Server::of_many(seat, guard)?;
-    for found in servers::disks(name)? {
-        if guard::is_kept(&found.disk)
-            && let Err(error) = server.hall().inherit(&found.disk.name, why)
+    let mut late = Vec::new();
+    for Found { disk, .. } in servers::disks(name)? {
+        if guard::is_kept(&disk)
+            && let Err(error) = server.hall().inherit(&disk.name, why)
         {
             eprintln!("devsplice: {error}");
+            late.extend((error.kind() == ErrorKind::Busy).then_some(disk.name));
         }
     }
+    server.hall().inherit_late(late, why);
     Ok(server)
 }
 
@@ -221,14 +232,24 @@ fn show(moved: &Value, json: bool) {
     if json {
         return say!("{moved}");
     }
-    let (name, pause) = (moved["name"].as_str(), moved["pause_ms"].as_f64().unwrap_or(0.0));
-    let (from, to) = (&moved["from"], &moved["to"]);
-    say!("{}: process {to} instead of {from}, pause {pause:.1} ms", name.unwrap_or_default());
+    say!("{}", shown(moved));
 }
 
-fn moved(name: &str, (from, to): (u32, u32), start: Instant) -> Value {
+/// What is said of a disk that was taken over.
+fn shown(moved: &Value) -> String {
+    let (name, pause) = (moved["name"].as_str(), moved["pause_ms"].as_f64().unwrap_or(0.0));
+    let (from, to) = (&moved["from"], &moved["to"]);
+    let name = name.unwrap_or_default();
+    match moved["quiesced"].as_bool() {
+        Some(true) => format!("{name}: process {to} instead of {from}, {}", still(name)),
+        _ => format!("{name}: process {to} instead of {from}, pause {pause:.1} ms"),
+    }
+}
+
+fn moved(disk: &Disk, (from, to): (u32, u32), start: Instant) -> Value {
     let pause_ms = start.elapsed().as_secs_f64() * 1000.0;
-    json!({ "name": name, "from": from, "to": to, "pause_ms": pause_ms })
+    let Disk { name, quiesced, .. } = disk;
+    json!({ "name": name, "from": from, "to": to, "pause_ms": pause_ms, "quiesced": quiesced })
 }
 
 /// Becomes the other program, with the same wish.
@@ -299,7 +320,7 @@ fn succeed(found: &Found) -> Result<(Server, launch::Report)> {
     if kept.is_none() && found.disk.ublk_id.is_none() {
         let reason = "what keeps it cannot be had from its guard nor from its server";
         return Err(Error::new(ErrorKind::Permission, name, reason)
-            .next("see whether this kernel lets root look into other processes"));
+            .next("that takes /proc (mount -t proc proc /proc) and a kernel that lets root look"));
     }
     let mut guard = guard::start_with(kept.as_ref().map_or(&[], |kept| &kept.fuse))?;
     // The old server lets go of the disk. If it has no guard nothing else keeps it then, whatever
@@ -327,8 +348,8 @@ fn succeed(found: &Found) -> Result<(Server, launch::Report)> {
     match taken {
         Ok((claim, left)) => {
             let server = Server::take_over(claim, &left, guard, kept, "upgraded")?;
-            let moved = moved(name, (left.pid, std::process::id()), start);
             let disk = server.disk()?;
+            let moved = moved(&disk, (left.pid, disk.pid), start);
             Ok((server, json!({ "moved": [moved], "disk": disk })))
         }
         Err(error) => {
@@ -357,10 +378,28 @@ fn succeed_many(name: &str) -> Result<(Server, launch::Report)> {
     let server = many(name, seat, (None, None), guard, "upgraded")?;
     let names = server.hall().names();
     let pids = (old.pid, std::process::id());
-    let moved: Vec<_> = names.iter().map(|name| moved(name, pids, start)).collect();
+    let moved: Vec<_> = server.hall().disks().iter().map(|disk| moved(disk, pids, start)).collect();
     let lost = disks.iter().map(|found| &found.disk.name).filter(|name| !names.contains(name));
     for name in lost {
         eprintln!("devsplice: {name}: not taken over; devsplice recover {name} tries again");
     }
     Ok((server, json!({ "moved": moved })))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_that_was_quiesced_and_is_still_is_not_said_to_be_served() {
+        let disk = |quiesced| Disk { name: "home".to_owned(), quiesced, ..Disk::default() };
+        let moved = |quiesced| moved(&disk(quiesced), (1, 2), Instant::now());
+        assert_eq!((moved(true)["quiesced"].clone(), moved(false)["quiesced"].clone()), {
+            (json!(true), json!(false))
+        });
+        let said = shown(&moved(true));
+        let want = "home: process 2 instead of 1, quiesced, as it was; devsplice resume home";
+        assert!(said.starts_with(want), "{said}");
+        assert!(shown(&moved(false)).starts_with("home: process 2 instead of 1, pause "));
+    }
 }

@@ -61,6 +61,11 @@ pub fn process(choice: Choice) {
     });
 }
 
+/// Whether the process is shut in.
+pub fn is_on() -> bool {
+    matches!(PROCESS.get(), Some(Ok(())))
+}
+
 /// Whether the process was not to be shut in.
 pub fn is_off() -> bool {
     matches!(PROCESS.get(), Some(Err(reason)) if reason == OFF)

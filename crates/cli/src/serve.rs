@@ -1,7 +1,7 @@
 //! Answers for `devsplice serve`: a process that serves many disks.
 
 use devsplice_core::Result;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::args::Serve;
 use crate::launch::{Report, launch};
@@ -42,11 +42,13 @@ pub fn run(serve: &Serve) -> Result<()> {
 fn start(serve: &Serve) -> Result<(Server, Report)> {
     let threads = serve.threads.map(usize::from);
     let server = recover::again_many(&serve.name, (threads, serve.sandbox), "restarted")?;
+    let quiesced = server.hall().disks().into_iter().filter(|disk| disk.quiesced);
     let report = json!({
         "server": serve.name,
         "pid": std::process::id(),
         "threads": server.threads(),
         "disks": server.hall().names(),
+        "quiesced": quiesced.map(|disk| disk.name).collect::<Vec<_>>(),
     });
     Ok((server, report))
 }
@@ -57,7 +59,31 @@ fn show(serve: &Serve, report: &Report) {
     }
     let (name, pid, threads) = (&serve.name, &report["pid"], &report["threads"]);
     say!("{name}: process {pid}, {threads} I/O threads; devsplice add --server {name} adds a disk");
-    for disk in report["disks"].as_array().into_iter().flatten() {
-        say!("{}: served again", disk.as_str().unwrap_or_default());
+    said_of_disks(report).iter().for_each(|line| say!("{line}"));
+}
+
+/// What is said of the disks that the server has from the start.
+fn said_of_disks(report: &Report) -> Vec<String> {
+    let all = |key: &str| report[key].as_array().cloned().unwrap_or_default();
+    let quiesced = all("quiesced");
+    let said = |disk: &Value| {
+        let name = disk.as_str().unwrap_or_default();
+        match quiesced.contains(disk) {
+            true => format!("{name}: {}", recover::still(name)),
+            false => format!("{name}: served again"),
+        }
+    };
+    all("disks").iter().map(said).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_disk_is_said_to_be_what_it_is() {
+        let said = said_of_disks(&json!({ "disks": ["a", "b"], "quiesced": ["b"] }));
+        assert_eq!(said[0], "a: served again");
+        assert_eq!(said[1], "b: quiesced, as it was; devsplice resume b serves it");
     }
 }

@@ -189,7 +189,7 @@ impl Server {
     }
 
     /// Its disks.
-    pub fn hall(&self) -> &Hall {
+    pub fn hall(&self) -> &Arc<Hall> {
         &self.hall
     }
 

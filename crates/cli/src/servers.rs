@@ -2,8 +2,8 @@
 //! are theirs, and that there is one of a name.
 
 use std::fs::{File, OpenOptions};
-use std::io::{Read, Seek, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::io::Read;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::time::Duration;
 
 use devsplice_core::{Error, ErrorKind, Result};
@@ -70,17 +70,17 @@ impl Seat {
         Ok(None)
     }
 
-    /// Writes who is there.
+    /// Writes who is there: in one piece, over what stood there, with blanks behind it. Whoever is
+    /// killed meanwhile must not seem never to have been there.
     ///
     /// # Errors
     /// If the file cannot be written.
     pub fn write(&mut self) -> Result<()> {
         let text = serde_json::to_string_pretty(&self.about).unwrap_or_default();
-        let done = self
-            .file
-            .rewind()
-            .and_then(|()| self.file.set_len(0))
-            .and_then(|()| self.file.write_all(text.as_bytes()));
+        let done = self.file.metadata().and_then(|before| {
+            let len = usize::try_from(before.len()).unwrap_or(0).max(text.len());
+            self.file.write_all_at(format!("{text:len$}").as_bytes(), 0)
+        });
         let path = state::server_file(&self.about.name, "server");
         done.map_err(|error| Error::os(path.display().to_string(), &error))
     }

@@ -1,9 +1,10 @@
 //! Answers for what is known of served disks between commands: files under /run/devsplice.
 //!
 //! NAME.json says what a disk is; its server holds a lock on it for as long as it lives, so that a
-//! process number that was used again misleads nobody. NAME.sock is where the server listens,
-//! NAME.log what it had to say. Where one server has many disks, the last two are links to what it
-//! has: @SERVER.sock and @SERVER.log; @SERVER.server says who it is.
+//! process number that was used again misleads nobody. NAME.next is what it is to say, while that
+//! is written over what it says. NAME.sock is where the server listens, NAME.log what it had to
+//! say. Where one server has many disks, the last two are links to what it has: @SERVER.sock and
+//! @SERVER.log; @SERVER.server says who it is.
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{Read, Seek};
@@ -243,13 +244,13 @@ impl Claim {
             check_name(name)?;
             let taken = |reason: &str| Error::new(ErrorKind::Busy, format!("`{name}`"), reason);
             return match Claim::hold_of_dead(name)? {
-                Some((_, Some(left))) if guard::is_kept(&left) => {
-                    let reason = "is the name of a disk whose server is gone; the kernel keeps it";
-                    Err(taken(reason).next(format!(
-                        "devsplice recover {name}, or devsplice del {name}; or another --name"
-                    )))
-                }
-                Some(held) => Ok(cleaned(held)),
+                Some((claim, left)) => match left.as_ref().and_then(guard::kept_by) {
+                    Some(keeper) => Err(taken(keeper.says()).next(format!(
+                        "{}; devsplice del {name} removes it; or choose another --name",
+                        keeper.next(name)
+                    ))),
+                    None => Ok(cleaned((claim, left))),
+                },
                 None => Err(taken("is the name of a running disk")
                     .next(format!("devsplice del {name}, or choose another --name"))),
             };
@@ -258,13 +259,16 @@ impl Claim {
             let name = format!("d{number}");
             // Where there may be hundreds, nobody waits to see whether one of them is just being
             // looked at.
-            if look(&path(&name, "json")).is_some_and(|found| found.alive) {
+            if look(&path(&name, "json")).is_ok_and(|found| found.is_some_and(|one| one.alive)) {
                 continue;
             }
-            match Claim::hold(&name)? {
-                Some((_, Some(left))) if guard::is_kept(&left) => {}
-                Some(held) => return Ok(cleaned(held)),
-                None => {}
+            match Claim::hold(&name) {
+                Ok(Some((_, Some(left)))) if guard::kept_by(&left).is_some() => {}
+                Ok(Some(held)) => return Ok(cleaned(held)),
+                Ok(None) => {}
+                // Nobody knows what that is.
+                Err(error) if error.kind() == ErrorKind::Invalid => {}
+                Err(error) => return Err(error),
             }
         }
         Err(Error::new(ErrorKind::Busy, "names", "d0 to d65535 are all taken"))
@@ -281,7 +285,7 @@ impl Claim {
     /// Takes `name` unless a server has it, with what a dead one left under it.
     ///
     /// # Errors
-    /// If the state file cannot be opened.
+    /// If the state file cannot be opened, or makes no sense: it stays as it is then.
     pub fn hold(name: &str) -> Result<Option<(Claim, Option<Disk>)>> {
         let path = path(name, "json");
         let os = |error| Error::os(path.display().to_string(), &error);
@@ -294,7 +298,7 @@ impl Claim {
             }
             if !is_ghost(&file, &path) {
                 let mut claim = Claim { file, name: name.to_owned() };
-                let left = claim.read();
+                let left = claim.read()?;
                 return Ok(Some((claim, left)));
             }
         }
@@ -324,34 +328,97 @@ impl Claim {
         self.file.try_clone().map(|file| Arc::new(file.into())).map_err(os)
     }
 
-    fn read(&mut self) -> Option<Disk> {
-        let mut text = String::new();
-        self.file.rewind().ok()?;
-        self.file.read_to_string(&mut text).ok()?;
-        serde_json::from_str(&text).ok()
+    fn read(&mut self) -> Result<Option<Disk>> {
+        let mut text = Vec::new();
+        let done = self.file.rewind().and_then(|()| self.file.read_to_end(&mut text));
+        done.map_err(|error| Error::os(path(&self.name, "json").display().to_string(), &error))?;
+        parse(&self.name, &text)
     }
 
-    /// Writes what the disk is: over what stood there, in one piece, with blanks behind it. Whoever
-    /// is killed meanwhile must not leave half of it, or the next does not know what to serve.
+    /// Writes what the disk is: over what stood there, with blanks behind it, as the lock is that
+    /// file's. Whoever is killed meanwhile, or has no room, must not leave half of it, or the next
+    /// does not know what to serve: so what the kernel does not write in one piece is written
+    /// beside it first.
     ///
     /// # Errors
-    /// If the file cannot be written.
+    /// If the file cannot be written; it says what it said before then.
     pub fn write(&mut self, disk: &Disk) -> Result<()> {
         let text = serde_json::to_string(disk).unwrap_or_default();
-        let done = self.file.metadata().and_then(|before| {
-            let len = usize::try_from(before.len()).unwrap_or(0).max(text.len());
-            self.file.write_all_at(format!("{text:len$}").as_bytes(), 0)
-        });
-        done.map_err(|error| Error::os(path(&self.name, "json").display().to_string(), &error))
+        self.put(&text)
+            .map_err(|error| Error::os(path(&self.name, "json").display().to_string(), &error))
+    }
+
+    fn put(&mut self, text: &str) -> std::io::Result<()> {
+        let before = usize::try_from(self.file.metadata()?.len()).unwrap_or(0);
+        let len = before.max(text.len());
+        let text = format!("{text:len$}");
+        let (next, new) = (path(&self.name, "next"), path(&self.name, "next~"));
+        if len <= IN_ONE_PIECE && !next.exists() {
+            return self.file.write_all_at(text.as_bytes(), 0);
+        }
+        let beside = write_new(&new, text.trim_end()).and_then(|()| std::fs::rename(&new, &next));
+        if let Err(error) = beside {
+            let _ = std::fs::remove_file(&new);
+            // What needs no more room than it has is written all the same: a disk that waits for
+            // it to be is worse.
+            if len > before {
+                return Err(error);
+            }
+            // One that is there from before would count.
+            let _ = std::fs::remove_file(&next);
+        }
+        match self.file.write_all_at(text.as_bytes(), 0) {
+            Ok(()) => {
+                let _ = std::fs::remove_file(&next);
+                Ok(())
+            }
+            // It is what counts now.
+            Err(_) if next.exists() => Ok(()),
+            Err(error) => Err(error),
+        }
     }
 
     /// Removes all state of the disk, and the link to its node.
     pub fn remove(self) {
         let _ = std::fs::remove_file(link(&self.name));
-        for ending in ["sock", "log", "doomed", "json"] {
+        for ending in ["sock", "log", "doomed", "next~", "next", "json"] {
             let _ = std::fs::remove_file(path(&self.name, ending));
         }
     }
+}
+
+/// Bytes from the start of a file that the kernel writes whole or not at all, whoever is killed
+/// meanwhile and however full the file system is: a page (mm/filemap.c, `generic_perform_write`).
+const IN_ONE_PIECE: usize = 4096;
+
+/// Writes a file that only its owner reads.
+fn write_new(path: &Path, text: &str) -> std::io::Result<()> {
+    let mut options = OpenOptions::new();
+    options.write(true).create(true).truncate(true).mode(0o600);
+    options.open(path)?.write_all_at(text.as_bytes(), 0)
+}
+
+/// What the state file of `name` says, or what it was to say where who wrote it was killed over
+/// that. `None` if nothing was ever written.
+///
+/// # Errors
+/// If neither makes sense.
+fn parse(name: &str, text: &[u8]) -> Result<Option<Disk>> {
+    if text.trim_ascii().is_empty() {
+        return Ok(None);
+    }
+    // It is there only while what stands in the file may be half of it, which need not show.
+    let next = std::fs::read(path(name, "next")).unwrap_or_default();
+    if let Ok(disk) = serde_json::from_slice(&next) {
+        return Ok(Some(disk));
+    }
+    serde_json::from_slice(text).map(Some).map_err(|reason| {
+        let reason = format!("does not say what the disk is, and is kept as it is: {reason}");
+        Error::invalid(path(name, "json").display().to_string(), reason).next(
+            "a devsplice as new as the one that wrote it may know; devsplice adopt serves what \
+             ublk has; remove the file if the disk is not missed",
+        )
+    })
 }
 
 /// Whether a file is not the one of that path any more: between open and lock its owner may have
@@ -365,7 +432,7 @@ pub(crate) fn is_ghost(file: &File, path: &Path) -> bool {
 }
 
 /// A claim, after cleaning up what the last server left.
-fn cleaned((claim, left): (Claim, Option<Disk>)) -> Claim {
+pub(crate) fn cleaned((claim, left): (Claim, Option<Disk>)) -> Claim {
     if let Some(left) = left {
         guard::clean(&left);
     }
@@ -411,7 +478,7 @@ impl Found {
 }
 
 /// Whether a process is there and has not ended. (Threads of one that has may be about to.)
-fn runs(pid: u32) -> bool {
+pub(crate) fn runs(pid: u32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"));
     let state = stat.ok().and_then(|stat| stat.rsplit_once(") ")?.1.chars().next());
     state.is_some_and(|state| !matches!(state, 'Z' | 'X'))
@@ -441,9 +508,19 @@ fn ends_in(path: &Path, ending: &str) -> bool {
 /// If the directory is there and cannot be read.
 pub fn all() -> Result<Vec<Found>> {
     let paths = entries()?.into_iter().filter(|path| ends_in(path, "json"));
-    let mut found: Vec<_> = paths.filter_map(|path| look(&path)).collect();
+    let mut found: Vec<_> = paths.filter_map(|path| look(&path).ok().flatten()).collect();
     found.sort_by(|a, b| a.disk.name.cmp(&b.disk.name));
     Ok(found)
+}
+
+/// Why the state files make no sense that do not.
+///
+/// # Errors
+/// As [`all`].
+pub fn unreadable() -> Result<Vec<Error>> {
+    let paths = entries()?.into_iter().filter(|path| ends_in(path, "json"));
+    let bad = |error: &Error| error.kind() == ErrorKind::Invalid;
+    Ok(paths.filter_map(|path| look(&path).err()).filter(bad).collect())
 }
 
 /// The names of all servers of many of which there is a file, whether they live or not.
@@ -460,7 +537,7 @@ pub fn servers() -> Result<Vec<String>> {
 
 /// What the state file of `name` says, whoever has it.
 pub fn peek(name: &str) -> Option<Disk> {
-    serde_json::from_str(&std::fs::read_to_string(path(name, "json")).ok()?).ok()
+    parse(name, &std::fs::read(path(name, "json")).ok()?).ok().flatten()
 }
 
 /// Locks a file as one who only looks does; whether nobody has it.
@@ -468,21 +545,21 @@ pub(crate) fn lock_shared(file: &File) -> bool {
     flock(file, FlockOperation::NonBlockingLockShared).is_ok()
 }
 
-fn look(path: &Path) -> Option<Found> {
-    let file = File::open(path).ok()?;
-    let text = std::fs::read_to_string(path).ok()?;
-    let disk: Disk = serde_json::from_str(&text).ok()?;
+fn look(path: &Path) -> Result<Option<Found>> {
+    let (Ok(file), Ok(text)) = (File::open(path), std::fs::read(path)) else { return Ok(None) };
+    let name = path.file_stem().and_then(|name| name.to_str()).unwrap_or_default();
+    let Some(disk) = parse(name, &text)? else { return Ok(None) };
     let alive = !lock_shared(&file);
-    Some(Found { disk, alive })
+    Ok(Some(Found { disk, alive }))
 }
 
 /// The disk that a user means by a name or a device node.
 ///
 /// # Errors
-/// If there is none; lists those that are there.
+/// If there is none; lists those that are there. If its state file makes no sense.
 pub fn find(word: &str) -> Result<Found> {
     if check_name(word).is_ok()
-        && let Some(found) = look(&path(word, "json"))
+        && let Some(found) = look(&path(word, "json"))?
     {
         return Ok(found);
     }
@@ -502,16 +579,4 @@ pub fn find(word: &str) -> Result<Found> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn names_that_would_leave_the_directory_are_refused() {
-        for name in ["", ".", "..", "a/b", "../x", ".hidden", "a b", "\u{e9}", &"x".repeat(49)] {
-            assert!(check_name(name).is_err(), "{name}");
-        }
-        for name in ["d0", "vm-1.root", "A_b"] {
-            assert!(check_name(name).is_ok(), "{name}");
-        }
-    }
-}
+mod tests;

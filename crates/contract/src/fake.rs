@@ -161,13 +161,15 @@ pub struct World {
     pub inner_hits: u64,
     /// Timers that have run out.
     pub timers: u64,
-    /// When memory was given back.
-    pub rests: Vec<u64>,
+    /// Lanes whose memory was given back, and when.
+    pub rests: Vec<(u16, u64)>,
     /// What is linked behind splices.
     pub ahead: Linked,
     /// When whoever waits has waited too long.
     deadline: u64,
     flights: u32,
+    /// The pages of each lane of an export.
+    outer: Vec<std::ops::Range<usize>>,
     /// The first page of each inner lane.
     inner: std::collections::BTreeMap<u16, u32>,
     due: Vec<Due>,
@@ -198,6 +200,7 @@ impl World {
             deadline: LONGEST,
             rests: Vec::new(),
             flights,
+            outer: Vec::new(),
             inner: std::collections::BTreeMap::new(),
             due: Vec::with_capacity(1 << 12),
             ready: VecDeque::with_capacity(1 << 12),
@@ -291,18 +294,20 @@ impl World {
         self.due.clear();
         self.ready.clear();
         self.pages.clear();
+        self.outer.clear();
         self.inner.clear();
         self.hits.clear();
         self.now = 0;
         self.deadline = LONGEST;
     }
 
-    /// Pages for each tag, large enough for each of `ios`; the number of the first.
+    /// Pages for each tag of the next lane, large enough for `ios`; the number of the first.
     pub fn add_pages<'a>(&mut self, depth: u16, ios: impl Iterator<Item = &'a Io>) -> u32 {
         let with_pages = ios.filter(|io| io.op.has_pages());
         let most = with_pages.map(|io| io.extent.len).max().unwrap_or(0);
         let first = u32::try_from(self.pages.len()).unwrap_or(u32::MAX);
         let most = index(most.min(MATERIAL));
+        self.outer.push(self.pages.len()..self.pages.len() + usize::from(depth));
         self.pages.extend((0..depth).map(|_| vec![0; most]));
         first
     }
@@ -365,10 +370,7 @@ impl World {
             Some(Fault::Hang) | None => (),
         }
         if let (To::File(file), Op::Flush) = (flying.to, flying.op) {
-            let disk = &mut self.disks[usize::from(file.0)];
-            if let Some(errno) = disk.bad_flush {
-                return Err(errno);
-            }
+            self.disks[usize::from(file.0)].may_flush()?;
         }
         if self.rng.percent(self.faults.eagain) {
             return Err(Errno::EAGAIN);
@@ -577,10 +579,16 @@ impl Ring for FakeRing {
     }
 
     /// Whoever still wants data in its pages sees that it is gone.
-    fn rest(&mut self) {
+    fn rest(&mut self, lane: u16) {
         let world = &mut *self.lock();
-        world.rests.push(world.now);
-        world.pages.iter_mut().for_each(|pages| pages.fill(0xee));
+        let of_lane = match world.outer.get(usize::from(lane)) {
+            Some(of_lane) => of_lane.clone(),
+            // Whoever has made pages otherwise has one lane.
+            None if world.outer.is_empty() => 0..world.pages.len(),
+            None => return,
+        };
+        world.rests.push((lane, world.now));
+        world.pages[of_lane].iter_mut().for_each(|pages| pages.fill(0xee));
     }
 
     fn counts(&self) -> RingCounts {

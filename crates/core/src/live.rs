@@ -31,11 +31,16 @@ pub enum Value {
 /// The live side of a layer.
 pub trait Live: Send + Sync {
     /// Brings in, or makes room for, what `map` (or `flush`, for a flush) missed; then it is asked
-    /// again. The request waits, and none of its pages are in use. Several may run at once.
+    /// again, before this thread asks it about anything else. The request waits, and none of its
+    /// pages are in use; what layers above have answered for it still holds, so this may wait for
+    /// nothing that they do. Several may run at once. An error counts as a failure of this part on
+    /// the way through the layers above.
     fn resolve(self: Arc<Self>, io: Io, meta: Rc<dyn Meta>) -> Slow;
 
     /// `io`, or its way down through `port`, failed with `errno`. Told of every part of a request
-    /// that still fails when it is tried again, also when the request is lost anyway. `Ok` when the
+    /// that still fails when it is tried again, also when the request is lost anyway; and of every
+    /// flush and every write with force unit access that failed at all, since a device tells only
+    /// once that it has lost what it had taken. `Ok` when the
     /// layer has seen to it (a leg was dropped, a block repaired): then the whole request is routed
     /// again. An error is the request's, unless a layer further up sees to it.
     fn failed(self: Arc<Self>, io: Io, port: Port, errno: Errno, meta: Rc<dyn Meta>) -> Slow {
@@ -98,14 +103,21 @@ pub trait Meta {
     /// Nanoseconds since some moment.
     fn now_ns(&self) -> u64;
 
-    /// Waits until no request is under way any more that was routed before this call. What `map`
-    /// answers from now on holds for all that are.
+    /// Waits until no request is under way any more for which this layer answered before this call,
+    /// also none that waits at a layer below. What `map` answers from now on holds for all that
+    /// are.
     fn grace(&self) -> Slow;
 
     /// Whether a request that changes data has failed below and has not ended yet: what it left
     /// behind differs from place to place, and the layers concerned may not have been told. To be
-    /// asked after a grace, which does not wait for such requests.
+    /// asked after a grace, which does not wait for such requests to end.
     fn is_unsettled(&self) -> bool;
+
+    /// Whether the device ends, or is suspended, and nothing of its own is under way any more: what
+    /// is done in the background and may take long is to go to sleep where it can be left.
+    fn is_ending(&self) -> bool {
+        false
+    }
 
     /// Tells whoever watches the device.
     fn event(&self, text: String);

@@ -32,6 +32,12 @@ impl NodeId {
     pub(crate) fn index(self) -> usize {
         usize::from(self.0)
     }
+
+    /// Its number in its stack, below [`MAX_NODES`].
+    #[must_use]
+    pub fn number(self) -> u16 {
+        self.0
+    }
 }
 
 /// A bottom of a stack, counted from 0 in the order they were added.
@@ -90,6 +96,8 @@ pub struct Stack {
     backend_count: u16,
     probes: Box<[Arc<Probe>]>,
     zones: Option<Arc<dyn Zones>>,
+    /// By place, the layer over it.
+    above: Box<[Option<NodeId>]>,
 }
 
 impl Stack {
@@ -248,6 +256,30 @@ impl Stack {
         (0..).zip(&self.nodes).filter_map(|(index, node)| {
             node.live.as_deref().map(|live| (NodeId(index), &*node.name, live))
         })
+    }
+
+    /// The layers over a place, from the bottom up.
+    fn over(&self, node: NodeId) -> impl Iterator<Item = NodeId> {
+        let up = |node: &NodeId| self.above.get(node.index()).copied().flatten();
+        std::iter::successors(up(&node), up)
+    }
+
+    /// Whether the layer `upper` lies over the place with this number, directly or not.
+    #[must_use]
+    pub fn is_over(&self, upper: NodeId, number: u16) -> bool {
+        self.over(NodeId(number)).any(|node| node == upper)
+    }
+
+    /// How many layers with a live side lie over a place.
+    #[must_use]
+    pub fn live_level(&self, node: NodeId) -> usize {
+        self.over(node).filter(|node| self.node(*node).is_live()).count()
+    }
+
+    /// How many layers with a live side lie above one another at most, from 0 to [`MAX_DEPTH`].
+    #[must_use]
+    pub fn live_levels(&self) -> usize {
+        self.lives().map(|(node, ..)| self.live_level(node) + 1).max().unwrap_or(0)
     }
 
     fn node(&self, id: NodeId) -> &Node {
@@ -438,11 +470,21 @@ impl StackBuilder {
         let Node { limits, mask, .. } = &self.nodes[root.index()];
         // Nothing is ordinary on a read-only device: no length is without every bit.
         let mask = if limits.read_only { u64::MAX } else { *mask };
-        let (nodes, probes) = (self.nodes.into(), self.probes.into());
+        let (nodes, probes): (Box<[Node]>, _) = (self.nodes.into(), self.probes.into());
         let mut zoned = self.zoned.into_iter();
         let zones = zoned.find(|(node, _)| *node == root).map(|(_, zones)| zones);
-        Stack { nodes, root, mask, backend_count: self.backend_count, probes, zones }
+        let above = above(&nodes);
+        Stack { nodes, root, mask, backend_count: self.backend_count, probes, zones, above }
     }
+}
+
+/// By place, the layer over it.
+fn above(nodes: &[Node]) -> Box<[Option<NodeId>]> {
+    let mut above = vec![None; nodes.len()];
+    for node in nodes {
+        node.ports().iter().for_each(|port| above[port.index()] = Some(node.id));
+    }
+    above.into()
 }
 
 struct Below<'a> {

@@ -61,6 +61,13 @@ impl Trace {
         })
     }
 
+    /// Gives up the part at which the last call missed; [`Trace::steps`] tells how it came there.
+    pub fn skip(&mut self) {
+        if let Some(todo) = self.todo.pop() {
+            self.last = todo.up;
+        }
+    }
+
     /// As [`Route::next`](crate::Route::next).
     ///
     /// # Panics

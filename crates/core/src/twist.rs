@@ -126,6 +126,10 @@ impl<T: Twist> Meta for Hand<T> {
         self.twist.grace(&*self.meta)
     }
 
+    fn is_ending(&self) -> bool {
+        self.meta.is_ending()
+    }
+
     fn is_unsettled(&self) -> bool {
         self.meta.is_unsettled()
     }

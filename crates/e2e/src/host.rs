@@ -28,6 +28,15 @@ pub fn mode() -> Mode {
     }
 }
 
+/// Whether the same run has had this group of tests before, of the same program on the machine
+/// itself: DEVSPLICE_E2E_HAD names such groups, with commas. There a virtual machine repeats only
+/// what moves data, which is where its kernel may differ.
+#[must_use]
+pub fn had(group: &str) -> bool {
+    let all = std::env::var("DEVSPLICE_E2E_HAD").unwrap_or_default();
+    mode() == Mode::Vm && all.split(',').any(|one| one == group)
+}
+
 /// The command that is tested: DEVSPLICE_BIN, or what cargo built beside these tests.
 #[must_use]
 pub fn program() -> Option<PathBuf> {

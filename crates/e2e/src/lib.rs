@@ -19,8 +19,8 @@ pub use command::{Call, Ran, Running, call, wait_until};
 pub use disk::{Disk, Process};
 pub use fio::{Moved, deep, engines, load, verify};
 pub use host::{
-    FUSE_PATHS, Kind, Mode, PATHS, Setting, is_root, kernel_has_file_system, kernel_is, mode, need,
-    need_tool, program,
+    FUSE_PATHS, Kind, Mode, PATHS, Setting, had, is_root, kernel_has_file_system, kernel_is, mode,
+    need, need_tool, program,
 };
 pub use left::leftovers;
 pub use replay::{Entry, Log};

@@ -14,7 +14,7 @@ use devsplice_core::{Errno, Io, NodeId, Op, Result};
 use crate::export::{Export, Inbox, Rest};
 use crate::ring::{Completion, Ring};
 
-/// Orders that are carried out at a time.
+/// Orders of one level that are carried out at a time.
 pub const INNER_DEPTH: u16 = 8;
 /// Bytes of memory that each of them has.
 #[allow(clippy::cast_possible_truncation)]
@@ -37,7 +37,7 @@ struct Running {
     result: Result<(), Errno>,
 }
 
-/// The orders of one stack on one thread.
+/// The orders of one level of a stack on one thread.
 #[derive(Default)]
 pub(crate) struct Desk {
     next_id: u64,

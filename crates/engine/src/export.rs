@@ -102,14 +102,15 @@ pub trait Export<R: Ring>: Send {
     fn flush(&mut self, ring: &mut R);
 
     /// The engine has had no request for a second or two: takes back what keeps memory for the next
-    /// ones, and says what may become of the tags' memory.
+    /// ones, and says what may become of the memory of its lane's tags. An export that uses that of
+    /// another lane answers for it there, too.
     fn rest(&mut self, ring: &mut R) -> Rest;
 
     /// Whether no further request can come.
     fn is_closed(&self) -> bool;
 }
 
-/// What may become of the memory of an export's tags when the engine has no request.
+/// What may become of the memory of a lane's tags when the engine has no request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Rest {
     /// Nobody wants what is in it: it may be given back.

@@ -3,7 +3,7 @@
 use devsplice_core::trace::{Step, Trace};
 use devsplice_core::{Errno, Io, NodeId, Op, Piece, Route, Stack, Stop};
 
-use crate::ring::Pages;
+use crate::ring::{Pages, To};
 
 /// A request that failed and is routed again, piece by piece.
 pub(crate) struct Careful {
@@ -12,6 +12,16 @@ pub(crate) struct Careful {
     pub(crate) failures: Vec<(Vec<Step>, Errno)>,
     /// Times that it was begun again because layers have seen to all failures.
     pub(crate) rounds: u8,
+}
+
+/// Where a request has failed in a way that is not tried again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Lost {
+    /// A device could not make durable what it had taken. It says so once: Linux reports an error
+    /// of writeback to an open file once, and its next flush succeeds.
+    At(To),
+    /// A layer could not resolve what it was asked.
+    Missed(NodeId, Io),
 }
 
 /// A request between fetch and finish.
@@ -36,11 +46,16 @@ pub(crate) struct Job {
     pub(crate) is_ahead: bool,
     /// It is over, whatever layers could do about its error.
     pub(crate) refused: bool,
-    /// The phase in which its last pass was routed, until that has landed.
-    pub(crate) phase: Option<usize>,
+    /// As of when it is under way, and whether others see it wait; see `served`. 0 when it is not.
+    pub(crate) since_epoch: u64,
+    pub(crate) is_waiting: bool,
     /// The layer that must resolve something before routing can go on.
     pub(crate) missed: Option<(NodeId, Io)>,
+    /// The layer that does.
+    pub(crate) resolving: Option<(NodeId, Io)>,
     pub(crate) careful: Option<Box<Careful>>,
+    /// What is known to have failed and was not told to layers yet. Empty unless something has.
+    pub(crate) lost: Vec<(Lost, Errno)>,
     /// A change of it has failed below.
     pub(crate) unsettled: bool,
 }
@@ -50,6 +65,11 @@ pub(crate) struct Job {
 #[inline]
 fn routed(io: Io) -> Io {
     if io.op == Op::Flush { Io::new(Op::Flush, 0, 0) } else { io }
+}
+
+/// What a request that has lost this failed with there, if it has.
+pub(crate) fn known(lost: &[(Lost, Errno)], place: Lost) -> Option<Errno> {
+    lost.iter().find(|(lost, _)| *lost == place).map(|(_, errno)| *errno)
 }
 
 impl Job {
@@ -69,9 +89,12 @@ impl Job {
             active: false,
             is_ahead: false,
             refused: false,
-            phase: None,
+            since_epoch: 0,
+            is_waiting: false,
             missed: None,
+            resolving: None,
             careful: None,
+            lost: Vec::new(),
             unsettled: false,
         }
     }
@@ -111,6 +134,18 @@ impl Job {
     #[inline]
     pub(crate) fn what(&self) -> (Op, bool, Pages) {
         (self.io.op, self.io.fua, self.pages)
+    }
+
+    /// Keeps in mind that it has failed there.
+    pub(crate) fn lose(&mut self, lost: Lost, errno: Errno) {
+        if known(&self.lost, lost).is_none() {
+            self.lost.push((lost, errno));
+        }
+    }
+
+    /// Whether it says that something is durable when it is done.
+    pub(crate) fn is_durable(&self) -> bool {
+        self.io.fua || self.io.op == Op::Flush
     }
 
     /// Records the request's first error and gives up what was not sent yet.

@@ -153,8 +153,7 @@ impl<R: Ring> Worker<R> {
             lane.export.flush(&mut self.ring);
         }
         self.counts.set_ring(self.ring.counts());
-        let is_closed = self.busy == 0 && self.lanes.iter().all(|lane| lane.export.is_closed());
-        if is_closed && self.is_at_rest() {
+        if self.is_left() && self.is_at_rest() {
             self.ring.enter(false)?;
             return Ok(false);
         }
@@ -168,6 +167,17 @@ impl<R: Ring> Worker<R> {
         let can_go_on = !self.waiting.is_empty() && !self.flights.is_full();
         self.ring.enter(!can_go_on)?;
         Ok(true)
+    }
+
+    /// Whether no export asks for anything any more, and none waits for an answer.
+    fn is_left(&self) -> bool {
+        if self.busy > 0 && self.slow.is_none() {
+            return false;
+        }
+        let asks = |lane: &Lane<R>| lane.jobs.iter().any(|job| job.active);
+        let all = || self.lanes.iter();
+        all().all(|lane| lane.export.is_closed())
+            && (self.busy == 0 || !all().any(|lane| !lane.is_inner && asks(lane)))
     }
 
     /// Goes on with the request that has waited longest, if there is room for its pieces.
@@ -260,7 +270,7 @@ impl<R: Ring> Worker<R> {
         let Lane { stack, jobs, files, live, .. } = &mut lanes[usize::from(lane)];
         let job = &mut jobs[usize::from(tag)];
         if let Some(live) = live {
-            live.begin(job);
+            live.begin(tag, job);
             if job.careful.is_some() {
                 return self.route_carefully(lane, tag);
             }
@@ -380,12 +390,13 @@ impl<R: Ring> Worker<R> {
                 self.ring.after(key, ns);
             }
             Next::Failed(errno) => {
+                let to = flight.to;
                 self.flights.release(key);
                 let Lane { jobs, live, .. } = &mut self.lanes[usize::from(lane)];
                 let job = &mut jobs[usize::from(tag)];
                 job.fail(errno);
                 if let Some(live) = live {
-                    live.failed(job);
+                    live.failed(job, to, errno);
                 }
                 self.settle(lane, tag, 1);
             }
@@ -435,7 +446,7 @@ impl<R: Ring> Worker<R> {
             return self.waiting.push_back((lane, tag));
         }
         if let Some(live) = live {
-            live.ended(job);
+            live.ended(tag, job);
         }
         if !*is_inner {
             return self.finish(lane, tag);
@@ -472,21 +483,20 @@ impl<R: Ring> Worker<R> {
         }
     }
 
-    /// A tick has found nothing to do. If that was so ever since the last one, memory is given
-    /// back. Only at the end of a turn: no event is left then whose data has not been looked at.
+    /// A tick has found nothing to do. If that was so ever since the last one, the memory of each
+    /// lane whose export holds nothing in it is given back. Only at the end of a turn: no event is
+    /// left then whose data has not been looked at.
     fn rest(&mut self) {
         let finished = self.counts.read().requests;
         let is_idle = std::mem::replace(&mut self.watch.finished, finished) == finished;
         let mut again = !is_idle;
         if is_idle {
-            let mut keep = false;
-            for lane in &mut self.lanes {
-                let rest = lane.export.rest(&mut self.ring);
+            for (lane, of) in (0..).zip(&mut self.lanes) {
+                let rest = of.export.rest(&mut self.ring);
                 again |= rest != Rest::Now;
-                keep |= rest == Rest::Keep;
-            }
-            if !keep {
-                self.ring.rest();
+                if rest != Rest::Keep {
+                    self.ring.rest(lane);
+                }
             }
         }
         if again {

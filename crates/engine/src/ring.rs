@@ -170,9 +170,10 @@ pub trait Ring {
     /// Gets bytes from the start of such memory. No splice of it is out.
     fn get(&mut self, lane: u16, tag: u16, bytes: &mut [u8]);
 
-    /// Gives back memory that requests have used and none uses now. Called when no request has been
-    /// there for a second or two, and no export has said that it holds some.
-    fn rest(&mut self) {}
+    /// Gives back memory of a lane that its requests have used and none uses now. Called when no
+    /// request of any lane has been there for a second or two, and the lane's export holds nothing
+    /// in it.
+    fn rest(&mut self, _lane: u16) {}
 
     /// What the ring has counted since its start.
     fn counts(&self) -> RingCounts;

@@ -2,10 +2,10 @@
 //! requests are under way (grace), commands and events of its live layers.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 
-use devsplice_core::wait::{Bell, Turn};
+use devsplice_core::wait::Bell;
 use devsplice_core::{NodeId, Stack};
 
 use crate::watch::Stuck;
@@ -41,24 +41,45 @@ pub(crate) struct Letter {
     pub(crate) reply: mpsc::Sender<Answer>,
 }
 
-/// How many requests of one thread are under way, by the phase in which they were routed.
-#[derive(Debug, Default)]
+/// Which requests of a lane are under way, by tag: 0 for none, else the epoch in which it was
+/// routed first and where it waits.
+#[derive(Debug)]
 pub(crate) struct Shard {
-    under_way: [AtomicU32; 2],
+    under_way: Box<[AtomicU64]>,
+}
+
+/// Bits of the place at which a request waits.
+const PLACE_BITS: u32 = 16;
+/// It waits nowhere. No place has this number: a stack has at most 4096.
+const NOWHERE: u64 = (1 << PLACE_BITS) - 1;
+
+impl Shard {
+    pub(crate) fn new(depth: usize) -> Arc<Shard> {
+        Arc::new(Shard { under_way: (0..depth).map(|_| AtomicU64::new(0)).collect() })
+    }
+
+    /// A tag's request is routed, or splices of it are out.
+    #[inline]
+    pub(crate) fn goes(&self, tag: u16, epoch: u64) {
+        self.under_way[usize::from(tag)].store(epoch << PLACE_BITS | NOWHERE, Ordering::SeqCst);
+    }
 }
 
 /// A stack that is served, by one thread or several.
 pub struct Served {
     /// Decides where data goes.
     pub stack: Arc<Stack>,
-    phase: AtomicUsize,
+    /// Goes up with each grace.
+    epoch: AtomicU64,
     shards: Mutex<Vec<Arc<Shard>>>,
-    /// Graces that are waited for.
+    /// Graces that are waited for, and the last epoch that one of them waits for the end of.
     graces: AtomicU32,
+    awaited: AtomicU64,
     quiet: Bell,
-    grace: Turn,
     /// Requests that change data, have failed below and have not ended.
     unsettled: AtomicU32,
+    /// Nobody asks for anything any more.
+    ending: AtomicBool,
     /// Threads that serve the stack and have not come to their end.
     workers: AtomicU32,
     /// Wakes the thread that does what is done once for a device: the first that came.
@@ -79,12 +100,13 @@ impl Served {
     pub fn new(stack: Arc<Stack>, on_event: OnEvent) -> Arc<Served> {
         Arc::new(Served {
             stack,
-            phase: AtomicUsize::new(0),
+            epoch: AtomicU64::new(1),
             shards: Mutex::default(),
             graces: AtomicU32::new(0),
+            awaited: AtomicU64::new(0),
             quiet: Bell::default(),
-            grace: Turn::default(),
             unsettled: AtomicU32::new(0),
+            ending: AtomicBool::new(false),
             workers: AtomicU32::new(0),
             home: Mutex::default(),
             mail: Mutex::default(),
@@ -101,13 +123,17 @@ impl Served {
     }
 
     /// A thread begins to serve; whether it is the device's home.
-    pub(crate) fn join(&self, shard: &Arc<Shard>, wake: &Wake) -> bool {
+    pub(crate) fn join(&self, wake: &Wake) -> bool {
         self.workers.fetch_add(1, Ordering::SeqCst);
-        lock(&self.shards).push(shard.clone());
         let mut home = lock(&self.home);
         let is_home = home.is_none();
         home.get_or_insert_with(|| wake.clone());
         is_home
+    }
+
+    /// A lane begins to serve.
+    pub(crate) fn add(&self, shard: &Arc<Shard>) {
+        lock(&self.shards).push(shard.clone());
     }
 
     /// A thread other than the home will serve no more.
@@ -182,19 +208,32 @@ impl Served {
         lock(&self.events).iter().cloned().collect()
     }
 
-    /// A request is about to be routed; what this returns goes to [`Served::end`].
+    /// The epoch of a request that is about to be routed. It is put into the shard before any layer
+    /// is asked.
     #[inline]
-    pub(crate) fn begin(&self, shard: &Shard) -> usize {
-        let phase = self.phase.load(Ordering::SeqCst) & 1;
-        shard.under_way[phase].fetch_add(1, Ordering::SeqCst);
-        phase
+    pub(crate) fn epoch(&self) -> u64 {
+        self.epoch.load(Ordering::SeqCst)
     }
 
-    /// All that a pass of routing sent has landed.
+    /// Nothing of a request is out, and it waits at a layer: all that is held of answers for it is
+    /// of layers above that one.
+    pub(crate) fn waits(&self, shard: &Shard, (tag, epoch): (u16, u64), at: NodeId) {
+        let place = u64::from(at.number());
+        shard.under_way[usize::from(tag)].store(epoch << PLACE_BITS | place, Ordering::SeqCst);
+        self.tell_graces(epoch);
+    }
+
+    /// Nothing that a layer has answered for a request is held any more.
     #[inline]
-    pub(crate) fn end(&self, shard: &Shard, phase: usize) {
-        let before = shard.under_way[phase].fetch_sub(1, Ordering::SeqCst);
-        if before == 1 && self.graces.load(Ordering::SeqCst) != 0 {
+    pub(crate) fn end(&self, shard: &Shard, (tag, epoch): (u16, u64)) {
+        shard.under_way[usize::from(tag)].store(0, Ordering::SeqCst);
+        self.tell_graces(epoch);
+    }
+
+    #[inline]
+    fn tell_graces(&self, epoch: u64) {
+        let is_awaited = || epoch <= self.awaited.load(Ordering::SeqCst);
+        if self.graces.load(Ordering::SeqCst) != 0 && is_awaited() {
             self.quiet.ring();
         }
     }
@@ -210,28 +249,52 @@ impl Served {
         self.unsettled.fetch_sub(1, Ordering::SeqCst);
     }
 
+    /// What goes on in the background is to come to where it can be left.
+    pub(crate) fn end_soon(&self) {
+        self.ending.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn is_ending(&self) -> bool {
+        self.ending.load(Ordering::Relaxed)
+    }
+
     pub(crate) fn is_unsettled(&self) -> bool {
         self.unsettled.load(Ordering::SeqCst) != 0
     }
 
-    /// Waits until nothing is under way that was routed before this call.
+    /// Waits until no request is under way for which the layer at `node` answered before this call.
     ///
-    /// As in the kernel's SRCU, both phases are waited for in turn: a thread may have read the
-    /// phase before a flip and count itself in after it.
-    pub(crate) async fn grace(&self) {
-        let _turn = self.grace.take().await;
+    /// A request that waits at a layer below `node` is: it goes on from there with what `node` has
+    /// answered. One that waits at `node` itself or elsewhere holds no answer of it. So what a
+    /// layer does for those that wait at it may wait for a grace, and graces never wait for one
+    /// another in a circle: only layers above for layers below.
+    ///
+    /// A request puts its epoch into the shard and then asks layers; whoever waits has changed what
+    /// its layer answers, moves the epoch on and then looks into the shards. So one that is not
+    /// seen there gets the new answers.
+    pub(crate) async fn grace(&self, node: NodeId) {
         let _waiting = Waiting::new(&self.graces);
-        for _ in 0..2 {
-            let old = self.phase.fetch_xor(1, Ordering::SeqCst) & 1;
-            loop {
-                let quiet = self.quiet.wait();
-                let busy = |shard: &Arc<Shard>| shard.under_way[old].load(Ordering::SeqCst) != 0;
-                if !lock(&self.shards).iter().any(busy) {
-                    break;
-                }
-                quiet.await;
+        let last = self.epoch.fetch_add(1, Ordering::SeqCst);
+        self.awaited.fetch_max(last, Ordering::SeqCst);
+        loop {
+            let quiet = self.quiet.wait();
+            if !self.is_under_way(node, last) {
+                return;
             }
+            quiet.await;
         }
+    }
+
+    /// Whether a request of this epoch or one before it may hold an answer of the layer.
+    fn is_under_way(&self, node: NodeId, last: u64) -> bool {
+        let holds = |slot: &AtomicU64| {
+            let slot = slot.load(Ordering::SeqCst);
+            let (epoch, place) = (slot >> PLACE_BITS, slot & NOWHERE);
+            // What is left of the slot fits.
+            let is_below = || self.stack.is_over(node, u16::try_from(place).unwrap_or(u16::MAX));
+            epoch != 0 && epoch <= last && (place == NOWHERE || is_below())
+        };
+        lock(&self.shards).iter().any(|shard| shard.under_way.iter().any(holds))
     }
 }
 

@@ -205,11 +205,15 @@ impl Meta for Hand {
     }
 
     fn grace(&self) -> Slow {
-        let served = self.served.clone();
+        let (served, node) = (self.served.clone(), self.node);
         Box::pin(async move {
-            served.grace().await;
+            served.grace(node).await;
             Ok(())
         })
+    }
+
+    fn is_ending(&self) -> bool {
+        self.served.is_ending()
     }
 
     fn is_unsettled(&self) -> bool {

@@ -7,9 +7,9 @@ mod common;
 
 use std::sync::Arc;
 
-use common::product::{Product, make, product_with};
+use common::product::{Fresh, Product, make, product_with};
 use common::*;
-use devsplice_core::{Args, BackendId, Bottoms, Errno, Io, Limits, Op, Stack, StackBuilder};
+use devsplice_core::{Args, Bottoms, Errno, Io, Limits, Op, Stack, StackBuilder};
 use devsplice_engine::To;
 
 /// Bytes of a leg that are the mirror's own.
@@ -17,23 +17,6 @@ const META: u64 = 64 << 10;
 /// Bytes of the window in which legs are made equal.
 const WINDOW: u64 = 256 << 10;
 const SECOND: u64 = 1_000_000_000;
-
-/// Disks as whoever builds the stack writes them.
-struct Fresh(Vec<Vec<u8>>);
-
-impl Bottoms for Fresh {
-    fn read(&mut self, id: BackendId, at: u64, into: &mut [u8]) -> Result<(), Errno> {
-        let at = usize::try_from(at).unwrap();
-        into.copy_from_slice(&self.0[usize::from(id.0)][at..at + into.len()]);
-        Ok(())
-    }
-
-    fn write(&mut self, id: BackendId, at: u64, bytes: &[u8]) -> Result<(), Errno> {
-        let at = usize::try_from(at).unwrap();
-        self.0[usize::from(id.0)][at..at + bytes.len()].copy_from_slice(bytes);
-        Ok(())
-    }
-}
 
 /// A mirror of `size` bytes over two disks that was just formatted: the second is to be filled.
 fn fresh(keys: &str, size: u64, leg: Limits) -> (Arc<Stack>, Vec<Vec<u8>>) {
@@ -103,6 +86,36 @@ fn a_check_right_after_a_leg_has_come_waits_until_it_is_filled() {
     assert!(product.bytes(0, len) == product.bytes(1, len), "the legs differ");
 }
 
+/// The others' superblocks say already that it is being filled; nobody fills it.
+#[test]
+fn an_add_whose_leg_cannot_be_written_keeps_what_the_leg_lacks_in_the_log() {
+    for seed in 0..20 {
+        let write = |at| Ask { at: 5 * SECOND, io: Io::new(Op::Write, at, 64 << 10) };
+        let plan = fill(MIB).into_iter().chain([write(0), write(MIB / 2)]).collect();
+        let stack = fresh("clean=1ms", MIB, Limits::ideal(0));
+        let mut product = served(stack, plan, |setup| Setup { seed, ..setup });
+        let equal = Ok("1048576 bytes checked, 0 differing blocks found".to_owned());
+        product.turn_until(|product| product.done().len() == 16);
+        assert_eq!(product.tell("check"), equal);
+        assert!(product.tell("fail 1").is_ok());
+        product.turn_until(|product| product.done().len() == 18);
+        // What has to be durable counts as failed at once.
+        let (from, to) = (MIB, MIB + 8192);
+        let bad = Bad { file: 1, from, to, fault: Fault::Fail(Errno::EIO), times: 1 };
+        product.bench.world.lock().unwrap().faults.bad = vec![bad];
+        let refused = product.tell("add 1");
+        assert!(refused.is_err(), "{refused:?}");
+        assert_eq!(product.bench.world.lock().unwrap().faults.bad[0].times, 0);
+        // Many times as long as it takes to clean.
+        product.rest();
+        assert_eq!(product.number("regions_dirty"), 2, "leg 1 lacks them, seed {seed}");
+        assert!(product.tell("add 1").unwrap().contains("what it lacks by the log"));
+        assert_eq!(product.tell("check"), equal, "seed {seed}");
+        product.all_succeed(18);
+        assert!(product.bytes(0, MIB) == product.bytes(1, MIB), "the legs differ, seed {seed}");
+    }
+}
+
 #[test]
 fn a_check_that_waits_for_a_copy_that_fails_ends_and_people_are_told_once() {
     let bad = |file| Bad {
@@ -132,6 +145,18 @@ fn a_check_that_waits_for_a_copy_that_fails_ends_and_people_are_told_once() {
         Ok("1048576 bytes checked, 0 differing blocks found".to_owned())
     );
     assert_eq!(is_told(&product, "leg at port 1 is in sync"), 1);
+}
+
+/// With nothing between two copies there is always one under way.
+#[test]
+fn a_device_that_ends_does_not_wait_for_a_leg_to_be_rebuilt() {
+    const SIZE: u64 = 64 * MIB;
+    let stack = fresh("", SIZE, Limits::ideal(0));
+    let mut product = served(stack, fill(MIB), |setup| Setup { open: false, ..setup });
+    while product.bench.worker.turn().unwrap() {}
+    product.all_succeed(16);
+    let copied = product.number("bytes_synced");
+    assert!(copied < SIZE / 2, "it waited for {copied} bytes");
 }
 
 #[test]

@@ -81,8 +81,18 @@ fn an_idle_worker_sleeps_after_two_ticks_and_wakes_for_the_next_request() {
 }
 
 /// Runs until nothing is left to happen; what came of it, and when memory was given back.
-fn until_asleep(plan: Vec<Ask>, (seed, holds): (u64, u32)) -> (Outcome, Vec<u64>) {
-    let mut bench = Setup { open: true, seed, holds, ..setup(disk(), ideal(MIB), plan) }.bench();
+fn until_asleep(plan: Vec<Ask>, how: (u64, u32)) -> (Outcome, Vec<u64>) {
+    let (outcome, rests) = lanes_until_asleep(vec![plan], how);
+    (outcome, rests.into_iter().map(|(_, at)| at).collect())
+}
+
+/// The same with a lane for each plan, and with the lanes whose memory it was.
+fn lanes_until_asleep(
+    plans: Vec<Vec<Ask>>,
+    (seed, holds): (u64, u32),
+) -> (Outcome, Vec<(u16, u64)>) {
+    let base = setup(disk(), ideal(MIB), Vec::new());
+    let mut bench = Setup { open: true, seed, holds, plans, ..base }.bench();
     bench.world.lock().unwrap().may_sleep = true;
     bench.worker.arm().unwrap();
     while !bench.world.lock().unwrap().asleep {
@@ -92,6 +102,17 @@ fn until_asleep(plan: Vec<Ask>, (seed, holds): (u64, u32)) -> (Outcome, Vec<u64>
     let outcome = bench.end();
     outcome.all_succeed();
     (outcome, rests)
+}
+
+#[test]
+fn who_holds_data_keeps_no_memory_of_others() {
+    let plans = (0..3).map(|_| fill(MIB)).collect();
+    let (outcome, rests) = lanes_until_asleep(plans, (1, 4));
+    assert_eq!(outcome.done.len(), 48);
+    let of = |lane| rests.iter().filter(move |(of, _)| *of == lane).map(|(_, at)| *at);
+    let first: Vec<_> = (0..3).map(|lane| of(lane).next().unwrap()).collect();
+    assert!(first[0] >= first[1] + 4 * SECOND && first[1] == first[2], "{rests:?}");
+    assert_eq!(of(0).count(), 1, "{rests:?}");
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use devsplice_core::{Error, ErrorKind, Result, Stack};
 use devsplice_engine::{Counts, Export, FileId, Lane, Served, Shared, Stuck, Worker};
@@ -151,6 +152,30 @@ pub struct Work {
     pub make: Box<MakeQueue>,
     /// Where each queue's thread runs.
     pub cpus: Box<CpusOf>,
+}
+
+/// Waits for what is in flight below, which takes as long as it takes, and says so now and then.
+pub(crate) struct Patience {
+    every: Duration,
+    begin: Instant,
+    told: u32,
+}
+
+impl Patience {
+    pub(crate) fn new(every: Duration) -> Patience {
+        Patience { every, begin: Instant::now(), told: 0 }
+    }
+
+    /// What there is to say, each time that it has ended.
+    pub(crate) fn ended(&mut self) -> Option<String> {
+        let waited = self.begin.elapsed();
+        if waited < self.every * (self.told + 1) {
+            return None;
+        }
+        self.told += 1;
+        let seconds = waited.as_secs();
+        Some(format!("what is in flight below has not come back in {seconds} s: still waiting"))
+    }
 }
 
 /// How many of a device's workers have not ended, and what follows when none has.
@@ -428,7 +453,7 @@ impl Part {
         let files = opened.len() + 2 * queues.len();
         let files = u16::try_from(files)
             .map_err(|_| Error::invalid("stack", format!("{files} files in one ring")))?;
-        let inner = u16::from(served.stack.lives().next().is_some());
+        let inner = u16::try_from(served.stack.live_levels()).unwrap_or(0);
         let make = match (shape.is_wide, shape.low_depth, pool) {
             (true, ..) => Uring::wide,
             (false, true, _) => Uring::for_low_depth,
@@ -461,6 +486,15 @@ impl Part {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn patience_is_told_of_once_each_time_it_ends() {
+        let mut patience = Patience::new(Duration::from_millis(20));
+        assert!(patience.ended().is_none());
+        std::thread::sleep(Duration::from_millis(21));
+        assert!(patience.ended().unwrap().contains("still waiting"));
+        assert!(Patience::new(Duration::from_secs(60)).ended().is_none());
+    }
 
     #[test]
     fn threads_share_out_queues_or_queues_threads() {

@@ -37,6 +37,9 @@ pub(crate) struct Weather {
     pub(crate) error: u64,
     /// The server says that it goes.
     pub(crate) parting: u64,
+    /// Writes that the server dies of, each time: those that begin in one of so many of the blocks
+    /// of 4 KiB.
+    pub(crate) deadly: Option<u64>,
     /// Bytes that are under way at most.
     room: usize,
     /// What the server has not flushed dies with it.
@@ -78,6 +81,8 @@ pub(crate) struct Far {
     pub(crate) is_linked: bool,
     /// The server has said an error, by key.
     pub(crate) erred: Vec<bool>,
+    /// Connections that were lost before it was answered, and when the first was, by key.
+    losses: Vec<(u32, u64)>,
     wish: Wish,
     agreed: Agreed,
     patience: Patience,
@@ -143,6 +148,10 @@ impl Far {
         let offer = offer(limits, rng);
         let mut agreed = first(&wish, &offer);
         agreed.most = agreed.most.min(rng.pick(&[1 << 16, 1 << 25]));
+        // Who waits for ever does for such a write, too. All else is as it is without.
+        let mut aside = rng.clone();
+        let is_deadly = patience.outage.is_some() && aside.percent(25);
+        weather.deadly = is_deadly.then(|| aside.between(3, 20));
         Far {
             device,
             disk,
@@ -153,6 +162,7 @@ impl Far {
             connection: 0,
             is_linked: false,
             erred: Vec::new(),
+            losses: Vec::new(),
             wish,
             talk: Conversation::new(0, &agreed, patience),
             agreed,
@@ -177,6 +187,7 @@ impl Far {
     fn begin(&mut self, keys: usize) {
         self.talk = Conversation::new(keys as u32, &self.agreed, self.patience);
         (self.places, self.erred) = (vec![None; keys], vec![false; keys]);
+        self.losses = vec![(0, 0); keys];
         (self.ghosts, self.ends) = (vec![false; keys], vec![u32::MAX; keys]);
         self.server = Server::default();
         (self.is_ticking, self.is_dialling, self.gave_up) = (false, false, false);

@@ -53,6 +53,10 @@ pub struct Report {
     pub losses: u64,
     /// Servers that died.
     pub deaths: u64,
+    /// Requests that failed since servers died of them, while others were answered.
+    pub deadly: u64,
+    /// Of these, such as a mirror had asked.
+    pub deadly_legs: u64,
     /// What went wrong.
     pub failure: Option<Failure>,
 }
@@ -76,7 +80,7 @@ pub fn run(seed: u64, options: Options) -> Report {
     run.world.rng = Rng::new(seed, 1);
     run.world.trace.lines = options.trace.then(Vec::new);
     let failure = run.all(plan, &mut rng).err();
-    let World { trace, asked, counts, losses, deaths, .. } = run.world;
+    let World { trace, asked, counts, losses, deaths, deadly, deadly_legs, .. } = run.world;
     Report {
         seed,
         digest: trace.digest,
@@ -87,6 +91,8 @@ pub fn run(seed: u64, options: Options) -> Report {
         mirror_crashes: run.mirror_crashes,
         losses,
         deaths,
+        deadly,
+        deadly_legs,
         failure,
     }
 }

@@ -52,6 +52,26 @@ struct Job {
     ended_before: u32,
 }
 
+impl Job {
+    /// What is to be done, and whether for good.
+    fn what(&self) -> (Op, bool) {
+        match self.ask {
+            Ask::Read => (Op::Read, false),
+            Ask::Write { fua } => (Op::Write, fua),
+            Ask::Trim { fua } => (Op::Discard, fua),
+            Ask::WriteZeroes { fua, unmap, .. } => (Op::WriteZeroes { unmap }, fua),
+            _ => (Op::Flush, false),
+        }
+    }
+
+    /// Whether the server dies of it.
+    fn is_deadly(&self, deadly: Option<u64>) -> bool {
+        let block = self.request.offset / 4096;
+        matches!(self.ask, Ask::Write { .. })
+            && deadly.is_some_and(|deadly| block.is_multiple_of(deadly))
+    }
+}
+
 /// A server and what it is at.
 #[derive(Default)]
 pub(crate) struct Server {
@@ -241,7 +261,8 @@ impl World {
         if !server.jobs.contains_key(&number) {
             return;
         }
-        if self.rng.permille(weather.death) {
+        let is_deadly = server.jobs.get(&number).is_some_and(|job| job.is_deadly(weather.deadly));
+        if self.rng.permille(weather.death) || is_deadly {
             return self.die(far);
         }
         let Some(mut job) = server.jobs.remove(&number) else { return };
@@ -254,13 +275,7 @@ impl World {
             let ns = self.rng.below(SLOW_NS);
             return self.later(ns, What::Serve { far, job: number });
         }
-        let (op, fua) = match job.ask {
-            Ask::Read => (Op::Read, false),
-            Ask::Write { fua } => (Op::Write, fua),
-            Ask::Trim { fua } => (Op::Discard, fua),
-            Ask::WriteZeroes { fua, unmap, .. } => (Op::WriteZeroes { unmap }, fua),
-            _ => (Op::Flush, false),
-        };
+        let (op, fua) = job.what();
         // The lower half of a cookie is the client's key.
         let key = index(job.request.cookie & 0xffff_ffff);
         if is_live && self.fars[far].ghosts[key] {

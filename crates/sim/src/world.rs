@@ -258,6 +258,9 @@ pub(crate) struct World {
     /// Connections that were lost, and deaths of servers.
     pub(crate) losses: u64,
     pub(crate) deaths: u64,
+    /// Requests that failed by themselves, as their server died of them; and those of legs.
+    pub(crate) deadly: u64,
+    pub(crate) deadly_legs: u64,
     heap: BinaryHeap<Due>,
     number: u64,
     pub(crate) events: u64,

@@ -4,7 +4,7 @@
 use devsplice_sim::{Kind, Mutant, Options, run};
 
 /// Seeds within which each bug must be found.
-const SEEDS: u64 = 3000;
+const SEEDS: u64 = 50_000;
 
 /// Runs seeds until one fails; how many were needed, and what it failed with.
 fn find(mutant: Mutant) -> Option<(u64, Kind, String)> {

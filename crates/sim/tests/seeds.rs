@@ -9,6 +9,7 @@ fn seeds_run_without_a_failure() {
     let mut mirror_crashes = 0;
     let mut requests = 0;
     let (mut losses, mut deaths) = (0, 0);
+    let (mut deadly, mut legs) = (0, 0);
     for seed in 0..1500 {
         let report = run(seed, Options::default());
         assert_eq!(report.failure, None, "cargo xtask sim --seed {seed} --trace");
@@ -17,8 +18,11 @@ fn seeds_run_without_a_failure() {
         requests += report.requests;
         losses += report.losses;
         deaths += report.deaths;
+        deadly += report.deadly;
+        legs += report.deadly_legs;
     }
     assert!(losses > 1500 && deaths > 250, "{losses} connections and {deaths} servers lost");
+    assert!(deadly > 5 && legs > 0, "{deadly} requests that servers died of, {legs} of mirrors");
     assert!(mirror_crashes > 500, "{mirror_crashes} crashes of mirrors");
     assert!(crashes > 1500 && requests > 75_000, "{crashes} crashes, {requests} requests");
 }

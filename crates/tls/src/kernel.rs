@@ -202,10 +202,11 @@ impl Records for Session {
         }
     }
 
-    fn close(&mut self, socket: BorrowedFd<'_>) {
-        if !std::mem::replace(&mut self.is_closed, true) {
-            let _ = ktls::send(socket, ktls::ALERT, &CLOSE);
-        }
+    fn close(&mut self, socket: BorrowedFd<'_>) -> bool {
+        // What fails otherwise is a connection that nobody is at any more.
+        self.is_closed = self.is_closed
+            || !matches!(ktls::send(socket, ktls::ALERT, &CLOSE), Err(Errno::AGAIN | Errno::INTR));
+        self.is_closed
     }
 }
 

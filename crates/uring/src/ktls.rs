@@ -70,8 +70,9 @@ pub trait Records: Send + std::fmt::Debug {
     /// As [`Records::hear`].
     fn renew(&mut self, socket: BorrowedFd<'_>) -> std::result::Result<(), String>;
 
-    /// Tells the peer that nothing more comes, if there is room for that. No send is out.
-    fn close(&mut self, socket: BorrowedFd<'_>);
+    /// Tells the peer that nothing more comes. Whether that is done, or can never be: if not, there
+    /// was no room for it, and this is to be called again when there is. No send is out.
+    fn close(&mut self, socket: BorrowedFd<'_>) -> bool;
 }
 
 /// How records are encrypted.

@@ -6,6 +6,7 @@ pub(crate) mod batch;
 mod brief;
 mod choice;
 mod client;
+mod config;
 mod fuse;
 mod helped;
 pub(crate) mod in_place;
@@ -19,6 +20,7 @@ mod transfers;
 mod waits;
 
 pub use brief::Brief;
+pub use config::{Config, LaneMemory};
 pub use fuse::{FUSE_OP_AT, FuseEntry, FusePayload};
 pub use remote::{Line, Link, Patience, Remote, Standing};
 pub use slots::Slots;
@@ -37,36 +39,9 @@ use crate::bell::Bell;
 use crate::bytes::Helpers;
 use crate::files::{FileKind, RingFile, Slot};
 use crate::setup::{self, Cqe};
-use crate::splice::{DATA_AT, Flight, ZEROES_LEN, simple, simple_entry};
+use crate::splice::{DATA_AT, Flight, MOST_LANES, ZEROES_LEN, simple, simple_entry};
 use crate::submit::Queues;
 use crate::uapi::{OP_TIMEOUT, OP_URING_CMD, SQE_FIXED_FILE, Sqe};
-
-/// What memory a lane's requests have.
-#[derive(Clone, Copy, Debug)]
-pub struct LaneMemory {
-    /// Tags of the lane.
-    pub depth: u16,
-    /// Bytes of data per tag in memory of ours; 0 for none at all.
-    pub bytes: u32,
-    /// Whether each tag also gets a slot for the device's own pages.
-    pub slots: bool,
-    /// Whether the memory is made resident and locked: the kernel copies into it on its own (ublk's
-    /// copy mode loses the tail of a write whose memory it cannot fault in).
-    pub locked: bool,
-}
-
-/// How large a ring's tables are.
-#[derive(Clone, Debug)]
-pub struct Config {
-    /// Splices in flight: keys are below it.
-    pub flights: u32,
-    /// Files that will be added, the built-in one for zeros not counted.
-    pub files: u16,
-    /// One per lane.
-    pub lanes: Vec<LaneMemory>,
-    /// Lanes behind those for requests that layers make themselves.
-    pub inner: u16,
-}
 
 /// A command for a character device (`IORING_OP_URING_CMD`).
 #[derive(Clone, Copy, Debug)]
@@ -187,6 +162,10 @@ impl Uring {
     }
 
     fn with(config: &Config, queues: fn(u32, u32) -> Result<Queues>) -> Result<Uring> {
+        let lanes = config.lanes.len() + usize::from(config.inner);
+        if lanes > MOST_LANES {
+            return Err(Error::invalid("ring", format!("{lanes} lanes (most {MOST_LANES})")));
+        }
         let depth: u32 = config.lanes.iter().map(|lane| u32::from(lane.depth)).sum();
         let depth = depth + u32::from(config.inner) * u32::from(INNER_DEPTH);
         // A tag has at most its own command and its splices out at a time.
@@ -564,8 +543,8 @@ impl Ring for Uring {
         bytes.copy_from_slice(&self.memory(lane, tag)[DATA_AT..][..bytes.len()]);
     }
 
-    fn rest(&mut self) {
-        for arena in self.arenas[..self.outer].iter_mut().flatten() {
+    fn rest(&mut self, lane: u16) {
+        if let Some(Some(arena)) = self.arenas[..self.outer].get_mut(usize::from(lane)) {
             arena.rest();
         }
     }

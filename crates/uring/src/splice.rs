@@ -46,11 +46,13 @@ pub(crate) const ZEROES_LEN: usize = 64 << 10;
 pub(crate) enum PagesKind {
     /// The device's own pages, at an index of the ring's table of registered buffers.
     Slot(u16),
-    /// Memory of ours: a lane's arena and the slot in it.
-    Memory { lane: u8, slot: u16 },
+    /// Memory of ours: a lane's arena, of fewer than [`MOST_LANES`], and the slot in it.
+    Memory { lane: u16, slot: u16 },
 }
 
 const IS_SLOT: u32 = 1 << 31;
+/// Lanes that a ring may have, the inner ones among them: what a [`Pages`] has room for.
+pub(crate) const MOST_LANES: usize = 1 << 15;
 
 impl PagesKind {
     pub(crate) fn pack(self) -> Pages {
@@ -66,7 +68,7 @@ impl PagesKind {
         if pages.0 & IS_SLOT != 0 {
             PagesKind::Slot(pages.0 as u16)
         } else {
-            PagesKind::Memory { lane: (pages.0 >> 16) as u8, slot: pages.0 as u16 }
+            PagesKind::Memory { lane: (pages.0 >> 16) as u16, slot: pages.0 as u16 }
         }
     }
 }
@@ -210,7 +212,7 @@ fn transfer(flight: &mut Flight, splice: &Splice<'_>, around: &Around<'_>) -> Sq
 }
 
 #[inline]
-fn address(around: &Around<'_>, lane: u8, slot: u16, at: u32, len: u32) -> u64 {
+fn address(around: &Around<'_>, lane: u16, slot: u16, at: u32, len: u32) -> u64 {
     let Some(arena) = &around.arenas[usize::from(lane)] else {
         panic!("lane {lane} has no memory of its own")
     };

@@ -3,7 +3,7 @@
 
 use std::cell::RefCell;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::mpsc;
 use std::thread::JoinHandle;
 
@@ -127,23 +127,77 @@ pub fn apart<T: Send + 'static>(
     Ok(result)
 }
 
-/// Gives the calling thread a table of descriptors with only the first three, and `kept` opened
-/// anew.
-///
+/// Gives the calling thread a table of descriptors with only the first three, and `kept`.
+fn own_table(kept: Option<RawFd>) -> io::Result<Option<OwnedFd>> {
+    let Some(kept) = kept else { return cut_table(3, u32::MAX).map(|()| None) };
+    let path = own_path(kept);
+    let has_proc = std::fs::symlink_metadata(path).is_ok();
+    if has_proc { reopened(kept) } else { copied(kept) }.map(Some)
+}
+
+fn own_path(fd: RawFd) -> String {
+    format!("/proc/self/fd/{fd}")
+}
+
 /// Nothing is copied that would only be closed: a server of many disks has ten thousand
 /// descriptors. (The kernel leaves out the end of the table, fs/file.c, `sane_fdtable_size`; with
 /// `kept` in the new one, which has a high number, it would copy what is before that.)
-fn own_table(kept: Option<RawFd>) -> io::Result<Option<OwnedFd>> {
-    let (first, last) = (3_u32, u32::MAX);
+fn reopened(kept: RawFd) -> io::Result<OwnedFd> {
+    cut_table(3, u32::MAX)?;
+    // By way of the process, whose table is the one that this thread began with.
+    Ok(open(own_path(kept), OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?)
+}
+
+/// The same where there is no /proc: what is before `kept` is copied, and closed.
+fn copied(kept: RawFd) -> io::Result<OwnedFd> {
+    let number = u32::try_from(kept).map_err(io::Error::other)?;
+    cut_table(number.saturating_add(1), u32::MAX)?;
+    if number > 3 {
+        cut_table(3, number - 1)?;
+    }
+    // SAFETY: the number is open here, for this table is a copy of one in which it was; and nothing
+    // in this table owns it: the caller's owner of it is in the other.
+    Ok(unsafe { OwnedFd::from_raw_fd(kept) })
+}
+
+/// Closes a range of numbers in a table that is the calling thread's own afterwards.
+fn cut_table(first: u32, last: u32) -> io::Result<()> {
     // SAFETY: this gives the calling thread a table of its own before anything is closed, and the
     // thread has just begun: it uses nothing of what is closed there.
     let done =
         unsafe { libc::syscall(libc::SYS_close_range, first, last, libc::CLOSE_RANGE_UNSHARE) };
-    if done != 0 {
-        return Err(io::Error::last_os_error());
+    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+    use std::os::unix::fs::MetadataExt;
+
+    use super::*;
+
+    #[test]
+    fn a_thread_apart_has_what_it_is_given_and_nothing_else() {
+        let files: Vec<_> = (0..20).map(|_| std::fs::File::open("/dev/null").unwrap()).collect();
+        let dir = open("/usr", OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).unwrap();
+        let is_dir = std::fs::metadata("/usr").unwrap().ino();
+        for take in [reopened, copied] {
+            let raw = dir.as_fd().as_raw_fd();
+            let (inode, numbers) = std::thread::spawn(move || {
+                let dir = take(raw).unwrap();
+                let inode = rustix::fs::fstat(&dir).unwrap().st_ino;
+                let list = std::fs::read_dir("/proc/thread-self/fd").unwrap();
+                let numbers = list.map(|one| one.unwrap().file_name().into_string().unwrap());
+                let numbers = numbers.filter_map(|one| one.parse::<i32>().ok());
+                // That by which they are listed is the lowest that was free.
+                (inode, numbers.filter(|one| *one > 2).count())
+            })
+            .join()
+            .unwrap();
+            assert_eq!((inode, numbers), (is_dir, 2));
+        }
+        // Here all is as it was.
+        assert!(files.iter().all(|file| rustix::fs::fstat(file).is_ok()));
+        assert_eq!(rustix::fs::fstat(&dir).unwrap().st_ino, is_dir);
     }
-    // By way of the process, whose table is the one that this thread began with.
-    let reopen =
-        |fd| open(format!("/proc/self/fd/{fd}"), OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
-    Ok(kept.map(reopen).transpose()?)
 }

@@ -107,7 +107,13 @@ pub fn run(options: &Options) -> Fallible<u8> {
         Ok(Counts::default())
     })?;
     if let Some(programs) = programs {
-        run.step("end to end, this machine", || steps::end_to_end_here(&programs, filter))?;
+        let mut had = Vec::new();
+        run.step("end to end, this machine", || {
+            steps::end_to_end_here(&programs, filter, &mut had)
+        })?;
+        if options.full {
+            had.clear();
+        }
         let kernels: &[&str] = match options {
             Options { quick: true, .. } => &[],
             Options { full: true, .. } => &["7.3", "6.18", "6.12", "6.1"],
@@ -118,7 +124,7 @@ pub fn run(options: &Options) -> Fallible<u8> {
             let name = format!("end to end, VM with Linux {series}");
             let (mut kernel, mut pace) = (Kernel::default(), Pace::new());
             let about = (&mut kernel, &mut pace);
-            run.step(&name, || steps::end_to_end_vm(&programs, series, filter, about))?;
+            run.step(&name, || steps::end_to_end_vm(&programs, series, (filter, &had), about))?;
             pace.show(series);
             table.push((series, kernel));
         }
@@ -143,11 +149,24 @@ fn prepare_tools() {
     }
 }
 
-/// Prints the table, the tests left out by reason, and the last line.
+/// Prints the tests left out by reason, the table, what failed, and the last line: what matters
+/// most comes last, where whoever keeps only the end of an output has it.
 fn report(done: &[Done], time: Duration) -> u8 {
-    println!("\n{:34} {:>8} {:>7} {:>7} {:>8}", "step", "time", "passed", "failed", "skipped");
     let (mut passed, mut failed, mut skipped) = (0, 0, 0);
     let mut reasons: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    println!();
+    for Counts { skipped, .. } in done.iter().map(|done| &done.counts) {
+        for (test, reason) in skipped {
+            reasons.entry(reason).or_default().push(test);
+        }
+    }
+    for (reason, tests) in reasons {
+        println!("skipped: {reason}");
+        for test in tests {
+            println!("    {test}");
+        }
+    }
+    println!("\n{:34} {:>8} {:>7} {:>7} {:>8}", "step", "time", "passed", "failed", "skipped");
     for Done { name, time, counts } in done {
         let (seconds, skips) = (time.as_secs_f64(), counts.skipped.len());
         let (held, broken) = (counts.passed, counts.failed);
@@ -155,15 +174,15 @@ fn report(done: &[Done], time: Duration) -> u8 {
         passed += held;
         failed += broken;
         skipped += skips;
-        for (test, reason) in &counts.skipped {
-            reasons.entry(reason).or_default().push(test);
-        }
     }
     println!("{:34} {:>6.1} s", "all", time.as_secs_f64());
-    for (reason, tests) in reasons {
-        println!("skipped: {reason}");
-        for test in tests {
+    for Done { name, counts, .. } in done.iter().filter(|done| done.counts.failed > 0) {
+        println!("failed in {name}:");
+        for test in &counts.broken {
             println!("    {test}");
+        }
+        if counts.broken.is_empty() {
+            println!("    no test by name: the step itself did not end well");
         }
     }
     println!("{passed} passed, {failed} failed, {skipped} skipped");

@@ -26,8 +26,8 @@ pub struct Disk {
     /// What survives a power cut, and what was done since; only of a disk with limits.
     pub(super) durable: Vec<u8>,
     pub(super) changes: Vec<Change>,
-    /// What flushes of it fail with.
-    pub bad_flush: Option<Errno>,
+    /// What flushes of it fail with, and how many do.
+    pub bad_flush: Option<(Errno, u32)>,
 }
 
 impl Disk {
@@ -35,6 +35,17 @@ impl Disk {
     pub fn lock(&mut self) {
         if let Some(limits) = &mut self.limits {
             limits.read_only = true;
+        }
+    }
+
+    /// Whether a flush that begins now succeeds.
+    pub(super) fn may_flush(&mut self) -> Result<(), Errno> {
+        match &mut self.bad_flush {
+            Some((errno, times)) if *times > 0 => {
+                *times -= 1;
+                Err(*errno)
+            }
+            _ => Ok(()),
         }
     }
 

@@ -244,7 +244,7 @@ pub(super) fn flush_errors(subject: &Subject) -> Outcome {
         // The device is there before anything fails.
         let first = bench.ask(Op::Read, 0, bench.block());
         bench.must(&[first])?;
-        target.lock().disks[place].bad_flush = Some(Errno::ENOSPC);
+        target.lock().disks[place].bad_flush = Some((Errno::ENOSPC, u32::MAX));
         let asks = [bench.ask(Op::Flush, 0, 0), bench.ask(Op::Read, 0, bench.block())];
         let dones = bench.run(&asks)?;
         let dispensable = subject.dispensable.is_some_and(|other| usize::from(other) == place);

@@ -105,6 +105,23 @@ fn quiesced_across_a_death(
     let _ = room.devsplice(["resume", quiet]).ok();
 }
 
+/// The same where server and guard are killed, and a person starts it again.
+fn said_as_it_is(room: &Room, server: &Server<'_>, quiet: &str) {
+    let _ = room.devsplice(["quiesce", quiet]).ok();
+    let old = server.process();
+    let guard = Process(old.children().first().copied().unwrap_or(0));
+    for one in [guard, old] {
+        one.signal(Signal::KILL);
+        one.ends_within(20);
+    }
+    let said = room.devsplice(["serve", &server.name]).limit(120).ok();
+    let of_quiet = format!("{quiet}: quiesced, as it was; devsplice resume {quiet} serves it");
+    let is_of = |line: &str| line.starts_with(&format!("{quiet}: "));
+    assert!(said.lines().filter(|line| is_of(line)).eq([of_quiet.as_str()]), "{said}");
+    assert!(said.contains(": served again"), "{said}");
+    let _ = room.devsplice(["resume", quiet]).ok();
+}
+
 /// Whoever looks whether a server runs takes its seat for a moment: one that starts then waits.
 fn seat(kind: Kind) -> Outcome {
     need_tool("flock")?;
@@ -488,6 +505,7 @@ fn survive(kind: Kind) -> Outcome {
     });
     let quiet = format!("{prefix}2");
     quiesced_across_a_death(&room, &server, &quiet, || all_live(8, server.process()));
+    said_as_it_is(&room, &server, &quiet);
     assert!(all_live(9, server.process()));
     verify(&room, disks[2]["device"].as_str().unwrap_or_default().as_ref(), 8 * MIB, "4k-64k");
     server.end();

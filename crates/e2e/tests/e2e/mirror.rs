@@ -1,10 +1,14 @@
 //! Answers for mirrors from outside: made, degraded and rebuilt under load, killed, checked.
 
 use devsplice_e2e::{
-    Disk, Group, Kind, MIB, Outcome, Room, call, engines, load, verify, wait_until,
+    Disk, Group, Kind, MIB, Outcome, PATHS, Room, call, engines, load, need_tool, verify,
+    wait_until,
 };
 use rustix::process::Signal;
 use serde_json::Value;
+
+use crate::nbd::Served;
+use crate::remote::Kit;
 
 /// Bytes of a leg.
 const LEG: u64 = 33 * MIB;
@@ -18,7 +22,16 @@ pub fn add(group: &mut Group, kind: Kind) {
     group.add("a_mirror_is_equal_again_after_kill_9_under_load", move || killed(kind));
     group.add("a_missing_leg_needs_a_word_and_a_new_one_is_filled", move || missing(kind));
     group.add("what_cannot_be_read_on_a_leg_is_written_anew_from_the_other", move || mended(kind));
+    if kind == crate::home() {
+        group.add("a_leg_whose_server_dies_is_dropped_and_comes_back", move || server_dies(kind));
+        group.add("a_leg_whose_server_is_dead_does_not_keep_a_disk_over_nbd", quiesced);
+    }
     group.add("check_and_repair_find_what_was_changed_behind_its_back", move || repair(kind));
+    if PATHS[..2].iter().any(|path| kind == Kind::Ublk(path)) {
+        group.add("kept_a_disk_that_becomes_a_mirror_has_its_pages_left_alone", move || {
+            swapped_to(kind)
+        });
+    }
 }
 
 /// Two fresh legs and the mirror over them, formatted.
@@ -78,6 +91,23 @@ fn format(kind: Kind) -> Outcome {
     Ok(())
 }
 
+fn swapped_to(kind: Kind) -> Outcome {
+    let room = Room::new();
+    let plain = room.file("plain", LEG - (64 << 10));
+    let disk = room.add(kind, &plain, &["--no-part-scan"]);
+    assert_eq!(disk.queue("stable_writes"), "0", "one place gets the pages");
+    let [_, _, mirror] = formatted(&room);
+    room.devsplice(["swap", &disk.name, &mirror]).ok();
+    assert_eq!(disk.queue("stable_writes"), "1", "legs get the same pages one by one");
+    let warnings = disk.info()["warnings"].to_string();
+    assert!(warnings.contains("mount it anew"), "{warnings}");
+    in_sync(&disk);
+    verify(&room, &disk.node, SPAN, "512-64k");
+    all_equal(&room, &disk);
+    disk.remove();
+    Ok(())
+}
+
 fn leg_goes_and_comes(kind: Kind) -> Outcome {
     engines()?;
     let room = Room::new();
@@ -131,6 +161,103 @@ fn failing_leg(kind: Kind) -> Outcome {
     all_equal(&room, &disk);
     assert!(is(&disk, "in-sync"), "{}", status(&disk));
     disk.remove();
+    Ok(())
+}
+
+/// A mirror of a file and of a server's, formatted: the files of both, and the expression.
+fn formatted_with<'r>(room: &'r Room, keys: &str) -> (Kit<'r>, [String; 2], String) {
+    let (a, b) = (room.file("leg-a", LEG), room.file("leg-b", LEG));
+    let kit = Kit::new(room, &["file", &b]);
+    let mirror = format!("mirror({a}, {}, clean=200ms)", kit.with(keys));
+    room.devsplice(["format", &mirror]).ok();
+    (kit, [a, b], mirror)
+}
+
+/// What both legs hold, but for the mirror's own.
+fn same_data(legs: &[String; 2]) {
+    let data = usize::try_from(LEG - (64 << 10)).unwrap();
+    let [a, b] = legs.clone().map(|path| std::fs::read(path).unwrap());
+    assert!(a[..data] == b[..data], "the legs differ");
+}
+
+/// A server that stays away for longer than it is waited for is a leg that has failed; when it is
+/// back, the leg can come back, too.
+fn server_dies(kind: Kind) -> Outcome {
+    engines()?;
+    need_tool("nbdkit")?;
+    let room = Room::new();
+    let (mut kit, legs, mirror) = formatted_with(&room, "reconnect-delay=1s");
+    let disk = room.add(kind, &mirror, &["--no-part-scan"]);
+    in_sync(&disk);
+    let connections = || disk.info()["servers"][0]["connections"].as_u64();
+    // Each I/O thread has one, and fails what goes to the leg until it has one again.
+    let all = connections();
+    let node = disk.node.clone();
+    std::thread::scope(|scope| {
+        let fio = scope.spawn(|| verify(&Room::new(), &node, SPAN, "4k-128k"));
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        kit.kill();
+        let moved = fio.join().expect("fio");
+        assert!(moved.read > 0 && moved.written > 0);
+    });
+    assert!(is(&disk, "degraded"), "{}", status(&disk));
+    let events = disk.info()["events"].to_string();
+    assert!(events.contains("has been away for 1 s"), "{events}");
+    assert!(events.contains("leg at port 1 dropped: EIO"), "{events}");
+    assert_eq!(disk.count("errors"), 0, "no client has seen it");
+    let said = room.devsplice(["tell", &disk.name, "mirror", "add", "1"]).run();
+    assert_ne!(said.code, Some(0), "the server is away: {}", said.out);
+    verify(&room, &disk.node, SPAN, "4k-64k");
+    kit.start();
+    wait_until(30, "the server is found again", || connections() >= all);
+    assert!(tell(&room, &disk, &["add", "1"]).contains("by the log"));
+    verify(&room, &disk.node, SPAN, "4k-64k");
+    in_sync(&disk);
+    all_equal(&room, &disk);
+    disk.remove();
+    kit.kill();
+    same_data(&legs);
+    Ok(())
+}
+
+/// What waits for a dead server, if need be for ever, fails when a disk over NBD is quiesced: the
+/// mirror has the leg dropped then, and what was answered is on the other.
+fn quiesced() -> Outcome {
+    need_tool("nbdkit")?;
+    need_tool("nbdcopy")?;
+    let room = Room::new();
+    let (mut kit, legs, mirror) = formatted_with(&room, "on-loss=hold");
+    let served = Served::new(&room, &mirror, &[]);
+    let state = || {
+        let layers = served.info()["layers"].clone();
+        layers.as_array().and_then(|all| all.last().cloned()).unwrap_or_default()["status"].clone()
+    };
+    wait_until(60, "the mirror is in sync", || state()["state"] == "in-sync");
+    let [old, new] = [3, 9].map(|byte| {
+        let name = format!("image-{byte}");
+        room.full_file(&name, 8 * MIB, byte)
+    });
+    let _ = call("nbdcopy", ["--flush", &old, &served.uri]).limit(60).ok();
+    kit.kill();
+    let mut copy = call("nbdcopy", ["--flush", &new, &served.uri]).limit(60).start();
+    std::thread::sleep(std::time::Duration::from_millis(700));
+    assert!(!copy.is_over(), "it waits for the server: {}", copy.said());
+    let _ = room.devsplice(["quiesce", &served.name]).limit(60).ok();
+    assert_ne!(copy.finish().code, Some(0), "it was cut off");
+    let said = room.refusal(["resume", &served.name]);
+    assert!(said.contains("is the server there?"), "{said}");
+    kit.start();
+    let _ = room.devsplice(["resume", &served.name]).ok();
+    assert_eq!(state()["state"], "degraded", "the leg is stale, and known to be");
+    let add = ["tell", &served.name, "mirror", "add", "1"];
+    assert!(room.devsplice(add).ok().contains("by the log"));
+    let _ = call("nbdcopy", ["--flush", &new, &served.uri]).limit(60).ok();
+    wait_until(60, "the mirror is in sync", || state()["state"] == "in-sync");
+    served.remove();
+    kit.kill();
+    same_data(&legs);
+    let image = std::fs::read(&new).unwrap();
+    assert!(std::fs::read(&legs[1]).unwrap()[..image.len()] == image);
     Ok(())
 }
 

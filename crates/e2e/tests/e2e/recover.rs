@@ -47,6 +47,12 @@ pub fn add(group: &mut Group, kind: Kind, is_home: bool) {
         group.add("kept_a_server_without_a_guard_is_taken_over_by_one_with", move || {
             asks_again().and_then(|()| guarded_again(kind))
         });
+        group.add("kept_a_disk_without_a_guard_is_not_let_go_of", move || {
+            asks_again().and_then(|()| not_let_go(kind))
+        });
+        group.add("kept_a_disk_over_fuse_keeps_its_size", move || {
+            asks_again().and_then(|()| keeps_size(kind))
+        });
         group.add("kept_a_guard_that_comes_late_leaves_the_disk_to_the_next", move || {
             asks_again().and_then(|()| late_guard(kind))
         });
@@ -87,7 +93,7 @@ pub(crate) fn server(disk: &Disk<'_>) -> Process {
 }
 
 /// What `list` says of its state.
-fn state(room: &Room, disk: &Disk<'_>) -> String {
+pub(crate) fn state(room: &Room, disk: &Disk<'_>) -> String {
     let list = room.devsplice(["list", "--json"]).ok();
     let list: serde_json::Value = serde_json::from_str(&list).unwrap();
     let all = list.as_array().into_iter().flatten();
@@ -296,6 +302,76 @@ fn guarded_again(kind: Kind) -> Outcome {
     Ok(())
 }
 
+/// Guards are killed alone. What may fail half-way is not begun then; and what is over all the same
+/// leaves the disk such that another server, with a guard, can take it over.
+fn not_let_go(kind: Kind) -> Outcome {
+    let room = Room::new();
+    let [a, b] = [("a", 0x5a), ("b", 0x77)].map(|(name, byte)| room.full_file(name, 4 * MIB, byte));
+    let disk = room.add(kind, &a, &["--no-part-scan"]);
+    let kill_guard = || {
+        let guard = Process(server(&disk).children().first().copied().unwrap_or(0));
+        guard.signal(Signal::KILL);
+        wait_until(5, "the end of the guard", || !guard.lives());
+    };
+    let is_as = |file: &String| {
+        drop(call("cmp", ["-n", "4194304", file, &disk.node.to_string_lossy()]).ok());
+    };
+    kill_guard();
+    let old = server(&disk);
+    for words in [vec!["swap", &disk.name, &b], vec!["quiesce", &disk.name]] {
+        let refused = room.refusal(words);
+        let says = |what: &str| refused.contains(what);
+        let next = format!("devsplice upgrade {}", disk.name);
+        assert!(says("its guard has died") && says(&next), "{refused}");
+    }
+    assert_eq!((server(&disk), state(&room, &disk)), (old, "live".to_owned()));
+    assert_eq!(disk.info()["recovery"], "reissue");
+    is_as(&a);
+    room.devsplice(["upgrade", &disk.name]).ok();
+    room.devsplice(["swap", &disk.name, &b]).ok();
+    is_as(&b);
+    kill(&room, &disk);
+    is_as(&b);
+    // It dies when the disk is held already.
+    room.devsplice(["quiesce", &disk.name]).ok();
+    kill_guard();
+    assert!(room.devsplice(["resume", &disk.name]).ok().contains("served again"));
+    let info = disk.info();
+    assert!(info["warnings"].to_string().contains("nobody keeps the disk but"), "{info}");
+    assert_eq!(info["recovery"], "reissue");
+    is_as(&b);
+    room.devsplice(["upgrade", &disk.name]).ok();
+    kill(&room, &disk);
+    is_as(&b);
+    let _ = disk.del(&[]).ok();
+    disk.is_gone_within(5);
+    Ok(())
+}
+
+/// What the disk cannot be is refused while it is served: there would be no way back from a stack
+/// that has another size by now.
+fn keeps_size(kind: Kind) -> Outcome {
+    let room = Room::new();
+    let file = room.full_file("a", 4 * MIB, 0x5a);
+    let disk = room.add(kind, &file, &["--no-part-scan"]);
+    let resize = |size| std::fs::File::options().write(true).open(&file).unwrap().set_len(size);
+    let other = room.file("b", 8 * MIB);
+    resize(8 * MIB).unwrap();
+    for words in [vec!["resize", &disk.name], vec!["swap", &disk.name, &other]] {
+        let refused = room.refusal(words);
+        assert!(refused.contains("keeps its size of 4M, the stack has 8M"), "{refused}");
+        assert_eq!((disk.info()["state"].clone(), state(&room, &disk)), {
+            (serde_json::json!("live"), "live".to_owned())
+        });
+        call("cmp", ["-n", "4194304", &file, &disk.node.to_string_lossy()]).limit(20).ok();
+    }
+    // As it was, and made to be that of the same size.
+    room.devsplice(["swap", &disk.name, &format!("linear({file}, size=4M)")]).ok();
+    call("cmp", ["-n", "4194304", &file, &disk.node.to_string_lossy()]).limit(20).ok();
+    disk.remove();
+    Ok(())
+}
+
 /// As a unit does that is started again after its server and its guard were killed.
 fn taken_back(kind: Kind) -> Outcome {
     let room = Room::new();
@@ -311,7 +387,8 @@ fn taken_back(kind: Kind) -> Outcome {
     wait_until(10, "the kernel holds it", || state(&room, &disk) == "waiting");
     if is_told {
         let refused = room.refusal(["del", &disk.name]);
-        assert!(refused.contains("it is in use; the kernel holds its requests"), "{refused}");
+        let says = |what: &str| refused.contains(what);
+        assert!(says("is in use") && says("holds its requests"), "{refused}");
         assert_eq!(state(&room, &disk), "waiting", "a refusal changes nothing");
     }
     drop(open);

@@ -43,14 +43,14 @@ pub fn add_copies(group: &mut Group) {
 }
 
 /// A server at a socket of the room.
-struct Kit<'r> {
+pub struct Kit<'r> {
     room: &'r Room,
     arguments: Vec<String>,
     running: Option<Running>,
 }
 
 impl<'r> Kit<'r> {
-    fn new(room: &'r Room, arguments: &[&str]) -> Kit<'r> {
+    pub fn new(room: &'r Room, arguments: &[&str]) -> Kit<'r> {
         let arguments = arguments.iter().map(|&one| one.to_owned()).collect();
         let mut kit = Kit { room, arguments, running: None };
         kit.start();
@@ -66,11 +66,11 @@ impl<'r> Kit<'r> {
     }
 
     /// In an expression, with more keys.
-    fn with(&self, keys: &str) -> String {
+    pub fn with(&self, keys: &str) -> String {
         format!("nbd(\"{}\", {keys})", self.uri())
     }
 
-    fn start(&mut self) {
+    pub fn start(&mut self) {
         let _ = std::fs::remove_file(self.socket());
         let socket = self.socket();
         let fixed = ["-f", "-U", socket.as_str()];
@@ -91,7 +91,7 @@ impl<'r> Kit<'r> {
         }
     }
 
-    fn kill(&mut self) {
+    pub fn kill(&mut self) {
         self.process().signal(Signal::KILL);
         drop(self.running.take());
     }

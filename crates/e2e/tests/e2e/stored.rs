@@ -14,7 +14,7 @@ use devsplice_e2e::{
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use rustix::process::Signal;
 
-use crate::recover::{kill, server, under_verify};
+use crate::recover::{kill, server, state, under_verify};
 
 /// What systemd does to a unit's process: descriptors from 3 on, and how many they are.
 const START: &str = "exec 3<&0 0</dev/null; [ -z \"$LISTEN_FDS\" ] || export LISTEN_PID=$$; \
@@ -28,6 +28,10 @@ pub fn add(group: &mut Group, kind: Kind) {
     group.add("kept_by_systemd_when_the_guard_is_killed_and_later_the_server", move || {
         need(kernel_is(6, 9), "FUSE sends no request again before Linux 6.9")?;
         guard_first(kind)
+    });
+    group.add("kept_by_systemd_alone_it_is_not_taken_for_gone", move || {
+        need(kernel_is(6, 9), "FUSE sends no request again before Linux 6.9")?;
+        kept_alone(kind)
     });
     group.add("kept_by_systemd_swapped_or_quiesced_as_it_was_when_both_are_killed", move || {
         need(kernel_is(6, 9), "FUSE sends no request again before Linux 6.9")?;
@@ -171,6 +175,50 @@ fn guard_first(kind: Kind) -> Outcome {
         killed += 1;
     });
     assert_eq!(killed, 4);
+    let _ = disk.del(&[]).ok();
+    disk.is_gone_within(5);
+    Ok(())
+}
+
+/// Its unit is between two starts, or has failed: nobody may take what is left for a dead disk's.
+fn kept_alone(kind: Kind) -> Outcome {
+    devsplice_e2e::need_tool("mkfs.ext4")?;
+    need(devsplice_e2e::kernel_has_file_system("ext4"), "this kernel mounts no ext4")?;
+    let room = Room::new();
+    let file = room.file("a", 32 * MIB);
+    let disk = room.add(kind, &file, &["--no-part-scan", "--queues", "1"]);
+    let unit = room.add_arguments(kind, &file, &["-n", &disk.name, "--or-recover"]);
+    let mut systemd = Systemd::new(&room);
+    systemd.start(&room, &unit);
+    let node = disk.node.to_string_lossy().into_owned();
+    call("mkfs.ext4", ["-q", "-F", &node]).ok();
+    let at = room.mount_point("mnt");
+    room.mount(&[&node], &at);
+    std::fs::write(at.join("first"), b"first").unwrap();
+    let server = server(&disk);
+    for one in [Process(server.children().first().copied().unwrap_or(0)), server] {
+        one.signal(Signal::KILL);
+        one.ends_within(10);
+    }
+    // What it had in flight may have its lock a little longer.
+    wait_until(10, "a disk that is kept", || state(&room, &disk) == "waiting");
+    let gc = room.devsplice(["gc"]).ok();
+    assert!(gc.contains(&format!("kept: {}: ", disk.name)), "{gc}");
+    assert_eq!(state(&room, &disk), "waiting");
+    let plain = room.add_arguments(kind, &file, &["-n", &disk.name]);
+    let or_recover = room.add_arguments(kind, &file, &["-n", &disk.name, "--or-recover"]);
+    for words in [plain, or_recover, vec!["recover".to_owned(), disk.name.clone()]] {
+        let refused = room.refusal(words);
+        assert!(refused.contains("unit serves it again"), "{refused}");
+    }
+    let refused = disk.del(&[]);
+    assert!(refused.code == Some(1) && refused.err.contains("is in use"), "{}", refused.err);
+    assert!(disk.is_attached());
+    systemd.start(&room, &unit);
+    call("sync", ["-f", &at.to_string_lossy()]).ok();
+    assert_eq!(std::fs::read(at.join("first")).unwrap(), b"first");
+    room.unmount(&at);
+    call("e2fsck", ["-f", "-n", &node]).ok();
     let _ = disk.del(&[]).ok();
     disk.is_gone_within(5);
     Ok(())

@@ -32,7 +32,7 @@ pub struct Setup {
     pub stuck: (u32, OnStuck),
     /// The front end stays open when all was asked.
     pub open: bool,
-    /// Ticks at which the front end still holds data in tags' memory.
+    /// Ticks at which the first lane's front end still holds data in tags' memory.
     pub holds: u32,
     /// Requests may overlap one another.
     pub overlaps: bool,
@@ -114,9 +114,10 @@ impl Setup {
             exports.push((base, export));
         }
         let world = Arc::new(Mutex::new(world));
-        let lanes = exports.into_iter().map(|(base, mut export)| {
+        let holds = [self.holds].into_iter().chain(std::iter::repeat(0));
+        let lanes = exports.into_iter().zip(holds).map(|((base, mut export), holds)| {
             export.stays_open = self.open;
-            export.holds = self.holds;
+            export.holds = holds;
             export.overlaps = self.overlaps;
             export.ahead = self.ahead;
             let file = |index| FileId(u16::try_from(base).unwrap() + index);

@@ -2,13 +2,30 @@
 
 use std::sync::{Arc, Mutex};
 
-use devsplice_core::{Args, Errno, Limits, NodeId, Stack, StackBuilder};
+use devsplice_core::{Args, BackendId, Bottoms, Errno, Limits, NodeId, Stack, StackBuilder};
 use devsplice_engine::{Answer, Served};
 
 use super::{Ask, Bench, Done, MIB, Setup, disk, ideal, setup};
 
 /// Bytes of each disk in the world.
 pub const DISK: u64 = 16 * MIB;
+
+/// Disks as whoever builds the stack writes them.
+pub struct Fresh(pub Vec<Vec<u8>>);
+
+impl Bottoms for Fresh {
+    fn read(&mut self, id: BackendId, at: u64, into: &mut [u8]) -> Result<(), Errno> {
+        let at = usize::try_from(at).unwrap();
+        into.copy_from_slice(&self.0[usize::from(id.0)][at..at + into.len()]);
+        Ok(())
+    }
+
+    fn write(&mut self, id: BackendId, at: u64, bytes: &[u8]) -> Result<(), Errno> {
+        let at = usize::try_from(at).unwrap();
+        self.0[usize::from(id.0)][at..at + bytes.len()].copy_from_slice(bytes);
+        Ok(())
+    }
+}
 
 pub fn make(name: &str, keys: &str) -> Box<dyn devsplice_core::Layer> {
     let driver = devsplice_layers::find(name).unwrap();
@@ -34,6 +51,37 @@ pub fn stack(layer: &str, keys: &str, sizes: &[u64]) -> Arc<Stack> {
     Arc::new(builder.finish(top))
 }
 
+/// A stack of real layers over disks of [`DISK`] bytes.
+pub enum Real {
+    Disk,
+    Over(&'static str, &'static str, Vec<Real>),
+}
+
+/// Its disks are numbered from the left; they hold `bytes` while it is built, zeros behind that.
+pub fn real(tree: &Real, bytes: &[Vec<u8>]) -> Arc<Stack> {
+    let mut builder = StackBuilder::new();
+    let top = grow(&mut builder, tree, bytes);
+    Arc::new(builder.finish(top))
+}
+
+fn grow(builder: &mut StackBuilder, tree: &Real, bytes: &[Vec<u8>]) -> NodeId {
+    match tree {
+        Real::Disk => builder.backend("disk", ideal(DISK)).unwrap().0,
+        Real::Over(name, keys, below) => {
+            let ports: Vec<_> = below.iter().map(|tree| grow(builder, tree, bytes)).collect();
+            let mut read = |id: BackendId, at: u64, into: &mut [u8]| {
+                into.fill(0);
+                if let Some(bytes) = bytes.get(usize::from(id.0)) {
+                    let at = usize::try_from(at).unwrap();
+                    into.copy_from_slice(&bytes[at..at + into.len()]);
+                }
+                Ok::<(), Errno>(())
+            };
+            builder.layer(name, make(name, keys), &ports, &mut read).unwrap()
+        }
+    }
+}
+
 /// What a test holds on to of a layer that is served.
 pub struct Product {
     pub bench: Bench,
@@ -56,7 +104,8 @@ pub fn product_with(
     let told = events.clone();
     let on_event = Box::new(move |text: &str| told.lock().unwrap().push(text.to_owned()));
     let served = Served::new(stack.clone(), on_event);
-    let node = stack.lives().next().unwrap().0;
+    // The top one.
+    let node = stack.lives().last().unwrap().0;
     let base = setup(disk(), Limits::ideal(DISK), plan);
     let base = Setup { stack, served: Some(served.clone()), open: true, ..base };
     let mut bench = change(base).bench();

@@ -46,6 +46,12 @@ pub fn is_of(fd: &Path, connection: Option<u32>) -> bool {
     of.is_none_or(|number| number.trim().parse().ok() == connection)
 }
 
+/// Whether processes can be looked into at all: there is a /proc here, of this process's kind.
+#[must_use]
+pub fn can_look() -> bool {
+    std::fs::symlink_metadata("/proc/self/fd").is_ok()
+}
+
 /// An error of the operating system about `thing`.
 pub fn os(thing: &str, errno: Errno) -> Error {
     Error::os(thing, &errno.into())

@@ -15,7 +15,7 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use devsplice_core::{Error, ErrorKind, Result};
 use rustix::event::{EventfdFlags, eventfd};
@@ -25,9 +25,9 @@ use super::connection::os;
 use super::node::Node;
 use super::wire::{NOTIFY_RESEND, OUT_HEADER, OutHeader};
 use super::{DataPath, Device, Options, PREFIX, make_queue, shape};
-use crate::threads::{Crew, Service, Work};
+use crate::threads::{Crew, Patience, Service, Work};
 
-/// How long a disk may take until what it has in flight is done.
+/// How long a disk may take until what it has in flight is done before somebody is told.
 const DRAIN: Duration = Duration::from_secs(60);
 /// How often it is looked whether that is so.
 const STEP: Duration = Duration::from_micros(200);
@@ -95,25 +95,26 @@ impl Device {
     }
 
     /// Finishes what is in flight and lets the kernel hold what comes. The threads have ended, and
-    /// the stack and its bottoms are let go of, on return.
+    /// the stack and its bottoms are let go of, on return, however long what is below takes: every
+    /// minute `late` is told.
     ///
     /// # Errors
-    /// If the disk was made to go with its server (then it is as before); or if what is in flight
-    /// does not come back. Then it is neither served nor suspended: the process should end, so that
-    /// another takes over.
-    pub fn suspend(mut self) -> Result<Suspended, (Option<Box<Device>>, Error)> {
+    /// If the disk was made to go with its server. It is as before then.
+    pub fn suspend(
+        mut self,
+        late: &mut dyn FnMut(&str),
+    ) -> Result<Suspended, (Box<Device>, Error)> {
         let Some(Keep { kept, options, stop }) = self.keep.take() else {
             let reason = "it was made to go with its server";
             let error = Error::new(ErrorKind::Unsupported, self.path.clone(), reason)
                 .next("Linux 6.9 or later, data path fuse-copy, and --recovery reissue");
-            return Err((Some(Box::new(self)), error));
+            return Err((Box::new(self), error));
         };
         tell(&stop);
-        let end = Instant::now() + DRAIN;
+        let mut patience = Patience::new(DRAIN);
         while !self.crew.is_over() {
-            if Instant::now() > end {
-                let reason = "requests are stuck below";
-                return Err((None, Error::new(ErrorKind::Busy, self.path, reason)));
+            if let Some(text) = patience.ended() {
+                late(&text);
             }
             std::thread::sleep(STEP);
         }

@@ -2,6 +2,7 @@
 //!
 //! All of it waits for I/O that our own threads serve, so nothing here may run on one of them.
 
+use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
@@ -10,7 +11,7 @@ use devsplice_uring::loopctl;
 use rustix::fs::{Mode, OFlags, fsync, open, openat};
 use rustix::io::Errno;
 
-use super::connection::{abort, is_of, os};
+use super::connection::{self, abort, is_of, os};
 
 /// Where free loop devices come from.
 pub const LOOP_CONTROL: &str = "/dev/loop-control";
@@ -231,23 +232,33 @@ pub fn all_ours() -> Vec<(String, String)> {
     blocks.flatten().filter_map(ours).collect()
 }
 
-/// Whether a process has the connection that serves the loop device at `path`, if its name is
-/// `name`. Nothing is read from it, which would take as long as that process does not answer.
-pub fn is_held(path: &str, name: &str) -> Result<bool> {
-    let held = open_ours(path, name, OFlags::NONBLOCK)?;
-    Ok(held.is_some_and(|(_, connection)| has_holder(connection)))
+/// Who has the connection that serves the loop device at `path`, if its name is `name`: process and
+/// descriptor, one of each process. Nothing is read from it, which would take as long as that
+/// process does not answer.
+///
+/// # Errors
+/// As the kernel says; if /proc does not show it.
+pub fn keepers(path: &str, name: &str) -> Result<Vec<(u32, i32)>> {
+    let Some((_, connection)) = open_ours(path, name, OFlags::NONBLOCK)? else {
+        return Ok(Vec::new());
+    };
+    if !connection::can_look() {
+        return Err(Error::new(ErrorKind::NotFound, "/proc", "shows no descriptors"));
+    }
+    let processes = std::fs::read_dir("/proc").map_err(|error| Error::os("/proc", &error))?;
+    let number = |name: &OsStr| name.to_str().and_then(|name| name.parse().ok());
+    let one = |process: std::fs::DirEntry| {
+        let fd = open_in(&process, |file| is_of(file, Some(connection)))?;
+        let fd = i32::try_from(number(&fd)?).ok()?;
+        Some((number(&process.file_name())?, fd))
+    };
+    Ok(processes.flatten().filter_map(one).collect())
 }
 
-fn has_holder(connection: u32) -> bool {
-    let Ok(processes) = std::fs::read_dir("/proc") else { return true };
-    let is_it = |file: &Path| is_of(file, Some(connection));
-    processes.flatten().any(|process| has_open(&process, is_it))
-}
-
-/// Whether a process, by its directory under /proc, has a descriptor of which `is_it` holds.
-fn has_open(process: &std::fs::DirEntry, is_it: impl Fn(&Path) -> bool) -> bool {
-    let files = std::fs::read_dir(process.path().join("fd"));
-    files.is_ok_and(|files| files.flatten().any(|file| is_it(&file.path())))
+/// The first descriptor of a process, by its directory under /proc, of which `is_it` holds.
+fn open_in(process: &std::fs::DirEntry, is_it: impl Fn(&Path) -> bool) -> Option<OsString> {
+    let mut files = std::fs::read_dir(process.path().join("fd")).ok()?.flatten();
+    files.find(|file| is_it(&file.path())).map(|file| file.file_name())
 }
 
 /// The processes that have `path` open, as "name (pid)".
@@ -261,7 +272,7 @@ pub fn holders(path: &str) -> Vec<String> {
         }
         let is_it =
             |file: &Path| std::fs::read_link(file).is_ok_and(|to| to.to_str() == Some(path));
-        if has_open(&process, is_it) {
+        if open_in(&process, is_it).is_some() {
             let name = std::fs::read_to_string(process.path().join("comm")).unwrap_or_default();
             all.push(format!("{} ({pid})", name.trim_end()));
         }

@@ -25,8 +25,8 @@ use devsplice_engine::Counts;
 use devsplice_uring::{FileKind, FusePayload, LaneMemory, RingFile, loopctl, thread::apart};
 
 use crate::threads::{Bottom, Crew, OnMade, Service, Shape, Work};
-pub use connection::is_of;
 use connection::{DEV_FUSE, Mount};
+pub use connection::{can_look, is_of};
 use keep::{Keep, Lasting, new_stop};
 pub use keep::{Kept, Suspended};
 use loopdev::{Cleared, LOOP_CONTROL, PREFIX, Wanted};
@@ -336,9 +336,17 @@ pub fn loop_devices() -> Vec<(String, String)> {
 /// served where that cannot be found out.
 #[must_use]
 pub fn is_served(path: &str, name: &str) -> bool {
+    keepers(path, name).is_none_or(|all| !all.is_empty())
+}
+
+/// The processes that have the connection of the loop device at `path`, of a device called `name`,
+/// each with a descriptor of it there: they serve it, or keep it for who does. `None` where that
+/// cannot be found out.
+#[must_use]
+pub fn keepers(path: &str, name: &str) -> Option<Vec<(u32, i32)>> {
     let (path, name) = (path.to_owned(), format!("{PREFIX}{name}"));
-    let is_held = move |_| loopdev::is_held(&path, &name);
-    bounded("looking at a loop device", None, LOOK_LIMIT, is_held).unwrap_or(true)
+    let look = move |_| loopdev::keepers(&path, &name);
+    bounded("looking at a loop device", None, LOOK_LIMIT, look).ok()
 }
 
 /// A connection that has shaken hands.

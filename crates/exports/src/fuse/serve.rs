@@ -16,7 +16,9 @@
 //! A queue of a disk that outlives its server can be stopped: it asks for nothing more, and is
 //! closed when all that it was asked has an answer. And it reads into resident memory only. A
 //! process that is being killed cannot make memory resident any more: a request that the kernel was
-//! just handing over then would fail, as what cannot be copied to its reader does.
+//! just handing over then would fail, as what cannot be copied to its reader does. Making it so
+//! takes long (a megabyte each), and requests wait meanwhile: so in each turn that is done for one
+//! tag at most, and a wide window takes some turns to be reached.
 //!
 //! After a burst the window is wide, and each parked read keeps the memory that its tag had for the
 //! requests before. So when there have been no requests for a while all but one are cancelled.
@@ -80,6 +82,8 @@ pub struct Queue {
     older: usize,
     /// The ring's count of calls when `fresh` was begun.
     turn: u64,
+    /// The same when memory was last made resident.
+    populated: u64,
     replies: usize,
     /// A read came back empty-handed: wait before the next.
     dry: bool,
@@ -104,6 +108,7 @@ impl Queue {
             fresh: 0,
             older: 0,
             turn: 0,
+            populated: u64::MAX,
             replies: 0,
             dry: false,
             polling: false,
@@ -136,14 +141,31 @@ impl Queue {
         }
         while self.fresh + self.older < self.window {
             let Some(tag) = self.idle.pop() else { return };
+            if !self.make_resident(ring, tag) {
+                // Others are out: when all have come back this goes on.
+                self.window = self.fresh + self.older;
+                return self.idle.push(tag);
+            }
             self.fresh += 1;
             let state = &mut self.tags[usize::from(tag)];
             (state.queued, state.reading) = (self.turn, true);
-            if self.stop.is_some() && !std::mem::replace(&mut state.resident, true) {
-                ring.populate(self.lane, tag);
-            }
             ring.read((self.lane, READ << 16 | u32::from(tag)), self.file, 0, READ_RANGE);
         }
+    }
+
+    /// Whether a tag may be read into: its memory is resident, or is made so now. That may be put
+    /// off while there is another read out.
+    fn make_resident(&mut self, ring: &mut Uring, tag: u16) -> bool {
+        let state = &mut self.tags[usize::from(tag)];
+        if self.stop.is_none() || state.resident {
+            return true;
+        }
+        if self.populated == self.turn && self.fresh + self.older > 0 {
+            return false;
+        }
+        (self.populated, state.resident) = (self.turn, true);
+        ring.populate(self.lane, tag);
+        true
     }
 
     /// A read came back.
@@ -334,3 +356,6 @@ impl Export<Uring> for Queue {
 fn broken(reason: String) -> Error {
     Error::new(ErrorKind::Os, "/dev/fuse", reason)
 }
+
+#[cfg(test)]
+mod tests;

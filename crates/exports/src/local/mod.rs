@@ -126,7 +126,7 @@ fn serve(
     let files = sides.iter().map(|side| side.bottoms.len()).sum::<usize>();
     let files = u16::try_from(files)
         .map_err(|_| Error::invalid("stack", format!("{files} files in one ring")))?;
-    let inner = sides.iter().filter(|side| side.served.stack.lives().next().is_some()).count();
+    let inner: usize = sides.iter().map(|side| side.served.stack.live_levels()).sum();
     let inner = u16::try_from(inner).unwrap_or(0);
     let flights = (tags * 2).clamp(64, 4096);
     let mut ring = Uring::new(&Config { flights, files, lanes, inner })?;

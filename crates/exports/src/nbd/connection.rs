@@ -38,8 +38,9 @@ const MAX_BYTES: u64 = 2 * MAX_PAYLOAD as u64;
 pub(super) const RECEIVED: u32 = 0;
 const SENT: u32 = 1;
 const BELL: u32 = 2;
-const GONE: u32 = 3;
-const CANCELLED: u32 = 4;
+pub(super) const ROOM: u32 = 3;
+const GONE: u32 = 4;
+const CANCELLED: u32 = 5;
 
 /// A connection's place on an I/O thread, whether somebody is there or not.
 pub(super) struct Connection {
@@ -77,6 +78,10 @@ pub(super) struct Connection {
     may_lend: bool,
     /// The client, over a network, is sent away and has not hung up.
     pub(super) sees_off: bool,
+    /// Of the flushes that failed, those that this client knows of.
+    told: u32,
+    /// A wait for room in the socket is out.
+    pub(super) awaits_room: bool,
 }
 
 impl Connection {
@@ -113,6 +118,8 @@ impl Connection {
             held: VecDeque::with_capacity(usize::from(depth)),
             may_lend,
             sees_off: false,
+            told: 0,
+            awaits_room: false,
         }
     }
 
@@ -180,6 +187,7 @@ impl Connection {
         self.large = false;
         self.phase = Phase::Open;
         self.sees_off = false;
+        self.told = self.post.failed_flushes();
         self.post.seal(client.records.is_some());
         ring.lend_files(self.lane, self.may_lend && is_local(&client.socket));
         self.client = Some(client);
@@ -262,6 +270,10 @@ impl Connection {
         let (mode, answer) = (session.mode, session.admit(request));
         if answer == Ok(Ask::Disconnect) {
             self.phase = Phase::Leaving;
+            // What has not begun would begin beside what the client asks for over another one.
+            while let Some((held, _)) = self.held.pop_front() {
+                self.reply(ring, held, error::ESHUTDOWN);
+            }
             self.leave_behind();
             return Ok(());
         }
@@ -499,6 +511,10 @@ impl Export<Uring> for Connection {
         match completion.index >> 16 {
             RECEIVED => self.received(ring, completion.result, inbox),
             SENT => self.sent(ring, completion.result, inbox),
+            ROOM => {
+                self.awaits_room = false;
+                self.settle(ring);
+            }
             GONE => self.gone(ring, completion.result),
             CANCELLED => {}
             _ => self.rung(ring, inbox),
@@ -507,6 +523,12 @@ impl Export<Uring> for Connection {
     }
 
     fn finish(&mut self, ring: &mut Uring, tag: u16, io: &Io, result: Result<(), Errno>) {
+        let is_flush = io.op == Op::Flush || io.fua;
+        let is_heard = self.phase != Phase::Lost;
+        let result = match is_flush {
+            true => self.post.flushed((&mut self.told, is_heard), result),
+            false => result,
+        };
         let state = &mut self.tags[usize::from(tag)];
         state.changes = 0;
         if std::mem::take(&mut state.is_stale) {
@@ -536,7 +558,7 @@ impl Export<Uring> for Connection {
     fn flush(&mut self, ring: &mut Uring) {
         self.renew(ring);
         if self.phase != Phase::Lost {
-            let is_sealed = self.client.as_ref().is_some_and(|client| client.records.is_some());
+            let is_sealed = self.is_sealed();
             self.outbox.flush(ring, (self.lane, SENT << 16), self.socket, is_sealed);
         }
     }

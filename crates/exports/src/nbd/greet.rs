@@ -6,12 +6,13 @@
 //! for. There are never more of them than free desks: others wait in the kernel's queue.
 
 use std::io::ErrorKind;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use devsplice_nbd::server::{Handshake, Offer, Tls};
 use devsplice_nbd::wire::can;
+use devsplice_uring::ktls::Records;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, recv};
@@ -20,7 +21,7 @@ use super::Secure;
 use super::extents;
 use super::guest::{Guest, Step};
 use super::listen::{Listener, Peer, Rule};
-use super::post::{Letter, Post};
+use super::post::{Leaving, Letter, Post};
 use crate::extents::Extents;
 
 /// Clients that are accepted in a row.
@@ -32,25 +33,38 @@ const LINGER: Duration = Duration::from_secs(10);
 /// A client that has been told that it is over, over TLS by the kernel.
 struct Leaver {
     socket: OwnedFd,
+    records: Box<dyn Records>,
     end: Instant,
 }
 
 impl Leaver {
-    fn new(socket: OwnedFd) -> Leaver {
-        Leaver { socket, end: Instant::now() + LINGER }
+    fn new((socket, records): Leaving) -> Leaver {
+        Leaver { socket, records, end: Instant::now() + LINGER }
     }
 
-    /// Takes what it still sends. Its own last word makes a receive fail; it is over then, too.
+    /// Takes what it still sends.
     fn is_over(&mut self) -> bool {
         let mut bytes = [0; 4096];
         for _ in 0..AT_ONCE {
-            match recv(&self.socket, &mut bytes, RecvFlags::DONTWAIT) {
-                Ok((_, 1..)) => {}
-                Err(Errno::AGAIN | Errno::INTR) => break,
-                Ok(_) | Err(_) => return true,
+            let got = recv(&self.socket, &mut bytes, RecvFlags::DONTWAIT);
+            if matches!(got, Err(Errno::AGAIN | Errno::INTR)) {
+                break;
+            }
+            if self.is_last(got.map(|(_, count)| count)) {
+                return true;
             }
         }
         Instant::now() >= self.end
+    }
+
+    /// Whether nothing comes after what a receive has brought. One fails at each record that is no
+    /// data: the client's last word, or new keys, behind which that is yet to come.
+    fn is_last(&mut self, got: Result<usize, Errno>) -> bool {
+        match got {
+            Ok(count) => count == 0,
+            Err(Errno::IO) => self.records.hear(self.socket.as_fd()) != Ok(true),
+            Err(_) => true,
+        }
     }
 }
 
@@ -203,7 +217,9 @@ pub(super) fn read_only(flags: u16) -> u16 {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
     use std::net::{TcpListener, TcpStream};
+    use std::os::fd::BorrowedFd;
 
     use super::*;
 
@@ -237,6 +253,41 @@ mod tests {
 
     fn left_in_queue(listener: &Listener) -> usize {
         std::iter::from_fn(|| listener.accept().ok()).count()
+    }
+
+    /// What a client says in records that are no data, one after another.
+    #[derive(Debug)]
+    struct Says(Vec<Result<bool, String>>);
+
+    impl Records for Says {
+        fn hear(&mut self, _: BorrowedFd<'_>) -> Result<bool, String> {
+            self.0.pop().unwrap()
+        }
+        fn sent(&mut self, _: u64) {}
+        fn is_due(&self) -> bool {
+            false
+        }
+        fn renew(&mut self, _: BorrowedFd<'_>) -> Result<(), String> {
+            Ok(())
+        }
+        fn close(&mut self, _: BorrowedFd<'_>) -> bool {
+            true
+        }
+    }
+
+    #[test]
+    fn who_leaves_is_waited_for_until_its_last_word_whatever_it_says_before() {
+        let (ours, mut theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        let last = [Err("wrong".to_owned()), Ok(false), Ok(true), Ok(true)];
+        let mut leaver = Leaver::new((ours.into(), Box::new(Says(last.to_vec()))));
+        assert!(!leaver.is_over(), "it has not said anything");
+        theirs.write_all(&[1; 9000]).unwrap();
+        assert!(!leaver.is_over());
+        let heard = [(); 4].map(|()| leaver.is_last(Err(Errno::IO)));
+        assert_eq!(heard, [false, false, true, true], "new keys, new keys, the end; what is wrong");
+        assert!(leaver.is_last(Ok(0)) && leaver.is_last(Err(Errno::CONNRESET)));
+        drop(theirs);
+        assert!(leaver.is_over());
     }
 
     #[test]

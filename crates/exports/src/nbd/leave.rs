@@ -68,7 +68,8 @@ impl Connection {
             && reason.is_none()
             && !is_sending
         {
-            records.close(client.socket.as_fd());
+            // Who does not take what there is will not hear of the end, either.
+            let _ = records.close(client.socket.as_fd());
         }
         // Whatever is out on the socket ends now.
         let _ = rustix::net::shutdown(&client.socket, Shutdown::Both);
@@ -84,14 +85,16 @@ impl Connection {
                 self.notice();
             }
         }
-        self.post.desks[self.desk].looked.store(look, Ordering::Release);
+        self.post.desks[self.desk].looked.fetch_max(look, Ordering::AcqRel);
         self.post.bell.ring();
     }
 
     /// The client has gone, perhaps with requests sent that nobody has received yet: none of them
     /// may begin now that it may ask again over another connection.
     pub(super) fn notice(&mut self) {
-        if self.phase == Phase::Open {
+        // What the kernel has not decrypted yet may be no TLS at all, and that is to be said: it is
+        // received until it ends, as behind a relay.
+        if self.phase == Phase::Open && !self.is_sealed() {
             let is_between = self.intake.is_between(self.staged);
             self.lose((!is_between).then_some("gone in the middle of a request"));
         }
@@ -140,6 +143,7 @@ impl Connection {
             Phase::Free | Phase::Open => return,
         }
         if self.receiving
+            || self.awaits_room
             || self.outbox.is_sending()
             || (self.phase == Phase::Leaving && self.outbox.has_any())
         {
@@ -152,6 +156,9 @@ impl Connection {
             self.free(tag);
         }
         if self.idle.len() < self.tags.len() || self.unwatch(ring) {
+            return;
+        }
+        if !self.has_last_word(ring) {
             return;
         }
         self.farewell();
@@ -177,12 +184,12 @@ impl Connection {
         if self.outbox.has_any() || self.idle.len() + half < self.tags.len() {
             return;
         }
-        match &mut self.client {
-            // Of what has been encrypted some may not be with the network yet, and would be lost
-            // with a shutdown. The client hangs up when it hears that this is the end.
-            Some(Client { socket, records: Some(records), .. }) => records.close(socket.as_fd()),
-            Some(Client { socket, .. }) => drop(rustix::net::shutdown(socket, Shutdown::Write)),
-            None => {}
+        // Some of what TLS by the kernel has encrypted may not be with the network yet, and would
+        // be lost with a shutdown. The client hangs up when it hears that this is the end.
+        if self.has_last_word(ring)
+            && let Some(Client { socket, records: None, .. }) = &self.client
+        {
+            let _ = rustix::net::shutdown(socket, Shutdown::Write);
         }
     }
 

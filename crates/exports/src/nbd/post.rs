@@ -10,7 +10,7 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use devsplice_core::Result;
+use devsplice_core::{Errno, Result};
 use devsplice_nbd::server::Session;
 use devsplice_uring::Bell;
 use devsplice_uring::ktls::Records;
@@ -84,6 +84,9 @@ impl Desk {
     }
 }
 
+/// A client that is told nothing more, and what it may still say over TLS by the kernel.
+pub(super) type Leaving = (OwnedFd, Box<dyn Records>);
+
 /// All that is shared between the threads of an export.
 pub(super) struct Post {
     pub(super) desks: Box<[Desk]>,
@@ -97,6 +100,9 @@ pub(super) struct Post {
     stop: AtomicBool,
     /// Clients get their answers before that.
     gently: AtomicBool,
+    /// Flushes that failed, of any connection; and whether one did whose client had gone.
+    failed_flushes: AtomicU32,
+    is_untold: AtomicBool,
     /// Threads that there are for TLS.
     relays: AtomicUsize,
     /// Connections whose TLS the kernel does.
@@ -105,8 +111,8 @@ pub(super) struct Post {
     pub(super) stale: Stale,
     /// How often it was asked who has gone.
     looks: AtomicU64,
-    /// Sockets of clients that have been told that it is over, for the greeting thread.
-    leaving: Mutex<Vec<OwnedFd>>,
+    /// Clients that have been told that it is over, for the greeting thread.
+    leaving: Mutex<Vec<Leaving>>,
     /// CPUs that this process may use.
     cpus: usize,
     /// There is a CPU for each client and each thread that serves them: who waits may do so awake.
@@ -116,6 +122,38 @@ pub(super) struct Post {
 }
 
 impl Post {
+    /// How many flushes have failed so far.
+    pub(super) fn failed_flushes(&self) -> u32 {
+        self.failed_flushes.load(Ordering::Acquire)
+    }
+
+    /// What a flush on a connection comes to, or a write that is one as well. The kernel tells of
+    /// what it could not write once for each open file (Linux 7.3, `file_check_and_advance_wb_err`,
+    /// mm/filemap.c), and all connections share theirs: whoever has not been `told` is told by us.
+    /// What was to be told to a client that has gone fails the next flush of anybody, as the one
+    /// that comes back may ask. Where two flushes end at the same time, it may be with the next.
+    pub(super) fn flushed(
+        &self,
+        (told, is_heard): (&mut u32, bool),
+        result: Result<(), Errno>,
+    ) -> Result<(), Errno> {
+        match result {
+            Err(_) if !is_heard => self.is_untold.store(true, Ordering::Release),
+            Ok(()) if !is_heard => return Ok(()),
+            Ok(()) if self.is_untold.load(Ordering::Acquire) => {
+                // Whoever is first counts it for all.
+                if self.is_untold.swap(false, Ordering::AcqRel) {
+                    self.failed_flushes.fetch_add(1, Ordering::AcqRel);
+                }
+                *told = self.failed_flushes();
+            }
+            Ok(()) if *told == self.failed_flushes() => return Ok(()),
+            Ok(()) => *told = self.failed_flushes(),
+            Err(_) => *told = self.failed_flushes.fetch_add(1, Ordering::AcqRel) + 1,
+        }
+        result.and(Err(Errno::EIO))
+    }
+
     pub(super) fn new(desks: u16, threads: u16, say: OnEvent) -> Result<Arc<Post>> {
         let desk = |_| {
             Ok(Desk {
@@ -134,6 +172,8 @@ impl Post {
             asked: Bell::new()?,
             stop: AtomicBool::new(false),
             gently: AtomicBool::new(false),
+            failed_flushes: AtomicU32::new(0),
+            is_untold: AtomicBool::new(false),
             relays: AtomicUsize::new(0),
             sealed: AtomicUsize::new(0),
             stale: Stale::default(),
@@ -228,13 +268,13 @@ impl Post {
     }
 
     /// Has the greeting thread wait for a client to hang up.
-    pub(super) fn see_off(&self, socket: OwnedFd) {
-        lock(&self.leaving).push(socket);
+    pub(super) fn see_off(&self, socket: OwnedFd, records: Box<dyn Records>) {
+        lock(&self.leaving).push((socket, records));
         self.bell.ring();
     }
 
-    /// Sockets that were given so.
-    pub(super) fn take_leaving(&self) -> Vec<OwnedFd> {
+    /// Those that were given so.
+    pub(super) fn take_leaving(&self) -> Vec<Leaving> {
         std::mem::take(&mut *lock(&self.leaving))
     }
 

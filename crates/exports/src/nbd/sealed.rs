@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 use devsplice_core::Errno;
 use devsplice_uring::Uring;
 
-use super::connection::Connection;
+use super::connection::{Connection, ROOM};
 use super::post::Client;
 use super::state::Phase;
 
@@ -53,23 +53,45 @@ impl Connection {
         }
     }
 
-    /// The end of a connection of which nothing is out any more. One that has got all its answers
-    /// over TLS by the kernel is told that this is the end, and waited for: what has been encrypted
-    /// may not be with the network yet, and a socket that is closed with bytes unread, as the
-    /// client's own last word would be, takes answers back that are under way.
+    /// Tells a client that has got all its answers over TLS by the kernel that this is the end.
+    /// Whether that is done; if not, there is no room for it before the client takes something.
+    pub(super) fn has_last_word(&mut self, ring: &mut Uring) -> bool {
+        let Some(Client { socket, records: Some(records), .. }) = &mut self.client else {
+            return true;
+        };
+        if self.phase != Phase::Leaving || records.close(socket.as_fd()) {
+            return true;
+        }
+        if !std::mem::replace(&mut self.awaits_room, true) {
+            ring.poll_room((self.lane, ROOM << 16), self.socket);
+        }
+        false
+    }
+
+    /// Whether the kernel does TLS for it.
+    pub(super) fn is_sealed(&self) -> bool {
+        self.client.as_ref().is_some_and(|client| client.records.is_some())
+    }
+
+    /// The end of a connection of which nothing is out any more. One that has been told so over TLS
+    /// by the kernel is waited for: what has been encrypted may not be with the network yet, and a
+    /// socket that is closed with bytes unread, as the client's own last word would be, takes
+    /// answers back that are under way.
     pub(super) fn farewell(&mut self) {
-        let is_sealed = self.client.as_ref().is_some_and(|client| client.records.is_some());
+        let is_sealed = self.is_sealed();
         if is_sealed {
             self.post.unseal();
         }
         if self.phase == Phase::Leaving
             && is_sealed
-            && let Some(Client { socket, records: Some(mut records), .. }) = self.client.take()
+            && let Some(Client { socket, records: Some(records), .. }) = self.client.take()
         {
-            records.close(socket.as_fd());
-            self.post.see_off(socket);
+            self.post.see_off(socket, records);
         } else {
             self.lose(None);
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

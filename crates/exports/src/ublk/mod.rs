@@ -214,7 +214,6 @@ impl Device {
         let features = extra.usable(control.features());
         let data_path = choose_path(options.data_path, features & usable)?;
         let recovery = recovery::choose(options.recovery, features)?;
-        let stable_writes = service.stack.limits().stable_writes;
         let batch = choose_batch((options, &extra), data_path, features)?;
         let zoned = zoned::flags(&service.stack, (options, &extra), data_path, features)?;
         let mut wish = wish(options, (data_path, recovery, batch), features);
@@ -252,25 +251,13 @@ impl Device {
         let mut device = Device { made, path: node(id), crew };
         match device.made.control.start(id) {
             Ok(()) => {
-                if stable_writes && data_path.copies() == 0 {
-                    device.keep_pages_stable();
-                }
+                device.keep_pages_stable(false);
                 Ok(device)
             }
             Err(error) => {
                 let _ = device.detach();
                 Err(error)
             }
-        }
-    }
-
-    /// Has the page cache leave pages alone while they are written: several places get them one by
-    /// one and have to be the same. There is no parameter for it (`BLK_FEAT_STABLE_WRITES`,
-    /// include/linux/blkdev.h).
-    fn keep_pages_stable(&mut self) {
-        let file = format!("/sys/block/ublkb{}/queue/stable_writes", self.id());
-        if let Err(error) = std::fs::write(&file, "1") {
-            self.crew.warnings.push(format!("{file}: {error}; legs may come to differ"));
         }
     }
 

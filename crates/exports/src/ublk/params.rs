@@ -3,6 +3,7 @@
 use devsplice_core::Limits;
 use devsplice_core::zones::Shape;
 
+use super::Device;
 use super::uapi::{
     ATTR_FUA, ATTR_READ_ONLY, ATTR_ROTATIONAL, ATTR_VOLATILE_CACHE, PARAM_BASIC, PARAM_DISCARD,
     PARAM_DMA_ALIGN, PARAM_ZONED, Params,
@@ -11,6 +12,9 @@ use super::uapi::{
 /// Most bytes of one discard or write-zeroes. Bounds how long routing one can take.
 const MAX_ZERO_BYTES: u64 = 1 << 30;
 const PAGE: u32 = 4096;
+/// What users of a disk have to know that was not of several places before.
+const MOUNTED: &str = "a file system that was mounted before may change pages while they are \
+                       written, and legs come to differ: mount it anew";
 
 /// The parameters of a disk whose requests are at most `max_io` bytes. `sees_memory` is whether the
 /// client's own memory reaches the backend, so that its alignment matters.
@@ -73,6 +77,31 @@ pub(crate) fn zoned(params: &mut Params, shape: &Shape) {
     params.chunk_sectors = sectors(shape.zone);
     let most = shape.max_append.min(u64::from(params.max_sectors) * 512);
     params.zoned[..3].copy_from_slice(&[shape.max_open, shape.max_active, sectors(most)]);
+}
+
+impl Device {
+    /// Has the page cache leave pages alone while they are written, if several places get them one
+    /// by one and have to be the same. There is no parameter for it (`BLK_FEAT_STABLE_WRITES`,
+    /// include/linux/blkdev.h). `was_used` says that there may be users from before, who looked at
+    /// it when they came: a file system when it is mounted (fs/super.c, `setup_bdev_super`).
+    ///
+    /// The kernel waits for what is in flight first, so the disk has to be served.
+    pub(super) fn keep_pages_stable(&mut self, was_used: bool) {
+        let wanted = self.crew.served.stack.limits().stable_writes;
+        if !wanted || self.made.data_path.copies() > 0 {
+            return;
+        }
+        let file = format!("/sys/block/ublkb{}/queue/stable_writes", self.id());
+        if std::fs::read_to_string(&file).is_ok_and(|set| set.trim() == "1") {
+            return;
+        }
+        let warnings = &mut self.crew.warnings;
+        match std::fs::write(&file, "1") {
+            Err(error) => warnings.push(format!("{file}: {error}; legs may come to differ")),
+            Ok(()) if was_used => warnings.push(MOUNTED.to_owned()),
+            Ok(()) => (),
+        }
+    }
 }
 
 fn sectors(bytes: u64) -> u32 {

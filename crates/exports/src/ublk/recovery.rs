@@ -17,7 +17,7 @@ use super::uapi::{
     F_USER_RECOVERY_REISSUE, PARAM_DEVT, Params,
 };
 use super::{Control, DataPath, Device, Extra, Made, Options, adopt, node};
-use crate::threads::Service;
+use crate::threads::{Patience, Service};
 
 /// What becomes of a disk whose server dies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,7 +91,8 @@ pub(super) fn choose(asked: Option<Recovery>, features: u64) -> Result<Recovery>
 
 /// How long a dead server's rings may take to let go.
 const RELEASE: Duration = Duration::from_secs(60);
-/// How long a disk may take until what it has in flight is done.
+/// How long a disk may take until what it has in flight is done before somebody is told. It takes
+/// as long as what is below does, and other disks of its server must not end with it.
 const DRAIN: Duration = Duration::from_secs(60);
 /// How often it is looked whether that is so.
 const STEP: Duration = Duration::from_millis(1);
@@ -127,27 +128,23 @@ impl Device {
     }
 
     /// Finishes what is in flight and has the kernel hold what comes. The threads have ended, and
-    /// the stack and its bottoms are let go of, on return.
+    /// the stack and its bottoms are let go of, on return, however long what is below takes: every
+    /// minute `late` is told.
     ///
     /// # Errors
-    /// If the disk was made without recovery, or before Linux 6.16 (then it is as before); or if
-    /// what is in flight does not come back. Then it is neither served nor suspended: the process
-    /// should end, so that another takes over.
-    pub fn suspend(self) -> Result<Suspended, (Option<Box<Device>>, Error)> {
+    /// If the disk was made without recovery, or before Linux 6.16. It is as before then.
+    pub fn suspend(self, late: &mut dyn FnMut(&str)) -> Result<Suspended, (Box<Device>, Error)> {
         if let Err(error) = self.can_be_suspended() {
-            return Err((Some(Box::new(self)), error));
+            return Err((Box::new(self), error));
         }
-        let Device { mut made, path, crew } = self;
-        let end = Instant::now() + DRAIN;
+        let Device { mut made, crew, .. } = self;
+        let mut patience = Patience::new(DRAIN);
         // What was committed since the last call waits for its next request; each call ends those.
         let mut last = made.control.quiesce(made.info.dev_id, DRAIN);
         while !crew.is_over() {
-            if Instant::now() > end {
-                let reason = last.err().map_or_else(
-                    || "requests are stuck below".to_owned(),
-                    |error| error.to_string(),
-                );
-                return Err((None, Error::new(ErrorKind::Busy, path, reason)));
+            if let Some(text) = patience.ended() {
+                let why = last.err().map_or_else(String::new, |error| format!(" ({error})"));
+                late(&format!("{text}{why}"));
             }
             std::thread::sleep(STEP);
             last = made.control.quiesce(made.info.dev_id, DRAIN);
@@ -227,6 +224,7 @@ impl Suspended {
                 {
                     device.crew.warnings.push(format!("its users know the old size: {error}"));
                 }
+                device.keep_pages_stable(true);
                 Ok(device)
             }
             Err(error) => Err((Box::new(self), error)),

@@ -5,6 +5,7 @@ mod asked;
 #[path = "../../../tls/tests/authority/mod.rs"]
 mod authority;
 mod bad;
+mod flushes;
 mod peer;
 mod stale;
 

@@ -56,7 +56,7 @@ pub struct Wishes {
     pub by_tls: bool,
     /// A server whose export, as large as the file, is the disk's second half.
     pub server: Option<Arc<dyn Remote>>,
-    /// What the disk is of, instead of the file.
+    /// What the disk is instead of the file.
     pub bytes: Option<Arc<dyn Bytes>>,
 }
 

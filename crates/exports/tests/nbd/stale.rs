@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use devsplice_core::Limits;
 use devsplice_nbd::Mode;
-use devsplice_nbd::wire::command;
+use devsplice_nbd::wire::{command, error};
 use devsplice_uring::Bytes;
 
 use crate::peer::{Host, Peer, SIZE, pattern};
@@ -221,4 +221,37 @@ fn who_waits_and_goes_leaves_nothing_behind() {
     host.end();
     going_on.join().unwrap();
     assert!(slow.bytes.lock().unwrap()[..4096] == first);
+}
+
+/// Who takes its leave has nothing begun that has not begun yet: it may ask for it over another.
+#[test]
+fn what_waits_is_not_begun_behind_a_goodbye() {
+    let slow = Slow::new();
+    let mut host = host("goodbye", &slow, 8);
+    let [first, second, third] =
+        [(4096, 1), (8192, 2), (4096, 3)].map(|(len, seed)| pattern(len, seed));
+    let mut old = host.peer(Mode::Structured);
+    let mut bytes = old.request(command::WRITE, 0, (8192, 4096));
+    bytes.extend(&first);
+    old.send(&bytes);
+    slow.wait_for_first();
+    old.cut();
+    std::thread::sleep(MOMENT);
+    let mut polite = host.peer(Mode::Structured);
+    let mut bytes = polite.request(command::WRITE, 0, (8192, 8192));
+    let cookie = polite.last_cookie();
+    bytes.extend(&second);
+    bytes.extend(polite.request(command::DISCONNECT, 0, (0, 0)));
+    polite.send(&bytes);
+    let (answered, answer) = polite.reply();
+    assert_eq!((answered, answer.error), (cookie, error::ESHUTDOWN));
+    let mut next = host.peer(Mode::Structured);
+    // Behind what is under way, where the one that waited would have been, too.
+    assert_eq!(next.write(12288, &third, 0), 0);
+    slow.go_on();
+    std::thread::sleep(MOMENT);
+    assert!(next.read(12288, 4096).as_ref() == Ok(&third), "an old change came last");
+    assert!(next.read(8192, 4096).as_ref() == Ok(&first));
+    drop((polite, next));
+    host.end();
 }

@@ -5,7 +5,7 @@
 
 use std::collections::VecDeque;
 use std::rc::Rc;
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use devsplice_core::prelude::*;
@@ -41,6 +41,8 @@ pub(super) struct Log {
     is_off: AtomicBool,
     /// Nor is anything written out: what is in memory may not be true.
     is_broken: AtomicBool,
+    /// What broke it, as the kernel gives it.
+    broken_by: AtomicI32,
     record: Mutex<Record>,
     /// Who writes it out.
     writer: Turn,
@@ -121,7 +123,7 @@ impl Log {
     pub(super) fn flush(&self) -> Result<Map, Errno> {
         let has_passed = self.passes.take(&Io::new(Op::Flush, 0, 0));
         match self.is_broken.load(SeqCst) {
-            true if !self.goes_on => Err(Errno::EIO),
+            true if !self.goes_on => Err(self.broken_by()),
             is_broken if is_broken || has_passed => Ok(Map::To { len: 0, port: Port(0), at: 0 }),
             _ => Ok(Map::Miss),
         }
@@ -143,7 +145,7 @@ impl Log {
         let until = self.record().given;
         let _turn = self.writer.take().await;
         if self.is_broken.load(SeqCst) {
-            return Err(Errno::EIO);
+            return Err(self.broken_by());
         }
         let (has_begun, sector, is_done) = {
             let record = self.record();
@@ -189,15 +191,20 @@ impl Log {
         let result = self.write_out(meta).await;
         match result {
             Err(errno) => {
-                self.breaks(&format!("the log cannot be written ({errno})"), meta);
+                self.breaks(errno, &format!("the log cannot be written ({errno})"), meta);
                 if self.goes_on { Ok(()) } else { Err(errno) }
             }
             Ok(()) => Ok(()),
         }
     }
 
+    fn broken_by(&self) -> Errno {
+        Errno::from_result(-self.broken_by.load(SeqCst))
+    }
+
     /// Ends the log where it is: what would follow could not be trusted.
-    fn breaks(&self, why: &str, meta: &dyn Meta) {
+    fn breaks(&self, errno: Errno, why: &str, meta: &dyn Meta) {
+        let _ = self.broken_by.compare_exchange(0, errno.raw(), SeqCst, SeqCst);
         self.is_off.store(true, SeqCst);
         if !self.is_broken.swap(true, SeqCst) {
             let written = self.record().written;
@@ -237,7 +244,7 @@ impl Live for Log {
 
     fn failed(self: Arc<Self>, io: Io, port: Port, errno: Errno, meta: Rc<dyn Meta>) -> Slow {
         if io.op.changes() && !self.is_off.load(SeqCst) {
-            self.breaks(&format!("a {} failed below ({errno})", io.op.name()), &*meta);
+            self.breaks(errno, &format!("a {} failed below ({errno})", io.op.name()), &*meta);
         }
         let sees_to_it = port == Port(1) && self.goes_on;
         Box::pin(std::future::ready(if sees_to_it { Ok(()) } else { Err(errno) }))

@@ -23,6 +23,11 @@ pub(crate) struct Found {
     pub(crate) roles: Vec<Role>,
     /// Legs in sync by the newest superblock that are not among the ports.
     pub(crate) missing: Vec<usize>,
+    /// The last generation that every leg in sync has.
+    pub(crate) common: u64,
+    /// Some leg that will be written has another superblock than the newest. Alone it would tell
+    /// another story: of legs in sync that are not any more.
+    pub(crate) differ: bool,
 }
 
 impl Found {
@@ -69,7 +74,15 @@ pub(crate) fn decide(supers: &[Option<Super>], degraded: bool) -> Result<Found> 
     let in_sync = |index: &usize| newest.legs[*index].state == LegState::InSync;
     let missing: Vec<_> =
         (0..newest.leg_count()).filter(|index| in_sync(index) && !here(index)).collect();
-    let found = Found { newest: *newest, roles, missing };
+    let (common, differ) = (newest.generation, false);
+    let mut found = Found { newest: *newest, roles, missing, common, differ };
+    for (port, own) in &members {
+        let Role::Leg { state, .. } = found.roles[*port] else { continue };
+        if state == LegState::InSync {
+            found.common = found.common.min(own.generation);
+        }
+        found.differ |= state != LegState::Failed && Super { own: newest.own, ..**own } != *newest;
+    }
     if found.ports(LegState::InSync) == 0 {
         let reason = "no device here is in sync: the legs that hold the data are missing";
         return Err(Error::invalid("mirror", reason).next("give the others as well"));
@@ -108,7 +121,9 @@ fn role(own: &Super, newest: &Super) -> Role {
         LegState::InSync if was_in_sync && own.generation >= newest.before => {
             Role::Leg { index, state: LegState::InSync, logged: true }
         }
-        LegState::Rebuilding if own.legs[index].state == LegState::Rebuilding => {
+        // One that was being filled before that has been given up since, or another device has
+        // had its place.
+        LegState::Rebuilding if own.legs[index] == leg => {
             Role::Leg { index, state: LegState::Rebuilding, logged: true }
         }
         state => {

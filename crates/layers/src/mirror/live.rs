@@ -18,7 +18,7 @@ impl State {
     /// write that failed may be on the disk all the same, and then tells another story.
     fn next_super(&self) -> Super {
         let mut next = *lock(&self.sb);
-        next.before = next.generation;
+        next.before = self.common.load(Ordering::SeqCst);
         next.generation = self.generations.fetch_add(1, Ordering::SeqCst) + 1;
         next
     }
@@ -50,6 +50,8 @@ impl State {
                 }
             }
             *lock(&self.sb) = next;
+            self.common.store(next.generation, Ordering::SeqCst);
+            self.supers_differ.store(false, Ordering::SeqCst);
             return Ok(gone);
         }
     }
@@ -114,8 +116,10 @@ impl State {
         self.set_sets(left);
     }
 
-    /// Puts what was found when the legs were opened on their disks, if it is not there.
-    async fn settle(&self, meta: &Rc<dyn Meta>) -> Result<(), Errno> {
+    /// Puts what was found when the legs were opened on their disks, if it is not on all of them: a
+    /// leg that has not heard of another one's failure would believe in that one, were it left
+    /// alone with it.
+    pub(crate) async fn settle(&self, meta: &Rc<dyn Meta>) -> Result<(), Errno> {
         if self.logs_differ.load(Ordering::SeqCst) {
             let _log = self.log_turn.take().await;
             self.write_all(meta).await?;
@@ -123,7 +127,7 @@ impl State {
         }
         let _turn = self.change.take().await;
         let mut next = self.next_super();
-        let mut changed = false;
+        let mut changed = self.supers_differ.load(Ordering::SeqCst);
         for index in 0..next.leg_count() {
             let port = self.port_of_leg(index);
             let role = port.and_then(|port| lock(&self.roles).get(usize::from(port.0)).copied());
@@ -191,7 +195,10 @@ impl State {
         let _sync = self.sync.take().await;
         let _log = self.log_turn.take().await;
         // Writes wait meanwhile: none may go to regions that the log does not know yet.
-        self.ready.store(false, Ordering::SeqCst);
+        if !self.ready.swap(false, Ordering::SeqCst) {
+            // Nor must they go because of this before the states that were found are on disk.
+            return Ok(Err("the legs' states are not on disk yet; try again".to_owned()));
+        }
         meta.grace().await?;
         let added = self.take_in(port, (index, logged), meta).await;
         self.added.fetch_add(1, Ordering::SeqCst);
@@ -212,7 +219,7 @@ impl State {
         if !logged {
             self.mark_all(meta).await?;
         }
-        self.unsync();
+        self.unsync(!logged);
         self.copy_log(port, meta).await?;
         let _change = self.change.take().await;
         let mut next = self.next_super();
@@ -220,7 +227,15 @@ impl State {
         let gone = self.write_super(next, 0, meta).await?;
         self.gone(gone);
         let now = *lock(&self.sb);
-        self.write_copy(&now, (port, index), meta).await?;
+        if let Err(errno) = self.write_copy(&now, (port, index), meta).await {
+            let mut next = self.next_super();
+            next.legs[index] = next.leg(LegState::Failed);
+            // Where that fails as well, it is still missing by what is written.
+            if let Ok(gone) = self.write_super(next, 0, meta).await {
+                self.gone(gone);
+            }
+            return Err(errno);
+        }
         let mut roles = lock(&self.roles);
         if let Some(role) = roles.get_mut(usize::from(port.0)) {
             *role = Role::Leg { index, state: LegState::Rebuilding, logged: true };
@@ -232,12 +247,10 @@ impl State {
         Ok(())
     }
 
-    /// A leg of the set that no port has, or whose port has failed.
+    /// A leg of the set that no port has.
     fn vacant_leg(&self) -> Option<usize> {
-        let sb = *lock(&self.sb);
-        (0..sb.leg_count()).find(|index| {
-            sb.legs[*index].state == LegState::Failed && self.port_of_leg(*index).is_none()
-        })
+        let legs = lock(&self.sb).leg_count();
+        (0..legs).find(|index| self.port_of_leg(*index).is_none())
     }
 
     fn legs_status(&self) -> Value {

@@ -43,6 +43,20 @@ impl Log {
             self.changed.push(block);
         }
     }
+
+    /// The blocks to write for all who wait, the regions whose bits are in them then, and up to
+    /// which change that is. Bits of regions that are clean still are set anew. For whoever has the
+    /// turn: nobody else takes bits back, so those that are set stay until it is handed on. One of
+    /// a region that is not clean yet may have been taken back just now; it is asked for again.
+    fn take_waiting(&mut self, is_clean: impl Fn(u64) -> bool) -> (Vec<usize>, Vec<u64>, u64) {
+        let mut waiting = std::mem::take(&mut self.waiting);
+        waiting
+            .iter()
+            .filter(|index| is_clean(**index))
+            .for_each(|index| self.change(*index, true));
+        waiting.retain(|index| self.bits.get(*index));
+        (std::mem::take(&mut self.changed), waiting, self.asked)
+    }
 }
 
 /// Somebody marks regions, as long as it is there.
@@ -96,10 +110,11 @@ impl State {
         if lock(&self.log).written >= mine {
             return Ok(());
         }
-        let (blocks, waiting, asked) = {
-            let mut log = lock(&self.log);
-            (std::mem::take(&mut log.changed), std::mem::take(&mut log.waiting), log.asked)
-        };
+        let (blocks, waiting, asked) = lock(&self.log).take_waiting(|index| {
+            // No write relies on its bit, so whoever cleans may have written that and not for good,
+            // or taken it back. The bit is written here, whatever became of it.
+            self.state_of(index) == region::CLEAN
+        });
         if let Err(errno) = self.write_blocks(&blocks, true, meta).await {
             lock(&self.log).waiting.extend(waiting);
             return Err(errno);
@@ -191,6 +206,8 @@ impl State {
     async fn are_equal(&self, busy: &[u64], meta: &Rc<dyn Meta>) -> Result<(), Errno> {
         meta.grace().await?;
         self.flush_legs(meta).await?;
+        // A leg tells of what it has lost once: if it told a request, that one has been heard now.
+        meta.grace().await?;
         let _turn = self.log_turn.take().await;
         // A leg that is missing, or that this flush has cost, lacks what these regions got; so may
         // one that has failed a write of which we are still to be told.

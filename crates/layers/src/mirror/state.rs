@@ -50,6 +50,10 @@ pub(crate) struct State {
     pub(crate) change: Turn,
     /// The last generation that was tried to be written.
     pub(crate) generations: AtomicU64,
+    /// The last one that every leg in sync has.
+    pub(crate) common: AtomicU64,
+    /// Some leg that is written has another superblock than the one that counts.
+    pub(crate) supers_differ: AtomicBool,
     /// By port, what lies there.
     pub(crate) roles: Mutex<Vec<Role>>,
     /// By port, where the metadata begins.
@@ -162,6 +166,8 @@ impl State {
             sb: Mutex::new(found.newest),
             change: Turn::default(),
             generations: AtomicU64::new(found.newest.generation),
+            common: AtomicU64::new(found.common),
+            supers_differ: AtomicBool::new(found.differ),
             roles: Mutex::new(found.roles.clone()),
             meta_at,
             super_in: Mutex::new(super_in),
@@ -299,10 +305,12 @@ impl State {
             || self.state_of(extent.at / self.region) == region::BUSY
     }
 
-    /// Whether some leg of the set lacks writes, so that the log must be kept.
+    /// Whether some leg of the set lacks writes, so that the log must be kept. What the superblock
+    /// says of a leg can be ahead of what is done to it, so both count.
     pub(crate) fn is_degraded(&self) -> bool {
+        let written = self.sets().written().count_ones() as usize;
         let sb = lock(&self.sb);
-        sb.legs.iter().any(|leg| leg.state == LegState::Failed)
+        written < sb.leg_count() || sb.legs.iter().any(|leg| leg.state == LegState::Failed)
     }
 
     /// The port of a leg of the set, if it is here.

@@ -94,6 +94,9 @@ impl State {
         begun: u64,
         meta: &Rc<dyn Meta>,
     ) -> Result<(), Errno> {
+        while meta.is_ending() {
+            meta.sleep(SECOND).await?;
+        }
         while let Some(ns) = self.due(len).checked_sub(meta.now_ns() - begun).filter(|ns| *ns > 0) {
             meta.sleep(ns.min(SECOND)).await?;
         }
@@ -256,16 +259,21 @@ impl State {
         Ok(())
     }
 
-    /// Every dirty region counts as unsynced: a leg comes that lacks them.
-    pub(crate) fn unsync(&self) {
+    /// Every dirty region counts as unsynced: a leg comes that lacks them. `all` do where all bits
+    /// are on disk; else a clean region's may be on its way there, and no write may go yet.
+    pub(crate) fn unsync(&self, all: bool) {
         for index in 0..self.region_count() {
-            let is_marked = lock(&self.log).is_marked(index);
-            let state = self.state_of(index);
-            if is_marked
-                && state != region::UNSYNCED
-                && self.turn_region(index, state, region::UNSYNCED)
-            {
-                self.unsynced.fetch_add(1, Ordering::SeqCst);
+            loop {
+                let is_marked = lock(&self.log).is_marked(index);
+                let state = self.state_of(index);
+                let is_dirty = is_marked && (all || state != region::CLEAN);
+                if !is_dirty || state == region::UNSYNCED {
+                    break;
+                }
+                if self.turn_region(index, state, region::UNSYNCED) {
+                    self.unsynced.fetch_add(1, Ordering::SeqCst);
+                    break;
+                }
             }
         }
     }

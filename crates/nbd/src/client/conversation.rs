@@ -4,6 +4,11 @@
 //! There is no I/O here and no clock: whoever has the sockets tells what becomes of them, and when
 //! a second is over. Reads, writes, zeroes, discards and flushes have the same effect when they are
 //! done twice, so what has no answer can be asked again.
+//!
+//! A question may be what ends the connections: a server that dies of it answers others meanwhile,
+//! so that it is never away for long. So losses are counted for each question, too. One that was
+//! lost with several connections is a suspect. Suspects are asked one at a time, behind the rest,
+//! which clears those that were lost by chance; one that goes on being lost fails, alone.
 
 use std::collections::VecDeque;
 
@@ -17,6 +22,12 @@ use crate::wire::{Head, Mode, Request, ask as flag, can, command, error};
 /// Connections that end over something that is no NBD, without a good answer between them, before
 /// what is asked fails: the server will not do better.
 const STRIKES: u8 = 3;
+/// Connections that are lost with a question before it is a suspect.
+const SUSPECT: u32 = 3;
+/// Connections that are lost with a question before it fails, if it has waited for long enough.
+const MOST_LOSSES: u32 = 5;
+/// Seconds without a word after which it is asked whether bytes have moved.
+const DOUBT: u32 = 2;
 /// Most bytes of a question without data: in any mode, whatever the server's block.
 const LONGEST: u64 = 0xffff_0000;
 
@@ -26,7 +37,8 @@ pub struct Patience {
     /// Seconds without a word from a server that owes an answer after which the connection is given
     /// up; 0 for never.
     pub answer: u32,
-    /// Seconds without a connection after which requests fail; `None` for never.
+    /// Seconds without a good answer after which requests fail; and for a question that was lost
+    /// with one connection after another, seconds since the first of them. `None` for never.
     pub outage: Option<u32>,
 }
 
@@ -54,6 +66,17 @@ pub enum Verdict {
     Parting,
 }
 
+/// A question that was lost with one connection after another, whatever became of others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Accused {
+    /// Which.
+    pub key: u32,
+    /// Connections that were lost with it.
+    pub losses: u32,
+    /// It is not asked again: it has failed.
+    pub is_over: bool,
+}
+
 /// A question that is not over.
 #[derive(Clone, Copy)]
 struct Open {
@@ -67,6 +90,13 @@ struct Open {
     is_flushing: bool,
     /// The answer came before all of it was sent.
     early: Option<Result<(), Errno>>,
+    /// Some of it was sent over the connection of now.
+    is_asked: bool,
+    /// A suspect that waits for others to be answered.
+    is_held_back: bool,
+    /// Connections that were lost with it, and when the first was.
+    losses: u32,
+    lost_at: u32,
 }
 
 impl Open {
@@ -77,6 +107,10 @@ impl Open {
         is_sending: false,
         is_flushing: false,
         early: None,
+        is_asked: false,
+        is_held_back: false,
+        losses: 0,
+        lost_at: 0,
     };
 
     /// As the protocol says it.
@@ -150,6 +184,9 @@ pub struct Conversation {
     strikes: u8,
     /// Nothing is held any more.
     is_failing: bool,
+    /// The suspect that is asked, or about to be.
+    tried: Option<u32>,
+    accused: VecDeque<Accused>,
 }
 
 impl Conversation {
@@ -171,6 +208,8 @@ impl Conversation {
             down_since: None,
             strikes: 0,
             is_failing: false,
+            tried: None,
+            accused: VecDeque::new(),
         }
     }
 
@@ -247,7 +286,7 @@ impl Conversation {
         let key = self.unsent.pop_front()?;
         let has_fua = self.can(can::FUA);
         let open = &mut self.open[key as usize];
-        open.is_sending = true;
+        (open.is_sending, open.is_asked) = (true, true);
         Some(self.asks.begin(key, &open.request(has_fua)))
     }
 
@@ -355,15 +394,66 @@ impl Conversation {
         self.down_since.get_or_insert(self.now);
         self.asks.restart(Mode::Simple, None);
         self.unsent.clear();
-        for (key, open) in (0..).zip(self.open.iter_mut()) {
-            if open.is_open {
-                (open.is_sending, open.is_flushing, open.early) = (false, false, None);
-                self.unsent.push_back(key);
+        for key in 0..self.open.len() {
+            if self.open[key].is_open {
+                self.hold_one(key);
             }
         }
         let open = &self.open;
         self.unsent.make_contiguous().sort_unstable_by_key(|key| open[*key as usize].serial);
+        self.try_next();
         true
+    }
+
+    /// Holds a question, unless it was lost with too many connections.
+    fn hold_one(&mut self, place: usize) {
+        let Patience { outage, .. } = self.patience;
+        let (open, now) = (&mut self.open[place], self.now);
+        let Ok(key) = u32::try_from(place) else { return };
+        let was_asked = std::mem::take(&mut open.is_asked);
+        (open.is_sending, open.is_flushing, open.early) = (false, false, None);
+        if was_asked {
+            if open.losses == 0 {
+                open.lost_at = now;
+            }
+            open.losses = open.losses.saturating_add(1);
+            let losses = open.losses;
+            let away = now.wrapping_sub(open.lost_at);
+            // Who does not want to wait at all does not wait for a pattern to be seen.
+            let most = if outage == Some(0) { 1 } else { MOST_LOSSES };
+            let is_over = losses >= most && outage.is_some_and(|outage| away > outage);
+            if is_over || losses == MOST_LOSSES {
+                self.accused.push_back(Accused { key, losses, is_over });
+            }
+            if is_over {
+                return;
+            }
+        }
+        open.is_held_back = open.losses >= SUSPECT;
+        if !open.is_held_back {
+            self.unsent.push_back(key);
+        }
+    }
+
+    /// Has the next suspect asked, as none is any more: the one that is the least suspect.
+    #[cold]
+    fn try_next(&mut self) {
+        let suspects = (0..).zip(self.open.iter()).filter(|(_, open)| open.is_held_back);
+        self.tried = suspects.min_by_key(|(_, open)| (open.losses, open.serial)).map(|one| one.0);
+        if let Some(key) = self.tried {
+            self.open[key as usize].is_held_back = false;
+            self.unsent.push_back(key);
+        }
+    }
+
+    /// The next of the questions of which there is something to be said since
+    /// [`Conversation::hold`]; all have to be asked for before anything else is.
+    pub fn accused(&mut self) -> Option<Accused> {
+        let accused = self.accused.pop_front()?;
+        if accused.is_over {
+            self.close(accused.key);
+        }
+        Some(accused)
     }
 
     /// Whether it is time to stop holding, until there is a connection: why, and how many questions
@@ -381,7 +471,7 @@ impl Conversation {
             format!("has been away for {outage} s")
         };
         self.is_failing = true;
-        Some((why, self.unsent.len()))
+        Some((why, self.count as usize))
     }
 
     /// The next of the questions that have failed so.
@@ -418,6 +508,15 @@ impl Conversation {
         (is_owed && answer > 0 && silent > answer).then_some(answer)
     }
 
+    /// Whether the server has been silent for some time, as far as is known. If bytes have moved
+    /// that nobody has told of with [`Conversation::hear`], now is the time.
+    #[must_use]
+    pub fn is_in_doubt(&self) -> bool {
+        let Patience { answer, .. } = self.patience;
+        let is_owed = self.state == State::Up && self.count > 0;
+        is_owed && answer > 0 && self.now.wrapping_sub(self.heard) >= answer.min(DOUBT)
+    }
+
     /// Whether it has to be told of seconds.
     #[must_use]
     pub fn is_waiting(&self) -> bool {
@@ -427,5 +526,8 @@ impl Conversation {
     fn close(&mut self, key: u32) {
         self.open[key as usize].is_open = false;
         self.count -= 1;
+        if self.tried == Some(key) {
+            self.try_next();
+        }
     }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use devsplice_core::{Errno, Op};
 use devsplice_engine::Event;
 use devsplice_nbd::client::asks::errno;
-use devsplice_nbd::client::conversation::{Question, Verdict, same_export};
+use devsplice_nbd::client::conversation::{Accused, Question, Verdict, same_export};
 use devsplice_nbd::client::{self as protocol, Said};
 
 use super::{DOWN, Far, Out, Target, UP};
@@ -21,8 +21,13 @@ use crate::world::{End, Ended, Flying, Ready, What, World};
 const SECOND: u64 = 1_000_000_000;
 /// How long a handshake may take.
 const GREETING_NS: u64 = SECOND;
+/// Connections that are lost with a request before it may fail by itself.
+const LOSSES: u32 = 5;
 /// Connections of a run: far more than any needs.
 const MOST_CONNECTIONS: u32 = 4000;
+/// After so many the way is not cut any more: where a request takes a hundred steps of the way, and
+/// each may cut it, none might come through in any time.
+const CALM: u32 = 2000;
 
 /// The cells of a splice's memory, in the order of its parts. They are whole sectors.
 fn gathered(flying: &Flying, cells: &[Cell]) -> Arc<[Cell]> {
@@ -32,6 +37,18 @@ fn gathered(flying: &Flying, cells: &[Cell]) -> Arc<[Cell]> {
         cells[at..at + len].iter().copied()
     });
     sectors.collect()
+}
+
+impl Far {
+    /// A connection is lost with all that was asked.
+    fn count_losses(&mut self, now: u64) {
+        for (place, (count, first)) in self.places.iter().zip(&mut self.losses) {
+            if place.is_some() {
+                *first = if *count == 0 { now } else { *first };
+                *count += 1;
+            }
+        }
+    }
 }
 
 impl World {
@@ -59,7 +76,8 @@ impl World {
             return self.fail(Kind::Contract, format!("{op:?} for a server is off its sectors"));
         }
         let fua = fua && self.mutant != Some(Mutant::FarForced);
-        let Far { talk, places, erred, ghosts, ends, .. } = &mut self.fars[far];
+        let Far { talk, places, erred, losses, ghosts, ends, .. } = &mut self.fars[far];
+        losses[key as usize] = (0, 0);
         (ghosts[key as usize], ends[key as usize]) = (false, u32::MAX);
         let question = Question { op, fua, at, len: talk.fit(op, len) };
         places[key as usize] = Some(place);
@@ -191,7 +209,7 @@ impl World {
         let Far { pipes, patience, .. } = &mut self.fars[far];
         let pipe = &mut pipes[way];
         pipe.is_flowing = false;
-        if self.rng.permille(weather.cut) {
+        if self.rng.permille(weather.cut) && connection < CALM {
             return self.cut(far);
         }
         if patience.answer > 0 && self.rng.permille(weather.silent) {
@@ -247,7 +265,9 @@ impl World {
         self.fars[far].unlink();
         if was_up {
             self.losses += 1;
+            self.fars[far].count_losses(self.now);
             self.fars[far].talk.hold();
+            self.accuse(far);
             self.forget_held(far);
             self.give_up(far);
         }
@@ -266,6 +286,28 @@ impl World {
                 Some(Mutant::FarFlushLost) => op == Some(Op::Flush),
                 _ => false,
             };
+        }
+    }
+
+    /// What has been lost with one connection after another may fail, by itself.
+    fn accuse(&mut self, far: usize) {
+        while let Some(Accused { key, is_over, .. }) = self.fars[far].talk.accused() {
+            if !is_over {
+                continue;
+            }
+            let Far { losses, erred, patience, .. } = &mut self.fars[far];
+            let (count, first) = losses[key as usize];
+            let away = self.now - first;
+            let is_time = patience.outage.is_some_and(|outage| away >= u64::from(outage) * SECOND);
+            if count < LOSSES || !is_time {
+                let text = format!("a request was given up after {count} losses in {away} ns");
+                return self.fail(Kind::NeedlessError, text);
+            }
+            erred[key as usize] = true;
+            let device = self.fars[far].device;
+            self.deadly += 1;
+            self.deadly_legs += u64::from(self.devices[device].habits.is_some());
+            self.land(far, key, Err(Errno::EIO));
         }
     }
 
@@ -425,7 +467,13 @@ impl World {
             (*away_since, *strikes, *in_vain) = (None, 0, 0);
         }
         match verdict {
-            Verdict::Over(result) => self.land(far, key, result),
+            Verdict::Over(result) => {
+                self.land(far, key, result);
+                // Another may have waited for that.
+                if self.fars[far].talk.has_unsent() {
+                    self.send_far(far);
+                }
+            }
             Verdict::Parting => self.lose(far, false),
             Verdict::Open if self.mutant == Some(Mutant::FarEarly) && keys.contains(&key) => {
                 self.land(far, key, result.map_err(errno));

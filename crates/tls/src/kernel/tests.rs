@@ -255,3 +255,40 @@ fn garbage_ends_a_connection_by_reason() {
     let error = sealed.socket.read(&mut room).unwrap_err();
     assert_eq!(error.raw_os_error(), Some(Errno::BADMSG.raw_os_error()), "{error}");
 }
+
+/// A socket that knows no TLS takes a record's bytes as they are.
+#[test]
+fn an_end_for_which_there_is_no_room_is_said_when_there_is_and_once() {
+    struct None;
+    impl Secrets for None {
+        fn next(
+            &mut self,
+            _: Direction,
+        ) -> std::result::Result<(u64, ConnectionTrafficSecrets), rustls::Error> {
+            Err(rustls::Error::HandshakeNotComplete)
+        }
+    }
+    let (ours, mut theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+    ours.set_nonblocking(true).unwrap();
+    let mut session = Session::new::<crate::ServerSide>(Box::new(None), "the client");
+    let mut sent = 0;
+    while let Ok(count) = (&ours).write(&[7; 4096]) {
+        sent += count;
+    }
+    for _ in 0..3 {
+        assert!(!session.close(ours.as_fd()), "there is no room");
+    }
+    theirs.read_exact(&mut vec![0; sent]).unwrap();
+    for _ in 0..3 {
+        assert!(session.close(ours.as_fd()));
+    }
+    drop(ours);
+    let mut said = Vec::new();
+    theirs.read_to_end(&mut said).unwrap();
+    assert_eq!(said, CLOSE);
+    // Where nobody is any more there is nothing to wait for.
+    let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+    drop(theirs);
+    let mut session = Session::new::<crate::ServerSide>(Box::new(None), "the client");
+    assert!(session.close(ours.as_fd()));
+}

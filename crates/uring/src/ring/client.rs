@@ -38,3 +38,29 @@ impl Uring {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use devsplice_engine::Ring;
+
+    use super::*;
+    use crate::ring::{Config, LaneMemory};
+
+    #[test]
+    fn a_rest_is_of_one_lanes_memory_and_of_no_inner_ones() {
+        let lane = LaneMemory { depth: 2, bytes: 4096, slots: false, locked: false };
+        let lanes = vec![lane, LaneMemory { bytes: 0, ..lane }, lane];
+        let mut ring = Uring::new(&Config { flights: 2, files: 0, lanes, inner: 1 }).unwrap();
+        for (lane, tag) in [(0, 0), (0, 1), (2, 0), (2, 1), (3, 0)] {
+            ring.memory(lane, tag).fill(7);
+        }
+        // One without memory, inner ones, and what is no lane have nothing to give.
+        [1, 2, 3, 4].into_iter().for_each(|lane| ring.rest(lane));
+        let mut holds = |byte| {
+            let places = [(0, 0), (0, 1), (2, 0), (2, 1), (3, 0)];
+            places.map(|(lane, tag)| ring.memory(lane, tag).iter().all(|at| *at == byte))
+        };
+        assert_eq!(holds(7), [true, true, false, false, true]);
+        assert_eq!(holds(0), [false, false, true, true, false]);
+    }
+}

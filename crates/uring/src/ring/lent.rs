@@ -90,11 +90,10 @@ impl Uring {
     }
 
     /// Leaves a read's data where it is if it can be sent from there; whether it was.
-    pub(super) fn lend(&mut self, key: u32, (lane, slot): (u8, u16), splice: &Splice<'_>) -> bool {
+    pub(super) fn lend(&mut self, key: u32, (lane, slot): (u16, u16), splice: &Splice<'_>) -> bool {
         let (Op::Read, To::File(id), [part]) = (splice.op, splice.to, splice.parts) else {
             return false;
         };
-        let lane = u16::from(lane);
         let is_on = |loans: &Loans| loans.on;
         if !self.loans.get(usize::from(lane)).and_then(Option::as_ref).is_some_and(is_on) {
             return false;

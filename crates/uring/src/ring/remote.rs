@@ -51,6 +51,7 @@ const HEAD: u32 = 1;
 const DATA: u32 = 2;
 const TICK: u32 = 3;
 const BELL: u32 = 4;
+const PROD: u32 = 5;
 
 /// A socket behind which a server has given us its export.
 #[derive(Debug)]
@@ -331,6 +332,8 @@ impl Uring {
                 HEAD => remotes.headed(ring, index, result),
                 DATA => remotes.filled(ring, index, result),
                 TICK => remotes.tick(ring),
+                // Whether it has found something to end: that says so itself.
+                PROD => {}
                 _ => remotes.connected(ring, index),
             }
         });

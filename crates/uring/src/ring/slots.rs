@@ -67,6 +67,53 @@ impl Uring {
     #[inline]
     #[must_use]
     pub fn memory_pages(&self, lane: u16, tag: u16) -> Pages {
-        PagesKind::Memory { lane: lane.to_le_bytes()[0], slot: tag }.pack()
+        PagesKind::Memory { lane, slot: tag }.pack()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use devsplice_core::Op;
+    use devsplice_engine::{Event, Part, Ring, Splice, To};
+    use rustix::io::pread;
+
+    use super::*;
+    use crate::files::{FileKind, RingFile};
+    use crate::ring::{Config, DATA_AT, LaneMemory};
+    use crate::splice::MOST_LANES;
+
+    /// A server may have that many clients on one thread, and a stack that keeps records beside.
+    #[test]
+    fn memory_of_the_three_hundredth_lane_is_its_own() {
+        let lane = LaneMemory { depth: 1, bytes: 4096, slots: false, locked: false };
+        let lanes = vec![lane; 300];
+        let mut ring = Uring::new(&Config { flights: 2, files: 1, lanes, inner: 1 }).unwrap();
+        let fd = rustix::fs::memfd_create("lanes", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        let look = fd.try_clone().unwrap();
+        let file = ring.add_file(RingFile { fd, kind: FileKind::Regular }).unwrap();
+        for lane in 0..300 {
+            ring.memory(lane, 0)[DATA_AT..][..512].fill(lane.to_le_bytes()[0] ^ 0x55);
+        }
+        ring.put(300, 0, &[7; 512]);
+        for lane in [300, 299, 256, 44, 0] {
+            let pages = ring.inner_pages(lane, 0);
+            let (to, parts) = (To::File(file), &[Part { at: 0, len: 512 }]);
+            let write = Splice { op: Op::Write, fua: false, to, at: 0, len: 512, pages, parts };
+            ring.splice(0, &write);
+            ring.enter(true).unwrap();
+            assert!(matches!(ring.next(), Some(Event::Splice { result: Ok(512), .. })));
+            let mut bytes = [0; 512];
+            assert_eq!(pread(&look, &mut bytes, 0), Ok(512));
+            let own = if lane == 300 { 7 } else { lane.to_le_bytes()[0] ^ 0x55 };
+            assert_eq!(bytes, [own; 512], "lane {lane}");
+        }
+    }
+
+    #[test]
+    fn more_lanes_than_pages_can_name_are_refused() {
+        let lane = LaneMemory { depth: 1, bytes: 0, slots: false, locked: false };
+        let lanes = vec![lane; MOST_LANES];
+        let made = Uring::new(&Config { flights: 1, files: 1, lanes, inner: 1 });
+        assert!(made.err().unwrap().to_string().contains("32769 lanes"));
     }
 }

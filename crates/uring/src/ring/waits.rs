@@ -9,12 +9,21 @@ use crate::uapi::{OP_ASYNC_CANCEL, OP_POLL_ADD, SQE_FIXED_FILE, Sqe};
 
 impl Uring {
     /// Waits until `file` is readable, once.
-    pub fn poll(&mut self, (lane, index): (u16, u32), file: FileId) {
+    pub fn poll(&mut self, place: (u16, u32), file: FileId) {
+        self.poll_for(place, file, libc::POLLIN);
+    }
+
+    /// Waits until there is room for more in `file`, a socket, or nobody is at its other end; once.
+    pub fn poll_room(&mut self, place: (u16, u32), file: FileId) {
+        self.poll_for(place, file, libc::POLLOUT);
+    }
+
+    fn poll_for(&mut self, (lane, index): (u16, u32), file: FileId, events: libc::c_short) {
         self.queues.push(Sqe {
             opcode: OP_POLL_ADD,
             fd: i32::from(file.0),
             flags: SQE_FIXED_FILE,
-            op_flags: u32::try_from(libc::POLLIN).unwrap_or(1),
+            op_flags: u32::try_from(events).unwrap_or(1),
             user_data: KIND_EXPORT | u64::from(lane) << 32 | u64::from(index),
             ..Sqe::default()
         });

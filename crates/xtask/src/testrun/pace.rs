@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use super::parse::outcome;
+
 /// How many are named.
 const NAMED: usize = 20;
 
@@ -23,7 +25,7 @@ impl Pace {
     }
 
     fn line_at(&mut self, line: &str, now: Instant) {
-        let Some(name) = tested(line) else { return };
+        let Some((name, _)) = outcome(line) else { return };
         self.times.push((name.into(), now.duration_since(self.last)));
         self.last = now;
     }
@@ -43,12 +45,6 @@ impl Pace {
         times.truncate(NAMED);
         times
     }
-}
-
-/// The name in a line `test NAME ... RESULT`; the word before a result of a whole program is none.
-fn tested(line: &str) -> Option<&str> {
-    let (name, _) = line.strip_prefix("test ")?.split_once(" ... ")?;
-    Some(name.trim())
 }
 
 #[cfg(test)]

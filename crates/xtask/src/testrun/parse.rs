@@ -12,6 +12,8 @@ pub struct Counts {
     pub passed: usize,
     /// Tests that did not.
     pub failed: usize,
+    /// The names of those that have one.
+    pub broken: Vec<String>,
     /// Name and reason of each test that was not run.
     pub skipped: Vec<(String, String)>,
     /// The test whose output is being shown.
@@ -51,22 +53,28 @@ impl Counts {
                 self.said_so += 1;
                 self.skipped.push((self.showing.clone(), reason.into()));
             }
-        } else if let Some((name, reason)) = ignored(line)
-            && reason != HELPER
-        {
-            self.skipped.push((name.into(), reason.into()));
+        } else if let Some((name, outcome)) = outcome(line) {
+            match ignored(outcome) {
+                Some(reason) if reason != HELPER => self.skipped.push((name.into(), reason.into())),
+                None if outcome == "FAILED" => self.broken.push(name.into()),
+                _ => {}
+            }
         }
     }
 }
 
-/// Name and reason of a line `test NAME ... ignored, REASON`, or `ignored (REASON)` where a test
-/// decided so itself.
-fn ignored(line: &str) -> Option<(&str, &str)> {
-    let (name, outcome) = line.strip_prefix("test ")?.rsplit_once(" ... ")?;
+/// What a line `test NAME ... OUTCOME` says.
+pub fn outcome(line: &str) -> Option<(&str, &str)> {
+    let (name, outcome) = line.strip_prefix("test ")?.split_once(" ... ")?;
+    Some((name.trim(), outcome.trim()))
+}
+
+/// The reason in `ignored, REASON`, or `ignored (REASON)` where a test decided so itself.
+fn ignored(outcome: &str) -> Option<&str> {
     let rest = outcome.strip_prefix("ignored")?;
     let reason = rest.strip_prefix(',').unwrap_or(rest).trim();
     let reason = reason.strip_prefix('(').and_then(|r| r.strip_suffix(')')).unwrap_or(reason);
-    Some((name.trim(), if reason.is_empty() { "no reason given" } else { reason }))
+    Some(if reason.is_empty() { "no reason given" } else { reason })
 }
 
 /// The number of instructions in callgrind's summary.
@@ -94,7 +102,9 @@ mod tests {
         counts.line("test result: ok. 12 passed; 0 failed; 3 ignored; 0 measured; 0 filtered out");
         counts.line("test result: FAILED. 1 passed; 2 failed; 0 ignored; finished in 0.1s");
         counts.line("test a::b ... ok");
+        counts.line("test a::c   ... FAILED");
         assert_eq!((counts.passed, counts.failed), (13, 2));
+        assert_eq!(counts.broken, ["a::c"]);
     }
 
     #[test]

@@ -5,15 +5,17 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
 use devsplice_core::Errno;
+use devsplice_nbd::client::conversation::Accused;
 use devsplice_nbd::wire::command;
 use devsplice_nbd::{Broken, Request};
 use rustix::net::sockopt::socket_domain;
 use rustix::net::{AddressFamily, SendFlags, Shutdown, send, shutdown};
 
 use super::super::lent::send_memory;
-use super::{BELL, Conn, Link, Receiving, Remotes, SECOND, TICK, Uring, user_data};
+use super::{BELL, Conn, DATA, Link, PROD, Receiving, Remotes, SECOND, SENT, TICK, Uring};
+use super::{shown, user_data};
 use crate::files::{FileKind, RingFile};
-use crate::uapi::{OP_POLL_ADD, OP_TIMEOUT, Sqe};
+use crate::uapi::{OP_ASYNC_CANCEL, OP_POLL_ADD, OP_TIMEOUT, Sqe};
 
 impl Conn {
     /// Whether the server may still read what it was sent over the connection that was lost. Where
@@ -64,9 +66,23 @@ impl Remotes {
         conn.receiving = Receiving::default();
         let line = Arc::clone(&conn.line);
         conn.remote.dial(&line, Some(&conn.lost));
+        self.accuse(ring, index);
         // There may soon be a connection again, and no answer over that one, either.
         self.give_up(ring, index);
         self.arm_tick(ring);
+    }
+
+    /// Fails what was lost with one connection after another while others are answered.
+    fn accuse(&mut self, ring: &mut Uring, index: usize) {
+        while let Some(Accused { key, losses, is_over }) = self.conns[index].talk.accused() {
+            let what = shown(&self.asks[key as usize]);
+            let end = if is_over { "it fails" } else { "it may be why, and is asked again" };
+            let text = format!("{losses} connections were lost while {what} had no answer: {end}");
+            self.conns[index].remote.tell(&text);
+            if is_over {
+                self.land(ring, key, Err(Errno::EIO));
+            }
+        }
     }
 
     /// Fails what is held, and what comes until there is a connection, if it is time for that.
@@ -122,6 +138,26 @@ impl Remotes {
         }
     }
 
+    /// Has what is under way say how far it has come. An entry that completes when all of its bytes
+    /// have moved says nothing before; one that is cancelled completes with those that have, or
+    /// with `ECANCELED` if none has (io_uring/net.c, `io_sendrecv_fail`, Linux 6.1 to 7.3). What is
+    /// left goes on with another.
+    fn prod(&mut self, ring: &mut Uring, index: usize) {
+        let conn = &self.conns[index];
+        for (what, is_out) in [(SENT, conn.batch.out > 0), (DATA, conn.receiving.has_data_out())] {
+            if is_out {
+                ring.queues.push(Sqe {
+                    opcode: OP_ASYNC_CANCEL,
+                    fd: -1,
+                    // Of those that are linked, the first: the others have not begun.
+                    addr: user_data(index, what),
+                    user_data: user_data(index, PROD),
+                    ..Sqe::default()
+                });
+            }
+        }
+    }
+
     pub(super) fn arm_tick(&mut self, ring: &mut Uring) {
         if std::mem::replace(&mut self.is_ticking, true) {
             return;
@@ -147,6 +183,8 @@ impl Remotes {
             }
             if let Some(seconds) = conn.talk.second() {
                 self.lose(ring, index, format!("it has not answered for {seconds} s"));
+            } else if conn.talk.is_in_doubt() {
+                self.prod(ring, index);
             }
             self.take_over(ring, index);
             self.give_up(ring, index);
@@ -185,7 +223,7 @@ impl Remotes {
             }
             match &mut conn.records {
                 // What has been encrypted may not be with the network yet; a shutdown loses it.
-                Some(records) if how == Shutdown::Write => records.close(socket),
+                Some(records) if how == Shutdown::Write => drop(records.close(socket)),
                 _ => drop(shutdown(socket, how)),
             }
             conn.remote.part();

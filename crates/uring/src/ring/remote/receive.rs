@@ -43,6 +43,11 @@ pub(super) struct Receiving {
 }
 
 impl Receiving {
+    /// Whether data is on its way to where it belongs.
+    pub(super) fn has_data_out(&self) -> bool {
+        self.out > u16::from(self.is_heading)
+    }
+
     /// The completion of an entry for headers is out.
     pub(super) fn head_back(&mut self, memory: &mut Arena) {
         self.out -= 1;
@@ -196,7 +201,6 @@ impl Remotes {
                 conn.talk.hear();
             }
             // Linked behind data that has not come whole.
-            _ if result == -libc::ECANCELED => {}
             _ if is_transient(result) => {}
             _ => match conn.hear(ring, result) {
                 Ok(()) if !self.renew(ring, index) => return,
@@ -270,8 +274,9 @@ fn advanced(target: Target, done: u32) -> Target {
     Target { at: target.at + done, left: target.left.saturating_sub(done), ..target }
 }
 
+/// Whether nothing has moved, and may yet. What is cancelled is, to hear how far it has come.
 fn is_transient(result: i32) -> bool {
-    result == -libc::EINTR || result == -libc::EAGAIN
+    [libc::EINTR, libc::EAGAIN, libc::ECANCELED].contains(&-result)
 }
 
 /// Why nothing comes any more.

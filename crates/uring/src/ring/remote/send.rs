@@ -285,7 +285,10 @@ impl Remotes {
             return self.settle(ring, index);
         }
         match batch.error {
-            0 | libc::EINTR | libc::EAGAIN if batch.next < batch.count => self.submit(ring, index),
+            // Cancelled is what was asked how far it has come.
+            0 | libc::EINTR | libc::EAGAIN | libc::ECANCELED if batch.next < batch.count => {
+                self.submit(ring, index);
+            }
             0 => self.all_sent(ring, index),
             error => {
                 let error = std::io::Error::from_raw_os_error(error);

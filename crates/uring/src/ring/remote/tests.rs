@@ -40,6 +40,7 @@ struct Fake {
     dials: AtomicU32,
     disk: Arc<Mutex<Vec<u8>>>,
     serve: Arc<Serve>,
+    over_tcp: AtomicBool,
 }
 
 /// Its side of a connection.
@@ -68,7 +69,10 @@ impl Remote for Fake {
     fn dial(&self, line: &Arc<Line>, lost: Option<&str>) {
         self.told.lock().unwrap().extend(lost.map(str::to_owned));
         let number = self.dials.fetch_add(1, Relaxed);
-        let (ours, theirs) = UnixStream::pair().unwrap();
+        let (ours, theirs) = match self.over_tcp.load(Relaxed) {
+            false => UnixStream::pair().unwrap(),
+            true => tcp_pair(),
+        };
         let (serve, line) = (Arc::clone(&self.serve), Arc::clone(line));
         let mut peer = Peer { stream: theirs, mode: self.agreed.mode, disk: self.disk.clone() };
         let agreed = self.agreed.clone();
@@ -103,7 +107,69 @@ impl Remote for Fake {
     }
 }
 
+/// Two ends of a connection over TCP that holds little on its way.
+fn tcp_pair() -> (UnixStream, UnixStream) {
+    use rustix::net::sockopt::{set_socket_recv_buffer_size, set_socket_send_buffer_size};
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    set_socket_recv_buffer_size(&listener, 64 << 10).unwrap();
+    // Packets as large as this machine's way to itself takes would each fill the window: then
+    // bytes move when a timer probes it, and rarely.
+    let (fd, most) = (listener.as_raw_fd(), 1400_i32);
+    let (name, len) = (libc::TCP_MAXSEG, size_of_val(&most) as u32);
+    // SAFETY: the kernel reads `most`, which lives here, before the call returns.
+    let set =
+        unsafe { libc::setsockopt(fd, libc::IPPROTO_TCP, name, (&raw const most).cast(), len) };
+    assert_eq!(set, 0);
+    let ours = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (theirs, _) = listener.accept().unwrap();
+    for end in [&ours, &theirs] {
+        set_socket_send_buffer_size(end, 64 << 10).unwrap();
+        set_socket_recv_buffer_size(end, 64 << 10).unwrap();
+    }
+    // A descriptor is read and written in the same way, whatever its kind.
+    (UnixStream::from(OwnedFd::from(ours)), UnixStream::from(OwnedFd::from(theirs)))
+}
+
+/// So many bytes at a time, at so many a second.
+const SIP: usize = 16 << 10;
+const SLOWLY: u64 = 200 << 10;
+
+fn sip() {
+    std::thread::sleep(Duration::from_nanos(SIP as u64 * 1_000_000_000 / SLOWLY));
+}
+
 impl Peer {
+    /// Does all that is asked, slowly: data comes and goes in small pieces. Stops for good once
+    /// `until` bytes of a write are read.
+    fn slowly(&mut self, until: usize) -> Option<()> {
+        loop {
+            let mut head = vec![0; self.mode.request_len()];
+            self.stream.read_exact(&mut head).ok()?;
+            let request = Request::parse(&head, self.mode).unwrap()?;
+            let is_write = request.command == command::WRITE;
+            let mut data = vec![0; if is_write { request.length as usize } else { 0 }];
+            for (count, piece) in data.chunks_mut(SIP).enumerate() {
+                if count * SIP >= until {
+                    std::thread::sleep(Duration::from_secs(20));
+                    return None;
+                }
+                self.stream.read_exact(piece).ok()?;
+                sip();
+            }
+            let data = self.carry_out(&request, &data);
+            if request.command != command::READ {
+                self.done(&request, 0)?;
+                continue;
+            }
+            let head = Head::data(self.mode, (request.cookie, request.offset), data.len() as u32);
+            self.say(head.bytes())?;
+            for piece in data.chunks(SIP) {
+                self.say(piece)?;
+                sip();
+            }
+        }
+    }
+
     /// The next request with its data; none when the client has gone.
     fn next(&mut self) -> Option<(Request, Vec<u8>)> {
         let mut head = vec![0; self.mode.request_len()];
@@ -221,8 +287,17 @@ const PATIENT: Patience = Patience { answer: 0, outage: None };
 
 impl Client {
     fn new(
-        (mode, flags): (Mode, u16),
+        what: (Mode, u16),
         has_slots: bool,
+        patience: Patience,
+        serve: impl Fn(&mut Peer, u32) -> Option<()> + Send + Sync + 'static,
+    ) -> Client {
+        Client::over(what, (has_slots, false), patience, serve)
+    }
+
+    fn over(
+        (mode, flags): (Mode, u16),
+        (has_slots, over_tcp): (bool, bool),
         patience: Patience,
         serve: impl Fn(&mut Peer, u32) -> Option<()> + Send + Sync + 'static,
     ) -> Client {
@@ -234,6 +309,7 @@ impl Client {
             dials: AtomicU32::new(0),
             disk: Arc::new(Mutex::new(vec![0; SIZE])),
             serve: Arc::new(serve),
+            over_tcp: AtomicBool::new(over_tcp),
         });
         let bytes = if has_slots { 0 } else { ROOM as u32 };
         let lane = LaneMemory { depth: DEPTH, bytes, slots: has_slots, locked: false };
@@ -605,6 +681,107 @@ fn a_server_that_says_nothing_is_left_and_one_that_stays_so_fails_what_waits() {
     assert_eq!(client.one(WRITE, 0, 4096), Err(Errno::EIO));
     let (told, dials) = (client.told(), client.fake.dials.load(Relaxed));
     assert!(told.contains("away for 2 s") && (3..5).contains(&dials), "{dials}: {told}");
+}
+
+#[test]
+fn data_that_goes_on_moving_is_no_silence_however_slowly() {
+    let _used = USED.lock().unwrap();
+    // Longer than what is in buffers takes to be read, far shorter than the transfers.
+    let patience = Patience { answer: 2, outage: Some(1) };
+    let kinds = [(false, false), (false, true), (true, false), (true, true)];
+    std::thread::scope(|scope| {
+        for (tag, kind) in (0..).zip(kinds) {
+            scope.spawn(move || {
+                let slow = |peer: &mut Peer, _| peer.slowly(usize::MAX);
+                let mut client = Client::over((Mode::Simple, ALL), kind, patience, slow);
+                let bytes: Vec<u8> = (0..ROOM).map(|at| (at % 251 + at / 4096) as u8).collect();
+                client.put(tag, &bytes);
+                let begin = Instant::now();
+                client.ask(tag, WRITE, 0, ROOM as u32);
+                assert_eq!(client.land(), (tag.into(), Ok(ROOM as u64)), "{}", client.told());
+                client.put(tag, &vec![0; ROOM]);
+                client.ask(tag, READ, 0, ROOM as u32);
+                assert_eq!(client.land(), (tag.into(), Ok(ROOM as u64)), "{}", client.told());
+                assert!(client.get(tag, ROOM) == bytes, "{kind:?}: other bytes");
+                assert!(begin.elapsed() > Duration::from_secs(6), "it was not slow");
+                let dials = client.fake.dials.load(Relaxed);
+                assert_eq!((client.told(), dials), (String::new(), 1), "{kind:?}");
+            });
+        }
+    });
+}
+
+#[test]
+fn data_that_moves_no_more_is_silence() {
+    let _used = USED.lock().unwrap();
+    let patience = Patience { answer: 2, outage: Some(1) };
+    let kinds = [(false, false), (false, true), (true, false), (true, true)];
+    std::thread::scope(|scope| {
+        for (tag, kind) in (0..).zip(kinds) {
+            scope.spawn(move || {
+                let stuck = |peer: &mut Peer, number| match number {
+                    0 => peer.slowly(ROOM / 4),
+                    _ => peer.well(4096),
+                };
+                let mut client = Client::over((Mode::Simple, ALL), kind, patience, stuck);
+                client.put(tag, &vec![7; ROOM]);
+                let begin = Instant::now();
+                client.ask(tag, WRITE, 0, ROOM as u32);
+                let landed = client.land();
+                // Over a socket of this machine the next one waits for the last one to be read.
+                let expected = if kind.1 { Ok(ROOM as u64) } else { Err(Errno::EIO) };
+                assert_eq!(landed, (tag.into(), expected), "{}", client.told());
+                let told = client.told();
+                assert!(told.contains("not answered for 2 s"), "{kind:?}: {told}");
+                // What has moved at first is heard of late, by 2 s; an outage comes behind that.
+                assert!(begin.elapsed() < Duration::from_secs(12), "{:?}", begin.elapsed());
+            });
+        }
+    });
+}
+
+#[test]
+fn a_request_that_ends_its_server_fails_and_others_are_answered() {
+    let _used = USED.lock().unwrap();
+    for has_slots in [false, true] {
+        let patience = Patience { answer: 0, outage: Some(1) };
+        // Whoever reads is answered, whoever writes there ends the connection.
+        let dies = |peer: &mut Peer, _| loop {
+            let (request, data) = peer.next()?;
+            if request.command == command::WRITE && request.offset == 0 {
+                // Others are answered before that.
+                std::thread::sleep(Duration::from_millis(10));
+                return None;
+            }
+            let data = peer.carry_out(&request, &data);
+            peer.answer(&request, &data, 4096)?;
+        };
+        let mut client = Client::new((Mode::Simple, ALL), has_slots, patience, dies);
+        let begin = Instant::now();
+        client.ask(0, WRITE, 0, 4096);
+        client.ask(1, READ, 8192, 4096);
+        let mut reads = 0;
+        loop {
+            match client.land() {
+                (0, result) => {
+                    assert_eq!(result, Err(Errno::EIO));
+                    break;
+                }
+                (key, result) => {
+                    assert_eq!((key, result), (1, Ok(4096)), "{}", client.told());
+                    reads += 1;
+                    client.ask(1, READ, 8192, 4096);
+                }
+            }
+            assert!(begin.elapsed() < Duration::from_secs(15), "{}", client.told());
+        }
+        let told = client.told();
+        assert!(told.contains("lost while write of 4096 bytes at 0"), "{told}");
+        assert!(!told.contains("requests fail"), "{told}");
+        assert!(reads > 5 && begin.elapsed() > Duration::from_secs(1), "{reads} reads");
+        assert_eq!(client.land(), (1, Ok(4096)));
+        assert_eq!(client.one(WRITE, 8192, 4096), Ok(4096));
+    }
 }
 
 #[test]
