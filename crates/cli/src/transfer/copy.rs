@@ -13,7 +13,7 @@ use devsplice_spec::Plan as StackPlan;
 use serde_json::json;
 
 use super::progress::Progress;
-use super::resume::{Kept, Resume};
+use super::resume::{self, Kept, Resume};
 use super::{Open, attend, compare, explain, missing_file, plan, sizes};
 use crate::args::Copy;
 use crate::say;
@@ -31,24 +31,23 @@ const PAGE: u64 = 4096;
 /// If one of them cannot be opened, they do not fit, or a request failed.
 pub fn run(copy: &Copy) -> Result<ExitCode> {
     let begin = Instant::now();
-    let target_plan = plan(&copy.to)?;
-    let from = Open::new(&copy.from, Access::Read)?;
+    let [source_plan, target_plan] = [plan(&copy.from)?, plan(&copy.to)?];
+    let from = Open::of(&copy.from, &source_plan, Access::Read)?;
     let size = from.limits().size;
-    let is_new = make_target(&target_plan, size)?;
+    let stamp = from.stamp(&source_plan)?;
+    let this = Resume::new([&copy.from, &copy.to], size, stamp);
+    let found = match &copy.resume {
+        Some(path) => resume::find(path, &this)?,
+        None => None,
+    };
+    let is_new = make_target(&target_plan, size, (copy, found.as_ref()))?;
     let to = Open::of(&copy.to, &target_plan, Access::Serve)?;
     from.apart_from(&to)?;
     let align = check(&from, &to)?;
     from.warn();
     to.warn();
-    let this = Resume {
-        from: copy.from.clone(),
-        to: copy.to.clone(),
-        size,
-        stamp: from.stamp(),
-        done: 0,
-        fresh: is_new,
-    };
-    let kept = copy.resume.as_ref().map(|path| Kept::open(path, this)).transpose()?;
+    let this = Resume { target: to.identity(&target_plan)?, fresh: is_new, ..this };
+    let kept = copy.resume.as_ref().map(|path| Kept::open(path, this, found)).transpose()?;
     let start = kept.as_ref().map_or(0, |kept| kept.says().done);
     let is_fresh = is_new || kept.as_ref().is_some_and(|kept| kept.says().fresh);
     let how = How {
@@ -89,8 +88,15 @@ fn verify(copy: &Copy, load: (u16, Size), size: u64) -> Result<()> {
 }
 
 /// Makes a target that is a plain file and is not there; whether it did.
-fn make_target(plan: &StackPlan, size: u64) -> Result<bool> {
+fn make_target(
+    plan: &StackPlan,
+    size: u64,
+    (copy, found): (&Copy, Option<&Resume>),
+) -> Result<bool> {
     let Some(path) = missing_file(plan) else { return Ok(false) };
+    if let Some(resume) = &copy.resume {
+        resume::refuse_gone(resume, found)?;
+    }
     std::fs::File::create_new(path)
         .and_then(|file| file.set_len(size))
         .map_err(|error| Error::os(path, &error))?;

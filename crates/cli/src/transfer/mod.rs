@@ -3,6 +3,7 @@
 pub mod bench;
 pub mod compare;
 pub mod copy;
+mod identity;
 pub mod map;
 mod progress;
 mod resume;
@@ -89,23 +90,6 @@ impl Open {
     /// To be asked.
     pub fn into_side(self) -> Side {
         Side::new(self.stack, self.bottoms)
-    }
-
-    /// What is other once its files have been written to.
-    pub fn stamp(&self) -> String {
-        let stats = self.bottoms.iter().filter_map(|bottom| match bottom {
-            Bottom::File { fd, .. } => rustix::fs::fstat(fd.as_fd()).ok(),
-            Bottom::Bytes(_) | Bottom::Remote(_) => None,
-        });
-        let one = |stat: rustix::fs::Stat| match FileType::from_raw_mode(stat.st_mode) {
-            // A device node's times say nothing about the device.
-            FileType::BlockDevice => format!("device {}", stat.st_rdev),
-            _ => format!(
-                "{}:{} {}.{:09}",
-                stat.st_dev, stat.st_ino, stat.st_mtime, stat.st_mtime_nsec
-            ),
-        };
-        stats.map(one).collect::<Vec<_>>().join(", ")
     }
 
     /// What tells its files and devices from others'.

@@ -13,6 +13,8 @@ pub fn add(group: &mut Group, kind: Kind) {
     group.add("a_copy_is_equal_whatever_its_requests_and_layers", copies);
     group.add("a_copy_leaves_holes_where_nbdcopy_does", holes);
     group.add("a_copy_that_is_killed_goes_on_where_it_was_safe", killed);
+    group.add("a_copy_goes_on_only_to_what_it_was_begun_to", same_target);
+    group.add("a_copy_goes_on_only_between_the_devices_it_was_begun_with", same_devices);
     group.add("a_copy_that_is_interrupted_says_so_and_goes_on", interrupted);
     group.add("a_copy_is_verified_and_tells_how_far_it_is", verified);
     group.add("what_cannot_be_copied_is_refused_or_fails_with_the_place", bad);
@@ -132,6 +134,15 @@ fn slow_copy<'a>(room: &Room, from: &'a str, to: &'a str) -> (Vec<String>, devsp
     (arguments, running)
 }
 
+/// A copy that has come some way and was killed; its arguments.
+fn broken_off(room: &Room, from: &str, to: &str) -> Vec<String> {
+    let (arguments, mut running) = slow_copy(room, from, to);
+    let pid = Pid::from_raw(i32::try_from(running.pid()).expect("a pid")).expect("a pid");
+    kill_process(pid, Signal::KILL).expect("a process to kill");
+    wait_until(10, "the end", || running.is_over());
+    arguments
+}
+
 /// Goes on, must not begin anew, and must be right.
 fn goes_on(room: &Room, arguments: &[String], from: &str, to: &str) {
     let told = json(&room.devsplice(arguments).ok());
@@ -145,10 +156,7 @@ fn killed() -> Outcome {
     let room = Room::new();
     let from = source(&room, "from");
     let to = room.path("to");
-    let (arguments, mut running) = slow_copy(&room, &from, &to);
-    let pid = Pid::from_raw(i32::try_from(running.pid()).expect("a pid")).expect("a pid");
-    kill_process(pid, Signal::KILL).expect("a process to kill");
-    wait_until(10, "the end", || running.is_over());
+    let arguments = broken_off(&room, &from, &to);
     goes_on(&room, &arguments, &from, &to);
     // Of another source, or one that was changed, nothing goes on.
     let again = room.path("again");
@@ -160,6 +168,82 @@ fn killed() -> Outcome {
     let file = File::options().write(true).open(&from).expect("the source");
     file.write_all_at(&[7], 100).expect("room");
     assert!(room.refusal(&arguments).contains("has been changed"));
+    Ok(())
+}
+
+fn same_target() -> Outcome {
+    let room = Room::new();
+    let from = source(&room, "from");
+    let [to, away, state] = ["to", "away", "state"].map(|name| room.path(name));
+    let arguments = broken_off(&room, &from, &to);
+    let kept = std::fs::read(&state).expect("a resume file");
+    let refused = |words: &[&str]| {
+        let text = room.refusal(&arguments);
+        assert!(words.iter().all(|word| text.contains(word)), "no {words:?} in {text}");
+        assert!(text.contains("remove") && text.contains("state"), "{text}");
+        assert_eq!(std::fs::read(&state).expect("a resume file"), kept, "{text}");
+    };
+    // Gone, as when its file system is not mounted: none is made in its place.
+    std::fs::rename(&to, &away).expect("a file to move");
+    refused(&[&to, "is gone"]);
+    assert!(!Path::new(&to).exists(), "another one was made");
+    // Another one of that name and size.
+    let other = room.full_file("to", 24 * MIB + 12 * 1024, 0x5a);
+    refused(&[&to, "is another one"]);
+    assert!(std::fs::read(&other).expect("a file").iter().all(|byte| *byte == 0x5a));
+    std::fs::remove_file(&other).expect("a file to remove");
+    // The same bytes elsewhere are another one, too.
+    call("cp", ["-a", &away, &to]).ok();
+    refused(&[&to, "is another one"]);
+    std::fs::rename(&away, &to).expect("a file to move");
+    goes_on(&room, &arguments, &from, &to);
+    // A stack of the same name over the same file, but with its bytes elsewhere.
+    let (wide, toml) = (room.file("wide", 32 * MIB), room.path("stack.toml"));
+    let stack = |offset: &str| {
+        let keys = format!("driver = \"linear\"\nbelow = [\"{wide}\"]\noffset = \"{offset}\"\n");
+        let text = format!("stack = \"top\"\n[device.top]\n{keys}");
+        std::fs::write(&toml, text).expect("a file");
+    };
+    stack("1M");
+    let arguments = broken_off(&room, &from, &toml);
+    stack("2M");
+    let text = room.refusal(&arguments);
+    assert!(text.contains("is another one"), "{text}");
+    stack("1M");
+    room.devsplice(&arguments).ok();
+    Ok(())
+}
+
+/// Puts another file under a loop device; it begins with the other's bytes.
+fn exchange(node: &str, file: &str) {
+    call("losetup", ["-d", node]).ok();
+    wait_until(10, "the loop device to let go", || {
+        !Path::new("/sys/block").join(&node[5..]).join("loop").exists()
+    });
+    call("losetup", ["--direct-io=on", node, file]).ok();
+}
+
+fn same_devices() -> Outcome {
+    let room = Room::new();
+    let file = source(&room, "from");
+    let (to, other) = (room.loop_device("to", 32 * MIB), room.full_file("other", 32 * MIB, 0x5a));
+    let arguments = broken_off(&room, &file, &to);
+    exchange(&to, &other);
+    let text = room.refusal(&arguments);
+    assert!(text.contains("is another one") && text.contains(&to), "{text}");
+    assert!(std::fs::read(&other).expect("a file").iter().all(|byte| *byte == 0x5a));
+    std::fs::remove_file(room.path("state")).expect("the resume file");
+    room.devsplice(&arguments).ok();
+    let (wanted, got) =
+        (std::fs::read(&file).expect("a file"), std::fs::read(&other).expect("a file"));
+    assert!(got[..wanted.len()] == wanted, "the copy that began anew is not whole");
+    // The same for what is copied.
+    let (from, target) = (room.loop_device("device", 24 * MIB), room.path("target"));
+    let other = room.full_file("another", 24 * MIB, 0x5a);
+    let arguments = broken_off(&room, &from, &target);
+    exchange(&from, &other);
+    let text = room.refusal(&arguments);
+    assert!(text.contains("is another one, or has been changed"), "{text}");
     Ok(())
 }
 

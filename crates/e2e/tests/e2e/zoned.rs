@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use devsplice_e2e::{Disk, Group, Kind, MIB, Outcome, Room, call, engines, had, need_tool};
+use devsplice_e2e::{Disk, Group, Kind, MIB, Outcome, Room, call, engines, need_tool};
 
 /// Bytes of a zone.
 const ZONE: u64 = 4 * MIB;
@@ -21,11 +21,7 @@ pub fn add(group: &mut Group, kind: Kind, is_home: bool) {
         group.add("zones_outlive_servers_that_are_killed_while_they_are_written", move || {
             killed(kind)
         });
-        // It fails about one time in three on Linux 7.3, by EIO or zeros, and nobody knows yet
-        // whether that is btrfs, the kernel or us (docs/stack.md): where all tests run, not in CI.
-        if !had("fuse") {
-            group.add("zones_what_is_appended_is_where_btrfs_is_told", move || appended(kind));
-        }
+        group.add("zones_what_is_appended_is_where_btrfs_is_told", move || appended(kind));
         crate::alike::add(group, kind);
     }
 }
