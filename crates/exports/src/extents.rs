@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use devsplice_core::{Error, Io, Op, Piece, Place, Result, Stack};
 use devsplice_nbd::client::Extent;
 use devsplice_uring::{FileKind, Remote};
-use rustix::fs::{SeekFrom, seek};
+use rustix::fs::{SeekFrom, fstat, seek};
 use rustix::io::Errno;
 
 use crate::threads::Bottom;
@@ -216,8 +216,12 @@ fn content(said: Option<Extent>, len: u64) -> (u64, Content) {
 /// What a file's bytes are. Where it does not know, they are data.
 fn look(file: &OwnedFd, at: u64, len: u64) -> (u64, Content) {
     match seek(file, SeekFrom::Data(at)) {
-        // Nothing but a hole up to the end.
-        Err(Errno::NXIO) => (len, Content::Hole),
+        // Nothing but a hole up to the end. What is said to lie beyond it was cut off since the
+        // file was opened: a read of it fails, and that is what must come of it.
+        Err(Errno::NXIO) => match left(file, at) {
+            0 => (len, Content::Data),
+            left => (len.min(left), Content::Hole),
+        },
         Ok(data) if data > at => (len.min(data - at), Content::Hole),
         Ok(_) => match seek(file, SeekFrom::Hole(at)) {
             Ok(hole) if hole > at => (len.min(hole - at), Content::Data),
@@ -225,6 +229,12 @@ fn look(file: &OwnedFd, at: u64, len: u64) -> (u64, Content) {
         },
         Err(_) => (len, Content::Data),
     }
+}
+
+/// Bytes that a file has from `at` on.
+fn left(file: &OwnedFd, at: u64) -> u64 {
+    let size = fstat(file).map_or(0, |stat| u64::try_from(stat.st_size).unwrap_or(0));
+    size.saturating_sub(at)
 }
 
 #[cfg(test)]

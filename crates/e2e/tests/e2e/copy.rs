@@ -18,6 +18,7 @@ pub fn add(group: &mut Group, kind: Kind) {
     group.add("a_copy_that_is_interrupted_says_so_and_goes_on", interrupted);
     group.add("a_copy_is_verified_and_tells_how_far_it_is", verified);
     group.add("what_cannot_be_copied_is_refused_or_fails_with_the_place", bad);
+    group.add("a_source_that_is_cut_off_meanwhile_is_not_copied_as_zeros", cut_off);
     group.add("compare_finds_the_first_byte_that_differs", compare);
     group.add("map_shows_data_and_holes_through_layers", map);
     group.add("bench_measures_and_overwrites_only_when_told", bench);
@@ -312,6 +313,19 @@ fn bad() -> Outcome {
     refused(&["copy", &from, &broken], &["write of", "ENOSPC", "full"]);
     let broken = format!("error({full}, flush=EIO)");
     refused(&["copy", &from, &broken], &["flush failed", "EIO"]);
+    Ok(())
+}
+
+fn cut_off() -> Outcome {
+    let room = Room::new();
+    let from = source(&room, "from");
+    let to = room.path("to");
+    let (_, running) = slow_copy(&room, &from, &to);
+    // Of what is left nothing but a hole was to come.
+    let file = File::options().write(true).open(&from).expect("the source");
+    file.set_len(18 * MIB).expect("a shorter file");
+    let ran = running.finish().ended_with(1);
+    assert!(ran.err.contains("read of") && ran.err.contains("EIO"), "{}", ran.err);
     Ok(())
 }
 
