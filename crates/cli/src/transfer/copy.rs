@@ -42,6 +42,7 @@ pub fn run(copy: &Copy) -> Result<ExitCode> {
     };
     let is_new = make_target(&target_plan, size, (copy, found.as_ref()))?;
     let to = Open::of(&copy.to, &target_plan, Access::Serve)?;
+    to.refuse_zones("copy")?;
     from.apart_from(&to)?;
     let align = check(&from, &to)?;
     from.warn();

@@ -92,6 +92,20 @@ impl Open {
         Side::new(self.stack, self.bottoms)
     }
 
+    /// Refuses zones where something is to be written: what keeps them in order is asked by front
+    /// ends that know of them, and writes from here would go past it, over what is written.
+    ///
+    /// # Errors
+    /// If it has any.
+    pub fn refuse_zones(&self, what: &str) -> Result<()> {
+        if self.stack.zones().is_none() {
+            return Ok(());
+        }
+        let reason = format!("has zones, which {what} does not write");
+        Err(Error::new(ErrorKind::Unsupported, &self.name, reason)
+            .next("devsplice add it over ublk, and write to the disk"))
+    }
+
     /// What tells its files and devices from others'.
     fn identities(&self) -> Vec<(u64, u64, u64)> {
         let stats = self.bottoms.iter().filter_map(|bottom| match bottom {
