@@ -8,7 +8,6 @@ pub mod map;
 mod progress;
 mod resume;
 
-use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
@@ -19,7 +18,6 @@ use devsplice_exports::local::{Failure, Side, Size};
 use devsplice_exports::threads::Bottom;
 use devsplice_spec::{Kind, Plan};
 use devsplice_uring::{Uring, is_in_memory};
-use rustix::fs::FileType;
 
 use crate::args::Requests;
 use crate::assemble::{CATALOG, assemble};
@@ -104,32 +102,6 @@ impl Open {
         let reason = format!("has zones, which {what} does not write");
         Err(Error::new(ErrorKind::Unsupported, &self.name, reason)
             .next("devsplice add it over ublk, and write to the disk"))
-    }
-
-    /// What tells its files and devices from others'.
-    fn identities(&self) -> Vec<(u64, u64, u64)> {
-        let stats = self.bottoms.iter().filter_map(|bottom| match bottom {
-            Bottom::File { fd, .. } => rustix::fs::fstat(fd.as_fd()).ok(),
-            Bottom::Bytes(_) | Bottom::Remote(_) => None,
-        });
-        let one = |stat: rustix::fs::Stat| match FileType::from_raw_mode(stat.st_mode) {
-            FileType::BlockDevice => (0, 0, stat.st_rdev),
-            _ => (stat.st_dev, stat.st_ino, 0),
-        };
-        stats.map(one).collect()
-    }
-
-    /// Refuses what has a file or a device in common with this.
-    ///
-    /// # Errors
-    /// If it has.
-    pub fn apart_from(&self, other: &Open) -> Result<()> {
-        let ours = self.identities();
-        if other.identities().iter().any(|its| ours.contains(its)) {
-            let reason = format!("lies on the same file or device as {}", self.name);
-            return Err(Error::invalid(&other.name, reason));
-        }
-        Ok(())
     }
 }
 

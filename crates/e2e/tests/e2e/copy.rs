@@ -5,7 +5,7 @@ use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
-use devsplice_e2e::{Group, Kind, MIB, Outcome, Room, call, need_tool, wait_until};
+use devsplice_e2e::{Group, Kind, MIB, Outcome, Room, call, need, need_tool, wait_until};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
@@ -18,6 +18,7 @@ pub fn add(group: &mut Group, kind: Kind) {
     group.add("a_copy_that_is_interrupted_says_so_and_goes_on", interrupted);
     group.add("a_copy_is_verified_and_tells_how_far_it_is", verified);
     group.add("what_cannot_be_copied_is_refused_or_fails_with_the_place", bad);
+    group.add("a_disk_is_not_copied_to_its_own_partition_nor_back", partitions);
     group.add("who_asks_a_throttled_disk_for_holes_pays_nothing", holes_are_free);
     group.add("a_source_that_is_cut_off_meanwhile_is_not_copied_as_zeros", cut_off);
     group.add("compare_finds_the_first_byte_that_differs", compare);
@@ -314,6 +315,39 @@ fn bad() -> Outcome {
     refused(&["copy", &from, &broken], &["write of", "ENOSPC", "full"]);
     let broken = format!("error({full}, flush=EIO)");
     refused(&["copy", &from, &broken], &["flush failed", "EIO"]);
+    Ok(())
+}
+
+fn partitions() -> Outcome {
+    need_tool("sfdisk")?;
+    let room = Room::new();
+    let file = room.full_file("disk", 16 * MIB, 0x11);
+    let table = "label: gpt\nstart=2048, size=8192\nstart=12288, size=8192\n";
+    std::fs::write(room.path("table"), table).expect("a file");
+    let input = File::open(room.path("table")).expect("a file");
+    call("sfdisk", ["-q", "--no-reread", &file]).input(input).ok();
+    let before = std::fs::read(&file).expect("a file");
+    let node = call("losetup", ["-f", "--show", "-P", &file]).ok().trim().to_owned();
+    room.later("losetup", &["-d", &node]);
+    let (first, second) = (format!("{node}p1"), format!("{node}p2"));
+    let is_there = || Path::new(&first).exists() && Path::new(&second).exists();
+    let end = std::time::Instant::now() + std::time::Duration::from_secs(5);
+    while !is_there() && std::time::Instant::now() < end {
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+    need(is_there(), "no partitions of loop devices here")?;
+    let linear = format!("linear({node}, size=4M)");
+    for (from, to) in [(&first, &node), (&linear, &first), (&first, &first)] {
+        let text = room.refusal(["copy", from, to]);
+        assert!(
+            text.contains("lies on the same file or device") || text.contains("in use"),
+            "{text}"
+        );
+    }
+    assert!(std::fs::read(&file).expect("a file") == before, "something was written");
+    room.devsplice(["copy", "--allocated", &first, &second]).ok();
+    let after = std::fs::read(&file).expect("a file");
+    assert!(after[12_288 * 512..20_480 * 512] == before[2048 * 512..10_240 * 512]);
     Ok(())
 }
 
