@@ -1,14 +1,14 @@
 //! Answers for `devsplice copy`.
 
 use std::process::ExitCode;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use devsplice_backends::Access;
 use devsplice_core::{Error, ErrorKind, Result};
 use devsplice_engine::Counts;
 use devsplice_exports::extents::Extents;
-use devsplice_exports::local::{self, Course, How, Plan, Size, Work};
+use devsplice_exports::local::{self, Course, Flushes, How, Plan, Size, Work};
 use devsplice_spec::Plan as StackPlan;
 use serde_json::json;
 
@@ -134,10 +134,10 @@ fn transfer(
     let extents = Extents::at_rest(&sides[0].served.stack, &sides[0].bottoms)?;
     let slots = u32::from(threads) * u32::from(each.depth);
     let course = Arc::new(Course::new(way, vec![extents], slots));
-    let flushed = Arc::new(Mutex::new(Instant::now()));
+    let flushes = Arc::new(Flushes::default());
     let work = |_| {
-        let (course, flushed) = (Arc::clone(&course), Arc::clone(&flushed));
-        Box::new(local::Copy::new(course, how, each.depth, flushed)) as Box<dyn Work>
+        let (course, flushes) = (Arc::clone(&course), Arc::clone(&flushes));
+        Box::new(local::Copy::new(course, how, each.depth, flushes)) as Box<dyn Work>
     };
     let works: Vec<_> = (0..threads).map(work).collect();
     let mut progress = Progress::new(copy.progress, way.to)?;
