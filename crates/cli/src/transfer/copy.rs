@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, Instant};
 
 use devsplice_backends::Access;
@@ -14,7 +15,7 @@ use serde_json::json;
 
 use super::progress::Progress;
 use super::resume::{self, Kept, Resume};
-use super::{Open, attend, compare, explain, missing_file, plan, sizes};
+use super::{Open, attend, compare, explain, interrupted, missing_file, plan, sizes};
 use crate::args::Copy;
 use crate::say;
 
@@ -79,12 +80,18 @@ pub fn run(copy: &Copy) -> Result<ExitCode> {
 /// Reads both anew, from where they are.
 fn verify(copy: &Copy, load: (u16, Size), size: u64) -> Result<()> {
     let [from, to] = [&copy.from, &copy.to].map(|name| Open::new(name, Access::Read));
-    match compare::common([from?, to?], load, (0, size), copy.progress)? {
-        None => Ok(()),
-        Some(at) => {
+    match compare::common([from?, to?], load, (0, size), copy.progress) {
+        Ok(None) => Ok(()),
+        Ok(Some(at)) => {
             let reason = format!("differs from {} at byte {at}, after the copy", copy.from);
             Err(Error::new(ErrorKind::Os, &copy.to, reason))
         }
+        Err(_) if interrupted()?.load(SeqCst) => {
+            let reason = "interrupted: it is copied, but not verified";
+            let step = format!("devsplice compare {} {}", copy.from, copy.to);
+            Err(Error::new(ErrorKind::Os, &copy.to, reason).next(step))
+        }
+        Err(error) => Err(error),
     }
 }
 
@@ -167,7 +174,8 @@ fn transfer(
     if let Some(error) = trouble {
         return Err(error);
     }
-    if was_stopped {
+    // All of it may have been done by then.
+    if was_stopped && course.durable() < way.to {
         let step = if kept.is_some() { "the same command goes on" } else { "--resume FILE" };
         return Err(Error::new(ErrorKind::Os, &copy.to, "interrupted: it is not whole").next(step));
     }

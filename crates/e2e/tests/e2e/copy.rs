@@ -260,6 +260,18 @@ fn interrupted() -> Outcome {
     let ran = running.finish().ended_with(1);
     assert!(ran.err.contains("interrupted") && ran.err.contains("the same command"), "{}", ran.err);
     goes_on(&room, &arguments, &from, &to);
+    // Once it is whole, what there is to stop is the comparison: it is slower by the source's rate.
+    let slow = format!("throttle({from}, bps=4M)");
+    let ran = room.devsplice(["copy", "--verify", "--resume", "state", &slow, &to]);
+    let running = ran.start();
+    let state = room.path("state");
+    wait_until(10, "the copy", || Path::new(&state).exists());
+    wait_until(30, "its end", || !Path::new(&state).exists());
+    let pid = Pid::from_raw(i32::try_from(running.pid()).expect("a pid")).expect("a pid");
+    kill_process(pid, Signal::INT).expect("a process");
+    let ran = running.finish().ended_with(1);
+    assert!(ran.err.contains("not verified") && ran.err.contains("compare"), "{}", ran.err);
+    same(&from, &to);
     Ok(())
 }
 
