@@ -71,7 +71,12 @@ pub(super) fn protects_gpt(entries: &[Entry]) -> bool {
     entries.iter().any(|entry| entry.kind == 0xee)
 }
 
-/// The partitions of a device whose first block is `first`.
+/// How many sectors a disk needs for what its first table says.
+pub(super) fn reach(entries: &[Entry]) -> u64 {
+    entries.iter().filter(|entry| entry.count > 0).map(Entry::end).max().unwrap_or(0)
+}
+
+/// The partitions of a device whose first sector is `first`.
 pub(super) fn read_parts(
     below: &mut dyn Lower,
     disk: &Limits,
@@ -151,7 +156,10 @@ mod tests {
 
     /// Where a partition lies, or the message.
     fn find(image: &[u8], limits: Limits, number: u64) -> Result<(u64, u64), String> {
-        let keys = format!("number={number}");
+        let keys = match limits.block {
+            512 => format!("number={number}"),
+            block => format!("number={number} sector={block}"),
+        };
         let (layer, limits) =
             open_over(&DRIVER, &keys, &[limits], image).map_err(|error| error.to_string())?;
         match layer.map(Io::new(Op::Read, 0, 512)) {
