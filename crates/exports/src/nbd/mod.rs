@@ -188,9 +188,20 @@ impl Device {
             let post = Arc::clone(&post);
             begin("nbd/tell", Box::new(move || greet::answer_all(&post, &known)))
         };
-        let teller = patient.map(tell).transpose()?;
         let doors = Arc::clone(listeners);
-        let greeter = begin("nbd/greet", Box::new(move || host.run(&doors)))?;
+        let begun = patient.map(tell).transpose().and_then(|teller| {
+            let greeter = begin("nbd/greet", Box::new(move || host.run(&doors)))?;
+            Ok((teller, greeter))
+        });
+        let (teller, greeter) = match begun {
+            Ok(begun) => begun,
+            Err(error) => {
+                // No client has come in: what is below is let go of before anything else is done.
+                post.stop();
+                crew.join();
+                return Err(error);
+            }
+        };
         let features = options.secure.as_ref().map_or(Vec::new(), Secure::features);
         let (options, listeners) = (options.clone(), Arc::clone(listeners));
         let greeter = Some(greeter);
