@@ -46,6 +46,14 @@ impl Device {
         Some(read_to_string(self.queue.join(name)).ok()?.trim().to_owned())
     }
 
+    /// The number of the whole disk that it is a partition of; its own, if it is none.
+    #[must_use]
+    pub fn disk(&self) -> Option<u64> {
+        let text = self.whole("dev")?;
+        let (major, minor) = text.split_once(':')?;
+        Some(rustix::fs::makedev(major.parse().ok()?, minor.parse().ok()?))
+    }
+
     /// A word of the whole disk.
     fn whole(&self, name: &str) -> Option<String> {
         let text = read_to_string(self.queue.join("..").join(name)).ok()?;

@@ -1,20 +1,21 @@
 //! Answers for `devsplice copy`.
 
 use std::process::ExitCode;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
+use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, Instant};
 
 use devsplice_backends::Access;
 use devsplice_core::{Error, ErrorKind, Result};
 use devsplice_engine::Counts;
 use devsplice_exports::extents::Extents;
-use devsplice_exports::local::{self, Course, How, Plan, Size, Work};
+use devsplice_exports::local::{self, Course, Flushes, How, Plan, Size, Work};
 use devsplice_spec::Plan as StackPlan;
 use serde_json::json;
 
 use super::progress::Progress;
 use super::resume::{self, Kept, Resume};
-use super::{Open, attend, compare, explain, missing_file, plan, sizes};
+use super::{Open, attend, compare, explain, interrupted, missing_file, plan, sizes};
 use crate::args::Copy;
 use crate::say;
 
@@ -42,6 +43,7 @@ pub fn run(copy: &Copy) -> Result<ExitCode> {
     };
     let is_new = make_target(&target_plan, size, (copy, found.as_ref()))?;
     let to = Open::of(&copy.to, &target_plan, Access::Serve)?;
+    to.refuse_zones("copy")?;
     from.apart_from(&to)?;
     let align = check(&from, &to)?;
     from.warn();
@@ -78,12 +80,18 @@ pub fn run(copy: &Copy) -> Result<ExitCode> {
 /// Reads both anew, from where they are.
 fn verify(copy: &Copy, load: (u16, Size), size: u64) -> Result<()> {
     let [from, to] = [&copy.from, &copy.to].map(|name| Open::new(name, Access::Read));
-    match compare::common([from?, to?], load, (0, size), copy.progress)? {
-        None => Ok(()),
-        Some(at) => {
+    match compare::common([from?, to?], load, (0, size), copy.progress) {
+        Ok(None) => Ok(()),
+        Ok(Some(at)) => {
             let reason = format!("differs from {} at byte {at}, after the copy", copy.from);
             Err(Error::new(ErrorKind::Os, &copy.to, reason))
         }
+        Err(_) if interrupted()?.load(SeqCst) => {
+            let reason = "interrupted: it is copied, but not verified";
+            let step = format!("devsplice compare {} {}", copy.from, copy.to);
+            Err(Error::new(ErrorKind::Os, &copy.to, reason).next(step))
+        }
+        Err(error) => Err(error),
     }
 }
 
@@ -133,10 +141,10 @@ fn transfer(
     let extents = Extents::at_rest(&sides[0].served.stack, &sides[0].bottoms)?;
     let slots = u32::from(threads) * u32::from(each.depth);
     let course = Arc::new(Course::new(way, vec![extents], slots));
-    let flushed = Arc::new(Mutex::new(Instant::now()));
+    let flushes = Arc::new(Flushes::default());
     let work = |_| {
-        let (course, flushed) = (Arc::clone(&course), Arc::clone(&flushed));
-        Box::new(local::Copy::new(course, how, each.depth, flushed)) as Box<dyn Work>
+        let (course, flushes) = (Arc::clone(&course), Arc::clone(&flushes));
+        Box::new(local::Copy::new(course, how, each.depth, flushes)) as Box<dyn Work>
     };
     let works: Vec<_> = (0..threads).map(work).collect();
     let mut progress = Progress::new(copy.progress, way.to)?;
@@ -166,7 +174,8 @@ fn transfer(
     if let Some(error) = trouble {
         return Err(error);
     }
-    if was_stopped {
+    // All of it may have been done by then.
+    if was_stopped && course.durable() < way.to {
         let step = if kept.is_some() { "the same command goes on" } else { "--resume FILE" };
         return Err(Error::new(ErrorKind::Os, &copy.to, "interrupted: it is not whole").next(step));
     }

@@ -1,5 +1,5 @@
-//! Answers for what tells the files, devices and servers below a stack from others that have their
-//! names, as text that is kept for a later process.
+//! Answers for what tells the files, devices and servers below a stack from others: as text that is
+//! kept for a later process, and whether two stacks have any in common.
 
 use std::os::fd::AsFd;
 
@@ -35,6 +35,35 @@ impl Open {
         })
     }
 
+    /// Refuses what has a file or a device in common with this.
+    ///
+    /// # Errors
+    /// If it has.
+    pub fn apart_from(&self, other: &Open) -> Result<()> {
+        let ours = self.lies_on();
+        if other.lies_on().iter().any(|its| ours.iter().any(|our| our.meets(its))) {
+            let reason = format!("lies on the same file or device as {}", self.name);
+            return Err(Error::invalid(&other.name, reason));
+        }
+        Ok(())
+    }
+
+    /// Its files and devices.
+    fn lies_on(&self) -> Vec<Lies> {
+        let stats = self.bottoms.iter().filter_map(|bottom| match bottom {
+            Bottom::File { fd, .. } => rustix::fs::fstat(fd.as_fd()).ok(),
+            Bottom::Bytes(_) | Bottom::Remote(_) => None,
+        });
+        let one = |stat: rustix::fs::Stat| match FileType::from_raw_mode(stat.st_mode) {
+            FileType::BlockDevice => {
+                let disk = Device::find(stat.st_rdev).and_then(|device| device.disk());
+                Lies::Device { number: stat.st_rdev, disk: disk.unwrap_or(stat.st_rdev) }
+            }
+            _ => Lies::File(stat.st_dev, stat.st_ino),
+        };
+        stats.map(one).collect()
+    }
+
     fn all(&self, plan: &Plan, one: impl Fn(&Statx) -> String) -> Result<String> {
         let mut all = plan.to_expression();
         for bottom in &self.bottoms {
@@ -54,6 +83,27 @@ impl Open {
             all.push_str(&this);
         }
         Ok(all)
+    }
+}
+
+/// What bytes lie on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Lies {
+    /// The number of a file system, and of a file there.
+    File(u64, u64),
+    /// A device, and the disk that it is a partition of, or itself.
+    Device { number: u64, disk: u64 },
+}
+
+impl Lies {
+    /// Whether the two have bytes in common: two partitions of a disk have not.
+    fn meets(&self, other: &Lies) -> bool {
+        match (*self, *other) {
+            (Lies::Device { number: one, disk }, Lies::Device { number: two, disk: its }) => {
+                one == two || (disk == its && (one == disk || two == disk))
+            }
+            _ => self == other,
+        }
     }
 }
 
@@ -103,6 +153,25 @@ mod tests {
         std::fs::write(&path, [2; 4096]).unwrap();
         assert_ne!(told(name).0, first.0);
         std::fs::remove_file(&path).unwrap();
+    }
+
+    #[test]
+    fn a_disk_meets_its_partitions_which_do_not_meet_each_other() {
+        let device = |number, disk| Lies::Device { number, disk };
+        let (disk, first, second) = (device(8, 8), device(9, 8), device(10, 8));
+        let (another, file) = (device(16, 16), Lies::File(8, 8));
+        for (one, two, meet) in [
+            (disk, disk, true),
+            (disk, first, true),
+            (first, second, false),
+            (first, first, true),
+            (another, first, false),
+            (another, disk, false),
+            (file, disk, false),
+            (file, file, true),
+        ] {
+            assert_eq!([one.meets(&two), two.meets(&one)], [meet; 2], "{one:?} {two:?}");
+        }
     }
 
     #[test]
