@@ -13,7 +13,7 @@ use devsplice_uring::{Brief, Uring};
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::event::{EventfdFlags, eventfd};
 
-use crate::threads::{Place, settled};
+use crate::threads::{Gate, Place, Unended, settled};
 
 /// Events taken from the kernel at a time.
 const EVENTS: usize = 256;
@@ -21,24 +21,32 @@ const EVENTS: usize = 256;
 const NEW: u64 = u64::MAX;
 
 /// A worker that is served here.
-pub struct Member {
+pub(crate) struct Member {
     /// Its requests and its ring.
-    pub worker: Worker<Uring>,
+    pub(crate) worker: Worker<Uring>,
     /// What is known of that ring.
-    pub brief: Brief,
-    /// Called when it has come to its end, and has let go of everything.
-    pub over: Box<dyn FnOnce()>,
+    pub(crate) brief: Brief,
+    /// Dropped when it has come to its end, and has let go of everything.
+    pub(crate) unended: Unended,
+    /// What it waits at before its first turn; none once that has opened.
+    pub(crate) gate: Option<Arc<Gate>>,
     /// Told that it cannot go on.
-    pub on_death: fn(Error),
+    pub(crate) on_death: fn(Error),
 }
 
 /// Makes a worker on the thread that is to serve it; none if that failed.
-pub type Make = Box<dyn FnOnce() -> Option<Member> + Send>;
+pub(crate) type Make = Box<dyn FnOnce() -> Option<Member> + Send>;
 
 /// A thread as others see it.
 struct Seat {
     makes: Mutex<mpsc::Sender<Make>>,
     bell: Arc<OwnedFd>,
+}
+
+impl Seat {
+    fn ring(&self) {
+        let _ = rustix::io::write(&self.bell, &1_u64.to_ne_bytes());
+    }
 }
 
 /// The threads. They live as long as the process.
@@ -106,12 +114,17 @@ impl Pool {
     }
 
     /// Has the next thread make and serve a worker.
-    pub fn take(&self, make: Make) {
+    pub(crate) fn take(&self, make: Make) {
         let seat = &self.seats[self.next.fetch_add(1, Ordering::Relaxed) % self.seats.len()];
         let makes = seat.makes.lock().unwrap_or_else(PoisonError::into_inner);
         // The thread lives as long as the process.
         let _ = makes.send(make);
-        let _ = rustix::io::write(&seat.bell, &1_u64.to_ne_bytes());
+        seat.ring();
+    }
+
+    /// Has all threads look whether members may begin that wait for others of their device.
+    pub(crate) fn look_at_gates(&self) {
+        self.seats.iter().for_each(Seat::ring);
     }
 }
 
@@ -204,6 +217,16 @@ impl Table {
         let (members, mut ended) = (&mut self.members, Vec::new());
         self.turns.round(|place| {
             let Some(member) = &mut members[place] else { return false };
+            match member.gate.as_ref().map(|gate| gate.look()) {
+                None => {}
+                Some(Some(true)) => member.gate = None,
+                // It is woken when that is known.
+                Some(None) => return false,
+                Some(Some(false)) => {
+                    ended.push(place);
+                    return false;
+                }
+            }
             match member.worker.turn() {
                 Ok(true) => return member.brief.has_more(),
                 Ok(false) => ended.push(place),
@@ -215,12 +238,14 @@ impl Table {
     }
 
     fn end(&mut self, place: usize) {
-        let Some(Member { worker, brief, over, .. }) = self.members[place].take() else { return };
+        let Some(Member { worker, brief, unended, .. }) = self.members[place].take() else {
+            return;
+        };
         let _ = epoll::delete(&self.epoll, &brief.bell);
         // The bell may be the ring's own descriptor.
         drop((worker, brief));
         self.free.push(place);
-        over();
+        drop(unended);
     }
 
     /// Sleeps until somebody has something to do; not at all if somebody has.
@@ -247,10 +272,15 @@ impl Table {
         }
     }
 
-    /// Makes the workers that were asked for.
+    /// Makes the workers that were asked for, and wakes those that wait at a gate.
     fn hire(&mut self) {
         let mut count = [0; 8];
         let _ = rustix::io::read(&self.bell, &mut count);
+        for (place, member) in self.members.iter().enumerate() {
+            if member.as_ref().is_some_and(|member| member.gate.is_some()) {
+                self.turns.wake(place);
+            }
+        }
         while let Ok(make) = self.inbox.try_recv() {
             let Some(member) = make() else { continue };
             let place = self.free.pop().unwrap_or(self.members.len());

@@ -1,7 +1,7 @@
 //! Answers for I/O threads: N queues on M threads, each thread with one ring, started together.
 
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -178,6 +178,42 @@ impl Patience {
     }
 }
 
+/// What a device's workers wait at when they have all that they need: none serves before all can.
+/// Half of them would acknowledge writes of a disk that its caller is told is not served.
+#[derive(Default)]
+pub(crate) struct Gate {
+    /// Whether they may serve; `None` while that is not known.
+    opened: Mutex<Option<bool>>,
+    changed: Condvar,
+}
+
+impl Gate {
+    fn lock(&self) -> MutexGuard<'_, Option<bool>> {
+        self.opened.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn open(&self, opened: bool) {
+        *self.lock() = Some(opened);
+        self.changed.notify_all();
+    }
+
+    /// Waits until it is known whether to serve.
+    fn wait(&self) -> bool {
+        let mut inner = self.lock();
+        loop {
+            match *inner {
+                Some(opened) => return opened,
+                None => inner = self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner),
+            }
+        }
+    }
+
+    /// Whether to serve, for who has others to serve meanwhile.
+    pub(crate) fn look(&self) -> Option<bool> {
+        *self.lock()
+    }
+}
+
 /// How many of a device's workers have not ended, and what follows when none has.
 #[derive(Default)]
 struct End(Mutex<(usize, Option<Then>)>);
@@ -189,8 +225,10 @@ impl End {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn one_more(&self) {
+    /// One more that has not ended, until what is returned is dropped.
+    fn one_more(self: &Arc<End>) -> Unended {
         self.lock().0 += 1;
+        Unended(Arc::clone(self))
     }
 
     fn one_less(&self) {
@@ -219,6 +257,15 @@ impl End {
     }
 }
 
+/// A worker that has not ended.
+pub(crate) struct Unended(Arc<End>);
+
+impl Drop for Unended {
+    fn drop(&mut self) {
+        self.0.one_less();
+    }
+}
+
 /// Running I/O threads, or a device's share in them.
 pub struct Crew {
     /// The stack, as its threads share it.
@@ -239,16 +286,15 @@ impl Crew {
     /// Starts the threads and returns when every queue has asked for its first requests.
     ///
     /// # Errors
-    /// The first thing that any thread could not do. The others are left to end with the process,
-    /// or, in a pool, with their queues.
+    /// The first thing that any thread could not do. None has served a request then, and all have
+    /// ended and let go of what they had.
     pub fn start(mut shape: Shape, work: Work) -> Result<Crew> {
         if let Some(pool) = work.service.pool.as_ref().filter(|_| !shape.is_shared) {
             // More would be turned by the same threads.
             shape.threads = shape.threads.min(u16::try_from(pool.thread_count()).unwrap_or(1));
         }
         let rings = work.service.bottoms.iter().map(Bottom::most_rings).min();
-        shape.threads = shape.threads.min(rings.unwrap_or(u16::MAX));
-        let threads = shape.threads.max(1);
+        shape.threads = shape.threads.min(rings.unwrap_or(u16::MAX)).max(1);
         let on_event = Arc::clone(&work.service.on_event);
         let on_event = Box::new(move |text: &str| on_event(text));
         let served = Served::new(work.service.stack.clone(), on_event);
@@ -262,45 +308,63 @@ impl Crew {
                 }
             }));
         }
-        let work = Arc::new(work);
-        let (ready, news) = mpsc::channel();
+        let pool = work.service.pool.clone();
         let mut crew = Crew {
-            served: Arc::clone(&served),
+            served,
             handles: Vec::new(),
             shared: Vec::new(),
             end: Arc::default(),
             is_low_depth: shape.low_depth,
-            warnings: work.service.pool.iter().filter_map(|pool| pool.warning()).collect(),
+            warnings: pool.iter().filter_map(|pool| pool.warning()).collect(),
             remotes,
         };
+        let gate = Arc::default();
+        let mustered = crew.muster(&shape, &Arc::new(work), &gate);
+        gate.open(mustered.is_ok());
+        if let Some(pool) = pool {
+            pool.look_at_gates();
+        }
+        match mustered {
+            Ok(()) => {
+                crew.warnings.dedup();
+                Ok(crew)
+            }
+            Err(error) => {
+                crew.join();
+                Err(error)
+            }
+        }
+    }
+
+    /// Has every worker made; each waits at the gate then.
+    fn muster(&mut self, shape: &Shape, work: &Arc<Work>, gate: &Arc<Gate>) -> Result<()> {
+        let (ready, news) = mpsc::channel();
         // A queue's first thread is ready before others come to share it.
-        for thread in 0..threads {
+        for thread in 0..shape.threads {
             if thread == shape.queues && !shape.is_shared {
-                crew.wait(&news, thread)?;
+                self.wait(&news, thread)?;
             }
             let shared = Arc::new(Shared::default());
-            crew.shared.push(Arc::clone(&shared));
+            self.shared.push(Arc::clone(&shared));
             let part = Part {
-                shape,
-                work: Arc::clone(&work),
-                served: Arc::clone(&served),
-                queues: queues_of(thread, &shape),
+                shape: *shape,
+                work: Arc::clone(work),
+                served: Arc::clone(&self.served),
+                queues: queues_of(thread, shape),
                 shared,
                 ready: ready.clone(),
+                gate: Arc::clone(gate),
             };
-            crew.end.one_more();
-            let end = Arc::clone(&crew.end);
+            let unended = self.end.one_more();
             match &work.service.pool {
-                Some(pool) => pool.take(part.in_pool(end)),
-                None => crew.handles.push(part.on_thread(thread, end)?),
+                Some(pool) => pool.take(part.in_pool(unended)),
+                None => self.handles.push(part.on_thread(thread, unended)?),
             }
         }
         drop(ready);
-        let was_waited = threads > shape.queues && !shape.is_shared;
+        let was_waited = shape.threads > shape.queues && !shape.is_shared;
         let waited = if was_waited { shape.queues } else { 0 };
-        crew.wait(&news, threads - waited)?;
-        crew.warnings.dedup();
-        Ok(crew)
+        self.wait(&news, shape.threads - waited)
     }
 
     /// Waits until `count` more threads are ready.
@@ -381,16 +445,17 @@ struct Part {
     queues: Vec<u16>,
     shared: Arc<Shared>,
     ready: mpsc::Sender<Result<Option<String>>>,
+    gate: Arc<Gate>,
 }
 
 impl Part {
     /// Starts a thread for it alone.
-    fn on_thread(self, number: u16, end: Arc<End>) -> Result<JoinHandle<()>> {
+    fn on_thread(self, number: u16, unended: Unended) -> Result<JoinHandle<()>> {
         let name = format!("io/{number}");
         let thread = std::thread::Builder::new().name(name).stack_size(256 << 10);
         let started = thread.spawn(move || {
             self.serve();
-            end.one_less();
+            drop(unended);
         });
         started.map_err(|error| Error::os("I/O thread", &error))
     }
@@ -415,30 +480,34 @@ impl Part {
         settled(Place::Alone);
         let on_death = self.work.service.on_death;
         let _ = self.ready.send(Ok(warning));
+        let may_serve = self.gate.wait();
         drop(self);
+        if !may_serve {
+            return;
+        }
         if let Err(error) = worker.run() {
             on_death(error);
         }
     }
 
     /// Makes a worker for a thread that has others.
-    fn in_pool(self, end: Arc<End>) -> Make {
+    fn in_pool(self, unended: Unended) -> Make {
         Box::new(move || {
-            let over = Box::new(move || end.one_less());
-            let on_death = self.work.service.on_death;
-            let ends = |error| {
-                over();
-                let _ = self.ready.send(Err(error));
-                None
-            };
-            match self.prepare() {
+            let (on_death, ready) = (self.work.service.on_death, self.ready.clone());
+            let gate = Some(Arc::clone(&self.gate));
+            let made = self.prepare();
+            // Who waits for the end relies on it that what is below has been let go of.
+            drop(self);
+            let error = match made {
                 Ok((worker, Some(brief))) => {
-                    let _ = self.ready.send(Ok(None));
-                    Some(Member { worker, brief, over, on_death })
+                    let _ = ready.send(Ok(None));
+                    return Some(Member { worker, brief, unended, gate, on_death });
                 }
-                Ok((_, None)) => ends(Error::invalid("I/O thread", "is in no pool")),
-                Err(error) => ends(error),
-            }
+                Ok((_, None)) => Error::invalid("I/O thread", "is in no pool"),
+                Err(error) => error,
+            };
+            let _ = ready.send(Err(error));
+            None
         })
     }
 
@@ -484,36 +553,4 @@ impl Part {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn patience_is_told_of_once_each_time_it_ends() {
-        let mut patience = Patience::new(Duration::from_millis(20));
-        assert!(patience.ended().is_none());
-        std::thread::sleep(Duration::from_millis(21));
-        assert!(patience.ended().unwrap().contains("still waiting"));
-        assert!(Patience::new(Duration::from_secs(60)).ended().is_none());
-    }
-
-    #[test]
-    fn threads_share_out_queues_or_queues_threads() {
-        let memory = LaneMemory { depth: 1, bytes: 0, slots: false, locked: false };
-        let all = |queues, threads| {
-            let shape = Shape {
-                queues,
-                threads,
-                is_shared: false,
-                is_wide: false,
-                low_depth: false,
-                memory,
-                stuck_seconds: 0,
-            };
-            (0..threads).map(|thread| queues_of(thread, &shape)).collect::<Vec<_>>()
-        };
-        assert_eq!(all(4, 2), [[0, 2], [1, 3]]);
-        assert_eq!(all(3, 3), [[0], [1], [2]]);
-        assert_eq!(all(2, 5), [[0], [1], [0], [1], [0]]);
-        assert_eq!(all(5, 1), [[0, 1, 2, 3, 4]]);
-    }
-}
+mod tests;

@@ -25,7 +25,7 @@ use super::connection::os;
 use super::node::Node;
 use super::wire::{NOTIFY_RESEND, OUT_HEADER, OutHeader};
 use super::{DataPath, Device, Options, PREFIX, make_queue, shape};
-use crate::threads::{Crew, Patience, Service, Work};
+use crate::threads::{Crew, MakeQueue, Patience, Service, Work};
 
 /// How long a disk may take until what it has in flight is done before somebody is told.
 const DRAIN: Duration = Duration::from_secs(60);
@@ -140,9 +140,9 @@ impl Suspended {
     ///
     /// # Errors
     /// If the stack is not what the disk's users were told (nothing was done then), or threads
-    /// cannot be started. It is still suspended then.
+    /// cannot be started. It is still suspended then: no request was taken, and no thread is left.
     pub fn resume(mut self, service: Service) -> Result<Device, (Box<Suspended>, Error)> {
-        match self.serve(service) {
+        match self.serve(service, |make| make) {
             Ok((crew, stop)) => Ok(Device {
                 path: self.kept.path.clone(),
                 name: format!("{PREFIX}{}", self.options.name),
@@ -156,7 +156,12 @@ impl Suspended {
         }
     }
 
-    fn serve(&mut self, service: Service) -> Result<(Crew, Arc<OwnedFd>)> {
+    /// `made` has what makes the queues; tests have it fail.
+    fn serve(
+        &mut self,
+        service: Service,
+        made: impl FnOnce(Box<MakeQueue>) -> Box<MakeQueue>,
+    ) -> Result<(Crew, Arc<OwnedFd>)> {
         let Suspended { kept, options } = self;
         let thing = kept.path.as_str();
         let node = Node::new(&options.name, service.stack.limits(), options.read_only);
@@ -175,14 +180,8 @@ impl Suspended {
         let stop = new_stop()?;
         let lasting = Some(Lasting { stop: Arc::clone(&stop), lock });
         let make = make_queue(Arc::new(node), queues, shape.memory.depth, lasting);
-        let work = Work { service, make, cpus: Box::new(|_| None) };
-        match Crew::start(shape, work) {
-            Ok(crew) => Ok((crew, stop)),
-            Err(error) => {
-                tell(&stop);
-                Err(error)
-            }
-        }
+        let work = Work { service, make: made(make), cpus: Box::new(|_| None) };
+        Ok((Crew::start(shape, work)?, stop))
     }
 
     /// Removes it; what the kernel holds fails.
@@ -204,3 +203,6 @@ fn resend(kept: &Kept) -> Result<()> {
         Err(errno) => Err(os(&kept.path, errno).within("asking for what had no answer")),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -80,6 +80,8 @@ pub struct Queue {
     /// Reads that are out: queued since the last call into the kernel, and before it.
     fresh: usize,
     older: usize,
+    /// Whether it has had a turn: it asks for requests from then on.
+    has_begun: bool,
     /// The ring's count of calls when `fresh` was begun.
     turn: u64,
     /// The same when memory was last made resident.
@@ -107,6 +109,7 @@ impl Queue {
             window: 1,
             fresh: 0,
             older: 0,
+            has_begun: false,
             turn: 0,
             populated: u64::MAX,
             replies: 0,
@@ -295,7 +298,8 @@ impl Export<Uring> for Queue {
         if let Some(stop) = &self.stop {
             ring.poll_other((lane, STOP << 16), stop.as_fd());
         }
-        self.refill(ring);
+        // Nothing is read before the first turn: a read takes a request off the list that all
+        // queues share, and where another queue cannot be had nobody would answer it.
         Ok(())
     }
 
@@ -350,7 +354,12 @@ impl Export<Uring> for Queue {
             && !self.polling
     }
 
-    fn flush(&mut self, _: &mut Uring) {}
+    fn flush(&mut self, ring: &mut Uring) {
+        if !std::mem::replace(&mut self.has_begun, true) {
+            self.take_turn(ring);
+            self.refill(ring);
+        }
+    }
 }
 
 fn broken(reason: String) -> Error {

@@ -110,12 +110,22 @@ pub struct Device {
     features: Vec<&'static str>,
 }
 
+/// The protocol has no words for zones, and its writes would go past what keeps them in order.
+fn refuse_zones(service: &Service) -> Result<()> {
+    if service.stack.zones().is_none() {
+        return Ok(());
+    }
+    let reason = "a disk that is reached by NBD has none";
+    Err(Error::new(ErrorKind::Unsupported, "zones", reason).next("--export ublk"))
+}
+
 impl Device {
     /// Listens and serves; clients are taken on return.
     ///
     /// # Errors
     /// If an address cannot be had; or as the stack, io_uring or memory refuse.
     pub fn attach(options: &Options, service: Service) -> Result<Device> {
+        refuse_zones(&service)?;
         let mut listeners = Vec::new();
         for uri in &options.listen {
             if uri.tls.is_some() {
@@ -178,9 +188,20 @@ impl Device {
             let post = Arc::clone(&post);
             begin("nbd/tell", Box::new(move || greet::answer_all(&post, &known)))
         };
-        let teller = patient.map(tell).transpose()?;
         let doors = Arc::clone(listeners);
-        let greeter = begin("nbd/greet", Box::new(move || host.run(&doors)))?;
+        let begun = patient.map(tell).transpose().and_then(|teller| {
+            let greeter = begin("nbd/greet", Box::new(move || host.run(&doors)))?;
+            Ok((teller, greeter))
+        });
+        let (teller, greeter) = match begun {
+            Ok(begun) => begun,
+            Err(error) => {
+                // No client has come in: what is below is let go of before anything else is done.
+                post.stop();
+                crew.join();
+                return Err(error);
+            }
+        };
         let features = options.secure.as_ref().map_or(Vec::new(), Secure::features);
         let (options, listeners) = (options.clone(), Arc::clone(listeners));
         let greeter = Some(greeter);
