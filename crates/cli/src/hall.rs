@@ -346,16 +346,23 @@ impl Hall {
         }
     }
 
-    /// Removes a disk; unless `force`, only if nobody would miss it.
+    /// Removes a disk; unless `force`, only if nobody would miss it. When its turn has come,
+    /// `is_wanted` is asked, by what the disk is called.
     ///
     /// # Errors
     /// Why it must not go, or does not.
-    pub fn remove(&self, name: Option<&str>, force: bool) -> Result<()> {
+    pub fn remove(
+        &self,
+        name: Option<&str>,
+        force: bool,
+        is_wanted: &dyn Fn(&str) -> Result<()>,
+    ) -> Result<()> {
         let (name, slot) = self.meant(name)?;
         let mut place = lock(&slot);
         let Some(hosted) = place.as_mut() else {
             return Err(Error::new(ErrorKind::NotFound, name, "is gone"));
         };
+        is_wanted(&hosted.thing())?;
         if !force {
             hosted.release()?;
         }
@@ -408,7 +415,7 @@ impl Hall {
 
     /// Removes every disk that nobody would miss; why others stay.
     pub fn clear(&self, force: bool) -> Vec<Error> {
-        self.each(|name| self.remove(Some(name), force))
+        self.each(|name| self.remove(Some(name), force, &|_| Ok(())))
     }
 
     /// Does something with every disk, several at a time: the kernel makes whoever takes a device
@@ -432,17 +439,19 @@ impl Hall {
         std::mem::take(&mut *lock(&failed))
     }
 
-    /// Leaves every disk to another program: on return nothing of them is held here.
+    /// Leaves every disk to another program: on return nothing of them is held here. When it is the
+    /// turn of that, `is_wanted` is asked.
     ///
     /// # Errors
     /// If one cannot be left: all are served as before then.
-    pub fn hand_over(&self) -> Result<()> {
+    pub fn hand_over(&self, is_wanted: &dyn Fn() -> Result<()>) -> Result<()> {
         self.set_closed(true);
         let slots: Vec<Slot> = lock(&self.slots).values().cloned().collect();
         let mut places: Vec<_> = slots.iter().map(|slot| lock(slot)).collect();
         let mut disks: Vec<&mut Hosted> =
             places.iter_mut().filter_map(|place| place.as_mut()).collect();
-        let mut done = disks.iter().try_for_each(|hosted| hosted.can_be_left());
+        let can_be_left = || disks.iter().try_for_each(|hosted| hosted.can_be_left());
+        let mut done = is_wanted().and_then(|()| can_be_left());
         let mut held = 0;
         while done.is_ok() && held < disks.len() {
             done = hold_one(&mut disks, held);
