@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use crate::args::Add;
 use crate::events::Bus;
 use crate::front::Front;
-use crate::guard::Voice;
+use crate::guard::{Hearing, Voice};
 use crate::hosted::{Hosted, Wish, stuck_text};
 use crate::listen::News;
 use crate::state::{self, Claim, Disk, Keeper};
@@ -105,9 +105,12 @@ impl Line {
         self.common.voice.as_ref().ok_or_else(none)?.keep(fds, told)
     }
 
-    /// Whether the guard lives that has to keep what the kernel does not.
-    pub fn has_keeper(&self) -> bool {
-        self.common.voice.as_ref().is_some_and(Voice::is_heard)
+    /// How the guard is that has to keep what the kernel does not, and its process.
+    pub fn keeper(&self) -> (Hearing, i32) {
+        self.common
+            .voice
+            .as_ref()
+            .map_or((Hearing::Gone, 0), |voice| (voice.hearing(), voice.pid()))
     }
 
     /// Has the guard keep what keeps the disk, and writes down that it does. Where it cannot, a

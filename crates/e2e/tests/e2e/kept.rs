@@ -27,6 +27,9 @@ pub fn add(group: &mut Group, kind: Kind) {
     group.add("kept_what_is_in_use_below_is_tried_again", move || {
         keeps().and_then(|()| in_use_below(kind))
     });
+    group.add("kept_a_guard_that_is_stopped_is_not_relied_on", move || {
+        keeps().and_then(|()| stopped_guard(kind))
+    });
     group.add("kept_nothing_is_done_for_who_has_gone_before_its_turn", move || {
         keeps().and_then(|()| gone_before_its_turn(kind))
     });
@@ -162,6 +165,35 @@ fn in_use_below(kind: Kind) -> Outcome {
     wait_until(12, "the read's end", || reader.is_over());
     assert_eq!(reader.finish().code, Some(0));
     let _ = disk.del(&[]).ok();
+    disk.is_gone_within(5);
+    Ok(())
+}
+
+/// What it has would be kept; but nobody would serve the disk if its server died on the way.
+fn stopped_guard(kind: Kind) -> Outcome {
+    let room = Room::new();
+    let (old, new) = (room.full_file("a", 4 * MIB, 0x5a), room.full_file("b", 4 * MIB, 0x5a));
+    let disk = room.add(kind, &old, &["--no-part-scan", "--queues", "2"]);
+    let guard = disk.guard();
+    guard.signal(Signal::STOP);
+    let refused = room.devsplice(["swap", &disk.name, &new]).run().ended_with(1).err;
+    let next = format!("kill -CONT {}", guard.0);
+    assert!(refused.contains("does not answer") && refused.contains(&next), "{refused}");
+    assert_eq!(state(&room, &disk), "live");
+    guard.signal(Signal::CONT);
+    // The answer to what it was asked meanwhile is not taken for that to this.
+    let _ = room.devsplice(["swap", &disk.name, &new]).ok();
+    let warnings = disk.info()["warnings"].to_string();
+    assert!(!warnings.contains("nobody keeps"), "{warnings}");
+    kill(&room, &disk);
+    call("cmp", ["-n", "4194304", &new, &disk.node.to_string_lossy()]).ok();
+    let guard = Process(server(&disk).children().first().copied().unwrap_or(0));
+    guard.signal(Signal::STOP);
+    // Nor is it waited for, for ever.
+    let begin = Instant::now();
+    let _ = disk.del(&[]).ok();
+    assert!(begin.elapsed() < Duration::from_secs(8), "{:?}", begin.elapsed());
+    guard.signal(Signal::CONT);
     disk.is_gone_within(5);
     Ok(())
 }
