@@ -4,7 +4,7 @@
 pub mod file;
 pub mod mem;
 pub mod nbd;
-mod sysfs;
+pub mod sysfs;
 pub mod zones;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::args::{Args, Key};
 use crate::errno::Errno;
 use crate::error::{Error, Result};
-use crate::io::Io;
+use crate::io::{Extent, Io, Op};
 use crate::limits::Limits;
 use crate::live::Live;
 use crate::map::{Map, Port};
@@ -28,6 +28,16 @@ pub trait Layer: Send + Sync {
     /// # Errors
     /// The request fails with the number.
     fn map(&self, io: Io) -> Result<Map, Errno>;
+
+    /// Where the first bytes of `extent` lie, for somebody who asks without reading them. As `map`
+    /// of a read, but it costs the layer nothing: one that counts, spends or delays by what `map`
+    /// was asked has to answer otherwise. `extent` is as for `map`.
+    ///
+    /// # Errors
+    /// Where only reading tells.
+    fn locate(&self, extent: Extent) -> Result<Map, Errno> {
+        self.map(Io { op: Op::Read, extent, fua: false })
+    }
 
     /// Where a flush goes: by default to every lower device. Positions and lengths are 0.
     ///

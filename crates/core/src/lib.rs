@@ -12,6 +12,7 @@ pub mod io;
 pub mod layer;
 pub mod limits;
 pub mod live;
+mod locate;
 pub mod map;
 pub mod probe;
 pub mod route;

@@ -1,6 +1,7 @@
 //! Answers for fio: verifying disks with it, loading them, reading its report.
 
 use std::path::Path;
+use std::sync::OnceLock;
 
 use serde_json::Value;
 
@@ -19,17 +20,23 @@ pub struct Moved {
     pub written: u64,
 }
 
-/// Goes on if fio is here, with the engines that the tests use.
+/// Goes on if fio is here, with the engines that the tests use. It is asked once: a start of fio
+/// takes a second in emulation.
 ///
 /// # Errors
 /// The skip.
 pub fn engines() -> Outcome {
-    need_tool("fio")?;
-    let known = call("fio", ["--enghelp"]).ok();
-    for engine in ["io_uring", "libaio"] {
-        need(known.split_whitespace().any(|one| one == engine), &format!("fio has no {engine}"))?;
-    }
-    Ok(())
+    static ENGINES: OnceLock<Outcome> = OnceLock::new();
+    let ask = || {
+        need_tool("fio")?;
+        let known = call("fio", ["--enghelp"]).ok();
+        for engine in ["io_uring", "libaio"] {
+            let has = known.split_whitespace().any(|one| one == engine);
+            need(has, &format!("fio has no {engine}"))?;
+        }
+        Ok(())
+    };
+    ENGINES.get_or_init(ask).clone()
 }
 
 fn fio(room: &Room, arguments: &[String]) -> Call {

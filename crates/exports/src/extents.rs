@@ -6,10 +6,10 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use devsplice_core::{Error, Io, Op, Piece, Place, Result, Stack};
-use devsplice_nbd::client::Extent;
+use devsplice_core::{Error, Extent, Place, Result, Stack};
+use devsplice_nbd::client::Extent as Said;
 use devsplice_uring::{FileKind, Remote};
-use rustix::fs::{SeekFrom, seek};
+use rustix::fs::{SeekFrom, fstat, seek};
 use rustix::io::Errno;
 
 use crate::threads::Bottom;
@@ -75,7 +75,7 @@ struct List {
     /// Where it begins.
     at: u64,
     /// Each with its end.
-    extents: Vec<(u64, Extent)>,
+    extents: Vec<(u64, Said)>,
 }
 
 /// What servers have told while one question is answered.
@@ -98,16 +98,16 @@ impl Told {
         self.questions >= QUESTIONS || Instant::now() >= self.until
     }
 
-    fn find(&self, bottom: u16, at: u64) -> Option<Extent> {
+    fn find(&self, bottom: u16, at: u64) -> Option<Said> {
         let list = self.lists.iter().find(|list| list.bottom == bottom)?;
         // There may be as many extents as pieces are asked about.
         let index = list.extents.partition_point(|(end, _)| *end <= at);
         let (end, extent) = list.extents.get(index).filter(|_| at >= list.at)?;
-        Some(Extent { len: end - at, ..*extent })
+        Some(Said { len: end - at, ..*extent })
     }
 
     /// What a server's bytes are now.
-    fn ask(&mut self, bottom: u16, remote: &dyn Remote, at: u64) -> Option<Extent> {
+    fn ask(&mut self, bottom: u16, remote: &dyn Remote, at: u64) -> Option<Said> {
         if let Some(known) = self.find(bottom, at) {
             return Some(known);
         }
@@ -181,8 +181,8 @@ impl Extents {
         if self.is_moving {
             return all;
         }
-        match self.stack.route(Io::new(Op::Read, at, most)).next(&self.stack) {
-            Some(Ok(piece @ Piece { len: 1.., part: 0, .. })) => match piece.place {
+        match self.stack.locate(Extent { at, len: most }) {
+            Some(piece) => match piece.place {
                 Place::Zero => (piece.len, Content::Zero),
                 Place::Backend(id) => {
                     match self.tellers.get(usize::from(id.0)).and_then(Option::as_ref) {
@@ -198,16 +198,16 @@ impl Extents {
                 }
             },
             // A layer would have to read something first, or refuses: reading will tell.
-            _ => all,
+            None => all,
         }
     }
 }
 
 /// What a server's `len` bytes are, by what it says. Where it does not say, they are data.
-fn content(said: Option<Extent>, len: u64) -> (u64, Content) {
+fn content(said: Option<Said>, len: u64) -> (u64, Content) {
     let content = match said {
-        Some(Extent { is_zero: true, is_hole: true, .. }) => Content::Hole,
-        Some(Extent { is_zero: true, is_hole: false, .. }) => Content::Zero,
+        Some(Said { is_zero: true, is_hole: true, .. }) => Content::Hole,
+        Some(Said { is_zero: true, is_hole: false, .. }) => Content::Zero,
         _ => Content::Data,
     };
     (said.map_or(len, |extent| extent.len.min(len)), content)
@@ -216,8 +216,12 @@ fn content(said: Option<Extent>, len: u64) -> (u64, Content) {
 /// What a file's bytes are. Where it does not know, they are data.
 fn look(file: &OwnedFd, at: u64, len: u64) -> (u64, Content) {
     match seek(file, SeekFrom::Data(at)) {
-        // Nothing but a hole up to the end.
-        Err(Errno::NXIO) => (len, Content::Hole),
+        // Nothing but a hole up to the end. What is said to lie beyond it was cut off since the
+        // file was opened: a read of it fails, and that is what must come of it.
+        Err(Errno::NXIO) => match left(file, at) {
+            0 => (len, Content::Data),
+            left => (len.min(left), Content::Hole),
+        },
         Ok(data) if data > at => (len.min(data - at), Content::Hole),
         Ok(_) => match seek(file, SeekFrom::Hole(at)) {
             Ok(hole) if hole > at => (len.min(hole - at), Content::Data),
@@ -225,6 +229,12 @@ fn look(file: &OwnedFd, at: u64, len: u64) -> (u64, Content) {
         },
         Err(_) => (len, Content::Data),
     }
+}
+
+/// Bytes that a file has from `at` on.
+fn left(file: &OwnedFd, at: u64) -> u64 {
+    let size = fstat(file).map_or(0, |stat| u64::try_from(stat.st_size).unwrap_or(0));
+    size.saturating_sub(at)
 }
 
 #[cfg(test)]
@@ -236,7 +246,7 @@ mod tests {
         const COUNT: u64 = 1 << 17;
         let extents = (0..COUNT).map(|index| {
             let is_hole = index % 2 == 1;
-            (1000 + (index + 1) * 10, Extent { len: 10, is_hole, is_zero: is_hole })
+            (1000 + (index + 1) * 10, Said { len: 10, is_hole, is_zero: is_hole })
         });
         let list = List { bottom: 3, at: 1000, extents: extents.collect() };
         let told = Told { lists: vec![list], ..Told::default() };

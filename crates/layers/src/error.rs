@@ -64,6 +64,17 @@ impl Bad {
         }]
     }
 
+    /// Where a request goes, if it does not fail; whether it does is asked if it touches the range.
+    fn answer(&self, io: Io, fails: impl FnOnce() -> bool) -> Result<Map, Errno> {
+        let Extent { at, len } = io.extent;
+        let pass = |len| Ok(Map::To { len, port: Port(0), at });
+        match self.errno(io.op) {
+            Some(_) if at < self.at => pass(len.min(self.at - at)),
+            Some(errno) if at < self.end && fails() => Err(errno),
+            _ => pass(len),
+        }
+    }
+
     fn is_due(&self) -> bool {
         // Only the count matters, nothing is published with it.
         (self.seen.fetch_add(1, Ordering::Relaxed) + 1).is_multiple_of(self.every)
@@ -78,13 +89,12 @@ impl Layer for Bad {
     }
 
     fn map(&self, io: Io) -> Result<Map, Errno> {
-        let Extent { at, len } = io.extent;
-        let pass = |len| Ok(Map::To { len, port: Port(0), at });
-        match self.errno(io.op) {
-            Some(_) if at < self.at => pass(len.min(self.at - at)),
-            Some(errno) if at < self.end && self.is_due() => Err(errno),
-            _ => pass(len),
-        }
+        self.answer(io, || self.is_due())
+    }
+
+    /// Who asks where bytes lie is not counted: within the range, reading tells.
+    fn locate(&self, extent: Extent) -> Result<Map, Errno> {
+        self.answer(Io::new(Op::Read, extent.at, extent.len), || true)
     }
 
     fn flush(&self) -> Result<Map, Errno> {
@@ -96,50 +106,4 @@ impl Layer for Bad {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::testing::{answers, disk, disk_4k, open, refusal, to};
-
-    #[test]
-    fn what_touches_the_range_fails_and_what_lies_before_it_goes_down() {
-        let (bad, _) = open(&DRIVER, "at=4k len=1k", &[disk(1 << 20)]).unwrap();
-        let eio = Err(Errno::EIO);
-        for (at, len, want) in [
-            (0, 4096, vec![to(0, 0, 4096)]),
-            (0, 4608, vec![to(0, 0, 4096), eio]),
-            (4608, 8192, vec![eio]),
-            (5120, 512, vec![to(0, 5120, 512)]),
-            (0, 1 << 20, vec![to(0, 0, 4096), eio]),
-        ] {
-            assert_eq!(answers(&*bad, Io::new(Op::Read, at, len)), want, "{at} {len}");
-            assert_eq!(answers(&*bad, Io::new(Op::Discard, at, len)), [to(0, at, len)]);
-        }
-        assert_eq!(bad.flush(), Ok(Map::All { len: 0, at: 0 }));
-    }
-
-    #[test]
-    fn each_operation_fails_with_its_own_number() {
-        let keys = "flush=ENOSPC zeroes=EOPNOTSUPP";
-        let (bad, _) = open(&DRIVER, keys, &[disk(1 << 20)]).unwrap();
-        assert_eq!(bad.flush(), Err(Errno::ENOSPC));
-        let zeroes = Op::WriteZeroes { unmap: false };
-        assert_eq!(bad.map(Io::new(zeroes, 0, 512)), Err(Errno::EOPNOTSUPP));
-        assert_eq!(bad.map(Io::new(Op::Read, 0, 512)), to(0, 0, 512));
-    }
-
-    #[test]
-    fn every_third_request_fails() {
-        let (bad, _) = open(&DRIVER, "every=3 at=512", &[disk(1 << 20)]).unwrap();
-        let fails =
-            |_| *answers(&*bad, Io::new(Op::Write, 0, 4096)).last().unwrap() != to(0, 512, 3584);
-        assert_eq!([0; 6].map(fails), [false, false, true, false, false, true]);
-    }
-
-    #[test]
-    fn a_range_off_the_device_or_its_blocks_is_refused() {
-        assert!(refusal(&DRIVER, "at=1M", &[disk(1 << 20)]).contains("leaves the"));
-        assert!(refusal(&DRIVER, "at=512", &[disk_4k(1 << 20)]).contains("no multiple"));
-        assert!(refusal(&DRIVER, "every=0", &[disk(512)]).contains("fail nothing"));
-        assert!(refusal(&DRIVER, "read=EBAD", &[disk(512)]).contains("no error name"));
-    }
-}
+mod tests;

@@ -188,6 +188,30 @@ fn connections_that_end_now_and_then_fail_nothing() {
 }
 
 #[test]
+fn a_suspect_without_an_answer_keeps_the_others_waiting_for_no_longer_than_a_silent_server() {
+    let mut both = Both::new(Patience { answer: 10, outage: None });
+    [0, 1, 2].into_iter().for_each(|key| both.ask(key, u64::from(key) * 512));
+    for _ in 0..3 {
+        both.round(&[0, 1, 2]);
+    }
+    both.talk.connected(&agreed());
+    assert_eq!(both.send(), [0]);
+    let mut later = Vec::new();
+    for second in 1..=25 {
+        // The server goes on with all else.
+        both.ask(3, 4096);
+        assert_eq!(both.send(), [3]);
+        both.talk.hear();
+        both.answer(3);
+        assert_eq!(both.talk.second(), None);
+        later.extend(both.send().into_iter().map(|key| (second, key)));
+    }
+    assert_eq!(later, [(11, 1), (22, 2)]);
+    [2, 0, 1].into_iter().for_each(|key| both.answer(key));
+    assert_eq!((both.talk.owed(), both.failed()), (0, (vec![], vec![])));
+}
+
+#[test]
 fn suspects_fail_with_the_rest_when_the_server_is_away() {
     let mut both = Both::new(PATIENCE);
     (0..4).for_each(|key| both.ask(key, 0));

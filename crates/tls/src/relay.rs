@@ -46,6 +46,8 @@ pub(crate) struct Relay<S> {
     down: Vec<u8>,
     down_at: usize,
     plain: Vec<u8>,
+    /// Our end takes nothing any more; what the peer sends is thrown away until it hears that.
+    is_deaf: bool,
     /// Nothing more comes from the peer; and our end knows.
     peer_ended: bool,
     up_ended: bool,
@@ -99,6 +101,7 @@ impl<S: Side> Relay<S> {
             down: Vec::with_capacity(PLAIN + OVERHEAD),
             down_at: 0,
             plain: vec![0; PLAIN],
+            is_deaf: false,
             peer_ended: false,
             up_ended: false,
             down_ended: false,
@@ -193,8 +196,12 @@ impl<S: Side> Relay<S> {
 
     /// Decrypts all records that are there whole.
     fn decrypt(&mut self, inner: &OwnedFd) -> Result<(), Stop> {
-        let Relay { side, cipher, there, up, down, .. } = self;
-        let mut give = |plain: &[u8]| give(inner, plain, up);
+        let Relay { side, cipher, there, up, down, is_deaf, .. } = self;
+        let mut give = |plain: &[u8]| {
+            if !*is_deaf {
+                give(inner, plain, up);
+            }
+        };
         let (taken, closed) = side.open(&mut cipher[..*there], down, &mut give);
         self.forget(taken);
         match closed {
@@ -221,10 +228,11 @@ impl<S: Side> Relay<S> {
                 Ok(count) => self.up_at += count,
                 Err(Errno::AGAIN) => return Ok(()),
                 Err(Errno::INTR) => {}
-                // Nobody will take it; there may be something left for the peer.
+                // Nobody will take it, and no more. There may be something left for the peer: a
+                // socket that is closed with bytes unread takes back what is under way.
                 Err(_) => {
                     self.up_at = self.up.len();
-                    self.peer_ended = true;
+                    self.is_deaf = true;
                 }
             }
         }

@@ -212,6 +212,8 @@ fn full_in(room: &Room) {
         }
     }
     drop(server);
+    // Whose end is gone takes what comes, for a while, until the peer goes.
+    drop(client.socket);
     client.over.recv_timeout(PATIENCE).unwrap();
 }
 

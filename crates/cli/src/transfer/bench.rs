@@ -31,6 +31,9 @@ pub fn run(bench: &Bench) -> Result<()> {
     }
     let access = if op == Op::Write { Access::Serve } else { Access::Read };
     let open = Open::new(&bench.stack, access)?;
+    if op == Op::Write {
+        open.refuse_zones("bench")?;
+    }
     open.warn();
     let limits = *open.limits();
     if bench.bs == 0

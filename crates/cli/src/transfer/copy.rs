@@ -1,20 +1,21 @@
 //! Answers for `devsplice copy`.
 
 use std::process::ExitCode;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
+use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, Instant};
 
 use devsplice_backends::Access;
 use devsplice_core::{Error, ErrorKind, Result};
 use devsplice_engine::Counts;
 use devsplice_exports::extents::Extents;
-use devsplice_exports::local::{self, Course, How, Plan, Size, Work};
+use devsplice_exports::local::{self, Course, Flushes, How, Plan, Size, Work};
 use devsplice_spec::Plan as StackPlan;
 use serde_json::json;
 
 use super::progress::Progress;
-use super::resume::{Kept, Resume};
-use super::{Open, attend, compare, explain, missing_file, plan, sizes};
+use super::resume::{self, Kept, Resume};
+use super::{Open, attend, compare, explain, interrupted, missing_file, plan, sizes};
 use crate::args::Copy;
 use crate::say;
 
@@ -31,24 +32,24 @@ const PAGE: u64 = 4096;
 /// If one of them cannot be opened, they do not fit, or a request failed.
 pub fn run(copy: &Copy) -> Result<ExitCode> {
     let begin = Instant::now();
-    let target_plan = plan(&copy.to)?;
-    let from = Open::new(&copy.from, Access::Read)?;
+    let [source_plan, target_plan] = [plan(&copy.from)?, plan(&copy.to)?];
+    let from = Open::of(&copy.from, &source_plan, Access::Read)?;
     let size = from.limits().size;
-    let is_new = make_target(&target_plan, size)?;
+    let stamp = from.stamp(&source_plan)?;
+    let this = Resume::new([&copy.from, &copy.to], size, stamp);
+    let found = match &copy.resume {
+        Some(path) => resume::find(path, &this)?,
+        None => None,
+    };
+    let is_new = make_target(&target_plan, size, (copy, found.as_ref()))?;
     let to = Open::of(&copy.to, &target_plan, Access::Serve)?;
+    to.refuse_zones("copy")?;
     from.apart_from(&to)?;
     let align = check(&from, &to)?;
     from.warn();
     to.warn();
-    let this = Resume {
-        from: copy.from.clone(),
-        to: copy.to.clone(),
-        size,
-        stamp: from.stamp(),
-        done: 0,
-        fresh: is_new,
-    };
-    let kept = copy.resume.as_ref().map(|path| Kept::open(path, this)).transpose()?;
+    let this = Resume { target: to.identity(&target_plan)?, fresh: is_new, ..this };
+    let kept = copy.resume.as_ref().map(|path| Kept::open(path, this, found)).transpose()?;
     let start = kept.as_ref().map_or(0, |kept| kept.says().done);
     let is_fresh = is_new || kept.as_ref().is_some_and(|kept| kept.says().fresh);
     let how = How {
@@ -79,18 +80,31 @@ pub fn run(copy: &Copy) -> Result<ExitCode> {
 /// Reads both anew, from where they are.
 fn verify(copy: &Copy, load: (u16, Size), size: u64) -> Result<()> {
     let [from, to] = [&copy.from, &copy.to].map(|name| Open::new(name, Access::Read));
-    match compare::common([from?, to?], load, (0, size), copy.progress)? {
-        None => Ok(()),
-        Some(at) => {
+    match compare::common([from?, to?], load, (0, size), copy.progress) {
+        Ok(None) => Ok(()),
+        Ok(Some(at)) => {
             let reason = format!("differs from {} at byte {at}, after the copy", copy.from);
             Err(Error::new(ErrorKind::Os, &copy.to, reason))
         }
+        Err(_) if interrupted()?.load(SeqCst) => {
+            let reason = "interrupted: it is copied, but not verified";
+            let step = format!("devsplice compare {} {}", copy.from, copy.to);
+            Err(Error::new(ErrorKind::Os, &copy.to, reason).next(step))
+        }
+        Err(error) => Err(error),
     }
 }
 
 /// Makes a target that is a plain file and is not there; whether it did.
-fn make_target(plan: &StackPlan, size: u64) -> Result<bool> {
+fn make_target(
+    plan: &StackPlan,
+    size: u64,
+    (copy, found): (&Copy, Option<&Resume>),
+) -> Result<bool> {
     let Some(path) = missing_file(plan) else { return Ok(false) };
+    if let Some(resume) = &copy.resume {
+        resume::refuse_gone(resume, found)?;
+    }
     std::fs::File::create_new(path)
         .and_then(|file| file.set_len(size))
         .map_err(|error| Error::os(path, &error))?;
@@ -127,10 +141,10 @@ fn transfer(
     let extents = Extents::at_rest(&sides[0].served.stack, &sides[0].bottoms)?;
     let slots = u32::from(threads) * u32::from(each.depth);
     let course = Arc::new(Course::new(way, vec![extents], slots));
-    let flushed = Arc::new(Mutex::new(Instant::now()));
+    let flushes = Arc::new(Flushes::default());
     let work = |_| {
-        let (course, flushed) = (Arc::clone(&course), Arc::clone(&flushed));
-        Box::new(local::Copy::new(course, how, each.depth, flushed)) as Box<dyn Work>
+        let (course, flushes) = (Arc::clone(&course), Arc::clone(&flushes));
+        Box::new(local::Copy::new(course, how, each.depth, flushes)) as Box<dyn Work>
     };
     let works: Vec<_> = (0..threads).map(work).collect();
     let mut progress = Progress::new(copy.progress, way.to)?;
@@ -160,7 +174,8 @@ fn transfer(
     if let Some(error) = trouble {
         return Err(error);
     }
-    if was_stopped {
+    // All of it may have been done by then.
+    if was_stopped && course.durable() < way.to {
         let step = if kept.is_some() { "the same command goes on" } else { "--resume FILE" };
         return Err(Error::new(ErrorKind::Os, &copy.to, "interrupted: it is not whole").next(step));
     }

@@ -3,14 +3,14 @@
 pub mod bench;
 pub mod compare;
 pub mod copy;
+mod identity;
 pub mod map;
 mod progress;
 mod resume;
 
-use std::os::fd::AsFd;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use devsplice_backends::Access;
 use devsplice_core::{Error, ErrorKind, Limits, Op, Result, Stack};
@@ -18,7 +18,6 @@ use devsplice_exports::local::{Failure, Side, Size};
 use devsplice_exports::threads::Bottom;
 use devsplice_spec::{Kind, Plan};
 use devsplice_uring::{Uring, is_in_memory};
-use rustix::fs::FileType;
 
 use crate::args::Requests;
 use crate::assemble::{CATALOG, assemble};
@@ -91,47 +90,18 @@ impl Open {
         Side::new(self.stack, self.bottoms)
     }
 
-    /// What is other once its files have been written to.
-    pub fn stamp(&self) -> String {
-        let stats = self.bottoms.iter().filter_map(|bottom| match bottom {
-            Bottom::File { fd, .. } => rustix::fs::fstat(fd.as_fd()).ok(),
-            Bottom::Bytes(_) | Bottom::Remote(_) => None,
-        });
-        let one = |stat: rustix::fs::Stat| match FileType::from_raw_mode(stat.st_mode) {
-            // A device node's times say nothing about the device.
-            FileType::BlockDevice => format!("device {}", stat.st_rdev),
-            _ => format!(
-                "{}:{} {}.{:09}",
-                stat.st_dev, stat.st_ino, stat.st_mtime, stat.st_mtime_nsec
-            ),
-        };
-        stats.map(one).collect::<Vec<_>>().join(", ")
-    }
-
-    /// What tells its files and devices from others'.
-    fn identities(&self) -> Vec<(u64, u64, u64)> {
-        let stats = self.bottoms.iter().filter_map(|bottom| match bottom {
-            Bottom::File { fd, .. } => rustix::fs::fstat(fd.as_fd()).ok(),
-            Bottom::Bytes(_) | Bottom::Remote(_) => None,
-        });
-        let one = |stat: rustix::fs::Stat| match FileType::from_raw_mode(stat.st_mode) {
-            FileType::BlockDevice => (0, 0, stat.st_rdev),
-            _ => (stat.st_dev, stat.st_ino, 0),
-        };
-        stats.map(one).collect()
-    }
-
-    /// Refuses what has a file or a device in common with this.
+    /// Refuses zones where something is to be written: what keeps them in order is asked by front
+    /// ends that know of them, and writes from here would go past it, over what is written.
     ///
     /// # Errors
-    /// If it has.
-    pub fn apart_from(&self, other: &Open) -> Result<()> {
-        let ours = self.identities();
-        if other.identities().iter().any(|its| ours.contains(its)) {
-            let reason = format!("lies on the same file or device as {}", self.name);
-            return Err(Error::invalid(&other.name, reason));
+    /// If it has any.
+    pub fn refuse_zones(&self, what: &str) -> Result<()> {
+        if self.stack.zones().is_none() {
+            return Ok(());
         }
-        Ok(())
+        let reason = format!("has zones, which {what} does not write");
+        Err(Error::new(ErrorKind::Unsupported, &self.name, reason)
+            .next("devsplice add it over ublk, and write to the disk"))
     }
 }
 
@@ -194,31 +164,48 @@ pub fn explain(failure: &Failure, names: [&str; 2]) -> Error {
     Error::new(ErrorKind::Os, name, reason)
 }
 
-/// A flag that SIGINT, SIGTERM or SIGHUP sets.
+/// A flag that SIGINT, SIGTERM or SIGHUP sets: one for the whole command, so that none is lost
+/// between two steps of it. The second such signal ends the process.
 ///
 /// # Errors
 /// If the handlers cannot be set.
 pub fn interrupted() -> Result<Arc<AtomicBool>> {
     use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+    static FLAG: Mutex<Option<Arc<AtomicBool>>> = Mutex::new(None);
+    let mut kept = FLAG.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(flag) = &*kept {
+        return Ok(Arc::clone(flag));
+    }
     let flag = Arc::new(AtomicBool::new(false));
     for signal in [SIGINT, SIGTERM, SIGHUP] {
         signal_hook::flag::register_conditional_shutdown(signal, 1, Arc::clone(&flag))
             .and_then(|_| signal_hook::flag::register(signal, Arc::clone(&flag)))
             .map_err(|error| Error::os("signals", &error))?;
     }
+    *kept = Some(Arc::clone(&flag));
     Ok(flag)
 }
 
-/// Does `work` on another thread, and `meanwhile` from time to time, with whether to stop.
+/// Does `work` on another thread, and `meanwhile` from time to time, before it and after it, with
+/// whether to stop.
 ///
 /// # Errors
 /// As `work`; or if there is no thread to be had.
 pub fn attend<T: Send + 'static>(
     work: impl FnOnce() -> Result<T> + Send + 'static,
+    meanwhile: impl FnMut(bool),
+) -> Result<T> {
+    attend_to(&*interrupted()?, work, meanwhile)
+}
+
+fn attend_to<T: Send + 'static>(
+    stop: &AtomicBool,
+    work: impl FnOnce() -> Result<T> + Send + 'static,
     mut meanwhile: impl FnMut(bool),
 ) -> Result<T> {
     const LOOK: std::time::Duration = std::time::Duration::from_millis(100);
-    let stop = interrupted()?;
+    // What came between two steps of a command.
+    meanwhile(stop.load(SeqCst));
     let (tell, told) = std::sync::mpsc::channel();
     std::thread::Builder::new()
         .name("work".to_owned())
@@ -226,7 +213,10 @@ pub fn attend<T: Send + 'static>(
         .map_err(|error| Error::os("a thread", &error))?;
     loop {
         match told.recv_timeout(LOOK) {
-            Ok(done) => return done,
+            Ok(done) => {
+                meanwhile(stop.load(SeqCst));
+                return done;
+            }
             Err(std::sync::mpsc::RecvTimeoutError::Timeout) => meanwhile(stop.load(SeqCst)),
             Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => {
                 return Err(Error::new(ErrorKind::Os, "a thread", "ended early"));
@@ -256,5 +246,21 @@ mod tests {
         assert_eq!(depth(None, 1 << 20, [&memory, &memory]), REQUESTS);
         let usual = if disk.is_in_memory() { REQUESTS_IN_PLACE } else { REQUESTS };
         assert_eq!(depth(None, 256 << 10, [&memory, &disk]), usual);
+    }
+
+    #[test]
+    fn what_interrupts_before_or_at_the_very_end_is_heard() {
+        let stop = Arc::new(AtomicBool::new(false));
+        let (set, mut heard) = (Arc::clone(&stop), Vec::new());
+        let work = move || {
+            set.store(true, SeqCst);
+            Ok(7)
+        };
+        assert_eq!(attend_to(&stop, work, |stop| heard.push(stop)).unwrap(), 7);
+        assert_eq!(heard, [false, true]);
+        // It is for what follows, too.
+        heard.clear();
+        attend_to(&stop, || Ok(()), |stop| heard.push(stop)).unwrap();
+        assert_eq!(heard, [true; 2]);
     }
 }

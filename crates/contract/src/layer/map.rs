@@ -44,6 +44,9 @@ pub(super) fn answers(subject: &Subject) -> Outcome {
         let first = pieces(&stack, io).map_err(fails)?;
         // Reads may take turns between copies.
         let repeats = subject.masks_errors || pieces(&stack, io).as_ref() == Ok(&first);
+        if op == Op::Read && !subject.masks_errors {
+            located(&stack, io, &first)?;
+        }
         let mut parts: Vec<_> = first.iter().map(|(.., part, len)| (*part, *len)).collect();
         parts.sort_unstable();
         let mut end = 0;
@@ -59,6 +62,20 @@ pub(super) fn answers(subject: &Subject) -> Outcome {
         }
     }
     Ok(Verdict::Kept)
+}
+
+/// Who asks where bytes lie is told what a read of them comes to, or that reading tells.
+fn located(stack: &Stack, io: Io, read: &[Piece]) -> Result<(), String> {
+    let Some(piece) = stack.locate(io.extent) else { return Ok(()) };
+    let disk = match piece.place {
+        Place::Backend(id) => Some(id.0),
+        Place::Zero => None,
+    };
+    let told = (disk, piece.at, piece.part, piece.len);
+    if read.first() == Some(&told) {
+        return Ok(());
+    }
+    Err(format!("asked where it lies: {io:?}; answered: {told:?}; must: {:?}", read.first()))
 }
 
 /// What devices below may lack, one thing at a time.

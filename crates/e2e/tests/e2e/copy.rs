@@ -5,7 +5,7 @@ use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
-use devsplice_e2e::{Group, Kind, MIB, Outcome, Room, call, need_tool, wait_until};
+use devsplice_e2e::{Group, Kind, MIB, Outcome, Room, call, need, need_tool, wait_until};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
@@ -13,9 +13,14 @@ pub fn add(group: &mut Group, kind: Kind) {
     group.add("a_copy_is_equal_whatever_its_requests_and_layers", copies);
     group.add("a_copy_leaves_holes_where_nbdcopy_does", holes);
     group.add("a_copy_that_is_killed_goes_on_where_it_was_safe", killed);
+    group.add("a_copy_goes_on_only_to_what_it_was_begun_to", same_target);
+    group.add("a_copy_goes_on_only_between_the_devices_it_was_begun_with", same_devices);
     group.add("a_copy_that_is_interrupted_says_so_and_goes_on", interrupted);
     group.add("a_copy_is_verified_and_tells_how_far_it_is", verified);
     group.add("what_cannot_be_copied_is_refused_or_fails_with_the_place", bad);
+    group.add("a_disk_is_not_copied_to_its_own_partition_nor_back", partitions);
+    group.add("who_asks_a_throttled_disk_for_holes_pays_nothing", holes_are_free);
+    group.add("a_source_that_is_cut_off_meanwhile_is_not_copied_as_zeros", cut_off);
     group.add("compare_finds_the_first_byte_that_differs", compare);
     group.add("map_shows_data_and_holes_through_layers", map);
     group.add("bench_measures_and_overwrites_only_when_told", bench);
@@ -117,9 +122,9 @@ fn holes() -> Outcome {
     Ok(())
 }
 
-/// A copy of 24 MiB at 4 MiB a second that has come so far that the resume file says so.
+/// A copy of 8 MiB and holes at 2 MiB a second that has come so far that the resume file says so.
 fn slow_copy<'a>(room: &Room, from: &'a str, to: &'a str) -> (Vec<String>, devsplice_e2e::Running) {
-    let slow = format!("throttle({from}, bps=4M)");
+    let slow = format!("throttle({from}, bps=2M)");
     let arguments = ["copy", &slow, to, "--resume", "state", "--request-size", "64k", "--json"];
     let arguments: Vec<String> = arguments.map(str::to_owned).into();
     let running = room.devsplice(&arguments).start();
@@ -130,6 +135,15 @@ fn slow_copy<'a>(room: &Room, from: &'a str, to: &'a str) -> (Vec<String>, devsp
     };
     wait_until(30, "a mark", || done().is_some_and(|done| done > MIB));
     (arguments, running)
+}
+
+/// A copy that has come some way and was killed; its arguments.
+fn broken_off(room: &Room, from: &str, to: &str) -> Vec<String> {
+    let (arguments, mut running) = slow_copy(room, from, to);
+    let pid = Pid::from_raw(i32::try_from(running.pid()).expect("a pid")).expect("a pid");
+    kill_process(pid, Signal::KILL).expect("a process to kill");
+    wait_until(10, "the end", || running.is_over());
+    arguments
 }
 
 /// Goes on, must not begin anew, and must be right.
@@ -145,10 +159,7 @@ fn killed() -> Outcome {
     let room = Room::new();
     let from = source(&room, "from");
     let to = room.path("to");
-    let (arguments, mut running) = slow_copy(&room, &from, &to);
-    let pid = Pid::from_raw(i32::try_from(running.pid()).expect("a pid")).expect("a pid");
-    kill_process(pid, Signal::KILL).expect("a process to kill");
-    wait_until(10, "the end", || running.is_over());
+    let arguments = broken_off(&room, &from, &to);
     goes_on(&room, &arguments, &from, &to);
     // Of another source, or one that was changed, nothing goes on.
     let again = room.path("again");
@@ -163,6 +174,82 @@ fn killed() -> Outcome {
     Ok(())
 }
 
+fn same_target() -> Outcome {
+    let room = Room::new();
+    let from = source(&room, "from");
+    let [to, away, state] = ["to", "away", "state"].map(|name| room.path(name));
+    let arguments = broken_off(&room, &from, &to);
+    let kept = std::fs::read(&state).expect("a resume file");
+    let refused = |words: &[&str]| {
+        let text = room.refusal(&arguments);
+        assert!(words.iter().all(|word| text.contains(word)), "no {words:?} in {text}");
+        assert!(text.contains("remove") && text.contains("state"), "{text}");
+        assert_eq!(std::fs::read(&state).expect("a resume file"), kept, "{text}");
+    };
+    // Gone, as when its file system is not mounted: none is made in its place.
+    std::fs::rename(&to, &away).expect("a file to move");
+    refused(&[&to, "is gone"]);
+    assert!(!Path::new(&to).exists(), "another one was made");
+    // Another one of that name and size.
+    let other = room.full_file("to", 24 * MIB + 12 * 1024, 0x5a);
+    refused(&[&to, "is another one"]);
+    assert!(std::fs::read(&other).expect("a file").iter().all(|byte| *byte == 0x5a));
+    std::fs::remove_file(&other).expect("a file to remove");
+    // The same bytes elsewhere are another one, too.
+    call("cp", ["-a", &away, &to]).ok();
+    refused(&[&to, "is another one"]);
+    std::fs::rename(&away, &to).expect("a file to move");
+    goes_on(&room, &arguments, &from, &to);
+    // A stack of the same name over the same file, but with its bytes elsewhere.
+    let (wide, toml) = (room.file("wide", 32 * MIB), room.path("stack.toml"));
+    let stack = |offset: &str| {
+        let keys = format!("driver = \"linear\"\nbelow = [\"{wide}\"]\noffset = \"{offset}\"\n");
+        let text = format!("stack = \"top\"\n[device.top]\n{keys}");
+        std::fs::write(&toml, text).expect("a file");
+    };
+    stack("1M");
+    let arguments = broken_off(&room, &from, &toml);
+    stack("2M");
+    let text = room.refusal(&arguments);
+    assert!(text.contains("is another one"), "{text}");
+    stack("1M");
+    room.devsplice(&arguments).ok();
+    Ok(())
+}
+
+/// Puts another file under a loop device; it begins with the other's bytes.
+fn exchange(node: &str, file: &str) {
+    call("losetup", ["-d", node]).ok();
+    wait_until(10, "the loop device to let go", || {
+        !Path::new("/sys/block").join(&node[5..]).join("loop").exists()
+    });
+    call("losetup", ["--direct-io=on", node, file]).ok();
+}
+
+fn same_devices() -> Outcome {
+    let room = Room::new();
+    let file = source(&room, "from");
+    let (to, other) = (room.loop_device("to", 32 * MIB), room.full_file("other", 32 * MIB, 0x5a));
+    let arguments = broken_off(&room, &file, &to);
+    exchange(&to, &other);
+    let text = room.refusal(&arguments);
+    assert!(text.contains("is another one") && text.contains(&to), "{text}");
+    assert!(std::fs::read(&other).expect("a file").iter().all(|byte| *byte == 0x5a));
+    std::fs::remove_file(room.path("state")).expect("the resume file");
+    room.devsplice(&arguments).ok();
+    let (wanted, got) =
+        (std::fs::read(&file).expect("a file"), std::fs::read(&other).expect("a file"));
+    assert!(got[..wanted.len()] == wanted, "the copy that began anew is not whole");
+    // The same for what is copied.
+    let (from, target) = (room.loop_device("device", 24 * MIB), room.path("target"));
+    let other = room.full_file("another", 24 * MIB, 0x5a);
+    let arguments = broken_off(&room, &from, &target);
+    exchange(&from, &other);
+    let text = room.refusal(&arguments);
+    assert!(text.contains("is another one, or has been changed"), "{text}");
+    Ok(())
+}
+
 fn interrupted() -> Outcome {
     let room = Room::new();
     let from = source(&room, "from");
@@ -173,6 +260,18 @@ fn interrupted() -> Outcome {
     let ran = running.finish().ended_with(1);
     assert!(ran.err.contains("interrupted") && ran.err.contains("the same command"), "{}", ran.err);
     goes_on(&room, &arguments, &from, &to);
+    // Once it is whole, what there is to stop is the comparison: it is slower by the source's rate.
+    let slow = format!("throttle({from}, bps=4M)");
+    let ran = room.devsplice(["copy", "--verify", "--resume", "state", &slow, &to]);
+    let running = ran.start();
+    let state = room.path("state");
+    wait_until(10, "the copy", || Path::new(&state).exists());
+    wait_until(30, "its end", || !Path::new(&state).exists());
+    let pid = Pid::from_raw(i32::try_from(running.pid()).expect("a pid")).expect("a pid");
+    kill_process(pid, Signal::INT).expect("a process");
+    let ran = running.finish().ended_with(1);
+    assert!(ran.err.contains("not verified") && ran.err.contains("compare"), "{}", ran.err);
+    same(&from, &to);
     Ok(())
 }
 
@@ -228,6 +327,73 @@ fn bad() -> Outcome {
     refused(&["copy", &from, &broken], &["write of", "ENOSPC", "full"]);
     let broken = format!("error({full}, flush=EIO)");
     refused(&["copy", &from, &broken], &["flush failed", "EIO"]);
+    Ok(())
+}
+
+fn partitions() -> Outcome {
+    need_tool("sfdisk")?;
+    let room = Room::new();
+    let file = room.full_file("disk", 16 * MIB, 0x11);
+    let table = "label: gpt\nstart=2048, size=8192\nstart=12288, size=8192\n";
+    std::fs::write(room.path("table"), table).expect("a file");
+    let input = File::open(room.path("table")).expect("a file");
+    call("sfdisk", ["-q", "--no-reread", &file]).input(input).ok();
+    let before = std::fs::read(&file).expect("a file");
+    let node = call("losetup", ["-f", "--show", "-P", &file]).ok().trim().to_owned();
+    room.later("losetup", &["-d", &node]);
+    let (first, second) = (format!("{node}p1"), format!("{node}p2"));
+    let is_there = || Path::new(&first).exists() && Path::new(&second).exists();
+    let end = std::time::Instant::now() + std::time::Duration::from_secs(5);
+    while !is_there() && std::time::Instant::now() < end {
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+    need(is_there(), "no partitions of loop devices here")?;
+    let linear = format!("linear({node}, size=4M)");
+    for (from, to) in [(&first, &node), (&linear, &first), (&first, &first)] {
+        let text = room.refusal(["copy", from, to]);
+        assert!(
+            text.contains("lies on the same file or device") || text.contains("in use"),
+            "{text}"
+        );
+    }
+    assert!(std::fs::read(&file).expect("a file") == before, "something was written");
+    room.devsplice(["copy", "--allocated", &first, &second]).ok();
+    let after = std::fs::read(&file).expect("a file");
+    assert!(after[12_288 * 512..20_480 * 512] == before[2048 * 512..10_240 * 512]);
+    Ok(())
+}
+
+fn holes_are_free() -> Outcome {
+    let room = Room::new();
+    let path = room.file("from", 4096 * MIB);
+    let file = File::options().write(true).open(&path).expect("the file just made");
+    file.write_all_at(&noise(1, 1 << 20), 2048 * MIB).expect("room");
+    file.sync_all().expect("a disk that syncs");
+    // Reading the holes would take 17 minutes.
+    let (slow, to) = (format!("throttle({path}, bps=4M)"), room.path("to"));
+    room.devsplice(["copy", &slow, &to]).limit(30).ok();
+    assert!(blocks(&to) * 512 <= 2 * MIB, "{} blocks", blocks(&to));
+    let (ours, theirs) = (File::open(&to).expect("a file"), File::open(&path).expect("a file"));
+    for at in [2048 * MIB, 2049 * MIB - 4096] {
+        let mut pages = [[0; 4096]; 2];
+        for (file, page) in [&ours, &theirs].into_iter().zip(&mut pages) {
+            file.read_exact_at(page, at).expect("a page");
+        }
+        assert!(pages[0] == pages[1] && pages[0] != [0; 4096], "at {at}");
+    }
+    Ok(())
+}
+
+fn cut_off() -> Outcome {
+    let room = Room::new();
+    let from = source(&room, "from");
+    let to = room.path("to");
+    let (_, running) = slow_copy(&room, &from, &to);
+    // Of what is left nothing but a hole was to come.
+    let file = File::options().write(true).open(&from).expect("the source");
+    file.set_len(18 * MIB).expect("a shorter file");
+    let ran = running.finish().ended_with(1);
+    assert!(ran.err.contains("read of") && ran.err.contains("EIO"), "{}", ran.err);
     Ok(())
 }
 

@@ -27,6 +27,7 @@ mod matrix;
 mod mirror;
 mod nbd;
 mod ops;
+mod parts;
 mod protect;
 mod psk;
 mod reach;
@@ -94,6 +95,7 @@ fn groups() -> Vec<Group> {
     if !had("copy") {
         copy::add(&mut copies, home);
     }
+    parts::add(&mut copies);
     let mut nbd = Group::new("nbd", Ok(()));
     nbd::add(&mut nbd);
     doors::add(&mut nbd);

@@ -2,8 +2,8 @@
 //! whether any of them was copied.
 
 use devsplice_e2e::{
-    Disk, Group, Kind, MIB, Mode, Moved, Outcome, Room, Skip, call, engines, mode, need, need_tool,
-    verify, wait_until,
+    Disk, Group, Kind, MIB, Mode, Moved, Outcome, Room, Skip, call, engines, had, mode, need,
+    need_tool, verify, wait_until,
 };
 
 /// What lies at the bottom.
@@ -156,7 +156,9 @@ fn bottoms(kind: Kind, stack: &str) -> Vec<Bottom> {
             bottoms.extend(is_few.then_some(Bottom::LoopDevice));
         }
         (Mode::Vm, Kind::Ublk("auto-register")) => {
-            bottoms.extend([Bottom::File, Bottom::NullBlk]);
+            bottoms.push(Bottom::File);
+            // What a layer does and what is below it are apart from each other.
+            bottoms.extend((is_few || !had("fuse")).then_some(Bottom::NullBlk));
             bottoms.extend(is_alone.then_some(Bottom::LoopDevice));
         }
         (Mode::Vm, _) if is_few => {

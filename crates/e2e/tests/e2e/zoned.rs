@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use devsplice_e2e::{Disk, Group, Kind, MIB, Outcome, Room, call, engines, had, need_tool};
+use devsplice_e2e::{Disk, Group, Kind, MIB, Outcome, Room, call, engines, need_tool};
 
 /// Bytes of a zone.
 const ZONE: u64 = 4 * MIB;
@@ -13,6 +13,7 @@ const SECTORS: u64 = ZONE / 512;
 pub fn add(group: &mut Group, kind: Kind, is_home: bool) {
     if !kind.is_ublk() || kind == Kind::Ublk("copy") {
         group.add("zones_are_refused_where_there_are_none", move || refused(kind));
+        group.add("zones_are_not_written_by_who_does_not_know_them", unwritten);
         return;
     }
     group.add("zones_fio_writes_and_verifies_many_zones_at_once", move || verified(kind));
@@ -21,11 +22,7 @@ pub fn add(group: &mut Group, kind: Kind, is_home: bool) {
         group.add("zones_outlive_servers_that_are_killed_while_they_are_written", move || {
             killed(kind)
         });
-        // It fails about one time in three on Linux 7.3, by EIO or zeros, and nobody knows yet
-        // whether that is btrfs, the kernel or us (docs/stack.md): where all tests run, not in CI.
-        if !had("fuse") {
-            group.add("zones_what_is_appended_is_where_btrfs_is_told", move || appended(kind));
-        }
+        group.add("zones_what_is_appended_is_where_btrfs_is_told", move || appended(kind));
         crate::alike::add(group, kind);
     }
 }
@@ -238,5 +235,34 @@ fn refused(kind: Kind) -> Outcome {
     let stack = format!("zoned(zones(path={directory}, size=1M, count=3))");
     room.add_refused(kind, &stack, &[], &["zones"]);
     assert!(Path::new(&directory).exists());
+    Ok(())
+}
+
+/// Who does not know zones writes none, neither over what is written nor behind it.
+fn unwritten() -> Outcome {
+    let room = Room::new();
+    std::fs::create_dir(room.path("zones")).unwrap();
+    let first = room.full_file("zones/seq-000000", MIB, 0x11);
+    let second = room.full_file("zones/seq-000001", MIB / 4, 0x22);
+    let full = room.full_file("full", 2 * MIB, 0x33);
+    let stack = format!("zoned(zones(path={}, size=1M))", room.path("zones"));
+    let listen = format!("unix:{}", room.path("socket"));
+    let ways: [&[&str]; 4] = [
+        &["copy", &full, &stack],
+        &["bench", "--rw", "write", "--destroy", "--runtime", "1", &stack],
+        &["bench", "--rw", "randwrite", "--destroy", "--runtime", "1", &stack],
+        &["add", "--listen", &listen, &stack],
+    ];
+    for way in ways {
+        let text = room.refusal(way);
+        assert!(text.contains("zones") && text.contains("ublk"), "{text}");
+    }
+    assert!(!Path::new(&room.path("socket")).exists());
+    assert!(std::fs::read(&first).unwrap() == vec![0x11; 1 << 20]);
+    assert!(std::fs::read(&second).unwrap() == vec![0x22; 1 << 18]);
+    // To read them is no harm.
+    let back = room.path("back");
+    room.devsplice(["copy", &stack, &back]).ok();
+    assert!(std::fs::read(&back).unwrap()[..1 << 20] == vec![0x11; 1 << 20]);
     Ok(())
 }

@@ -1,8 +1,7 @@
 //! Answers for a copy of one stack to another: each slot reads a range, looks for zeros in it, and
 //! writes it from the same memory.
 
-use std::sync::Arc;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use devsplice_core::{Errno, Io, Op, Result};
@@ -44,31 +43,55 @@ enum Doing {
     Ending,
 }
 
+/// The flushes of the target that a copy has on its way, shared by all of its threads. There is one
+/// at a time: what an earlier write came to is told to one of them only, and another that began
+/// before and ends well would make durable, by its mark, what was lost.
+#[derive(Debug)]
+pub struct Flushes(Mutex<Turn>);
+
+#[derive(Debug)]
+struct Turn {
+    /// When the last one began.
+    last: Instant,
+    is_out: bool,
+}
+
+impl Default for Flushes {
+    fn default() -> Flushes {
+        Flushes(Mutex::new(Turn { last: Instant::now(), is_out: false }))
+    }
+}
+
+impl Flushes {
+    /// Whether one is due, and none is out; then this one is.
+    fn begin(&self, every: Duration) -> bool {
+        let mut turn = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_due = !turn.is_out && turn.last.elapsed() >= every;
+        if is_due {
+            *turn = Turn { last: Instant::now(), is_out: true };
+        }
+        is_due
+    }
+
+    /// It has come back.
+    fn end(&self) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).is_out = false;
+    }
+}
+
 /// The slots of one thread.
 pub struct Copy {
     course: Arc<Course>,
     how: How,
     slots: Box<[Doing]>,
-    /// When the target was flushed last; shared by all threads.
-    flushed: Arc<Mutex<Instant>>,
+    flushes: Arc<Flushes>,
 }
 
 impl Copy {
     /// So many slots on this course.
     #[must_use]
-    pub fn new(course: Arc<Course>, how: How, depth: u16, flushed: Arc<Mutex<Instant>>) -> Copy {
-        Copy { course, how, slots: vec![Doing::Nothing; usize::from(depth)].into(), flushed }
-    }
-
-    /// Whether it is time to flush, and nobody else does.
-    fn is_flush_due(&self) -> bool {
-        let Some(every) = self.how.flush_every else { return false };
-        let Ok(mut last) = self.flushed.lock() else { return false };
-        let is_due = last.elapsed() >= every;
-        if is_due {
-            *last = Instant::now();
-        }
-        is_due
+    pub fn new(course: Arc<Course>, how: How, depth: u16, flushes: Arc<Flushes>) -> Copy {
+        Copy { course, how, slots: vec![Doing::Nothing; usize::from(depth)].into(), flushes }
     }
 
     /// Begins something new.
@@ -79,7 +102,7 @@ impl Copy {
             self.course.leave();
             return Step::End;
         }
-        if self.is_flush_due() {
+        if self.how.flush_every.is_some_and(|every| self.flushes.begin(every)) {
             let mark = self.course.mark();
             self.slots[usize::from(slot)] = Doing::Flushing(mark);
             return one(TARGET, Io::new(Op::Flush, 0, 0));
@@ -208,15 +231,20 @@ impl Work for Copy {
         }
     }
 
-    fn done(&mut self, _: u16, side: u16, io: &Io, result: Result<(), Errno>) {
+    fn done(&mut self, slot: u16, side: u16, io: &Io, result: Result<(), Errno>) {
         if let Err(errno) = result {
             self.course.fail(Failure { side, io: *io, errno });
+        }
+        // Behind a failure: what begins from here on sees it, and no flush follows one that failed.
+        if let Doing::Flushing(_) = self.slots[usize::from(slot)] {
+            self.flushes.end();
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::Plan;
     use super::*;
 
     #[test]
@@ -230,6 +258,41 @@ mod tests {
         assert_eq!(run_of(&[], 100), (0, false));
         bytes[600] = 0;
         assert_eq!(run_of(&bytes, 512), (1000, true));
+    }
+
+    #[test]
+    fn one_flush_is_out_at_a_time_whoever_began_it() {
+        const PLAN: Plan = Plan { from: 0, to: 1 << 20, align: 512, data: 4096, zeroes: 4096 };
+        let how = How {
+            sparse: 0,
+            target_is_zero: false,
+            can_zero: false,
+            flush_every: Some(Duration::ZERO),
+        };
+        let course = Arc::new(Course::new(PLAN, Vec::new(), 4));
+        let flushes = Arc::new(Flushes::default());
+        let copy = || Copy::new(Arc::clone(&course), how, 2, Arc::clone(&flushes));
+        let mut threads = [copy(), copy()];
+        let mut ring = Uring::new(&devsplice_uring::Config {
+            flights: 64,
+            files: 0,
+            lanes: Vec::new(),
+            inner: 0,
+        })
+        .unwrap();
+        let flush = Io::new(Op::Flush, 0, 0);
+        let is_flush = |step| matches!(step, Step::One(Ask { io, .. }) if io == flush);
+        let mut begins = |thread: &mut Copy, slot| is_flush(thread.next(slot, &mut ring));
+        let [one, other] = &mut threads;
+        // However long it takes, and whether of the same thread or of another.
+        assert!(begins(one, 0));
+        assert!(!begins(one, 1) && !begins(other, 0));
+        one.done(0, TARGET, &flush, Ok(()));
+        assert!(begins(other, 1), "none is begun any more");
+        // One that failed has no other behind it.
+        other.done(1, TARGET, &flush, Err(Errno::EIO));
+        assert!(!begins(one, 0) && !begins(other, 1));
+        assert_eq!(course.durable(), 0);
     }
 
     #[test]

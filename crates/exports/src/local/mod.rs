@@ -20,7 +20,7 @@ use devsplice_uring::{Config, LaneMemory, Uring};
 use crate::threads::Bottom;
 
 pub use compare::{Compare, Differ, Sides};
-pub use copy::{Copy, How};
+pub use copy::{Copy, Flushes, How};
 pub use course::{Course, Failure, Plan};
 pub use load::{Load, Pattern};
 

@@ -95,6 +95,17 @@ mod tests {
     }
 
     #[test]
+    fn what_was_cut_off_a_file_is_no_hole() {
+        let bottoms = [sparse("extents-cut")];
+        let known = Extents::in_use(&Arc::new(flat("a")), &bottoms).unwrap();
+        let [Bottom::File { fd, .. }] = &bottoms else { panic!("no file") };
+        rustix::fs::ftruncate(fd, 512 << 10).unwrap();
+        let all = [(256, HOLE), (64, DATA), (192, HOLE), (512, DATA)];
+        assert_eq!(ask(&known, (0, 1024), 9), all);
+        assert_eq!(ask(&known, (600, 100), 9), [(100, DATA)]);
+    }
+
+    #[test]
     fn what_nobody_knows_is_data() {
         let Bottom::File { fd, .. } = sparse("extents-other") else { panic!("no file") };
         let block = [Bottom::File { fd, kind: FileKind::Block }];

@@ -110,12 +110,22 @@ pub struct Device {
     features: Vec<&'static str>,
 }
 
+/// The protocol has no words for zones, and its writes would go past what keeps them in order.
+fn refuse_zones(service: &Service) -> Result<()> {
+    if service.stack.zones().is_none() {
+        return Ok(());
+    }
+    let reason = "a disk that is reached by NBD has none";
+    Err(Error::new(ErrorKind::Unsupported, "zones", reason).next("--export ublk"))
+}
+
 impl Device {
     /// Listens and serves; clients are taken on return.
     ///
     /// # Errors
     /// If an address cannot be had; or as the stack, io_uring or memory refuse.
     pub fn attach(options: &Options, service: Service) -> Result<Device> {
+        refuse_zones(&service)?;
         let mut listeners = Vec::new();
         for uri in &options.listen {
             if uri.tls.is_some() {

@@ -2,6 +2,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod asked;
+#[path = "../../../tls/tests/authority/mod.rs"]
+mod authority;
 mod bad;
 mod flushes;
 mod peer;
@@ -423,13 +425,24 @@ fn requests_that_were_taken_are_answered_before_a_disk_is_suspended() {
 /// which nobody has read.
 #[test]
 fn answers_arrive_over_tcp_though_the_client_goes_on_asking_when_it_is_sent_away() {
-    let mut host = Host::new("dismiss-tcp", |wishes| {
+    answers_arrive(false);
+}
+
+/// There a thread is between, which has to do as the kernel does.
+#[test]
+fn answers_arrive_over_tls_though_the_client_goes_on_asking_when_it_is_sent_away() {
+    answers_arrive(true);
+}
+
+fn answers_arrive(by_tls: bool) {
+    let mut host = Host::new(if by_tls { "dismiss-tls" } else { "dismiss-tcp" }, |wishes| {
         wishes.listen.push("nbd://127.0.0.1:0".to_owned());
         wishes.depth = 16;
+        wishes.by_tls = by_tls;
     });
     let size = host.size();
     for _ in 0..3 {
-        let mut peer = host.peer_by_tcp();
+        let mut peer = if by_tls { host.peer_by_tls() } else { host.peer_by_tcp() };
         let mut bytes = Vec::new();
         for n in 0..20_000 {
             bytes.extend(peer.request(command::READ, 0, (n % 128 * (256 << 10), 256 << 10)));

@@ -11,12 +11,15 @@ use std::time::{Duration, Instant};
 
 use devsplice_core::{Limits, Stack, StackBuilder};
 use devsplice_engine::Counts;
-use devsplice_exports::nbd::{Device, Options, Secure, Uri};
+use devsplice_exports::nbd::{Certificates, Device, Options, Secure, Server, Tls, Uri};
 use devsplice_exports::threads::{Bottom, Service};
 use devsplice_nbd::client::{Agreed, Handshake, Outcome, Wish};
 use devsplice_nbd::wire::{self, Reply, can, chunk, command};
 use devsplice_nbd::{Mode, Request};
+use devsplice_tls::Client;
 use devsplice_uring::{Bytes, FileKind, Remote};
+
+use crate::authority::Authority;
 
 /// Bytes of the file.
 pub const SIZE: u64 = 64 << 20;
@@ -49,7 +52,8 @@ pub struct Wishes {
     pub slow_zeroes: bool,
     /// Whether the file is in memory, where its data goes another way.
     pub in_memory: bool,
-    pub secure: Option<Secure>,
+    /// Whether TLS is spoken by who likes, over a thread.
+    pub by_tls: bool,
     /// A server whose export, as large as the file, is the disk's second half.
     pub server: Option<Arc<dyn Remote>>,
     /// What the disk is instead of the file.
@@ -70,6 +74,13 @@ fn service_of(bytes: Arc<dyn Bytes>) -> Service {
     let mut builder = StackBuilder::new();
     let (root, _) = builder.backend("bytes", bytes.limits()).unwrap();
     serve(vec![Bottom::Bytes(bytes)], builder.finish(root))
+}
+
+fn secure(dir: &std::path::Path) -> Secure {
+    let authority = Authority::new("authority");
+    authority.server(dir, "localhost", (-1, 10));
+    let server = Server::new(Certificates(dir.to_owned()), false).unwrap();
+    Secure { policy: Tls::Offered, server, by_kernel: false }
 }
 
 /// The file, and a server's export behind it.
@@ -113,7 +124,7 @@ impl Host {
             threads: 2,
             slow_zeroes: false,
             in_memory: false,
-            secure: None,
+            by_tls: false,
             server: None,
             bytes: None,
         };
@@ -143,7 +154,7 @@ impl Host {
             threads: wishes.threads,
             depth: wishes.depth,
             stuck_seconds: 0,
-            secure: wishes.secure,
+            secure: wishes.by_tls.then(|| secure(&dir)),
         };
         let device = Some(Device::attach(&options, service).unwrap());
         Host { device, file, dir }
@@ -178,6 +189,15 @@ impl Host {
         let uri = self.device().uris().iter().find(|uri| uri.starts_with("nbd://")).unwrap();
         let address = uri.trim_start_matches("nbd://").trim_end_matches("/disk");
         Peer::greet(TcpStream::connect(address).unwrap().into(), Mode::Structured)
+    }
+
+    pub fn peer_by_tls(&self) -> Peer {
+        let uri = self.device().uris().iter().find(|uri| uri.starts_with("nbd://")).unwrap();
+        let address = uri.trim_start_matches("nbd://").trim_end_matches("/disk");
+        let certificates = Some(Certificates(self.dir.clone()));
+        let name = "localhost".to_owned();
+        let client = Client { certificates, verify: true, name, user: None };
+        Peer::speak(TcpStream::connect(address).unwrap().into(), Mode::Structured, Some(&client))
     }
 
     /// What is in the file.
@@ -250,10 +270,24 @@ impl Peer {
     }
 
     fn greet(socket: OwnedFd, mode: Mode) -> Peer {
+        Peer::speak(socket, mode, None)
+    }
+
+    fn speak(socket: OwnedFd, mode: Mode, tls: Option<&Client>) -> Peer {
         let mut socket = std::fs::File::from(socket);
-        let mut handshake =
-            Handshake::new(Wish { name: "disk".into(), mode, allocation: true, tls: false });
-        while *handshake.outcome() == Outcome::Open {
+        let (name, is_tls) = ("disk".into(), tls.is_some());
+        let mut handshake = Handshake::new(Wish { name, mode, allocation: true, tls: is_tls });
+        loop {
+            if *handshake.outcome() == Outcome::Secure {
+                let mut secure = tls.unwrap().connect(socket.into()).unwrap();
+                secure.wait(Instant::now() + PATIENCE).unwrap();
+                let say = |text: &str| eprintln!("{text}");
+                socket = secure.finish(false, say, || ()).unwrap().socket.into();
+                handshake.secured();
+            }
+            if *handshake.outcome() != Outcome::Open {
+                break;
+            }
             let count = handshake.output().len();
             socket.write_all(handshake.output()).unwrap();
             handshake.sent(count);

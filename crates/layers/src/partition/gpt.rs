@@ -13,9 +13,13 @@ use super::{Part, number, read};
 /// Most bytes of entries: 128 entries of 128 bytes are usual, this is 64 times that.
 const MAX_ENTRIES: u64 = 1 << 20;
 
-/// The partitions of a device whose first block says that it has such a table.
+/// The partitions of a device whose first block says that it has such a table, which counts in
+/// `disk.block`.
 pub(super) fn read_parts(below: &mut dyn Lower, disk: &Limits) -> Result<Vec<Part>> {
-    let last = disk.size / u64::from(disk.block) - 1;
+    let Some(last) = (disk.size / u64::from(disk.block)).checked_sub(1) else {
+        let reason = format!("the disk is smaller than a sector of {} bytes", disk.block);
+        return Err(Error::invalid("GPT", reason));
+    };
     let first = match read_copy(below, disk, 1) {
         Ok(parts) => return Ok(parts),
         Err(error) => error,
@@ -181,6 +185,48 @@ mod tests {
             let text = find(&image, disk, "number=4").unwrap_err();
             assert!(text.contains("there are: 1 \"a\" ("), "{text}");
         }
+    }
+
+    #[test]
+    fn a_table_is_read_in_the_sectors_that_it_was_made_for() {
+        // Blocks of the device, then of the table, which is whole, or has one of its copies.
+        for (disk, block) in [(disk_4k(409_600), 512), (disk(409_600), 4096)] {
+            let at = (10 * block as u64, 10 * block as u64);
+            let room = Limits { size: 100 * block as u64, ..disk };
+            // Eight sectors of 512 at its start make a partition that lies on blocks of 4096.
+            let mut image = image(block);
+            let (first, last) = if block == 512 { (16_u64, 31_u64) } else { (10, 19) };
+            image[2 * block + 32..2 * block + 40].copy_from_slice(&first.to_le_bytes());
+            image[2 * block + 40..2 * block + 48].copy_from_slice(&last.to_le_bytes());
+            image.copy_within(2 * block..3 * block, 98 * block);
+            seal(&mut image, block, 1, USUAL);
+            seal(&mut image, block, 99, Fields { entries: 98, ..USUAL });
+            let want = if block == 512 { (8192, 8192) } else { at };
+            // 100 sectors of 512 are no whole number of blocks of 4096: 96 of them hold no backup.
+            let room =
+                if block == 512 { Limits { size: 51_200 / 4096 * 4096, ..room } } else { room };
+            assert_eq!(find(&image, room, "number=1"), Ok(want));
+            assert_eq!(find(&image, room, &format!("number=1 sector={block}")), Ok(want));
+            let other = if block == 512 { 4096 } else { 512 };
+            let text = find(&image, room, &format!("number=1 sector={other}")).unwrap_err();
+            assert!(text.contains("both copies are damaged"), "{text}");
+            image[block + 88] ^= 1;
+            let backup = find(&image, room, "number=1");
+            assert_eq!(backup.is_ok(), block == 4096, "{backup:?}");
+        }
+    }
+
+    #[test]
+    fn two_tables_in_different_sectors_are_not_chosen_between() {
+        let mut both = vec![0; 409_600];
+        let fields = Fields { entries: 20, ..USUAL };
+        both[..512].copy_from_slice(&image(512)[..512]);
+        seal(&mut both, 512, 1, fields);
+        seal(&mut both, 4096, 1, fields);
+        let text = find(&both, disk_4k(409_600), "number=1").unwrap_err();
+        assert!(text.contains("say sector=4096, or sector=512"), "{text}");
+        let text = find(&both, disk_4k(409_600), "number=1 sector=512").unwrap_err();
+        assert!(text.contains("the table is empty"), "{text}");
     }
 
     #[test]

@@ -4,6 +4,11 @@
 //! 80), +4 type, +8 first block, +12 count, both 32-bit little-endian. An entry of type 5, f or 85
 //! is a container: at its first block begins a chain of tables, each with one partition, relative
 //! to that table, and one link, relative to the container. Those partitions are 5, 6 and so on.
+//!
+//! What counts as a partition, and so has a number, is as in Linux (block/partitions/msdos.c, 7.3):
+//! every entry with a count that is no container, whatever its type, 0 among them; in a chained
+//! table the third and fourth entry only if they lie in what the table was given and in the
+//! container, as there may be garbage; of several links the first; containers one after another.
 
 use std::collections::HashSet;
 
@@ -27,25 +32,38 @@ impl Entry {
     }
 
     fn is_partition(&self) -> bool {
-        !matches!(self.kind, 0 | 0x05 | 0x0f | 0x85) && self.count > 0
+        !matches!(self.kind, 0x05 | 0x0f | 0x85) && self.count > 0
+    }
+
+    /// The first block behind it, counted as its first one is. Two 32-bit numbers.
+    fn end(&self) -> u64 {
+        self.first + self.count
     }
 }
 
-/// The entries of a table.
+/// The entries of a device's first table.
 pub(super) fn entries(block: &[u8]) -> Result<Vec<Entry>> {
-    let table: Vec<&[u8]> = block.get(446..510).unwrap_or(&[]).chunks(16).collect();
     // A boot sector of a file system ends with 55 aa too, but has code where the flags are.
-    let is_table = number::<2>(block, 510) == 0xaa55 && table.iter().all(|e| e[0] & 0x7f == 0);
-    if !is_table {
-        return Err(Error::invalid("partition", "no partition table below")
-            .next("`blkid -p` or `file -s` say what is there"));
+    let flags = block.get(446..510).unwrap_or(&[]).chunks(16).map(|entry| entry[0]);
+    let none = || {
+        Error::invalid("partition", "no partition table below")
+            .next("`blkid -p` or `file -s` say what is there")
+    };
+    if flags.into_iter().any(|flag| flag & 0x7f != 0) {
+        return Err(none());
     }
-    let entry = |bytes: &&[u8]| Entry {
+    table(block).ok_or_else(none)
+}
+
+/// The entries of a table, if this is one.
+fn table(block: &[u8]) -> Option<Vec<Entry>> {
+    let entry = |bytes: &[u8]| Entry {
         kind: bytes[4],
         first: number::<4>(bytes, 8),
         count: number::<4>(bytes, 12),
     };
-    Ok(table.iter().map(entry).collect())
+    let is_table = number::<2>(block, 510) == 0xaa55;
+    is_table.then(|| block.get(446..510).unwrap_or(&[]).chunks(16).map(entry).collect())
 }
 
 /// Whether the table is there only to keep old tools off a GPT.
@@ -53,7 +71,12 @@ pub(super) fn protects_gpt(entries: &[Entry]) -> bool {
     entries.iter().any(|entry| entry.kind == 0xee)
 }
 
-/// The partitions of a device whose first block is `first`.
+/// How many sectors a disk needs for what its first table says.
+pub(super) fn reach(entries: &[Entry]) -> u64 {
+    entries.iter().filter(|entry| entry.count > 0).map(Entry::end).max().unwrap_or(0)
+}
+
+/// The partitions of a device whose first sector is `first`.
 pub(super) fn read_parts(
     below: &mut dyn Lower,
     disk: &Limits,
@@ -69,37 +92,46 @@ pub(super) fn read_parts(
     for (place, entry) in (1..).zip(entries).filter(|(_, entry)| entry.is_partition()) {
         parts.extend(part(place, entry.first, entry.count));
     }
-    if let Some(container) = entries.iter().find(|entry| entry.is_container()) {
-        let logical = logical(below, disk, container.first)?;
-        parts.extend((5..).zip(logical).filter_map(|(place, (at, count))| part(place, at, count)));
+    let mut places = 5..;
+    for container in entries.iter().filter(|entry| entry.is_container()) {
+        let logical = logical(below, disk, container)?;
+        let numbered = places.by_ref().take(logical.len()).zip(logical);
+        parts.extend(numbered.filter_map(|(place, (at, count))| part(place, at, count)));
     }
     Ok(parts)
 }
 
-/// First block and count of each logical partition in the chain from `container` on.
-fn logical(below: &mut dyn Lower, disk: &Limits, container: u64) -> Result<Vec<(u64, u64)>> {
+/// First block and count of each logical partition in the chain of a container.
+fn logical(below: &mut dyn Lower, disk: &Limits, container: &Entry) -> Result<Vec<(u64, u64)>> {
     let mut found = Vec::new();
     let mut seen = HashSet::new();
-    let mut next = Some(container);
+    // Where a table lies, and how many blocks it was given.
+    let mut next = Some((container.first, container.count));
     let mut block = vec![0; disk.block as usize];
-    while let Some(table) = next {
-        let chain = || format!("logical partition table in block {table}");
-        if !seen.insert(table) {
+    while let Some((at, room)) = next {
+        let chain = || format!("logical partition table in block {at}");
+        if !seen.insert(at) {
             return Err(Error::invalid(chain(), "the chain comes back to it"));
         }
         if seen.len() > MAX_CHAIN {
             return Err(Error::invalid(chain(), format!("more than {MAX_CHAIN} in the chain")));
         }
-        let Some(place) = Part::new(disk, 0, table, 1) else {
+        let Some(place) = Part::new(disk, 0, at, 1) else {
             return Err(Error::invalid(chain(), "lies behind the end of the device"));
         };
         read(below, place.at, &mut block)?;
-        let entries = entries(&block).map_err(|error| error.within(&chain()))?;
-        let inside = entries.iter().filter(|entry| entry.is_partition());
-        // Two 32-bit numbers do not overflow 64 bits.
-        found.extend(inside.map(|entry| (table + entry.first, entry.count)));
+        let Some(entries) = table(&block) else {
+            return Err(Error::invalid(chain(), "is none: it does not end with 55 aa"));
+        };
+        let is_meant = |slot: usize, entry: &Entry| {
+            let is_inside = entry.end() <= room && at + entry.end() <= container.end();
+            entry.is_partition() && (slot < 2 || (is_inside && at >= container.first))
+        };
+        let inside = entries.iter().enumerate().filter(|(slot, entry)| is_meant(*slot, entry));
+        // Two numbers of 32 and 33 bits do not overflow 64.
+        found.extend(inside.map(|(_, entry)| (at + entry.first, entry.count)));
         let link = entries.iter().find(|entry| entry.is_container());
-        next = link.map(|entry| container + entry.first);
+        next = link.map(|link| (container.first + link.first, link.count));
     }
     Ok(found)
 }
@@ -124,7 +156,10 @@ mod tests {
 
     /// Where a partition lies, or the message.
     fn find(image: &[u8], limits: Limits, number: u64) -> Result<(u64, u64), String> {
-        let keys = format!("number={number}");
+        let keys = match limits.block {
+            512 => format!("number={number}"),
+            block => format!("number={number} sector={block}"),
+        };
         let (layer, limits) =
             open_over(&DRIVER, &keys, &[limits], image).map_err(|error| error.to_string())?;
         match layer.map(Io::new(Op::Read, 0, 512)) {
@@ -151,6 +186,37 @@ mod tests {
     }
 
     #[test]
+    fn logical_partitions_have_the_numbers_that_the_kernel_gives_them() {
+        let mut image = Vec::new();
+        // Two containers; a primary entry of type 0 with a size, which is one, and one without.
+        let primary =
+            [(0, 0x00, 8, 8), (1, 0x0f, 100, 300), (2, 0x05, 500, 100), (3, 0x83, 900, 0)];
+        table(&mut image, 0, &primary);
+        // The third entry leaves what the table was given, the fourth lies in it.
+        let first = [(0, 0x00, 1, 9), (1, 0x85, 50, 50), (2, 0x83, 90, 300), (3, 0x83, 20, 5)];
+        table(&mut image, 100 * 512, &first);
+        // Garbage, boot flags among it, beyond what the table was given, though in the container;
+        // the second link, which is not followed.
+        let second = [(0, 0x05, 200, 20), (1, 0x05, 250, 20), (2, 0x83, 10, 41), (3, 0x83, 10, 40)];
+        table(&mut image, 150 * 512, &second);
+        image[150 * 512 + 446 + 32] = 0x7c;
+        table(&mut image, 300 * 512, &[(0, 0x83, 2, 10), (1, 0x83, 12, 0), (2, 0x83, 1, 21)]);
+        table(&mut image, 350 * 512, &[(0, 0x83, 3, 10)]);
+        table(&mut image, 500 * 512, &[(0, 0x83, 4, 10), (1, 0x83, 20, 600)]);
+        let at = |number| find(&image, disk(1000 * 512), number).ok();
+        let place = |first: u64, count: u64| Some((first * 512, count * 512));
+        assert_eq!(at(1), place(8, 8));
+        assert_eq!([at(2), at(3), at(4)], [None; 3]);
+        let logical = [place(101, 9), place(120, 5), place(160, 40), place(302, 10)];
+        assert_eq!([at(5), at(6), at(7), at(8)], logical);
+        // The one that leaves the device has its number, too.
+        assert_eq!([at(9), at(10), at(11)], [place(504, 10), None, None]);
+        table(&mut image, 500 * 512, &[(0, 0x83, 4, 600), (1, 0x83, 20, 10)]);
+        let at = |number| find(&image, disk(1000 * 512), number).ok();
+        assert_eq!([at(9), at(10), at(11)], [None, place(520, 10), None]);
+    }
+
+    #[test]
     fn block_numbers_count_logical_blocks() {
         let mut image = Vec::new();
         table(&mut image, 0, &[(0, 0x83, 2, 3)]);
@@ -162,7 +228,7 @@ mod tests {
         let mut image = Vec::new();
         table(&mut image, 0, &[(0, 0x05, 10, 90)]);
         let refused = |image: &[u8]| find(image, disk(100 * 512), 5).unwrap_err();
-        assert!(refused(&image).contains("block 10: partition: no partition table"));
+        assert!(refused(&image).contains("block 10: is none: it does not end with 55 aa"));
         table(&mut image, 10 * 512, &[(0, 0x83, 1, 1), (1, 0x05, 20, 10)]);
         table(&mut image, 30 * 512, &[(0, 0x83, 1, 1), (1, 0x05, 0, 10)]);
         let loops = refused(&image);

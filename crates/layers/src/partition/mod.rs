@@ -1,11 +1,14 @@
 //! Answers for one partition of a device: `partition(disk, number=2)`, by GPT or MBR.
 //!
-//! The table is read once, when the stack is built, and never written. Block numbers in it count
-//! logical blocks of the device below. What a table says is believed only as far as it fits the
-//! device; a partition that does not fit is not offered.
+//! The table is read once, when the stack is built, and never written. What a table says is
+//! believed only as far as it fits the device; a partition that does not fit is not offered.
+//!
+//! Block numbers in a table count sectors of the disk that it was made for. The blocks of a file
+//! may be larger than those, so sectors are found out (`sector`), or have to be said.
 
 mod gpt;
 mod mbr;
+mod sector;
 
 use devsplice_core::prelude::*;
 
@@ -18,6 +21,7 @@ pub const DRIVER: Driver = Driver {
         Key::optional("number", Kind::Count, "which partition, from 1 on"),
         Key::optional("label", Kind::Text, "the partition's GPT name, instead of number"),
         Key::optional("uuid", Kind::Text, "the partition's PARTUUID, instead of number"),
+        Key::optional("sector", Kind::Size, "bytes that the table counts in, 512 or 4096"),
     ],
     make: |args| {
         let number = args.count("number")?;
@@ -31,7 +35,8 @@ pub const DRIVER: Driver = Driver {
                 return Err(error.next("try number=1"));
             }
         };
-        Ok(Box::new(Partition { which, at: 0 }))
+        let sector = sector::asked(args.size("sector")?)?;
+        Ok(Box::new(Partition { which, sector, at: 0 }))
     },
 };
 
@@ -56,7 +61,7 @@ struct Part {
 }
 
 impl Part {
-    /// From block numbers, if all of it lies inside the device.
+    /// From numbers of sectors, which are `disk.block`, if all of it lies inside the device.
     fn new(disk: &Limits, number: u64, first: u64, count: u64) -> Option<Part> {
         let block = u64::from(disk.block);
         let (at, len) = (first.checked_mul(block)?, count.checked_mul(block)?);
@@ -68,20 +73,23 @@ impl Part {
 
 struct Partition {
     which: Which,
+    sector: Option<u32>,
     at: u64,
 }
 
 impl Layer for Partition {
     fn open(&mut self, below: &mut dyn Lower) -> Result<Limits> {
         let disk = below.only()?;
-        let mut first = vec![0; disk.block as usize];
-        read(below, 0, &mut first)?;
-        let parts = match mbr::entries(&first)? {
-            entries if mbr::protects_gpt(&entries) => gpt::read_parts(below, &disk)?,
-            entries => mbr::read_parts(below, &disk, &first, &entries)?,
-        };
+        let parts = sector::read_parts(below, &disk, self.sector)?;
         let part = self.which.pick(&parts)?;
         self.at = part.at;
+        let block = u64::from(disk.block);
+        if part.at % block != 0 || part.len % block != 0 {
+            let (at, len) = (part.at, part.len);
+            let reason = format!("{len} bytes at {at} are off the {block}-byte blocks below");
+            return Err(Error::invalid(format!("partition {}", part.number), reason)
+                .next("for a file, direct=off has blocks of 512"));
+        }
         disk.window(part.at, Some(part.len))
     }
 
@@ -132,11 +140,21 @@ fn list(parts: &[Part]) -> String {
     format!("there are: {}{more}", shown.join(", "))
 }
 
-/// Reads metadata, with a message that says where.
+/// Reads metadata at any place, with a message that says where.
 fn read(below: &mut dyn Lower, at: u64, into: &mut [u8]) -> Result<()> {
-    below.read(Port(0), at, into).map_err(|errno| {
-        Error::new(ErrorKind::Os, "partition table", format!("read at byte {at}: {errno}"))
-    })
+    let block = u64::from(below.only()?.block);
+    let over = at % block;
+    let len = (over + into.len() as u64).next_multiple_of(block);
+    let failed =
+        |errno| Error::new(ErrorKind::Os, "partition table", format!("read at byte {at}: {errno}"));
+    if over == 0 && len == into.len() as u64 {
+        return below.read(Port(0), at, into).map_err(failed);
+    }
+    // At most two blocks more than what is wanted, which is bounded.
+    let mut around = vec![0; len as usize];
+    below.read(Port(0), at - over, &mut around).map_err(failed)?;
+    into.copy_from_slice(&around[over as usize..][..into.len()]);
+    Ok(())
 }
 
 /// A little-endian number of `bytes`; 0 where they end before it does.
@@ -183,7 +201,7 @@ mod tests {
                 Err(Errno::EIO)
             }
         }
-        let mut layer = Partition { which: Which::Number(1), at: 0 };
+        let mut layer = Partition { which: Which::Number(1), sector: None, at: 0 };
         let error = layer.open(&mut Bad([disk(1 << 20)])).unwrap_err();
         assert_eq!(error.to_string(), "partition table: read at byte 0: EIO");
     }

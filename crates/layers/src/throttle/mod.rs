@@ -168,6 +168,11 @@ impl Layer for Throttled {
         Ok(if self.0.passes(&io) { Map::To { len, port: Port(0), at } } else { Map::Miss })
     }
 
+    /// Who asks where bytes lie moves none.
+    fn locate(&self, extent: Extent) -> Result<Map, Errno> {
+        Ok(Map::To { len: extent.len, port: Port(0), at: extent.at })
+    }
+
     fn live(&self) -> Option<Arc<dyn Live>> {
         Some(self.0.clone())
     }
@@ -187,6 +192,17 @@ mod tests {
         assert_eq!(throttle.map(read), Ok(Map::Miss));
         assert_eq!(throttle.map(Io::new(Op::Discard, 0, 512)), to(0, 0, 512), "it has no bytes");
         assert_eq!(throttle.flush(), Ok(Map::All { len: 0, at: 0 }));
+    }
+
+    #[test]
+    fn who_asks_where_bytes_lie_neither_waits_nor_pays() {
+        let (throttle, _) = open(&DRIVER, "bps=1M burst=1ms", &[disk(1 << 40)]).unwrap();
+        let all = Extent { at: 0, len: 1 << 40 };
+        let read = Io::new(Op::Read, 0, 65_536);
+        assert_eq!([0; 3].map(|_| throttle.locate(all)), [0; 3].map(|_| to(0, 0, 1 << 40)));
+        assert_eq!(throttle.map(read), to(0, 0, 65_536), "it has paid for others");
+        assert_eq!(throttle.map(read), Ok(Map::Miss));
+        assert_eq!(throttle.locate(all), to(0, 0, 1 << 40));
     }
 
     #[test]

@@ -52,6 +52,13 @@ struct State {
     opened: u64,
 }
 
+impl State {
+    /// Whether a reset or finish has nothing to do.
+    fn is_already(&self, condition: Condition) -> bool {
+        self.condition == condition && !self.stale
+    }
+}
+
 /// All zones.
 #[derive(Default)]
 pub(super) struct Book {
@@ -317,15 +324,22 @@ impl Book {
                 }
                 return Err(Errno::EIO);
             }
-            if state.out > 0 || self.edges[zone].changing.load(Ordering::Relaxed) {
+            if self.edges[zone].changing.load(Ordering::Relaxed) {
                 return Err(Errno::EBUSY);
             }
-            has_work |= state.condition != already || state.stale;
+            // A zone whose last write was let in is full, though that write is on its way: btrfs
+            // finishes it as soon as that one has ended, whatever became of those before it.
+            if state.is_already(already) {
+                continue;
+            }
+            if state.out > 0 {
+                return Err(Errno::EBUSY);
+            }
+            has_work = true;
         }
         for zone in zones {
             let state = &states.all[zone];
-            let is_already = state.condition == already && !state.stale;
-            if is_already || state.condition == Condition::Conventional {
+            if state.is_already(already) || state.condition == Condition::Conventional {
                 continue;
             }
             let edge = &self.edges[zone];

@@ -165,6 +165,18 @@ fn only_so_many_zones_are_open_or_active() {
 }
 
 #[test]
+fn a_zone_that_is_full_is_finished_though_writes_are_on_their_way() {
+    let (_, zones, _) = open("", &[None, Some(0)]);
+    let half = |at| begin(&zones, Ask::Append(false), extent(1, at, ZONE / 2)).unwrap();
+    let (first, second) = (half(0), half(0));
+    zones.end(&second, Ok(()));
+    assert_eq!(zones.begin(Ask::Finish, extent(1, 0, 0)), Ok(None));
+    assert_eq!(zones.begin(Ask::Reset, extent(1, 0, 0)), Err(Errno::EBUSY));
+    zones.end(&first, Ok(()));
+    assert_eq!(shown(&zones, 1), (Condition::Full, ZONE));
+}
+
+#[test]
 fn a_zone_is_not_reset_under_its_writes_nor_written_while_it_is_reset() {
     let (layer, zones, _) = open("", &[None, Some(4096), Some(0)]);
     let out = begin(&zones, Ask::Write(false), extent(1, 4096, 4096)).unwrap();

@@ -8,7 +8,8 @@
 //! A question may be what ends the connections: a server that dies of it answers others meanwhile,
 //! so that it is never away for long. So losses are counted for each question, too. One that was
 //! lost with several connections is a suspect. Suspects are asked one at a time, behind the rest,
-//! which clears those that were lost by chance; one that goes on being lost fails, alone.
+//! which clears those that were lost by chance; one that goes on being lost fails, alone. One that
+//! gets no answer, while others do, is waited for no longer than a silent server would be.
 
 use std::collections::VecDeque;
 
@@ -186,6 +187,8 @@ pub struct Conversation {
     is_failing: bool,
     /// The suspect that is asked, or about to be.
     tried: Option<u32>,
+    /// When it was sent.
+    tried_at: u32,
     accused: VecDeque<Accused>,
 }
 
@@ -209,6 +212,7 @@ impl Conversation {
             strikes: 0,
             is_failing: false,
             tried: None,
+            tried_at: 0,
             accused: VecDeque::new(),
         }
     }
@@ -287,6 +291,9 @@ impl Conversation {
         let has_fua = self.can(can::FUA);
         let open = &mut self.open[key as usize];
         (open.is_sending, open.is_asked) = (true, true);
+        if self.tried == Some(key) {
+            self.tried_at = self.now;
+        }
         Some(self.asks.begin(key, &open.request(has_fua)))
     }
 
@@ -499,10 +506,16 @@ impl Conversation {
         self.patience = Patience { answer: 1, outage: Some(0) };
     }
 
-    /// A second is over. If the server has been silent for longer than it may be, for how long.
+    /// A second is over. If the server has been silent for longer than it may be, for how long. If
+    /// not, there may be something to be sent.
     pub fn second(&mut self) -> Option<u32> {
         self.now = self.now.wrapping_add(1);
         let Patience { answer, .. } = self.patience;
+        let is_sent = |key: u32| self.open[key as usize].is_asked;
+        let is_late = self.now.wrapping_sub(self.tried_at) > answer;
+        if self.state == State::Up && answer > 0 && is_late && self.tried.is_some_and(is_sent) {
+            self.try_next();
+        }
         let silent = self.now.wrapping_sub(self.heard);
         let is_owed = self.state == State::Up && self.count > 0;
         (is_owed && answer > 0 && silent > answer).then_some(answer)

@@ -343,6 +343,7 @@ impl World {
         if is_silent && self.mutant != Some(Mutant::FarSilence) {
             self.lose(far, false);
         }
+        self.send_far(far);
         self.give_up(far);
         self.tick_far(far);
     }

@@ -186,6 +186,7 @@ impl Remotes {
             } else if conn.talk.is_in_doubt() {
                 self.prod(ring, index);
             }
+            self.send(ring, index);
             self.take_over(ring, index);
             self.give_up(ring, index);
             is_waiting |= self.conns[index].talk.is_waiting();
