@@ -359,13 +359,19 @@ fn open_block(wish: &Wish<'_>, rdev: u64) -> Result<Opened> {
         discard: if can_discard { number("discard_granularity", block).max(block) } else { 0 },
         read_only: wish.read_only,
         fast_zeroes: device.queue("write_zeroes_max_bytes").is_some_and(|most| most > 0),
-        volatile_cache: device.queue_text("write_cache").as_deref() != Some("write through"),
+        volatile_cache: is_cached(direct, device.queue_text("write_cache").as_deref()),
         rotational: device.queue("rotational") == Some(1),
         ..Limits::ideal(size)
     };
     let limits = limits.checked().map_err(|error| error.within(wish.path))?;
     let body = Body::File { fd, kind: FileKind::Block, direct };
     Ok(Opened { body, limits, warnings: Vec::new() })
+}
+
+/// Whether something may still be on its way to a block device when a write to it is done: in the
+/// page cache, which nothing but a flush empties, or in a cache that the device says it has.
+fn is_cached(direct: bool, write_cache: Option<&str>) -> bool {
+    !direct || write_cache != Some("write through")
 }
 
 fn dma(device: &Device) -> Dma {
@@ -495,6 +501,15 @@ mod tests {
         assert!(read().map(|_| ()).unwrap_err().to_string().contains("in use"));
         drop(alone);
         std::fs::remove_file(path).unwrap();
+    }
+
+    #[test]
+    fn the_page_cache_is_a_cache_whatever_the_device_says() {
+        for write_cache in [None, Some("write back"), Some("write through")] {
+            assert!(is_cached(false, write_cache), "{write_cache:?}");
+        }
+        assert!(is_cached(true, Some("write back")) && is_cached(true, None));
+        assert!(!is_cached(true, Some("write through")));
     }
 
     #[test]

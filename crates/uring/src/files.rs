@@ -92,6 +92,13 @@ impl Slot {
         *known = next.max(*known);
         true
     }
+
+    /// Takes note that a discard was refused; whether there is another way. Others that were sent
+    /// the same way may be refused after it.
+    pub(crate) fn refused_discard(&mut self, way: DiscardWay) -> bool {
+        self.discard = DiscardWay::Punch;
+        way == DiscardWay::Command
+    }
 }
 
 /// What reads as zeros without end. It is opened once for all rings of the process, so that a

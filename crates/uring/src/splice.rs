@@ -91,6 +91,8 @@ pub(crate) struct Flight {
     pub(crate) at: u64,
     pub(crate) len: u64,
     pub(crate) way: ZeroWay,
+    /// How it was sent, if it is a discard.
+    pub(crate) discard: DiscardWay,
 }
 
 impl Flight {
@@ -102,6 +104,7 @@ impl Flight {
         at: 0,
         len: 0,
         way: ZeroWay::Write,
+        discard: DiscardWay::Punch,
     };
 }
 
@@ -143,7 +146,10 @@ pub(crate) fn entry(flight: &mut Flight, splice: &Splice<'_>, around: &Around<'_
     match splice.op {
         Op::Read | Op::Write => transfer(flight, splice, around),
         Op::Flush => Sqe { opcode: OP_FSYNC, op_flags: FSYNC_DATASYNC, ..on(file) },
-        Op::Discard => discard(flight, around),
+        Op::Discard => {
+            flight.discard = around.files[usize::from(file)].discard;
+            discard(flight)
+        }
         Op::WriteZeroes { unmap } => {
             flight.way = around.files[usize::from(file)].zero_way(unmap);
             zero(flight, around)
@@ -240,9 +246,9 @@ pub(crate) fn zero_slot(slot: u16, at: u64, len: u32) -> Sqe {
 /// page boundary so that any direct I/O takes it.
 pub const DATA_AT: usize = 4096;
 
-/// The entry of a discard.
-fn discard(flight: &Flight, around: &Around<'_>) -> Sqe {
-    match around.files[usize::from(flight.file)].discard {
+/// The entry of a discard in the way that `flight` says.
+fn discard(flight: &Flight) -> Sqe {
+    match flight.discard {
         DiscardWay::Command => Sqe {
             opcode: OP_URING_CMD,
             off: BLOCK_CMD_DISCARD,

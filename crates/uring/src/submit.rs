@@ -13,10 +13,23 @@ use devsplice_core::{Error, ErrorKind, Result};
 use crate::setup::{
     self, Cqe, FLAG_SETS, LOW_DEPTH_FLAGS, Made, Mapping, OWN_BELL_FLAGS, WIDE_FLAGS,
 };
-use crate::uapi::{ENTER_GETEVENTS, ENTER_NO_IOWAIT, ENTER_REGISTERED_RING, Sqe};
+use crate::uapi::{ENTER_EXT_ARG, ENTER_GETEVENTS, ENTER_NO_IOWAIT, ENTER_REGISTERED_RING, Sqe};
 
 /// `IORING_CQ_EVENTFD_DISABLED` (since 5.8).
 const CQ_EVENTFD_DISABLED: u32 = 1;
+/// How long is waited at a time, in nanoseconds, where the kernel takes no entries for now.
+const SHORT_NS: i64 = 1_000_000;
+/// How often it is tried to hand over entries where there is no room for more: for a minute or two.
+const MOST_ROUNDS: u32 = 100_000;
+
+/// `struct io_uring_getevents_arg`.
+#[repr(C)]
+struct GetEvents {
+    sigmask: u64,
+    sigmask_bytes: u32,
+    min_wait_us: u32,
+    timeout: u64,
+}
 
 /// The pair of queues with its counters.
 pub(crate) struct Queues {
@@ -50,6 +63,9 @@ pub(crate) struct Queues {
     pub(crate) is_own_bell: bool,
     /// Where the second entry of a pair is that may not have been taken yet, counted as `tail`.
     pair_at: Option<u64>,
+    /// How many more times entries are refused, as where the kernel has no memory for them.
+    #[cfg(test)]
+    pub(crate) refusals: u32,
     /// What is submitted instead of what was asked for, where only this process is of interest.
     #[cfg(feature = "imitation")]
     pub(crate) imitation: crate::imitation::Imitation,
@@ -139,6 +155,8 @@ impl Queues {
             is_low_depth: false,
             is_own_bell: false,
             pair_at: None,
+            #[cfg(test)]
+            refusals: 0,
             #[cfg(feature = "imitation")]
             imitation: crate::imitation::Imitation::default(),
             _rings: rings,
@@ -264,13 +282,15 @@ impl Queues {
     #[cold]
     #[inline(never)]
     pub(crate) fn make_room(&mut self) {
-        for _ in 0..1_000_000 {
+        for _ in 0..MOST_ROUNDS {
             self.full_at = self.tail - u64::from(self.queued()) + u64::from(self.sq_mask) + 1;
             if self.tail != self.full_at {
                 return;
             }
-            // An error leaves them queued; the next round tries again.
-            let _ = self.enter(0);
+            // An error leaves them queued; the next round tries again, when something has come.
+            if self.enter(0).is_err() {
+                self.attend(true);
+            }
         }
         panic!("the kernel takes no entries from io_uring's submission queue");
     }
@@ -285,23 +305,72 @@ impl Queues {
         unsafe { self.sq_tail.as_ref() }.store(self.place(), Ordering::Release);
         self.publish_head();
         self.enters += 1;
-        // SAFETY: the descriptor (or registered index) is this ring's; the call takes no pointers.
+        let failed = self.call((to_submit, want), None).err();
+        if let Some(second) = self.pair_at {
+            self.check_pair(second);
+        }
+        failed.map_or(Ok(()), |error| Err(self.refused(error, want)))
+    }
+
+    /// Calls into the kernel: entries to submit, completions to wait for, and for how long.
+    #[inline(always)]
+    fn call(
+        &mut self,
+        (to_submit, want): (u32, u32),
+        wait: Option<&GetEvents>,
+    ) -> std::io::Result<()> {
+        #[cfg(test)]
+        if to_submit > 0 && self.refusals > 0 {
+            self.refusals -= 1;
+            return Err(std::io::Error::from_raw_os_error(libc::EAGAIN));
+        }
+        let (flags, argument, bytes) = match wait {
+            None => (0, std::ptr::null(), 0),
+            Some(wait) => (ENTER_EXT_ARG, std::ptr::from_ref(wait), size_of::<GetEvents>()),
+        };
+        // SAFETY: the descriptor (or registered index) is this ring's. The argument is none, or a
+        // live `struct io_uring_getevents_arg` of that size, which the kernel reads, as the time
+        // that it points at, before the call returns.
         let done = unsafe {
             libc::syscall(
                 libc::SYS_io_uring_enter,
                 self.enter_fd,
                 to_submit,
                 want,
-                self.enter_flags,
-                std::ptr::null::<u8>(),
-                0_usize,
+                self.enter_flags | flags,
+                argument,
+                bytes,
             )
         };
-        let failed = if done < 0 { Some(std::io::Error::last_os_error()) } else { None };
-        if let Some(second) = self.pair_at {
-            self.check_pair(second);
+        if done < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+    }
+
+    /// A call has failed. Where the kernel has no memory for entries it leaves before it looks at
+    /// what has come (Linux 7.3, io_uring/io_uring.c, `io_uring_enter`), which may be what gives
+    /// memory back, and on a ring with `DEFER_TASKRUN` comes in no other way. So that is asked for
+    /// alone; who would have waited waits, but not for long.
+    #[cold]
+    #[inline(never)]
+    fn refused(&mut self, error: std::io::Error, want: u32) -> std::io::Error {
+        if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EBUSY)) {
+            self.attend(want > 0);
         }
-        failed.map_or(Ok(()), Err)
+        error
+    }
+
+    /// Looks at what has come and submits nothing; may wait a moment for something to come.
+    fn attend(&mut self, may_wait: bool) {
+        // SAFETY: as in `next`.
+        let come = unsafe { self.cq_tail.as_ref() }.load(Ordering::Acquire);
+        // What was not taken yet is counted by the kernel as well.
+        let want = if may_wait { come.wrapping_sub(self.head) + 1 } else { 0 };
+        let time = [0, SHORT_NS];
+        let timeout = time.as_ptr() as u64;
+        let wait = GetEvents { sigmask: 0, sigmask_bytes: 0, min_wait_us: 0, timeout };
+        self.publish_head();
+        self.enters += 1;
+        // What could be said is that nothing has come, or that a signal has.
+        let _ = self.call((0, want), Some(&wait));
     }
 
     /// Gives the places of the completions that were taken back to the kernel.
@@ -375,5 +444,91 @@ pub(crate) fn unavailable(error: &std::io::Error) -> Error {
             .next("use a kernel from 6.0 with CONFIG_IO_URING"),
         Some(libc::ENOMEM) => base.next("raise the locked-memory limit (ulimit -l)"),
         _ => base,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::time::{Duration, Instant};
+
+    use devsplice_engine::{FileId, Ring};
+
+    use crate::bell::Bell;
+    use crate::files::{FileKind, RingFile};
+    use crate::ring::{Config, LaneMemory, Uring};
+
+    /// A ring, and somebody who is waited for on it under the index 7.
+    fn ring_and_bell() -> (Uring, Arc<Bell>) {
+        let lane = LaneMemory { depth: 4, bytes: 0, slots: false, locked: false };
+        let config = Config { flights: 4, files: 1, lanes: vec![lane], inner: 0 };
+        let mut ring = Uring::new(&config).unwrap();
+        let bell = Arc::new(Bell::new().unwrap());
+        let fd = bell.ear().try_clone().unwrap();
+        let file = ring.add_file(RingFile { fd, kind: FileKind::Other }).unwrap();
+        ring.poll((0, 7), file);
+        ring.enter(false).unwrap();
+        (ring, bell)
+    }
+
+    fn comes(ring: &mut Uring) -> Option<u32> {
+        match ring.next() {
+            Some(devsplice_engine::Event::Export { completion, .. }) => Some(completion.index),
+            _ => None,
+        }
+    }
+
+    #[test]
+    fn what_has_come_is_seen_while_the_kernel_takes_no_entries() {
+        for wait in [false, true] {
+            let (mut ring, bell) = ring_and_bell();
+            // Something that cannot be handed over.
+            ring.poll((0, 8), FileId(0));
+            ring.queues.refusals = u32::MAX;
+            bell.ring();
+            let come = (0..100).find_map(|_| {
+                ring.enter(wait).unwrap();
+                comes(&mut ring)
+            });
+            assert_eq!(come, Some(7), "waiting: {wait}");
+            assert!(ring.queues.has_queued(), "what was refused is still to be handed over");
+            ring.queues.refusals = 0;
+            ring.enter(true).unwrap();
+            assert_eq!(comes(&mut ring), Some(8));
+        }
+    }
+
+    #[test]
+    fn who_finds_no_entries_taken_and_nothing_come_neither_spins_nor_waits_for_good() {
+        const ROUNDS: u32 = 20;
+        let (mut ring, _bell) = ring_and_bell();
+        ring.poll((0, 8), FileId(0));
+        ring.queues.refusals = ROUNDS;
+        let begin = Instant::now();
+        while ring.queues.has_queued() {
+            ring.enter(true).unwrap();
+        }
+        assert!(begin.elapsed() >= Duration::from_millis(u64::from(ROUNDS)));
+        assert_eq!(comes(&mut ring), Some(8));
+        // The same where there is no room for more.
+        ring.queues.refusals = ROUNDS;
+        let begin = Instant::now();
+        for _ in 0..=ring.queues.size() {
+            ring.poll((0, 8), FileId(0));
+        }
+        assert_eq!(ring.queues.refusals, 0);
+        assert!(begin.elapsed() >= Duration::from_millis(u64::from(ROUNDS)));
+    }
+
+    #[test]
+    fn what_comes_while_there_is_no_room_for_more_is_kept() {
+        let (mut ring, bell) = ring_and_bell();
+        ring.queues.refusals = 3;
+        bell.ring();
+        for _ in 0..=ring.queues.size() {
+            ring.poll((0, 8), FileId(0));
+        }
+        assert_eq!(comes(&mut ring), Some(7));
+        assert_eq!(comes(&mut ring), Some(8));
     }
 }

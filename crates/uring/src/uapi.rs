@@ -92,6 +92,8 @@ pub(crate) const FALLOC_PUNCH_HOLE: u32 = 2;
 pub(crate) const FALLOC_ZERO_RANGE: u32 = 16;
 
 pub(crate) const ENTER_GETEVENTS: u32 = 1;
+/// `IORING_ENTER_EXT_ARG` (since 5.11).
+pub(crate) const ENTER_EXT_ARG: u32 = 1 << 3;
 pub(crate) const ENTER_REGISTERED_RING: u32 = 1 << 4;
 /// `IORING_ENTER_NO_IOWAIT` (since 6.15).
 pub(crate) const ENTER_NO_IOWAIT: u32 = 1 << 7;

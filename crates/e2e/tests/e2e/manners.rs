@@ -22,6 +22,9 @@ pub fn add(group: &mut Group, kind: Kind) {
     group.add("fstrim_gives_the_room_of_removed_files_back", move || trims(kind));
     group.add("fsync_reaches_the_bottom_as_a_flush", move || flushes(kind));
     group.add("a_cache_is_admitted_where_there_is_one", move || admits_its_cache(kind));
+    group.add("the_page_cache_before_a_device_without_one_is_admitted", move || {
+        admits_the_page_cache(kind)
+    });
     group.add("a_disk_made_read_only_refuses_changes", move || read_only(kind, &["-r"], false));
     group.add("a_disk_over_a_read_only_file_refuses_changes", move || read_only(kind, &[], true));
     group.add("a_disk_of_zeros_reads_as_zeros_and_refuses_changes", move || zero_layer(kind));
@@ -165,6 +168,33 @@ fn admits_its_cache(kind: Kind) -> Outcome {
         let disk = room.add(kind, "mem:4M", &[]);
         assert_eq!(disk.queue("write_cache"), "write through");
         assert_eq!(disk.queue("fua"), "0");
+        disk.remove();
+    }
+    Ok(())
+}
+
+/// The page cache in front of a device that has none itself is one: without flushes what is written
+/// stays there.
+fn admits_the_page_cache(kind: Kind) -> Outcome {
+    let room = Room::new();
+    let below = room.loop_device("a", 4 * MIB);
+    let queue = format!("/sys/block/{}/queue", below.trim_start_matches("/dev/"));
+    std::fs::write(format!("{queue}/write_cache"), "write through").unwrap();
+    for (direct, is_cached) in [("off", true), ("on", false)] {
+        let stack = format!("file({below}, direct={direct})");
+        let text = room.devsplice(["explain", "--json", &stack]).ok();
+        let told: Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(told["volatile_cache"], is_cached, "direct={direct}: {told}");
+        let disk = room.add(kind, &stack, &["--no-part-scan"]);
+        if kind.is_ublk() {
+            let word = if is_cached { "write back" } else { "write through" };
+            assert_eq!(disk.queue("write_cache"), word, "direct={direct}");
+        }
+        if is_cached {
+            let (of, before) = (format!("of={}", disk.node.display()), disk.count("flushes"));
+            call("dd", ["if=/dev/zero", &of, "bs=4k", "count=8", "conv=notrunc,fsync"]).ok();
+            assert!(disk.count("flushes") > before, "an fsync did not come down");
+        }
         disk.remove();
     }
     Ok(())

@@ -81,6 +81,9 @@ pub fn add(group: &mut Group, kind: Kind, is_home: bool) {
     group.add("kept_a_server_that_keeps_dying_is_let_be", move || dying(kind));
     group.add("kept_del_of_a_kept_disk_needs_force_while_it_is_mounted", move || del_kept(kind));
     group.add("kept_quiesce_holds_requests_and_resume_lets_them_go", move || quiesce(kind));
+    group.add("kept_quiesce_waits_for_what_takes_longer_than_a_command_may", move || {
+        quiesce_slowly(kind)
+    });
     group.add("kept_fio_verify_does_not_notice_swaps", move || swaps(kind));
     group.add("kept_resize_tells_users_and_asks_before_it_cuts", move || resize(kind));
     group.add("kept_a_disk_in_memory_goes_with_its_server", move || in_memory(kind));
@@ -508,6 +511,25 @@ fn del_kept(kind: Kind) -> Outcome {
     call("e2fsck", ["-f", "-n", &node]).ok();
     let _ = disk.del(&[]).ok();
     disk.is_gone_within(5);
+    Ok(())
+}
+
+/// The driver is asked again and again while the only tag is in flight: a command that is given up
+/// after 20 seconds would be the last.
+fn quiesce_slowly(kind: Kind) -> Outcome {
+    let room = Room::new();
+    let stack = format!("delay({}, write=23s)", room.file("a", 4 * MIB));
+    let disk = room.add(kind, &stack, &["--no-part-scan", "--queues", "1", "--depth", "1"]);
+    let to = format!("of={}", disk.node.display());
+    let dd = ["if=/dev/zero", &to, "bs=4k", "count=1", "oflag=direct"];
+    let writer = call("dd", dd).limit(60).start();
+    std::thread::sleep(Duration::from_millis(500));
+    let said = room.devsplice(["quiesce", &disk.name]).limit(60).ok();
+    assert!(said.contains("is quiesced"), "{said}");
+    assert_eq!(writer.finish().code, Some(0), "what was in flight was not finished");
+    room.devsplice(["resume", &disk.name]).ok();
+    assert_eq!(disk.count("errors"), 0);
+    disk.remove();
     Ok(())
 }
 

@@ -20,6 +20,7 @@ use zerocopy::IntoBytes;
 use super::DataPath;
 use super::batch_wire::Wire;
 use super::map::Descriptors;
+use super::progress::Progress;
 use super::queue::{QueueConfig, direct, payload_bytes, request};
 use super::uapi::{
     BATCH_AUTO_BUF_REG_FALLBACK, BATCH_HAS_BUF_ADDR, BatchIo, ELEMENT_BYTES, Element,
@@ -78,7 +79,7 @@ struct Tag {
     /// It has come and is not listed for a commit.
     is_ours: bool,
     /// Bytes that have been pulled or pushed.
-    moved: u32,
+    progress: Progress,
     /// How far behind its first slot the one is that it has now.
     turn: u16,
 }
@@ -110,7 +111,8 @@ impl BatchQueue {
         file: FileId,
         descriptors: Descriptors,
     ) -> BatchQueue {
-        let tag = Tag { io: NOTHING, in_slot: false, is_ours: false, moved: 0, turn: 0 };
+        let tag =
+            Tag { io: NOTHING, in_slot: false, is_ours: false, progress: Progress::NONE, turn: 0 };
         let tags = vec![tag; usize::from(config.depth)].into();
         BatchQueue {
             config,
@@ -300,7 +302,7 @@ impl BatchQueue {
         };
         let in_slot = may_have_slot && io.op.has_pages();
         let state = &mut self.tags[usize::from(tag)];
-        *state = Tag { io, in_slot, is_ours: true, moved: 0, turn: state.turn };
+        *state = Tag { io, in_slot, is_ours: true, progress: Progress::NONE, turn: state.turn };
         match path {
             _ if asked.is_err() => self.commit(ring, tag, &NOTHING, Err(Errno::EOPNOTSUPP)),
             _ if !io.op.has_pages() => self.hand_over(ring, tag, inbox),
@@ -331,7 +333,7 @@ impl BatchQueue {
 
     /// What of the tag's data is still to be moved, and where it is on the character device.
     fn left(&self, tag: u16) -> (u64, (usize, usize)) {
-        let Tag { io, moved, .. } = self.tags[usize::from(tag)];
+        let Tag { io, progress: Progress { moved, .. }, .. } = self.tags[usize::from(tag)];
         let at = user_copy_at(self.config.queue, tag) + u64::from(moved);
         let len = usize::try_from(io.extent.len).unwrap_or(0) - moved as usize;
         (at, (Uring::DATA_AT + moved as usize, len))
@@ -353,16 +355,10 @@ impl BatchQueue {
         let is_pull = event.index >> 16 == kind::PULL;
         let state = &mut self.tags[usize::from(tag)];
         let io = state.io;
-        match u32::try_from(event.result) {
-            Ok(0) => return self.commit(ring, tag, &io, Err(Errno::EIO)),
-            Ok(count) => state.moved += count,
-            Err(_) if Errno::from_result(event.result).is_transient() => {}
-            Err(_) => {
-                let errno = Errno::from_result(event.result).for_client();
-                return self.commit(ring, tag, &io, Err(errno));
-            }
+        if let Err(errno) = state.progress.take(event.result) {
+            return self.commit(ring, tag, &io, Err(errno));
         }
-        match (is_pull, u64::from(state.moved) >= io.extent.len) {
+        match (is_pull, u64::from(state.progress.moved) >= io.extent.len) {
             (true, true) => self.hand_over(ring, tag, inbox),
             (true, false) => self.pull(ring, tag),
             (false, true) => self.commit(ring, tag, &io, Ok(())),
@@ -451,7 +447,7 @@ impl<R: Ring + Wire> Export<R> for BatchQueue {
         }
         let must_push = io.op == Op::Read && !state.in_slot && self.config.path != DataPath::Copy;
         if must_push && result.is_ok() {
-            state.moved = 0;
+            state.progress = Progress::NONE;
             self.push(ring, tag);
         } else {
             self.commit(ring, tag, io, result);

@@ -15,6 +15,9 @@ use super::uapi::{CtrlCmd, DevInfo, F_IOCTL_ENCODE, F_UNPRIVILEGED, Params, ctrl
 pub const CONTROL: &str = "/dev/ublk-control";
 /// What a command may take before we say that it hangs. Stopping waits for I/O that we serve.
 const LIMIT: Duration = Duration::from_secs(20);
+/// What the driver may wait for at a time before it holds a disk's requests; who wants to wait
+/// longer asks again. Well below what the command may take.
+const IDLE_LIMIT: Duration = Duration::from_secs(5);
 /// Who may use it.
 const AS_WHOM: &str = "run as root, or --unprivileged as a member of the group ublk";
 /// Bytes for the path of a character device, before what else a command carries.
@@ -29,6 +32,9 @@ pub struct Control {
     /// Whether a device that was seen is one without privileges: whoever says something about such
     /// has to name its node and may use that, be it root.
     is_users: BTreeMap<u32, bool>,
+    /// How long START_DEV is waited for, if not as long as all others.
+    #[cfg(test)]
+    pub(super) start_limit: Option<Duration>,
 }
 
 fn open_node() -> Result<OwnedFd> {
@@ -56,8 +62,14 @@ impl Control {
     /// Without the driver, the right to use it, or io_uring; names the next step.
     pub fn open() -> Result<Control> {
         let file = open_node()?;
-        let mut control =
-            Control { ring: ControlRing::new()?, file, features: 0, is_users: BTreeMap::new() };
+        let mut control = Control {
+            ring: ControlRing::new()?,
+            file,
+            features: 0,
+            is_users: BTreeMap::new(),
+            #[cfg(test)]
+            start_limit: None,
+        };
         let mut bits = [0_u8; 8];
         // Kernels before 6.5 fail it: then nothing beyond copying can be counted on.
         if control.send("GET_FEATURES", ctrl::GET_FEATURES, none(), Some(&mut bits)).is_ok() {
@@ -135,7 +147,8 @@ impl Control {
         let op = if is_bare { op & 0xff } else { op };
         let at = DataAt { len: 6, addr: 8 };
         let data = data.map(|data| (data, at));
-        let result = self.ring.command(self.file.as_fd(), (name, op), payload, data, LIMIT)?;
+        let limit = self.limit(op);
+        let result = self.ring.command(self.file.as_fd(), (name, op), payload, data, limit)?;
         if result >= 0 {
             return Ok(());
         }
@@ -144,6 +157,16 @@ impl Control {
             id => format!("ublk device {id}: {name}"),
         };
         Err(explain(thing, Errno::from_result(result)))
+    }
+
+    #[cfg(not(test))]
+    fn limit(&self, _: u32) -> Duration {
+        LIMIT
+    }
+
+    #[cfg(test)]
+    fn limit(&self, op: u32) -> Duration {
+        self.start_limit.filter(|_| op & 0xff == ctrl::START_DEV & 0xff).unwrap_or(LIMIT)
     }
 
     /// Creates a device; returns what the driver made of `info`.
@@ -184,7 +207,10 @@ impl Control {
 
     /// Has new requests wait in the kernel, and ends the fetches that wait for one. What is being
     /// served can still be finished; the commits of that wait again, until this is called again.
+    /// The driver may wait for up to `limit`, and 5 seconds at most, until each queue has a fetch
+    /// that waits, and refuses it as busy if one has not.
     pub(crate) fn quiesce(&mut self, id: u32, limit: Duration) -> Result<()> {
+        let limit = limit.min(IDLE_LIMIT);
         let data = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
         let command = CtrlCmd { data, ..device(id) };
         self.send("QUIESCE_DEV", ctrl::QUIESCE_DEV, command, None)

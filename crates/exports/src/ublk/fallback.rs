@@ -186,4 +186,21 @@ mod tests {
             assert_eq!(device.detach().unwrap().errors, 0);
         }
     }
+
+    #[test]
+    fn a_disk_that_appears_when_nobody_waits_any_more_is_removed() {
+        let Some(mut control) = control(DataPath::Copy) else { return };
+        control.start_limit = Some(Duration::from_micros(1));
+        let (mut number, options) = (None, options(DataPath::Copy, false));
+        let made = &mut |id| number = Some(id);
+        let made = Device::make(control, (&options, Extra::default()), service(), made);
+        let Err(late) = made else { panic!("it came in a microsecond") };
+        assert!(late.to_string().contains("no answer from the kernel"), "{late}");
+        let (id, mut control) = (number.unwrap(), Control::open().unwrap());
+        let end = Instant::now() + Duration::from_secs(60);
+        while control.info(id).is_ok() || std::path::Path::new(&node(id)).exists() {
+            assert!(Instant::now() < end, "it is there: {:?}", control.server(id));
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
 }

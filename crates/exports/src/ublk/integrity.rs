@@ -16,7 +16,8 @@ use rustix::fs::{Mode, OFlags};
 
 use super::extra::Part;
 use super::map::Descriptors;
-use super::uapi::{IO_F_INTEGRITY, PARAM_INTEGRITY, Params, integrity_at};
+use super::progress::Progress;
+use super::uapi::{IO_F_INTEGRITY, PARAM_DISCARD, PARAM_INTEGRITY, Params, integrity_at};
 
 /// What integrity data a device has.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -36,9 +37,12 @@ pub struct Integrity {
 }
 
 impl Integrity {
-    /// Tells the kernel of it.
+    /// Tells the kernel of it. Discards and zeroing are not offered: they have no integrity data,
+    /// and what is kept for blocks that they have changed would fail each later read of those.
     pub(super) fn limit(&self, params: &mut Params) {
-        params.types |= PARAM_INTEGRITY;
+        params.types = params.types & !PARAM_DISCARD | PARAM_INTEGRITY;
+        (params.discard_granularity, params.max_discard_segments) = (0, 0);
+        (params.max_discard_sectors, params.max_write_zeroes_sectors) = (0, 0);
         params.integrity_flags = self.flags;
         params.interval_exp = params.logical_bs_shift;
         params.metadata_size = self.bytes;
@@ -68,8 +72,8 @@ const SECOND: u32 = 9;
 #[derive(Clone, Copy)]
 struct Wait {
     io: Io,
-    /// Bytes that the step under way has moved.
-    moved: usize,
+    /// Of the step under way.
+    progress: Progress,
 }
 
 /// What a queue is, as far as its integrity data needs it.
@@ -107,7 +111,7 @@ impl Checked {
     ) -> Result<Checked> {
         let kept = file.map(open).transpose()?;
         let kept = kept.map(|fd| ring.add_file(RingFile { fd, kind: FileKind::Regular }));
-        let wait = Wait { io: Io::new(Op::Flush, 0, 0), moved: 0 };
+        let wait = Wait { io: Io::new(Op::Flush, 0, 0), progress: Progress::NONE };
         let waits = vec![wait; usize::from(config.depth)].into();
         let (lane, kept, waiting) = (0, kept.transpose()?, 0);
         Ok(Checked { inner, config, descriptors, device, kept, lane, waits, waiting })
@@ -120,7 +124,8 @@ impl Checked {
 
     /// Goes on with a step of `tag`: what it has not moved yet.
     fn step(&self, ring: &mut Uring, kind: u32, tag: u16) {
-        let Wait { io, moved } = self.waits[usize::from(tag)];
+        let Wait { io, progress } = self.waits[usize::from(tag)];
+        let moved = progress.moved as usize;
         let len = usize::try_from(self.scaled(io.extent.len)).unwrap_or(0) - moved;
         let range = (self.config.room_at + moved, len);
         let place = (self.lane, kind << 16 | u32::from(tag));
@@ -137,23 +142,15 @@ impl Checked {
 
     /// A step has moved something, or failed.
     fn stepped(&mut self, ring: &mut Uring, kind: u32, tag: u16, result: i32) {
-        let wait = &mut self.waits[usize::from(tag)];
-        let io = wait.io;
-        let moved = match usize::try_from(result) {
-            Ok(0) => Err(Errno::EIO),
-            Ok(count) => Ok(count),
-            Err(_) if Errno::from_result(result).is_transient() => Ok(0),
-            Err(_) => Err(Errno::EIO),
-        };
-        match moved {
-            Ok(count) => wait.moved += count,
-            Err(errno) => return self.done(ring, tag, Err(errno)),
+        let Wait { io, progress } = &mut self.waits[usize::from(tag)];
+        if progress.take(result).is_err() {
+            return self.done(ring, tag, Err(Errno::EIO));
         }
-        let moved = wait.moved as u64;
-        if moved < self.scaled(io.extent.len) {
+        let (moved, len) = (u64::from(progress.moved), io.extent.len);
+        if moved < self.scaled(len) {
             self.step(ring, kind, tag);
         } else if kind == FIRST {
-            self.waits[usize::from(tag)].moved = 0;
+            self.waits[usize::from(tag)].progress = Progress::NONE;
             self.step(ring, SECOND, tag);
         } else {
             self.done(ring, tag, Ok(()));
@@ -194,7 +191,7 @@ impl Export<Uring> for Checked {
         if result.is_err() || !io.op.has_pages() || !has || is_dropped {
             return self.inner.finish(ring, tag, io, result);
         }
-        self.waits[usize::from(tag)] = Wait { io: *io, moved: 0 };
+        self.waits[usize::from(tag)] = Wait { io: *io, progress: Progress::NONE };
         self.waiting += 1;
         let loads = io.op == Op::Write || self.kept.is_some();
         self.step(ring, if loads { FIRST } else { SECOND }, tag);
@@ -215,6 +212,8 @@ impl Export<Uring> for Checked {
 
 #[cfg(test)]
 mod tests {
+    use devsplice_core::Limits;
+
     use super::*;
 
     #[test]
@@ -229,6 +228,19 @@ mod tests {
         assert_eq!((params.csum_type, params.tag_size), (4, 8));
         assert_eq!(integrity.room(1 << 20, 512), 128 << 10);
         assert_eq!(Integrity { bytes: 8, ..integrity }.room(1 << 20, 4096), 4096);
+    }
+
+    #[test]
+    fn a_disk_with_integrity_data_offers_nothing_that_would_leave_it_behind() {
+        let integrity = Integrity { bytes: 8, ..Integrity::default() };
+        let (limits, bare) = (Limits::ideal(1 << 20), Params::default());
+        let mut params = super::super::params::params(&limits, false, 1 << 20, false);
+        assert!(params.types & PARAM_DISCARD != 0 && params.max_write_zeroes_sectors != 0);
+        integrity.limit(&mut params);
+        assert_eq!(params.types & (PARAM_DISCARD | PARAM_INTEGRITY), PARAM_INTEGRITY);
+        assert_eq!(params.max_discard_sectors, bare.max_discard_sectors);
+        assert_eq!(params.max_write_zeroes_sectors, bare.max_write_zeroes_sectors);
+        assert_eq!(params.discard_granularity, bare.discard_granularity);
     }
 
     #[test]

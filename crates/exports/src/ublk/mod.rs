@@ -6,6 +6,7 @@ mod batch;
 mod batch_tests;
 mod batch_wire;
 mod control;
+mod ending;
 mod extra;
 #[cfg(test)]
 mod fallback;
@@ -15,6 +16,7 @@ mod integrity;
 mod map;
 mod outside;
 mod params;
+mod progress;
 mod queue;
 mod recovery;
 mod shape;
@@ -42,6 +44,7 @@ pub use recovery::{Fit, Recovery, Suspended};
 
 use crate::threads::{Bottom, Crew, OnMade, Service, Shape, Work};
 use batch::BatchQueue;
+use ending::Ending;
 use queue::{Queue, QueueConfig};
 use shape::{is_low_depth, max_io, shape};
 use shared::Marked;
@@ -255,7 +258,7 @@ impl Device {
                 Ok(device)
             }
             Err(error) => {
-                let _ = device.detach();
+                Ending::of(device).see_through();
                 Err(error)
             }
         }
@@ -361,23 +364,7 @@ impl Device {
     /// # Errors
     /// If the driver hangs, or something else keeps the device; it says which step.
     pub fn detach(self) -> Result<Counts> {
-        let Device { made: Made { mut control, info, .. }, crew, .. } = self;
-        let stopped = control.stop(info.dev_id);
-        let end = Instant::now() + PATIENCE;
-        while !crew.is_over() {
-            if Instant::now() > end {
-                stopped?;
-                let reason = "its I/O threads have not ended; a request is stuck below";
-                return Err(Error::new(ErrorKind::Busy, format!("ublk {}", info.dev_id), reason));
-            }
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        let counts = crew.join();
-        // Another tool may have deleted it already.
-        match control.delete(info.dev_id) {
-            Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
-            _ => Ok(counts),
-        }
+        Ending::of(self).attempt()
     }
 }
 

@@ -17,6 +17,7 @@ use zerocopy::IntoBytes;
 use super::DataPath;
 use super::extra::Part;
 use super::map::Descriptors;
+use super::progress::Progress;
 use super::uapi::{
     AUTO_BUF_REG_FALLBACK, IO_F_FUA, IO_F_NEED_REG_BUF, IO_F_NOUNMAP, IoCmd, IoDesc,
     RES_NEED_GET_DATA, io, op, user_copy_at,
@@ -64,8 +65,8 @@ struct Tag {
     /// pages into the slot and will take them out: it comes with one completion and goes with one
     /// command, and nothing is kept of it here.
     is_odd: bool,
-    /// Bytes that have been pulled or pushed.
-    moved: u32,
+    /// Of its data, that is pulled or pushed.
+    progress: Progress,
     is_dead: bool,
     ahead: Ahead,
 }
@@ -108,8 +109,14 @@ struct Direct {
 impl Queue {
     pub(crate) fn new(config: QueueConfig, file: FileId, descriptors: Descriptors) -> Queue {
         let io = Io::new(Op::Flush, 0, 0);
-        let tag =
-            Tag { io, in_slot: false, is_odd: false, moved: 0, is_dead: false, ahead: Ahead::No };
+        let tag = Tag {
+            io,
+            in_slot: false,
+            is_odd: false,
+            progress: Progress::NONE,
+            is_dead: false,
+            ahead: Ahead::No,
+        };
         let tags = vec![tag; usize::from(config.depth)].into();
         Queue {
             config,
@@ -204,7 +211,8 @@ impl Queue {
             DataPath::UserCopy | DataPath::Copy => false,
         };
         let state = &mut self.tags[usize::from(tag)];
-        (state.io, state.in_slot, state.moved) = (io, in_slot && has_pages, 0);
+        (state.io, state.in_slot) = (io, in_slot && has_pages);
+        state.progress = Progress::NONE;
         match path {
             _ if !has_pages => self.hand_over(ring, tag, inbox),
             DataPath::Register => {
@@ -226,7 +234,7 @@ impl Queue {
 
     /// What of the tag's data is still to be moved, and where it is on the character device.
     fn left(&self, tag: u16) -> (u64, (usize, usize)) {
-        let Tag { io, moved, .. } = self.tags[usize::from(tag)];
+        let Tag { io, progress: Progress { moved, .. }, .. } = self.tags[usize::from(tag)];
         let at = user_copy_at(self.config.queue, self.config.part.tag(tag)) + u64::from(moved);
         let len = usize::try_from(io.extent.len).unwrap_or(0) - moved as usize;
         (at, (Uring::DATA_AT + moved as usize, len))
@@ -244,16 +252,9 @@ impl Queue {
 
     /// Takes the result of a pull or push into account: whether all is moved.
     fn moved(&mut self, tag: u16, result: i32) -> Result<bool, Errno> {
-        match u32::try_from(result) {
-            Ok(0) => Err(Errno::EIO),
-            Ok(count) => {
-                let state = &mut self.tags[usize::from(tag)];
-                state.moved += count;
-                Ok(u64::from(state.moved) >= state.io.extent.len)
-            }
-            Err(_) if Errno::from_result(result).is_transient() => Ok(false),
-            Err(_) => Err(Errno::from_result(result).for_client()),
-        }
+        let Tag { io, progress, .. } = &mut self.tags[usize::from(tag)];
+        progress.take(result)?;
+        Ok(u64::from(progress.moved) >= io.extent.len)
     }
 
     fn hand_over(&mut self, ring: &Uring, tag: u16, inbox: &mut Inbox) {
@@ -362,7 +363,7 @@ impl Queue {
         if std::mem::take(&mut state.is_odd) {
             self.odd -= 1;
         }
-        state.moved = 0;
+        state.progress = Progress::NONE;
         let must_push = io.op == Op::Read && !state.in_slot && self.config.path != DataPath::Copy;
         if must_push && result.is_ok() {
             self.push(ring, tag);

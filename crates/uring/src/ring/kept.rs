@@ -5,7 +5,7 @@ use devsplice_core::{Errno, Op, Result};
 use devsplice_engine::{FileId, Pages, Splice};
 
 use super::{KIND_SPLICE, Uring};
-use crate::files::{DiscardWay, ZeroWay};
+use crate::files::ZeroWay;
 use crate::splice::{Around, PagesKind, ZEROES_LEN, entry};
 use crate::uapi::Sqe;
 
@@ -66,11 +66,7 @@ impl Uring {
             matches!(errno, Errno::EOPNOTSUPP | Errno::EINVAL) || errno.raw() == libc::ENOTTY;
         let other_way = match flight.op {
             Op::WriteZeroes { unmap } => unknown && file.refused_zero(unmap, flight.way),
-            Op::Discard => {
-                unknown
-                    && std::mem::replace(&mut file.discard, DiscardWay::Punch)
-                        == DiscardWay::Command
-            }
+            Op::Discard => unknown && file.refused_discard(flight.discard),
             _ => false,
         };
         if !other_way {
@@ -87,5 +83,51 @@ impl Uring {
         };
         self.splice_kept(key, &again);
         None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use devsplice_engine::{Event, Ring, To};
+    use rustix::fs::MemfdFlags;
+
+    use super::*;
+    use crate::files::{FileKind, RingFile};
+    use crate::ring::Config;
+
+    /// A file that is said to be a block device refuses the command and takes holes, as the devices
+    /// of older kernels do.
+    #[test]
+    fn every_discard_that_is_out_at_the_first_refusal_goes_the_other_way() {
+        const LEN: u64 = 4096;
+        let config = Config { flights: 4, files: 1, lanes: Vec::new(), inner: 0 };
+        let mut ring = Uring::new(&config).unwrap();
+        let fd = rustix::fs::memfd_create("place", MemfdFlags::CLOEXEC).unwrap();
+        rustix::io::pwrite(&fd, &[7; 4 * LEN as usize], 0).unwrap();
+        let place = fd.try_clone().unwrap();
+        let file = ring.add_file(RingFile { fd, kind: FileKind::Block }).unwrap();
+        let discard = |ring: &mut Uring, key: u32| {
+            let at = u64::from(key) * LEN;
+            let (to, pages, parts) = (To::File(file), Pages(0), &[][..]);
+            let splice = Splice { op: Op::Discard, fua: false, to, at, len: LEN, pages, parts };
+            ring.splice(key, &splice);
+        };
+        let mut results = Vec::new();
+        for keys in [0..3, 3..4] {
+            let end = keys.end as usize;
+            keys.for_each(|key| discard(&mut ring, key));
+            while results.len() < end {
+                ring.enter(true).unwrap();
+                while let Some(event) = ring.next() {
+                    let Event::Splice { key, result } = event else { continue };
+                    results.push((key, result));
+                }
+            }
+        }
+        results.sort_by_key(|(key, _)| *key);
+        assert_eq!(results, [0, 1, 2, 3].map(|key| (key, Ok(LEN))));
+        let mut bytes = [1; 4 * LEN as usize];
+        assert_eq!(rustix::io::pread(&place, &mut bytes, 0), Ok(bytes.len()));
+        assert!(bytes.iter().all(|byte| *byte == 0));
     }
 }

@@ -9,7 +9,7 @@ use devsplice_uring::Uring;
 use zerocopy::{Immutable, IntoBytes};
 
 use super::super::uapi::{IO_F_FUA, IoDesc, op};
-use super::{Queue, request};
+use super::{Progress, Queue, request};
 
 /// The zones of a queue's device, and what of them each of its tags is about.
 pub(super) struct Zoned {
@@ -151,7 +151,8 @@ impl Queue {
             let len = zoned.report(descriptor, room) as u64;
             let state = &mut self.tags[usize::from(tag)];
             // From here on it is a read whose data is there.
-            (state.io, state.in_slot, state.moved) = (Io::new(Op::Read, 0, len), false, 0);
+            (state.io, state.in_slot) = (Io::new(Op::Read, 0, len), false);
+            state.progress = Progress::NONE;
             self.push(ring, tag);
             return None;
         }
