@@ -252,16 +252,22 @@ fn regular_limits(fd: &OwnedFd, wish: &Wish<'_>, need: DirectNeed, size: u64) ->
     limits.checked().map_err(|error| error.within(wish.path))
 }
 
-/// Whether holes can be punched: else zeros are written. Asked for where nothing is, far beyond the
+/// How far behind its end a file is asked whether it can be punched: the second for where the first
+/// is behind the end of what the file system can have (ext4 has 4 TiB with blocks of 1 KiB).
+const BEHIND: [u64; 2] = [1 << 42, 1 << 30];
+
+/// Whether holes can be punched: else zeros are written. Asked for where nothing is, far behind the
 /// end, which changes nothing.
 fn punches(fd: &OwnedFd, wish: &Wish<'_>) -> bool {
+    if wish.read_only || wish.access == Access::Look {
+        return false;
+    }
     let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-    let at = 1 << 42;
-    let is_beyond = size_of_file(fd, wish).is_ok_and(|size| size < at);
-    is_beyond
-        && !wish.read_only
-        && wish.access != Access::Look
-        && rustix::fs::fallocate(fd, flags, at, u64::from(MAX_BLOCK)).is_ok()
+    let Ok(size) = size_of_file(fd, wish) else { return false };
+    let Some(end) = size.checked_next_multiple_of(BEHIND[1]) else { return false };
+    let places = BEHIND.into_iter().filter_map(|behind| end.checked_add(behind));
+    let mut punched = places.map(|at| rustix::fs::fallocate(fd, flags, at, MAX_BLOCK.into()));
+    punched.any(|result| result.is_ok())
 }
 
 fn chosen_block(wish: &Wish<'_>, least: u32) -> Result<u32> {
@@ -421,15 +427,20 @@ mod tests {
     fn only_what_can_be_punched_zeroes_fast() {
         use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-        for (seals, is_fast) in [(SealFlags::empty(), true), (SealFlags::FUTURE_WRITE, false)] {
+        let none = SealFlags::empty();
+        for (seals, size, is_fast) in [
+            (none, 1 << 20, true),
+            (none, 5 << 40, true),
+            (SealFlags::FUTURE_WRITE, 1 << 20, false),
+        ] {
             // Opened for writing, and the file system refuses holes all the same.
             let fd = memfd_create("devsplice-test", flags).unwrap();
-            rustix::fs::ftruncate(&fd, 1 << 20).unwrap();
+            rustix::fs::ftruncate(&fd, size).unwrap();
             fcntl_add_seals(&fd, seals).unwrap();
             let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&fd));
             let opened = file(&[("path", &path)]).unwrap();
-            assert_eq!(opened.limits.fast_zeroes, is_fast, "{seals:?}");
-            assert_eq!(rustix::fs::fstat(&fd).unwrap().st_size, 1 << 20);
+            assert_eq!(opened.limits.fast_zeroes, is_fast, "{seals:?}, {size} bytes");
+            assert_eq!(u64::try_from(rustix::fs::fstat(&fd).unwrap().st_size).unwrap(), size);
         }
     }
 

@@ -2,14 +2,12 @@
 //! takes the server's place where the kernel keeps the disk; else it clears up the device, the link
 //! and the state.
 
-use std::io::{BufRead, BufReader, PipeReader, PipeWriter, Read, Write};
+use std::io::{PipeReader, PipeWriter};
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use devsplice_core::{Error, ErrorKind, Result};
 use devsplice_exports::{fuse, ublk};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::server::{self, Server};
 use crate::servers::{self, Seat};
@@ -17,28 +15,17 @@ use crate::state::{self, Claim, Disk, Keeper};
 use crate::{keeper, protect, sandbox};
 
 mod kept;
+mod voice;
 
 pub use kept::{KeptBy, claim_kept, is_kept, kept_by};
+pub use voice::{Hearing, Voice};
+use voice::{THERE_LIMIT, listen};
 
 /// The server's end: its end tells the guard.
 pub struct Guard {
     voice: Voice,
     /// Whether it may be the last that keeps the disk, from before this process serves it.
     keeps_on: bool,
-}
-
-/// What the server has to say to its guard, from wherever in it.
-#[derive(Clone)]
-pub struct Voice {
-    pipes: Arc<Mutex<Option<Pipes>>>,
-    pid: i32,
-    /// When the guard started, and when this process did. Who is shut in cannot see that any more.
-    started: [u64; 2],
-}
-
-struct Pipes {
-    say: PipeWriter,
-    answers: PipeReader,
 }
 
 /// How long a dead server's device may take to go.
@@ -57,10 +44,6 @@ const LAST_PAUSE: Duration = Duration::from_secs(10);
 
 /// What the server says before it goes in good order.
 const FAREWELL: &str = "bye";
-/// What it says before the numbers of descriptors that the guard is to have as well.
-const KEEP: &str = "keep ";
-/// How long the guard may take to have them.
-const KEEP_LIMIT: Timespec = Timespec { tv_sec: 5, tv_nsec: 0 };
 /// How often it is looked whether a disk has to be kept still.
 const STAY: Duration = Duration::from_millis(100);
 /// What it says before it leaves the disk to another program.
@@ -85,10 +68,7 @@ pub fn start_with(inherited: &[OwnedFd]) -> Result<Guard> {
     let (answers, answer) = std::io::pipe().map_err(os)?;
     match fork::fork().map_err(os)? {
         fork::Fork::Parent(pid) => {
-            let pipes = Arc::new(Mutex::new(Some(Pipes { say: writer, answers })));
-            let guard = u32::try_from(pid).unwrap_or(0);
-            let started = [guard, std::process::id()].map(|pid| keeper::started(pid).unwrap_or(0));
-            let voice = Voice { pipes, pid, started };
+            let voice = Voice::new(writer, answers, pid);
             Ok(Guard { voice, keeps_on: false })
         }
         fork::Fork::Child => {
@@ -268,29 +248,6 @@ fn abandoned_server(name: &str, server: u32) -> Option<String> {
     None
 }
 
-/// Reads what the server says until its end, and keeps what it is told to keep.
-fn listen(
-    reader: PipeReader,
-    mut answer: PipeWriter,
-    server: u32,
-    kept: &mut Vec<OwnedFd>,
-) -> Vec<String> {
-    let mut said = Vec::new();
-    for line in BufReader::new(reader).lines().map_while(std::result::Result::ok) {
-        let Some(fds) = line.strip_prefix(KEEP) else {
-            said.push(line);
-            continue;
-        };
-        // From a server that dies meanwhile there is nothing to be had: what there is is kept on.
-        if let Ok(pulled) = keeper::pull(server, &keeper::unlist(fds)) {
-            *kept = pulled;
-        }
-        let numbers = keeper::numbers(kept);
-        let _ = answer.write_all(format!("{}\n", keeper::list(&numbers)).as_bytes());
-    }
-    said
-}
-
 /// Keeps a disk that is not to be served for now, until somebody else does or it is removed.
 fn stay(name: &str) {
     let is_ours = |disk: Disk| disk.keeper.is_some_and(|one| one.pid == std::process::id());
@@ -417,62 +374,15 @@ fn become_server(name: &str, start: impl FnOnce() -> Result<Server>) -> Option<E
     kind
 }
 
-impl Voice {
-    fn pipes(&self) -> MutexGuard<'_, Option<Pipes>> {
-        self.pipes.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn say(&self, line: &str) {
-        if let Some(pipes) = &mut *self.pipes() {
-            let _ = pipes.say.write_all(format!("{line}\n").as_bytes());
-        }
-    }
-
-    /// Whether the guard lives: its end of the pipe ends with it.
-    pub fn is_heard(&self) -> bool {
-        let pipes = self.pipes();
-        let Some(Pipes { say, .. }) = &*pipes else { return false };
-        let mut ends = [PollFd::new(say, PollFlags::empty())];
-        poll(&mut ends, Some(&Timespec::default())) == Ok(0)
-    }
-
-    /// Has the guard keep descriptors of this process, so that they outlive it.
-    ///
-    /// # Errors
-    /// If it cannot.
-    pub fn keep(&self, fds: &[OwnedFd], told: &str) -> Result<Keeper> {
-        let own = keeper::numbers(fds);
-        let failed = |reason: &str| Error::new(ErrorKind::Os, "the guard", reason);
-        let os = |error| Error::os("the guard", &error);
-        let mut pipes = self.pipes();
-        let Some(Pipes { say, answers }) = &mut *pipes else { return Err(failed("is gone")) };
-        say.write_all(format!("{KEEP}{}\n", keeper::list(&own)).as_bytes()).map_err(os)?;
-        let mut waits = [PollFd::new(&*answers, PollFlags::IN)];
-        if poll(&mut waits, Some(&KEEP_LIMIT)).is_ok_and(|count| count == 0) {
-            return Err(failed("does not answer"));
-        }
-        let mut text = [0; 4096];
-        let len = answers.read(&mut text).map_err(os)?;
-        let fds_there = keeper::unlist(&String::from_utf8_lossy(&text[..len]));
-        if fds_there.len() != fds.len() {
-            return Err(failed("cannot have descriptors of the server"));
-        }
-        let pid = u32::try_from(self.pid).unwrap_or(0);
-        let [started, own_started] = self.started;
-        let told = told.to_owned();
-        Ok(Keeper { pid, started, fds: fds_there, own, own_started, told })
-    }
-}
-
 impl Guard {
     /// Its process.
     pub fn pid(&self) -> i32 {
-        self.voice.pid
+        self.voice.pid()
     }
 
     /// Whether it has ended, without having been told to.
     pub fn has_died(&self) -> bool {
-        matches!(fork::waitpid_nohang(self.voice.pid), Ok(Some(_)))
+        matches!(fork::waitpid_nohang(self.voice.pid()), Ok(Some(_)))
     }
 
     /// For those that have something to be kept.
@@ -497,23 +407,32 @@ impl Guard {
     /// Tells the guard that another program is to serve the disk. It stays until that one does.
     pub fn hand_over(self) {
         self.voice.say(HANDOVER);
-        self.voice.pipes().take();
+        self.voice.end();
     }
 
     /// The disk is not served by this process after all. The guard goes; but one that may be the
     /// last to keep the disk goes on as if this process had died.
     pub fn give_up(self) {
         match self.keeps_on {
-            true => drop(self.voice.pipes().take()),
+            true => self.voice.end(),
             false => self.dismiss(),
         }
     }
 
-    /// Tells the guard that all is cleaned up, and waits for it to go.
+    /// Tells the guard that all is cleaned up, and waits for it to go; not for ever, as somebody
+    /// may have stopped it.
     pub fn dismiss(self) {
         self.voice.say(&format!("{FAREWELL}\n{FAREWELL}"));
-        self.voice.pipes().take();
-        let _ = fork::waitpid(self.voice.pid);
+        self.voice.end();
+        let end = Instant::now() + THERE_LIMIT;
+        while matches!(fork::waitpid_nohang(self.voice.pid()), Ok(None)) {
+            if Instant::now() > end {
+                let pid = self.voice.pid();
+                eprintln!("devsplice: the guard (process {pid}) is stopped: kill -CONT {pid}");
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 }
 

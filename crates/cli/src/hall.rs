@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use crate::args::Add;
 use crate::events::Bus;
 use crate::front::Front;
-use crate::guard::Voice;
+use crate::guard::{Hearing, Voice};
 use crate::hosted::{Hosted, Wish, stuck_text};
 use crate::listen::News;
 use crate::state::{self, Claim, Disk, Keeper};
@@ -105,9 +105,12 @@ impl Line {
         self.common.voice.as_ref().ok_or_else(none)?.keep(fds, told)
     }
 
-    /// Whether the guard lives that has to keep what the kernel does not.
-    pub fn has_keeper(&self) -> bool {
-        self.common.voice.as_ref().is_some_and(Voice::is_heard)
+    /// How the guard is that has to keep what the kernel does not, and its process.
+    pub fn keeper(&self) -> (Hearing, i32) {
+        self.common
+            .voice
+            .as_ref()
+            .map_or((Hearing::Gone, 0), |voice| (voice.hearing(), voice.pid()))
     }
 
     /// Has the guard keep what keeps the disk, and writes down that it does. Where it cannot, a
@@ -346,16 +349,23 @@ impl Hall {
         }
     }
 
-    /// Removes a disk; unless `force`, only if nobody would miss it.
+    /// Removes a disk; unless `force`, only if nobody would miss it. When its turn has come,
+    /// `is_wanted` is asked, by what the disk is called.
     ///
     /// # Errors
     /// Why it must not go, or does not.
-    pub fn remove(&self, name: Option<&str>, force: bool) -> Result<()> {
+    pub fn remove(
+        &self,
+        name: Option<&str>,
+        force: bool,
+        is_wanted: &dyn Fn(&str) -> Result<()>,
+    ) -> Result<()> {
         let (name, slot) = self.meant(name)?;
         let mut place = lock(&slot);
         let Some(hosted) = place.as_mut() else {
             return Err(Error::new(ErrorKind::NotFound, name, "is gone"));
         };
+        is_wanted(&hosted.thing())?;
         if !force {
             hosted.release()?;
         }
@@ -408,7 +418,7 @@ impl Hall {
 
     /// Removes every disk that nobody would miss; why others stay.
     pub fn clear(&self, force: bool) -> Vec<Error> {
-        self.each(|name| self.remove(Some(name), force))
+        self.each(|name| self.remove(Some(name), force, &|_| Ok(())))
     }
 
     /// Does something with every disk, several at a time: the kernel makes whoever takes a device
@@ -432,17 +442,19 @@ impl Hall {
         std::mem::take(&mut *lock(&failed))
     }
 
-    /// Leaves every disk to another program: on return nothing of them is held here.
+    /// Leaves every disk to another program: on return nothing of them is held here. When it is the
+    /// turn of that, `is_wanted` is asked.
     ///
     /// # Errors
     /// If one cannot be left: all are served as before then.
-    pub fn hand_over(&self) -> Result<()> {
+    pub fn hand_over(&self, is_wanted: &dyn Fn() -> Result<()>) -> Result<()> {
         self.set_closed(true);
         let slots: Vec<Slot> = lock(&self.slots).values().cloned().collect();
         let mut places: Vec<_> = slots.iter().map(|slot| lock(slot)).collect();
         let mut disks: Vec<&mut Hosted> =
             places.iter_mut().filter_map(|place| place.as_mut()).collect();
-        let mut done = disks.iter().try_for_each(|hosted| hosted.can_be_left());
+        let can_be_left = || disks.iter().try_for_each(|hosted| hosted.can_be_left());
+        let mut done = is_wanted().and_then(|()| can_be_left());
         let mut held = 0;
         while done.is_ok() && held < disks.len() {
             done = hold_one(&mut disks, held);

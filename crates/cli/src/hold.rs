@@ -14,6 +14,7 @@ use crate::adopt;
 use crate::args::{Resize, Swap};
 use crate::assemble::{CATALOG, assemble};
 use crate::front::{Front, Suspended};
+use crate::guard::Hearing;
 use crate::hosted::{self, Hosted, Phase};
 use crate::{client, say, state};
 
@@ -93,16 +94,26 @@ impl Hosted {
             Phase::Up(front) => !front.kept().0.is_empty(),
             _ => false,
         };
-        if !is_up_to_guard || self.line.has_keeper() {
+        if !is_up_to_guard {
             return Ok(());
         }
-        let reason = "its guard has died, and without one the disk would go with its server if \
-                      anything failed on the way";
-        let error = Error::new(ErrorKind::Unsupported, self.thing(), reason);
-        Err(error.next(format!(
-            "devsplice upgrade {} makes a server with a guard; then try again",
-            self.disk.name
-        )))
+        let name = &self.disk.name;
+        let (reason, next) = match self.line.keeper() {
+            (Hearing::Good, _) => return Ok(()),
+            (Hearing::Gone, _) => {
+                let next = "makes a server with a guard; then try again";
+                ("has died".to_owned(), format!("devsplice upgrade {name} {next}"))
+            }
+            (Hearing::Silent, pid) => {
+                let reason = format!("(process {pid}) does not answer, as one that is stopped");
+                (reason, format!("kill -CONT {pid}, then try again"))
+            }
+        };
+        let reason = format!(
+            "its guard {reason}, and without one the disk would go with its server if anything \
+             failed on the way"
+        );
+        Err(Error::new(ErrorKind::Unsupported, self.thing(), reason).next(next))
     }
 
     /// Finishes what is in flight, lets go of the stack. The kernel holds what comes.

@@ -9,6 +9,7 @@ use std::sync::mpsc::{RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
 use devsplice_core::{Error, Result};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::Mode;
 use serde_json::{Value, json};
 use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGQUIT, SIGTERM};
@@ -143,7 +144,7 @@ fn converse(client: &UnixStream, hall: &Hall, news: &Sender<News>) -> std::io::R
             }
             Err(error) => return Err(error),
         };
-        let Said { answer, after } = rpc::answer(hall, &line);
+        let Said { answer, after } = rpc::answer(hall, &line, &|| has_closed(client));
         let sent = answer.map_or(Ok(()), |answer| send(client, &answer));
         match after {
             After::Nothing => sent?,
@@ -233,6 +234,15 @@ fn follow(client: &UnixStream, hall: &Hall, since: Option<u64>) -> std::io::Resu
             }
         }
     }
+}
+
+/// Whether a client has closed its connection. One that says no more may wait for an answer still:
+/// its end is shut for what it would send alone.
+fn has_closed(client: &UnixStream) -> bool {
+    let mut ends = [PollFd::new(client, PollFlags::empty())];
+    let count = poll(&mut ends, Some(&Timespec::default()));
+    count.is_ok_and(|count| count > 0)
+        && ends[0].revents().intersects(PollFlags::HUP | PollFlags::ERR)
 }
 
 /// Whether a client that is not expected to say anything has closed its end.

@@ -4,13 +4,14 @@
 use std::sync::LazyLock;
 
 use clap::CommandFactory;
-use devsplice_core::Error;
+use devsplice_core::{Error, ErrorKind};
 use devsplice_spec::Plan;
 use serde_json::{Map, Value, json};
 
 use crate::args::{Add, Options};
 use crate::assemble::CATALOG;
 use crate::hall::Hall;
+use crate::hosted::Hosted;
 use crate::rpc::{After, PARAMS, Refusal};
 use crate::{config, events, tell};
 
@@ -58,8 +59,43 @@ pub struct Param {
     about: String,
 }
 
+/// What is asked for, with who asks.
+pub struct Asked<'a> {
+    /// The disks that it is about.
+    pub hall: &'a Hall,
+    /// Whether nobody waits for the answer any more.
+    pub is_given_up: &'a dyn Fn() -> bool,
+}
+
+impl Asked<'_> {
+    /// Whether to begin with what may have waited for its turn. Who has given it up meanwhile has
+    /// been told that it is not done, and may have done something else since.
+    ///
+    /// # Errors
+    /// If nobody waits for it any more.
+    fn is_wanted(&self, thing: &str) -> Result<(), Error> {
+        if (self.is_given_up)() {
+            let reason = "whoever asked for this has gone before it could begin: not done";
+            return Err(Error::new(ErrorKind::Busy, thing, reason));
+        }
+        Ok(())
+    }
+
+    /// Does something with a disk when nobody else does, if it is still wanted then.
+    fn change<T>(
+        &self,
+        name: Option<&str>,
+        work: impl FnOnce(&mut Hosted) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        self.hall.with(name, |hosted| {
+            self.is_wanted(&hosted.thing())?;
+            work(hosted)
+        })
+    }
+}
+
 /// What a method does: its result, and what follows.
-type Run = fn(&Hall, &Value) -> Result<(Value, After), Refusal>;
+type Run = fn(&Asked<'_>, &Value) -> Result<(Value, After), Refusal>;
 
 /// Something that can be asked for.
 pub struct Method {
@@ -337,15 +373,15 @@ fn done(text: impl Into<String>) -> Done {
     Ok((Value::String(text.into()), After::Nothing))
 }
 
-fn info(hall: &Hall, params: &Value) -> Done {
-    Ok((hall.with(name(params), |hosted| Ok(hosted.info()))?, After::Nothing))
+fn info(asked: &Asked<'_>, params: &Value) -> Done {
+    Ok((asked.hall.with(name(params), |hosted| Ok(hosted.info()))?, After::Nothing))
 }
 
-fn list(hall: &Hall, _: &Value) -> Done {
-    Ok((hall.list(), After::Nothing))
+fn list(asked: &Asked<'_>, _: &Value) -> Done {
+    Ok((asked.hall.list(), After::Nothing))
 }
 
-fn add(hall: &Hall, params: &Value) -> Done {
+fn add(asked: &Asked<'_>, params: &Value) -> Done {
     let mut fields = params.clone();
     let labels = words(params, "labels");
     if let Some(fields) = fields.as_object_mut() {
@@ -353,78 +389,78 @@ fn add(hall: &Hall, params: &Value) -> Done {
     }
     let add = Add::with(fields).map_err(|error| Refusal::new(PARAMS, error.to_string()))?;
     let plan = Plan::parse(&add.stack, &CATALOG)?.labelled(&labels);
-    let disk = hall.add(&add, &plan)?;
+    let disk = asked.hall.add(&add, &plan)?;
     Ok((serde_json::to_value(disk).unwrap_or_default(), After::Nothing))
 }
 
-fn del(hall: &Hall, params: &Value) -> Done {
-    hall.remove(name(params), flag(params, "force"))?;
+fn del(asked: &Asked<'_>, params: &Value) -> Done {
+    asked.hall.remove(name(params), flag(params, "force"), &|thing| asked.is_wanted(thing))?;
     Ok((json!("stopped"), After::Look))
 }
 
-fn recover(hall: &Hall, params: &Value) -> Done {
-    let disk = hall.recover(name(params).unwrap_or_default(), "restarted")?;
+fn recover(asked: &Asked<'_>, params: &Value) -> Done {
+    let disk = asked.hall.recover(name(params).unwrap_or_default(), "restarted")?;
     Ok((serde_json::to_value(disk).unwrap_or_default(), After::Nothing))
 }
 
-fn quiesce(hall: &Hall, params: &Value) -> Done {
-    done(hall.with(name(params), |hosted| hosted.quiesce())?)
+fn quiesce(asked: &Asked<'_>, params: &Value) -> Done {
+    done(asked.change(name(params), |hosted| hosted.quiesce())?)
 }
 
-fn resume(hall: &Hall, params: &Value) -> Done {
-    done(hall.with(name(params), |hosted| hosted.resume())?)
+fn resume(asked: &Asked<'_>, params: &Value) -> Done {
+    done(asked.change(name(params), |hosted| hosted.resume())?)
 }
 
-fn swap(hall: &Hall, params: &Value) -> Done {
+fn swap(asked: &Asked<'_>, params: &Value) -> Done {
     let stack = params["stack"].as_str().unwrap_or_default();
     let (labels, shrink) = (words(params, "labels"), flag(params, "shrink"));
-    done(hall.with(name(params), |hosted| hosted.swap(stack, &labels, shrink))?)
+    done(asked.change(name(params), |hosted| hosted.swap(stack, &labels, shrink))?)
 }
 
-fn resize(hall: &Hall, params: &Value) -> Done {
+fn resize(asked: &Asked<'_>, params: &Value) -> Done {
     let shrink = flag(params, "shrink");
-    done(hall.with(name(params), |hosted| hosted.resize(shrink))?)
+    done(asked.change(name(params), |hosted| hosted.resize(shrink))?)
 }
 
 /// A layer may take its time: the disk is not kept from others meanwhile.
-fn tell(hall: &Hall, params: &Value) -> Done {
-    let served = hall.with(name(params), |hosted| {
+fn tell(asked: &Asked<'_>, params: &Value) -> Done {
+    let served = asked.change(name(params), |hosted| {
         hosted.served().ok_or_else(|| Error::invalid(hosted.thing(), "is quiesced"))
     })?;
     let layer = params["layer"].as_str().unwrap_or_default();
     done(tell::answer(&served, layer, words(params, "words"))?)
 }
 
-fn save(hall: &Hall, _: &Value) -> Done {
-    done(config::save(&hall.disks())?)
+fn save(asked: &Asked<'_>, _: &Value) -> Done {
+    done(config::save(&asked.hall.disks())?)
 }
 
-fn load(hall: &Hall, params: &Value) -> Done {
+fn load(asked: &Asked<'_>, params: &Value) -> Done {
     let text = params["config"].as_str().unwrap_or_default();
     let wanted = config::parse(text)?;
-    let report = wanted.into_iter().map(|one| match hall.add(&one.add, &one.plan) {
+    let report = wanted.into_iter().map(|one| match asked.hall.add(&one.add, &one.plan) {
         Ok(disk) => json!({ "name": disk.name, "device": disk.device }),
         Err(error) => json!({ "name": one.add.name, "error": error.to_string() }),
     });
     Ok((report.collect(), After::Nothing))
 }
 
-fn follow(_: &Hall, params: &Value) -> Done {
+fn follow(_: &Asked<'_>, params: &Value) -> Done {
     Ok((json!("following"), After::Follow(params["since"].as_u64())))
 }
 
-fn hand_over(hall: &Hall, _: &Value) -> Done {
-    hall.hand_over()?;
+fn hand_over(asked: &Asked<'_>, _: &Value) -> Done {
+    asked.hall.hand_over(&|| asked.is_wanted("hand-over"))?;
     Ok((json!("handed over"), After::HandedOver))
 }
 
-fn shutdown(hall: &Hall, params: &Value) -> Done {
-    let left = hall.clear(flag(params, "force"));
+fn shutdown(asked: &Asked<'_>, params: &Value) -> Done {
+    let left = asked.hall.clear(flag(params, "force"));
     if left.is_empty() {
         return Ok((json!("stopped"), After::End));
     }
     let why: Vec<_> = left.iter().map(ToString::to_string).collect();
-    Err(Refusal::from(Error::new(devsplice_core::ErrorKind::Busy, "not removed", why.join("; "))))
+    Err(Refusal::from(Error::new(ErrorKind::Busy, "not removed", why.join("; "))))
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use devsplice_core::{Error, ErrorKind};
 use serde_json::{Map, Value, json};
 
 use crate::hall::Hall;
-use crate::methods::{self, Method};
+use crate::methods::{self, Asked, Method};
 
 /// Most requests of a batch.
 pub const MAX_BATCH: usize = 4096;
@@ -100,8 +100,8 @@ fn failure(id: &Value, refusal: &Refusal) -> Value {
     json!({ "jsonrpc": "2.0", "id": id, "error": refusal.value() })
 }
 
-/// Does what a line asks for.
-pub fn answer(hall: &Hall, line_in: &[u8]) -> Said {
+/// Does what a line asks for. `is_gone` is whether nobody would hear the answer.
+pub fn answer(hall: &Hall, line_in: &[u8], is_gone: &dyn Fn() -> bool) -> Said {
     let bad = |code, text: String| Said {
         answer: Some(line(&failure(&Value::Null, &Refusal::new(code, text)))),
         after: After::Nothing,
@@ -114,7 +114,7 @@ pub fn answer(hall: &Hall, line_in: &[u8]) -> Said {
         Err(error) => return bad(PARSE, format!("no JSON: {error}")),
     };
     let Value::Array(requests) = value else {
-        let (answer, after) = one(hall, &value, false);
+        let (answer, after) = one((hall, is_gone), &value, false);
         return Said { answer: answer.map(|answer| line(&answer)), after };
     };
     if requests.is_empty() || requests.len() > MAX_BATCH {
@@ -122,7 +122,7 @@ pub fn answer(hall: &Hall, line_in: &[u8]) -> Said {
     }
     let (mut answers, mut after) = (Vec::new(), After::Nothing);
     for request in &requests {
-        let (answer, then) = one(hall, request, true);
+        let (answer, then) = one((hall, is_gone), request, true);
         answers.extend(answer);
         if then != After::Nothing {
             after = then;
@@ -133,7 +133,11 @@ pub fn answer(hall: &Hall, line_in: &[u8]) -> Said {
 }
 
 /// Does one request. A notification is done as well, and has no answer.
-fn one(hall: &Hall, request: &Value, in_batch: bool) -> (Option<Value>, After) {
+fn one(
+    (hall, is_gone): (&Hall, &dyn Fn() -> bool),
+    request: &Value,
+    in_batch: bool,
+) -> (Option<Value>, After) {
     let (id, method, params) = match parse(request) {
         Ok(parts) => parts,
         // Good but for its method: one that wants no answer gets none.
@@ -148,7 +152,10 @@ fn one(hall: &Hall, request: &Value, in_batch: bool) -> (Option<Value>, After) {
     let done = if in_batch && method.is_last {
         Err(Refusal::new(REQUEST, format!("{} cannot be in a batch", method.name)))
     } else {
-        method.check(params).and_then(|params| (method.run)(hall, &params))
+        // Who sends a notification need not stay for it.
+        let is_given_up = &|| id.is_some() && is_gone();
+        let asked = Asked { hall, is_given_up };
+        method.check(params).and_then(|params| (method.run)(&asked, &params))
     };
     let (answer, after) = match done {
         Ok((result, after)) => (json!({ "jsonrpc": "2.0", "id": id, "result": result }), after),

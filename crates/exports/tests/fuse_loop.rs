@@ -102,7 +102,7 @@ fn options(name: &str) -> Options {
 }
 
 fn limits(size: u64) -> Limits {
-    Limits { discard: 4096, volatile_cache: true, ..Limits::ideal(size) }
+    Limits { discard: 4096, fast_zeroes: true, volatile_cache: true, ..Limits::ideal(size) }
 }
 
 fn layer(driver: &str, keys: &str) -> Box<dyn devsplice_core::Layer> {
@@ -514,9 +514,14 @@ fn discards_give_room_back_and_zeroing_zeroes() {
 }
 
 #[test]
-fn without_discard_below_nothing_is_discarded_and_zeroing_still_works() {
+fn without_cheap_discards_below_nothing_is_discarded_and_zeroing_still_works() {
     let Some(_alone) = ready() else { return };
-    let limits = Limits { discard: 0, ..limits(16 * MIB) };
+    for (discard, fast_zeroes) in [(0, true), (4096, false)] {
+        nothing_is_discarded(Limits { discard, fast_zeroes, ..limits(16 * MIB) });
+    }
+}
+
+fn nothing_is_discarded(limits: Limits) {
     let disk = disk_of(&options("nodiscard"), limits, None);
     let mut data = Pages::new(4 << 20, pattern(3));
     disk.open().write_all_at(data.all(), 0).unwrap();

@@ -85,7 +85,7 @@ fn node(limits: Limits, read_only: bool) -> Node {
 }
 
 fn limits() -> Limits {
-    Limits { volatile_cache: true, ..Limits::ideal(1 << 20) }
+    Limits { volatile_cache: true, fast_zeroes: true, ..Limits::ideal(1 << 20) }
 }
 
 fn answer(node: &Node, at_node: u64, ask: Ask<'_>) -> Result<Option<Io>, Errno> {
@@ -130,6 +130,11 @@ fn what_the_stack_cannot_do_is_refused_at_the_door() {
     let punch = |unmap| Ask::Zero { at: 0, len: 512, unmap };
     assert_eq!(answer(&plain, FILE, punch(true)), Err(Errno::EOPNOTSUPP));
     assert!(answer(&plain, FILE, punch(false)).unwrap().is_some());
+    // A discard that would write zeros is none.
+    let slow = node(Limits { fast_zeroes: false, ..limits() }, false);
+    assert_eq!(answer(&slow, FILE, punch(true)), Err(Errno::EOPNOTSUPP));
+    assert!(answer(&slow, FILE, punch(false)).unwrap().is_some());
+    assert_eq!(slow.told(), node(limits(), false).told(), "a disk goes on over either");
     assert_eq!(answer(&plain, FILE, Ask::Sync), Err(ENOSYS));
     for size in [0, 1 << 19, 1 << 21] {
         let cut = Ask::SetAttr { size: Some(size) };

@@ -2,7 +2,9 @@
 //! state cannot be written or read, what is below is in use, or takes its time.
 
 use std::fs::File;
-use std::io::Write;
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -24,6 +26,12 @@ pub fn add(group: &mut Group, kind: Kind) {
     });
     group.add("kept_what_is_in_use_below_is_tried_again", move || {
         keeps().and_then(|()| in_use_below(kind))
+    });
+    group.add("kept_a_guard_that_is_stopped_is_not_relied_on", move || {
+        keeps().and_then(|()| stopped_guard(kind))
+    });
+    group.add("kept_nothing_is_done_for_who_has_gone_before_its_turn", move || {
+        keeps().and_then(|()| gone_before_its_turn(kind))
     });
     group.add("kept_quiesce_waits_for_more_than_a_minute", move || {
         keeps().and_then(|()| long_quiesce(kind))
@@ -156,6 +164,77 @@ fn in_use_below(kind: Kind) -> Outcome {
     drop(ours);
     wait_until(12, "the read's end", || reader.is_over());
     assert_eq!(reader.finish().code, Some(0));
+    let _ = disk.del(&[]).ok();
+    disk.is_gone_within(5);
+    Ok(())
+}
+
+/// What it has would be kept; but nobody would serve the disk if its server died on the way.
+fn stopped_guard(kind: Kind) -> Outcome {
+    let room = Room::new();
+    let (old, new) = (room.full_file("a", 4 * MIB, 0x5a), room.full_file("b", 4 * MIB, 0x5a));
+    let disk = room.add(kind, &old, &["--no-part-scan", "--queues", "2"]);
+    let guard = disk.guard();
+    guard.signal(Signal::STOP);
+    let refused = room.devsplice(["swap", &disk.name, &new]).run().ended_with(1).err;
+    let next = format!("kill -CONT {}", guard.0);
+    assert!(refused.contains("does not answer") && refused.contains(&next), "{refused}");
+    assert_eq!(state(&room, &disk), "live");
+    guard.signal(Signal::CONT);
+    // The answer to what it was asked meanwhile is not taken for that to this.
+    let _ = room.devsplice(["swap", &disk.name, &new]).ok();
+    let warnings = disk.info()["warnings"].to_string();
+    assert!(!warnings.contains("nobody keeps"), "{warnings}");
+    kill(&room, &disk);
+    call("cmp", ["-n", "4194304", &new, &disk.node.to_string_lossy()]).ok();
+    let guard = Process(server(&disk).children().first().copied().unwrap_or(0));
+    guard.signal(Signal::STOP);
+    // Nor is it waited for, for ever.
+    let begin = Instant::now();
+    let _ = disk.del(&[]).ok();
+    assert!(begin.elapsed() < Duration::from_secs(8), "{:?}", begin.elapsed());
+    guard.signal(Signal::CONT);
+    disk.is_gone_within(5);
+    Ok(())
+}
+
+/// A client asks for something while the disk is being held, which takes as long as what is below
+/// does, and does not stay for the answer.
+fn gone_before_its_turn(kind: Kind) -> Outcome {
+    let room = Room::new();
+    let file = room.file("a", 4 * MIB);
+    let disk = room.add(kind, &format!("delay({file}, write=2s)"), &["--no-part-scan"]);
+    let to = format!("of={}", disk.node.display());
+    let hold = || {
+        let dd = ["if=/dev/zero", &to, "bs=4k", "count=1", "oflag=direct"];
+        let writer = call("dd", dd).limit(20).start();
+        std::thread::sleep(Duration::from_millis(300));
+        let quiesce = room.devsplice(["quiesce", &disk.name]).limit(20).start();
+        std::thread::sleep(Duration::from_millis(300));
+        (writer, quiesce)
+    };
+    let wish = "{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"resume\"}\n";
+    let say = || {
+        let mut client = UnixStream::connect(room.run.join(format!("{}.sock", disk.name))).unwrap();
+        client.write_all(wish.as_bytes()).unwrap();
+        client
+    };
+    let (writer, mut quiesce) = hold();
+    drop(say());
+    assert!(!quiesce.is_over(), "nobody has had to wait");
+    assert_eq!((quiesce.finish().code, writer.finish().code), (Some(0), Some(0)));
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(state(&room, &disk), "quiesced");
+    let _ = room.devsplice(["resume", &disk.name]).ok();
+    // Who only says no more waits for the answer.
+    let (writer, quiesce) = hold();
+    let mut client = say();
+    client.shutdown(Shutdown::Write).unwrap();
+    let mut answer = String::new();
+    client.read_to_string(&mut answer).unwrap();
+    assert!(answer.contains("is served again"), "{answer}");
+    assert_eq!((quiesce.finish().code, writer.finish().code), (Some(0), Some(0)));
+    assert_eq!(state(&room, &disk), "live");
     let _ = disk.del(&[]).ok();
     disk.is_gone_within(5);
     Ok(())

@@ -41,6 +41,7 @@ pub fn add(group: &mut Group, kind: Kind) {
     if kind.is_ublk() {
         group.alone("many_a_server_that_is_shut_in_has_its_driver", move || driver(kind));
         group.add("many_disks_survive_their_server_and_its_upgrade", move || survive(kind));
+        group.add("many_what_is_in_use_below_keeps_no_other_waiting", move || in_use_below(kind));
     }
 }
 
@@ -50,6 +51,60 @@ pub fn add_thousand(group: &mut Group, kind: Kind) {
     if mode() == Mode::Vm && std::env::var_os("DEVSPLICE_E2E_FULL").is_some() {
         group.alone("many_1000_disks_of_one_server", move || many(kind, 1000));
     }
+}
+
+/// One disk's file is somebody else's when the next server comes: after a death, and in an upgrade.
+/// The others are served meanwhile, and that one when it can be.
+fn in_use_below(kind: Kind) -> Outcome {
+    let room = Room::new();
+    let server = Server::start(&room, &["--threads", "1"]);
+    let prefix = room.name();
+    let mut talk = server.talk();
+    let disks = [0, 2, 4].map(|number| talk.result("add", &wish(&room, kind, &prefix, number)));
+    let is_kept = disks[0]["recovery"] == "reissue" || disks[0]["recovery"] == "fail";
+    need(is_kept, "this kernel keeps no disk of a dead server")?;
+    let (stuck, path) = (format!("{prefix}2"), room.dir.join(format!("{prefix}2")));
+    let live = |pid: Process| {
+        let list = room.devsplice(["list", "--json"]).ok();
+        let list: Vec<Value> = serde_json::from_str(&list).unwrap();
+        let is_live = |disk: &&Value| disk["state"] == "live" && disk["pid"] == json!(pid.0);
+        let names = list.iter().filter(is_live).filter_map(|disk| disk["name"].as_str());
+        names.map(str::to_owned).collect::<Vec<_>>()
+    };
+    let others_then_it = |file: File, old: Process| {
+        let mut now = old;
+        wait_until(10, "the others are served", || {
+            now = server.process();
+            now != old && live(now).len() >= 2
+        });
+        assert!(!live(now).contains(&stuck), "it is served, and its file is somebody else's");
+        drop(file);
+        wait_until(15, "it is served, too", || live(now).len() == 3);
+    };
+    // Its guard would be quicker than anybody.
+    let (old, file) = (server.process(), File::open(&path).unwrap());
+    let guard = Process(old.children().first().copied().unwrap_or(0));
+    guard.signal(Signal::STOP);
+    old.signal(Signal::KILL);
+    old.ends_within(10);
+    wait_until(5, "the file is free", || {
+        flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok()
+    });
+    guard.signal(Signal::CONT);
+    others_then_it(file, old);
+    // Who waits for it has it as soon as the server that lets go of its disks has not.
+    let (old, file) = (server.process(), File::open(&path).unwrap());
+    let waiter = std::thread::spawn(move || {
+        flock(&file, FlockOperation::LockExclusive).unwrap();
+        file
+    });
+    std::thread::sleep(Duration::from_millis(100));
+    let said = room.devsplice(["upgrade", &format!("{prefix}0")]).limit(60).run().ended_with(0);
+    assert!(said.err.contains(&format!("{stuck}: not taken over")), "{}", said.err);
+    assert_eq!(said.out.lines().count(), 2, "{}", said.out);
+    others_then_it(waiter.join().unwrap(), old);
+    server.end();
+    Ok(())
 }
 
 /// Nothing is looked through that grows with the number of disks: loop devices, say.

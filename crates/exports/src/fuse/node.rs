@@ -32,8 +32,10 @@ pub struct Node {
     read_only: bool,
     /// Whether there is anything to flush.
     cached: bool,
-    /// Whether holes can be punched.
+    /// Whether the stack takes discards.
     holes: bool,
+    /// Whether a hole that reads as zeros is had without writing these.
+    cheap: bool,
     wish: Wish,
 }
 
@@ -72,6 +74,7 @@ impl Node {
             read_only: read_only || limits.read_only,
             cached: limits.volatile_cache,
             holes: limits.discard != 0,
+            cheap: limits.fast_zeroes,
             wish: Wish::Read,
         }
     }
@@ -83,7 +86,8 @@ impl Node {
         self
     }
 
-    /// All that the kernel was told of the file, or has learned of it and remembers.
+    /// All that the kernel was told of the file, or has learned of it and remembers. What holes
+    /// cost is nothing of that: it asks again each time.
     #[must_use]
     pub fn told(&self) -> String {
         let Node { size, block, grain, read_only, cached, holes, .. } = self;
@@ -152,8 +156,13 @@ impl Node {
             // remembers this answer and does not ask again.
             Ask::Sync if !self.cached => refuse(ENOSYS),
             Ask::Sync => Answer::Request(Io::new(Op::Flush, 0, 0)),
-            // A loop device punches for both discards and zeroing: zeros must be what is read then.
-            Ask::Zero { unmap: true, .. } if !self.holes => refuse(Errno::EOPNOTSUPP),
+            // A loop device punches for discards, and for zeroing that may give room back
+            // (drivers/block/loop.c, `do_req_filebacked`): it is not said which, so zeros must be
+            // what is read then. Where these are written, a trim of free space would fill it. Who
+            // is refused and wants zeros writes them (block/blk-lib.c, `blkdev_issue_zeroout`).
+            Ask::Zero { unmap: true, .. } if !(self.holes && self.cheap) => {
+                refuse(Errno::EOPNOTSUPP)
+            }
             Ask::Zero { at, len, unmap } => {
                 Answer::Request(Io::new(Op::WriteZeroes { unmap }, at, len))
             }
