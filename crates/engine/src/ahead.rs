@@ -8,7 +8,6 @@
 use devsplice_core::Result;
 
 use crate::export::Inbox;
-use crate::jobs::End;
 use crate::queue::Worker;
 use crate::ring::{Ring, To};
 
@@ -106,7 +105,7 @@ impl<R: Ring> Worker<R> {
             return ring.splice(key, &splice);
         }
         export.finish_ahead(ring, tag, &job.io);
-        job.end = End::Ahead;
+        job.is_ahead = true;
         ahead.is_out = true;
     }
 
@@ -115,16 +114,14 @@ impl<R: Ring> Worker<R> {
     pub(crate) fn went_ahead(&mut self, lane: u16, tag: u16) {
         self.ahead.landed(&self.inbox);
         let lane = &mut self.lanes[usize::from(lane)];
-        lane.jobs[usize::from(tag)].end = End::Plain;
+        lane.jobs[usize::from(tag)].is_ahead = false;
         lane.export.went_ahead(tag);
     }
 
     /// The splice was not done whole, so the end of its request was not sent and never will be.
     pub(crate) fn take_back(&mut self, lane: u16, tag: u16) {
         let lane = &mut self.lanes[usize::from(lane)];
-        let end = &mut lane.jobs[usize::from(tag)].end;
-        if *end == End::Ahead {
-            *end = End::Plain;
+        if std::mem::take(&mut lane.jobs[usize::from(tag)].is_ahead) {
             self.ahead.is_out = false;
             lane.export.take_back(tag);
         }

@@ -98,12 +98,6 @@ pub trait Export<R: Ring>: Send {
     /// has not said so already, and means nothing. The request is finished later like any other.
     fn take_back(&mut self, _tag: u16) {}
 
-    /// Whether it sees to it by itself that each of its clients hears of what a flush has lost, the
-    /// flushes of other exports of the device among them. Else the engine tells each export once.
-    fn tells_of_losses(&self) -> bool {
-        false
-    }
-
     /// The turn ends and the ring is entered: what was kept back to go together goes now.
     fn flush(&mut self, ring: &mut R);
 

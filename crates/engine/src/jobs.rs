@@ -24,17 +24,6 @@ pub(crate) enum Lost {
     Missed(NodeId, Io),
 }
 
-/// How a request ends that is done whole.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum End {
-    /// The export is told, and that is all.
-    Plain,
-    /// The end goes behind its splice, which is out.
-    Ahead,
-    /// It is a flush, which may have to tell of what another has lost.
-    Flush,
-}
-
 /// A request between fetch and finish.
 pub(crate) struct Job {
     pub(crate) io: Io,
@@ -53,8 +42,8 @@ pub(crate) struct Job {
     pub(crate) node: NodeId,
     /// Fetched and not finished.
     pub(crate) active: bool,
-    /// What is particular about its end.
-    pub(crate) end: End,
+    /// Its end goes behind its splice, which is out.
+    pub(crate) is_ahead: bool,
     /// It is over, whatever layers could do about its error.
     pub(crate) refused: bool,
     /// As of when it is under way, and whether others see it wait; see `served`. 0 when it is not.
@@ -98,7 +87,7 @@ impl Job {
             since: 0,
             node: stack.root(),
             active: false,
-            end: End::Plain,
+            is_ahead: false,
             refused: false,
             since_epoch: 0,
             is_waiting: false,

@@ -5,14 +5,14 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use devsplice_core::{Errno, Op, Result, Stack, Stop};
+use devsplice_core::{Errno, Result, Stack, Stop};
 
 use crate::ahead::{Ahead, SECOND_TICK_KEY};
 use crate::counts::{Shared, one_more};
 use crate::export::{Export, Inbox, Request, Rest};
 use crate::flights::{self, Flights, Next};
 use crate::gather::Gather;
-use crate::jobs::{End, Job};
+use crate::jobs::Job;
 use crate::live::{LaneLive, SlowSide, is_sleep_key};
 use crate::ring::{Event, FileId, Ring, Takes};
 use crate::served::Served;
@@ -34,8 +34,6 @@ pub struct Lane<R: Ring> {
     pub(crate) live: Option<LaneLive>,
     /// Its requests are layers' own.
     pub(crate) is_inner: bool,
-    /// Of what the device has lost, how much its export knows of.
-    pub(crate) told: u32,
 }
 
 impl<R: Ring> Lane<R> {
@@ -46,7 +44,7 @@ impl<R: Ring> Lane<R> {
         let stack = served.stack.clone();
         assert_eq!(files.len(), usize::from(stack.backend_count()), "a file for each bottom");
         let jobs = (0..export.depth()).map(|_| Job::idle(&stack)).collect();
-        Lane { export, served, stack, files, jobs, live: None, is_inner: false, told: 0 }
+        Lane { export, served, stack, files, jobs, live: None, is_inner: false }
     }
 }
 
@@ -236,9 +234,6 @@ impl<R: Ring> Worker<R> {
     fn start_other(&mut self, lane: u16, tag: u16) {
         let Lane { stack, jobs, .. } = &mut self.lanes[usize::from(lane)];
         let job = &mut jobs[usize::from(tag)];
-        if job.io.op == Op::Flush {
-            job.end = End::Flush;
-        }
         match stack.admit(&job.io) {
             Ok(()) => job.restart(),
             Err(errno) => job.fail(errno),
@@ -432,10 +427,8 @@ impl<R: Ring> Worker<R> {
         job.active = false;
         *busy -= 1;
         counts.finished(job.io.op);
-        match job.end {
-            End::Plain => {}
-            End::Ahead => return self.went_ahead(lane, tag),
-            End::Flush => return self.flushed(lane, tag),
+        if job.is_ahead {
+            return self.went_ahead(lane, tag);
         }
         export.finish(ring, tag, &job.io, Ok(()));
     }
@@ -467,35 +460,19 @@ impl<R: Ring> Worker<R> {
     /// Ends a request, done or failed.
     #[inline(never)]
     fn finish(&mut self, lane: u16, tag: u16) {
-        let of = &mut self.lanes[usize::from(lane)];
-        let job = &mut of.jobs[usize::from(tag)];
+        let Lane { export, jobs, .. } = &mut self.lanes[usize::from(lane)];
+        let job = &mut jobs[usize::from(tag)];
         debug_assert!(job.active, "tag {tag} finished twice");
         job.active = false;
         self.busy -= 1;
         self.counts.finished(job.io.op);
-        let result = job.errno.take().map_or(Ok(()), |errno| Err(errno.for_client()));
-        self.tell(lane, tag, result);
-    }
-
-    /// Ends a flush that every place has carried out.
-    #[inline(never)]
-    fn flushed(&mut self, lane: u16, tag: u16) {
-        self.tell(lane, tag, Ok(()));
-    }
-
-    /// Tells an export how a request has ended; of a flush, too, whether another has lost
-    /// something.
-    fn tell(&mut self, lane: u16, tag: u16, result: Result<(), Errno>) {
-        let Lane { export, jobs, served, told, .. } = &mut self.lanes[usize::from(lane)];
-        let job = &mut jobs[usize::from(tag)];
-        job.end = End::Plain;
-        let result = match job.is_durable() && !export.tells_of_losses() {
-            true => served.flushed(told, &job.io, result),
-            false => result,
+        let result = match job.errno.take() {
+            None => Ok(()),
+            Some(errno) => {
+                one_more(&self.counts.errors);
+                Err(errno.for_client())
+            }
         };
-        if result.is_err() {
-            one_more(&self.counts.errors);
-        }
         export.finish(&mut self.ring, tag, &job.io, result);
     }
 

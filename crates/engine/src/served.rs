@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 
 use devsplice_core::wait::Bell;
-use devsplice_core::{Errno, Io, NodeId, Op, Stack};
+use devsplice_core::{NodeId, Stack};
 
 use crate::watch::Stuck;
 
@@ -78,8 +78,6 @@ pub struct Served {
     quiet: Bell,
     /// Requests that change data, have failed below and have not ended.
     unsettled: AtomicU32,
-    /// Flushes, and writes that had to be durable, that have failed for the device's clients.
-    losses: AtomicU32,
     /// Nobody asks for anything any more.
     ending: AtomicBool,
     /// Threads that serve the stack and have not come to their end.
@@ -108,7 +106,6 @@ impl Served {
             awaited: AtomicU64::new(0),
             quiet: Bell::default(),
             unsettled: AtomicU32::new(0),
-            losses: AtomicU32::new(0),
             ending: AtomicBool::new(false),
             workers: AtomicU32::new(0),
             home: Mutex::default(),
@@ -250,36 +247,6 @@ impl Served {
     /// Such a request has ended.
     pub(crate) fn settled(&self) {
         self.unsettled.fetch_sub(1, Ordering::SeqCst);
-    }
-
-    /// What a flush comes to, or a write that had to be durable, on a lane that has been `told` of
-    /// so many losses. Linux tells of what it could not write back once for each open file (Linux
-    /// 7.3, mm/filemap.c, `file_check_and_advance_wb_err`), and all rings share those of a device:
-    /// each other lane is told by us, at its next flush. A write that has failed does not say what
-    /// was lost before it; so that is told by the next flush of its own lane, too.
-    pub(crate) fn flushed(
-        &self,
-        told: &mut u32,
-        io: &Io,
-        result: Result<(), Errno>,
-    ) -> Result<(), Errno> {
-        let is_flush = io.op == Op::Flush;
-        match result {
-            // Refused: nothing was tried.
-            Err(Errno::EINVAL | Errno::EROFS | Errno::EOPNOTSUPP) => {}
-            Err(_) => {
-                let losses = self.losses.fetch_add(1, Ordering::AcqRel) + 1;
-                *told = if is_flush { losses } else { *told };
-            }
-            Ok(()) if is_flush => {
-                let losses = self.losses.load(Ordering::Acquire);
-                if std::mem::replace(told, losses) != losses {
-                    return Err(Errno::EIO);
-                }
-            }
-            Ok(()) => {}
-        }
-        result
     }
 
     /// What goes on in the background is to come to where it can be left.

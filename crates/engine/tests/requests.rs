@@ -89,17 +89,11 @@ proptest! {
             .map(|ask| if touches(&base.stack, ask.io, &bad) { Err(expected) } else { Ok(()) })
             .collect();
         let faults = Faults { short: 20, eagain: 5, eintr: 5, bad: vec![bad] };
+        let errors = want.iter().filter(|result| result.is_err()).count();
         let ahead = rng.percent(50);
         let depth = if ahead { 1 } else { base.depth };
         let outcome = Setup { seed, faults, plans: vec![plan], ahead, depth, ..base }.run();
-        // The next flush tells what a failed write with force unit access may have taken with it.
-        let mut owes = false;
-        for Done { seq, io, result, .. } in &outcome.done {
-            let is_told = io.op == Op::Flush && std::mem::take(&mut owes);
-            prop_assert_eq!(*result, if is_told { Err(Errno::EIO) } else { want[*seq] });
-            owes |= io.fua && result.is_err();
-        }
-        let errors = outcome.results().iter().filter(|result| result.is_err()).count();
+        prop_assert_eq!(outcome.results(), want);
         prop_assert_eq!(outcome.counts.errors, errors as u64);
     }
 }
@@ -213,47 +207,6 @@ fn a_flush_that_fails_at_one_bottom_fails_and_still_reaches_the_others() {
     let plan = vec![now(Io::new(Op::Flush, 0, 0)), now(Io::new(Op::Read, 0, 512))];
     let outcome = setup(tree, ideal(MIB), plan).run();
     assert_eq!(outcome.results(), [Err(errno), Ok(())]);
-}
-
-/// What the flushes of two lanes come to, asked for in turn, where the first request of lane 0, of
-/// this kind, fails at the disk once.
-fn told_of_a_loss(first: Io) -> [Vec<Result<(), Errno>>; 2] {
-    let flush = |at: u64| Ask { at: at * 1_000_000, io: Io::new(Op::Flush, 0, 0) };
-    let mut setup = setup(disk(), ideal(MIB), vec![now(first), flush(2), flush(4)]);
-    setup.plans.push(vec![flush(1), flush(3)]);
-    // The lanes are of one device; a disk tells of its loss once.
-    setup.served();
-    let fault = Fault::Fail(Errno::EIO);
-    setup.faults.bad = vec![Bad { file: 0, from: 0, to: MIB, fault, times: 1 }];
-    let mut bench = setup.bench();
-    if first.op == Op::Flush {
-        bench.world.lock().unwrap().disks[0].bad_flush = Some((Errno::EIO, 1));
-    }
-    bench.worker.arm().unwrap();
-    bench.worker.run().unwrap();
-    let outcome = bench.end();
-    [0, 1].map(|lane| {
-        let of = |done: &&Done| done.lane == lane;
-        let mut all: Vec<_> = outcome.done.iter().filter(of).collect();
-        all.sort_by_key(|done| done.seq);
-        all.iter().map(|done| done.result).collect()
-    })
-}
-
-#[test]
-fn a_loss_is_told_once_to_each_lane_of_the_device() {
-    let eio = Err(Errno::EIO);
-    let [own, other] = told_of_a_loss(Io::new(Op::Flush, 0, 0));
-    assert_eq!(own, [eio, Ok(()), Ok(())]);
-    assert_eq!(other, [eio, Ok(())]);
-    // A write that has to be durable may take with it what is told of writes before.
-    let [own, other] = told_of_a_loss(Io { fua: true, ..Io::new(Op::Write, 0, 512) });
-    assert_eq!(own, [eio, eio, Ok(())]);
-    assert_eq!(other, [eio, Ok(())]);
-    // Any other may not, and tells of itself alone.
-    let [own, other] = told_of_a_loss(Io::new(Op::Write, 0, 512));
-    assert_eq!(own, [eio, Ok(()), Ok(())]);
-    assert_eq!(other, [Ok(()), Ok(())]);
 }
 
 #[test]

@@ -18,31 +18,8 @@ pub(crate) struct SimExport {
     pub(crate) left: u64,
     pub(crate) limits: Limits,
     pub(crate) front: Front,
-    /// Of the device's losses, how many it was told of.
-    pub(crate) knows: u32,
     /// Where commands go.
     pub(crate) told: Told,
-}
-
-/// Takes note of what a flush or a write with force unit access has come to. Whether it is a flush
-/// that has to tell of an earlier loss: that of another lane's flush, or of any such write.
-fn owes(
-    export: &mut SimExport,
-    losses: &mut u32,
-    io: &Io,
-    (got, has_failed): (Result<(), Errno>, bool),
-) -> bool {
-    let is_flush = io.op == Op::Flush;
-    let is_owed = is_flush && export.knows != *losses;
-    let is_loss = has_failed && (is_flush || io.fua);
-    let is_refusal = matches!(got, Err(Errno::EINVAL | Errno::EROFS | Errno::EOPNOTSUPP));
-    if got.is_err() && is_loss && !is_refusal {
-        *losses += 1;
-    }
-    if is_flush && !is_refusal {
-        export.knows = *losses;
-    }
-    is_owed
 }
 
 /// With what a request must be refused at the door, if it must.
@@ -203,13 +180,7 @@ impl World {
     }
 
     /// Whether a request may have ended as it did.
-    fn judge(
-        &mut self,
-        export: &mut SimExport,
-        slot: usize,
-        asked: &Asked,
-        got: Result<(), Errno>,
-    ) {
+    fn judge(&mut self, export: &SimExport, slot: usize, asked: &Asked, got: Result<(), Errno>) {
         let Asked { io, start, change } = *asked;
         let now = self.tick();
         let oldest = self.oldest().min(now);
@@ -226,14 +197,6 @@ impl World {
             return self.judge_live(export, slot, asked, (got, refused));
         }
         let by_layer = |errno: Errno| refused.is_none() && device.errors.contains(&errno);
-        let has_failed = error.is_some() || got.is_err_and(by_layer);
-        let is_owed = refused.is_none() && owes(export, &mut device.losses, &io, (got, has_failed));
-        // What a layer answers by itself cannot be told from what is owed.
-        if is_owed && got.is_ok() && device.errors.is_empty() {
-            self.fail(Kind::WrongResult, format!("{io:?} succeeded, and tells of no loss"));
-        }
-        let device = &self.devices[export.front.device];
-        let by_layer = |errno: Errno| refused.is_none() && device.errors.contains(&errno);
         match (got, refused.or(error.map(Errno::for_client))) {
             (Ok(()), None) if io.op == Op::Read => self.judge_read(export, slot, asked),
             (Ok(()), None) => {}
@@ -241,7 +204,6 @@ impl World {
                 self.fail(Kind::WrongResult, format!("{io:?} succeeded, must fail with {must}"));
             }
             (Err(errno), _) if by_layer(errno) => {}
-            (Err(Errno::EIO), None) if is_owed => {}
             (Err(errno), None) => {
                 self.fail(Kind::NeedlessError, format!("{io:?} failed with {errno}"));
             }

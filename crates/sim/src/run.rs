@@ -230,7 +230,6 @@ impl Run {
             first_disk,
             disk_count: disks.1,
             errors: errors.clone(),
-            losses: 0,
             writes: 0,
             habits,
         });
@@ -321,7 +320,6 @@ impl Run {
     fn lanes(&mut self) -> Result<Vec<Lane<SimRing>>, Failure> {
         let mutant = self.world.mutant;
         let mut stacks = Vec::new();
-        self.world.devices.iter_mut().for_each(|device| device.losses = 0);
         for (number, tree) in self.trees.iter().enumerate() {
             let device = &self.world.devices[number];
             let disks = (device.first_disk, device.disk_count);
@@ -349,7 +347,6 @@ impl Run {
                 left: world.plan.requests / count + 1,
                 limits,
                 front: *front,
-                knows: 0,
                 told: mirror.map(|mirror| (served.clone(), mirror)),
             };
             let device = &world.devices[front.device];

@@ -166,8 +166,6 @@ pub(crate) struct Device {
     pub(crate) disk_count: usize,
     /// What its layers may answer by themselves.
     pub(crate) errors: Vec<Errno>,
-    /// Flushes and writes with force unit access that have failed since the server started.
-    pub(crate) losses: u32,
     pub(crate) writes: u32,
     /// Only with live layers: what is done to it beside requests.
     pub(crate) habits: Option<Habits>,

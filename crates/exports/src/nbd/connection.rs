@@ -522,11 +522,6 @@ impl Export<Uring> for Connection {
         Ok(())
     }
 
-    /// By [`Post::flushed`], client for client.
-    fn tells_of_losses(&self) -> bool {
-        true
-    }
-
     fn finish(&mut self, ring: &mut Uring, tag: u16, io: &Io, result: Result<(), Errno>) {
         let is_flush = io.op == Op::Flush || io.fua;
         let is_heard = self.phase != Phase::Lost;
