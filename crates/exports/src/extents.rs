@@ -177,10 +177,15 @@ impl Extents {
     /// question that comes later must begin without it: it may not be so any more.
     #[must_use]
     pub fn look(&self, at: u64, most: u64, told: &mut Told) -> (u64, Content) {
-        let all = (most, Content::Data);
         if self.is_moving {
-            return all;
+            return (most, Content::Data);
         }
+        let found = self.find(at, most, told);
+        whole((at, most), found, u64::from(self.stack.limits().block))
+    }
+
+    /// The same, to the byte: what is below need not know of blocks.
+    fn find(&self, at: u64, most: u64, told: &mut Told) -> (u64, Content) {
         match self.stack.locate(Extent { at, len: most }) {
             Some(piece) => match piece.place {
                 Place::Zero => (piece.len, Content::Zero),
@@ -198,8 +203,22 @@ impl Extents {
                 }
             },
             // A layer would have to read something first, or refuses: reading will tell.
-            None => all,
+            None => (most, Content::Data),
         }
+    }
+}
+
+/// A run in whole blocks, as the next question is asked of layers, which know nothing less: a block
+/// of which any byte is data is data.
+fn whole((at, most): (u64, u64), (run, content): (u64, Content), block: u64) -> (u64, Content) {
+    let end = at.saturating_add(run);
+    if run >= most || end.is_multiple_of(block) {
+        return (run, content);
+    }
+    let (below, above) = (end - end % block, end.saturating_add(block - end % block));
+    match content {
+        Content::Hole | Content::Zero if below > at => (below - at, content),
+        _ => ((above - at).min(most), Content::Data),
     }
 }
 
@@ -240,6 +259,23 @@ fn left(file: &OwnedFd, at: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn runs_end_where_blocks_do_and_a_block_with_data_is_data() {
+        let most = 1 << 20;
+        for (found, want) in [
+            ((8192, Content::Hole), (8192, Content::Hole)),
+            ((8193, Content::Hole), (8192, Content::Hole)),
+            ((4095, Content::Zero), (4096, Content::Data)),
+            ((1, Content::Data), (4096, Content::Data)),
+            ((most - 1, Content::Data), (most, Content::Data)),
+            ((most, Content::Hole), (most, Content::Hole)),
+        ] {
+            assert_eq!(whole((4096, most), found, 4096), want, "{found:?}");
+        }
+        // The last block of what was asked for may be asked for in part.
+        assert_eq!(whole((4096, 5000), (4500, Content::Data), 4096), (5000, Content::Data));
+    }
 
     #[test]
     fn what_was_told_is_found_from_any_byte_of_it_however_much_it_is() {

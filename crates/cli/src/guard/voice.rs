@@ -103,8 +103,10 @@ impl Voice {
             let left = end.saturating_duration_since(Instant::now());
             let left = Timespec::try_from(left).map_err(|_| gone())?;
             let mut waits = [PollFd::new(&pipes.answers, PollFlags::IN)];
-            if poll(&mut waits, Some(&left)).is_ok_and(|count| count == 0) {
-                return Err(failed(ErrorKind::Timeout, "does not answer"));
+            match poll(&mut waits, Some(&left)) {
+                Ok(0) => return Err(failed(ErrorKind::Timeout, "does not answer")),
+                Err(rustix::io::Errno::INTR) => continue,
+                _ => {}
             }
             // Answers are short enough to come whole (pipe(7), PIPE_BUF).
             let mut text = [0; 4096];

@@ -116,13 +116,16 @@ fn is_device(stat: &Statx) -> bool {
 fn one(stat: &Statx) -> String {
     if is_device(stat) {
         let number = makedev(stat.stx_rdev_major, stat.stx_rdev_minor);
-        return Device::find(number).map_or_else(String::new, |device| device.identity());
+        let unknown = || format!("number {}:{}", stat.stx_rdev_major, stat.stx_rdev_minor);
+        return Device::find(number).map_or_else(unknown, |device| device.identity());
     }
-    let birth = match StatxFlags::from_bits_retain(stat.stx_mask).contains(StatxFlags::BTIME) {
-        true => format!(" born {}.{:09}", stat.stx_btime.tv_sec, stat.stx_btime.tv_nsec),
-        false => String::new(),
-    };
-    format!("file {}:{}:{}{birth}", stat.stx_dev_major, stat.stx_dev_minor, stat.stx_ino)
+    let (ino, born) = (stat.stx_ino, stat.stx_btime);
+    // The device's number is another one after a mount or boot (btrfs, NFS, a disk that was plugged
+    // in again); a birth to the nanosecond does without.
+    match StatxFlags::from_bits_retain(stat.stx_mask).contains(StatxFlags::BTIME) {
+        true => format!("file {ino} born {}.{:09}", born.tv_sec, born.tv_nsec),
+        false => format!("file {}:{}:{ino}", stat.stx_dev_major, stat.stx_dev_minor),
+    }
 }
 
 #[cfg(test)]

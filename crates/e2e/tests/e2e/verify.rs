@@ -156,9 +156,9 @@ fn bottoms(kind: Kind, stack: &str) -> Vec<Bottom> {
             bottoms.extend(is_few.then_some(Bottom::LoopDevice));
         }
         (Mode::Vm, Kind::Ublk("auto-register")) => {
-            bottoms.push(Bottom::File);
-            // What a layer does and what is below it are apart from each other.
-            bottoms.extend((is_few || !had("fuse")).then_some(Bottom::NullBlk));
+            // Every layer over files has been verified over FUSE then.
+            bottoms.extend((is_few || !had("fuse")).then_some(Bottom::File));
+            bottoms.push(Bottom::NullBlk);
             bottoms.extend(is_alone.then_some(Bottom::LoopDevice));
         }
         (Mode::Vm, _) if is_few => {

@@ -71,12 +71,19 @@ impl Ending {
         let _ = thread.spawn(move || self.go_on());
     }
 
+    /// Whether the number has been given to another disk meanwhile: without its threads, this one
+    /// is stopped, and has no server.
+    fn is_anothers(&mut self) -> bool {
+        let is_over = self.crew.as_ref().is_none_or(Crew::is_over);
+        is_over && self.control.server(self.id).is_ok_and(|(_, state)| state != "dead")
+    }
+
     /// Tries again until it is gone. Not once the threads are: the number may be another disk's.
     fn go_on(mut self) {
         let end = Instant::now() + LAST;
         while self.crew.is_some() && Instant::now() < end {
             std::thread::sleep(PAUSE);
-            if self.attempt().is_ok() {
+            if self.is_anothers() || self.attempt().is_ok() {
                 return;
             }
         }

@@ -53,6 +53,12 @@ pub(super) fn read_parts(
     }
     let others = [SECTOR, MAX_BLOCK].into_iter().filter(|sector| *sector != disk.block);
     let all = std::iter::once(disk.block).chain(others);
+    if disk.block == SECTOR
+        && let Ok(parts) = gpt::read_parts(below, disk)
+    {
+        // What the kernel would take; another one may be left of what the disk was before.
+        return Ok(parts);
+    }
     let tables = all.map(|sector| gpt::read_parts(below, &by(sector)).map(|parts| (sector, parts)));
     let (found, failed): (Vec<_>, Vec<_>) = tables.partition(Result::is_ok);
     let mut found = found.into_iter().flatten();
