@@ -525,7 +525,8 @@ fn nothing_is_discarded(limits: Limits) {
     let disk = disk_of(&options("nodiscard"), limits, None);
     let mut data = Pages::new(4 << 20, pattern(3));
     disk.open().write_all_at(data.all(), 0).unwrap();
-    // The kernel tries once and remembers; that it was refused is nothing it tells, as discards are advice.
+    // The kernel tries once and remembers; that it was refused is nothing it tells, as discards are
+    // advice.
     for _ in 0..2 {
         output(20, &["blkdiscard", "-o", "0", "-l", "1048576", disk.path()]);
     }
