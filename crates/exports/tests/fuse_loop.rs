@@ -538,6 +538,26 @@ fn nothing_is_discarded(limits: Limits) {
 }
 
 #[test]
+fn a_loop_device_that_was_said_to_have_no_cache_flushes_again() {
+    let Some(_alone) = ready() else { return };
+    let disk = disk("through", 4 * MIB);
+    let path = disk.path().to_owned();
+    let switch = format!("{}/queue/write_cache", path.replace("/dev/", "/sys/block/"));
+    let said = || std::fs::read_to_string(&switch).unwrap();
+    std::fs::write(&switch, "write through").unwrap();
+    assert_eq!(said().trim(), "write through");
+    disk.end();
+    let next = self::disk("back", 4 * MIB);
+    if next.path() == path {
+        assert_eq!(said().trim(), "write back");
+    } else {
+        // Somebody else was given that number: it is to be as it was.
+        std::fs::write(&switch, "write back").unwrap();
+    }
+    next.end();
+}
+
+#[test]
 fn a_flush_reaches_the_file_below_and_its_error_the_client() {
     let Some(_alone) = ready() else { return };
     let disk = disk("flush", 4 * MIB);

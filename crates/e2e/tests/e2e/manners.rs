@@ -179,6 +179,8 @@ fn admits_the_page_cache(kind: Kind) -> Outcome {
     let room = Room::new();
     let below = room.loop_device("a", 4 * MIB);
     let queue = format!("/sys/block/{}/queue", below.trim_start_matches("/dev/"));
+    // It stays with the loop device's number.
+    room.later("sh", &["-c", &format!("echo write back > {queue}/write_cache")]);
     std::fs::write(format!("{queue}/write_cache"), "write through").unwrap();
     for (direct, is_cached) in [("off", true), ("on", false)] {
         let stack = format!("file({below}, direct={direct})");

@@ -57,9 +57,9 @@ pub fn attach(mount: &OwnedFd, wanted: &Wanted) -> Result<String> {
             .map_err(|errno| os(&path, errno).next("mount devtmpfs on /dev, or mknod it"))?;
         match loopctl::configure(device.as_fd(), file.as_fd(), wanted.block, flags, &name) {
             Ok(()) => {
-                if let Err(error) = make_writable(&device, wanted) {
+                if let Err(error) = make_writable((&path, &device), wanted) {
                     let _ = loopctl::clear(device.as_fd());
-                    return Err(Error::os(path, &error));
+                    return Err(error);
                 }
                 tune(number, device, wanted.rotational);
                 return Ok(path);
@@ -73,9 +73,14 @@ pub fn attach(mount: &OwnedFd, wanted: &Wanted) -> Result<String> {
     Err(Error::new(ErrorKind::Busy, LOOP_CONTROL, reason).next("try again"))
 }
 
-/// A loop device that somebody has set read-only stays so when it is used again.
-fn make_writable(device: &OwnedFd, wanted: &Wanted) -> std::io::Result<()> {
-    if wanted.read_only { Ok(()) } else { loopctl::set_writable(device.as_fd()) }
+/// A loop device that somebody has set read-only stays so when it is used again; and one that was
+/// said to have no cache (`queue/write_cache`) would go on dropping all flushes.
+fn make_writable((path, device): (&str, &OwnedFd), wanted: &Wanted) -> Result<()> {
+    if wanted.read_only {
+        return Ok(());
+    }
+    loopctl::set_writable(device.as_fd()).map_err(|error| Error::os(path, &error))?;
+    set_queue_to(path.rsplit('/').next().unwrap_or_default(), "write_cache", "write back")
 }
 
 /// Tells the queue what a loop device cannot be told; advice, so no error if that is not possible.
@@ -94,8 +99,11 @@ fn tune(number: u32, device: OwnedFd, rotational: bool) {
 
 /// Sets a switch of a queue; where it is as wanted nothing is done, which would wait for I/O.
 fn set_queue(device: &str, switch: &str, wanted: bool) -> Result<()> {
+    set_queue_to(device, switch, if wanted { "1" } else { "0" })
+}
+
+fn set_queue_to(device: &str, switch: &str, wanted: &str) -> Result<()> {
     let file = format!("/sys/block/{device}/queue/{switch}");
-    let wanted = if wanted { "1" } else { "0" };
     if std::fs::read_to_string(&file).is_ok_and(|is| is.trim() == wanted) {
         return Ok(());
     }
