@@ -16,8 +16,8 @@ pub fn add(group: &mut Group, kind: Kind) {
     group.alone("an_idle_disk_uses_no_cpu_and_little_memory", move || idle(kind));
 }
 
-/// Once is enough.
-pub fn add_once(group: &mut Group, kind: Kind) {
+/// Once is enough, on a machine that has done nothing else yet.
+pub fn add_first(group: &mut Group, kind: Kind) {
     if kind.is_ublk() {
         group.alone("add_takes_no_longer_than_losetup", move || add_against_losetup(kind));
     }
