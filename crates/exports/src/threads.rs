@@ -110,6 +110,17 @@ pub struct Service {
     pub on_death: fn(Error),
 }
 
+impl Service {
+    /// Refuses zones, for a front end whose writes would go past what keeps those in order.
+    pub(crate) fn refuse_zones(&self, what: &str) -> Result<()> {
+        if self.stack.zones().is_none() {
+            return Ok(());
+        }
+        let reason = format!("{what} has none");
+        Err(Error::new(ErrorKind::Unsupported, "zones", reason).next("--export ublk"))
+    }
+}
+
 /// Told about a request that is stuck below. Called on an I/O thread, so it must not block.
 pub type OnStuck = Arc<dyn Fn(&Stuck) + Send + Sync>;
 

@@ -61,7 +61,7 @@ pub fn attach(mount: &OwnedFd, wanted: &Wanted) -> Result<String> {
                     let _ = loopctl::clear(device.as_fd());
                     return Err(error);
                 }
-                tune(number, device, wanted.rotational);
+                tune(path.clone(), device, wanted.rotational);
                 return Ok(path);
             }
             // Somebody else asked for a free one at the same time, and was first.
@@ -80,7 +80,7 @@ fn make_writable((path, device): (&str, &OwnedFd), wanted: &Wanted) -> Result<()
         return Ok(());
     }
     loopctl::set_writable(device.as_fd()).map_err(|error| Error::os(path, &error))?;
-    set_queue_to(path.rsplit('/').next().unwrap_or_default(), "write_cache", "write back")
+    set_queue(path, "write_cache", "write back")
 }
 
 /// Tells the queue what a loop device cannot be told; advice, so no error if that is not possible.
@@ -89,20 +89,22 @@ fn make_writable((path, device): (&str, &OwnedFd), wanted: &Wanted) -> Result<()
 /// The kernel freezes the queue for that, which takes several times as long as all the rest of an
 /// attach. So nobody waits for it; `device`, which stays open meanwhile, sees to it that it is not
 /// another disk's by then.
-fn tune(number: u32, device: OwnedFd, rotational: bool) {
+fn tune(path: String, device: OwnedFd, rotational: bool) {
     let thread = std::thread::Builder::new().name("apart".to_owned()).stack_size(64 << 10);
     let _ = thread.spawn(move || {
-        let _ = set_queue(&format!("loop{number}"), "rotational", rotational);
+        let _ = set_queue(&path, "rotational", digit(rotational));
         drop(device);
     });
 }
 
-/// Sets a switch of a queue; where it is as wanted nothing is done, which would wait for I/O.
-fn set_queue(device: &str, switch: &str, wanted: bool) -> Result<()> {
-    set_queue_to(device, switch, if wanted { "1" } else { "0" })
+fn digit(is_on: bool) -> &'static str {
+    if is_on { "1" } else { "0" }
 }
 
-fn set_queue_to(device: &str, switch: &str, wanted: &str) -> Result<()> {
+/// Sets a switch of the queue of the device at `path`; where it is as wanted nothing is done, which
+/// would wait for I/O.
+fn set_queue(path: &str, switch: &str, wanted: &str) -> Result<()> {
+    let device = path.rsplit('/').next().unwrap_or_default();
     let file = format!("/sys/block/{device}/queue/{switch}");
     if std::fs::read_to_string(&file).is_ok_and(|is| is.trim() == wanted) {
         return Ok(());
@@ -116,7 +118,7 @@ fn set_queue_to(device: &str, switch: &str, wanted: &str) -> Result<()> {
 /// # Errors
 /// As the kernel says; names the file.
 pub fn keep_pages_stable(path: &str, stable: bool) -> Result<()> {
-    set_queue(path.rsplit('/').next().unwrap_or_default(), "stable_writes", stable)
+    set_queue(path, "stable_writes", digit(stable))
 }
 
 /// Opens the place where loop devices come from.

@@ -167,10 +167,7 @@ impl Device {
     pub fn attach(options: &Options, service: Service, on_made: OnMade<'_>) -> Result<Device> {
         available()?;
         check_name(&options.name)?;
-        if service.stack.zones().is_some() {
-            let reason = "a disk over FUSE has none";
-            return Err(Error::new(ErrorKind::Unsupported, "zones", reason).next("--export ublk"));
-        }
+        service.refuse_zones("a disk over FUSE")?;
         let limits = *service.stack.limits();
         let read_only = options.read_only || limits.read_only;
         let wanted = Wanted {

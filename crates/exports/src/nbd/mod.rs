@@ -110,14 +110,8 @@ pub struct Device {
     features: Vec<&'static str>,
 }
 
-/// The protocol has no words for zones, and its writes would go past what keeps them in order.
-fn refuse_zones(service: &Service) -> Result<()> {
-    if service.stack.zones().is_none() {
-        return Ok(());
-    }
-    let reason = "a disk that is reached by NBD has none";
-    Err(Error::new(ErrorKind::Unsupported, "zones", reason).next("--export ublk"))
-}
+/// What has no zones, as the protocol has no words for them.
+const NO_ZONES: &str = "a disk that is reached by NBD";
 
 impl Device {
     /// Listens and serves; clients are taken on return.
@@ -125,7 +119,7 @@ impl Device {
     /// # Errors
     /// If an address cannot be had; or as the stack, io_uring or memory refuse.
     pub fn attach(options: &Options, service: Service) -> Result<Device> {
-        refuse_zones(&service)?;
+        service.refuse_zones(NO_ZONES)?;
         let mut listeners = Vec::new();
         for uri in &options.listen {
             if uri.tls.is_some() {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use devsplice_core::{Error, Result};
 
 use super::listen::Listener;
-use super::{Device, END_LIMIT, Options, refuse_zones, unfinished};
+use super::{Device, END_LIMIT, NO_ZONES, Options, unfinished};
 use crate::threads::Service;
 
 /// How long a question to a server below may take beyond its end.
@@ -90,7 +90,8 @@ impl Suspended {
     /// # Errors
     /// As [`Device::attach`]; it is still suspended then.
     pub fn resume(self, service: Service) -> Result<Device, (Box<Suspended>, Error)> {
-        refuse_zones(&service)
+        service
+            .refuse_zones(NO_ZONES)
             .and_then(|()| Device::serve(&self.options, &self.listeners, service))
             .map_err(|error| (Box::new(self), error))
     }

@@ -225,6 +225,9 @@ mod tests {
         seal(&mut both, 4096, 1, fields);
         let text = find(&both, disk_4k(409_600), "number=1").unwrap_err();
         assert!(text.contains("say sector=4096, or sector=512"), "{text}");
+        // Over blocks of 512, as the kernel counts.
+        let text = find(&both, disk(409_600), "number=1").unwrap_err();
+        assert!(text.contains("the table is empty"), "{text}");
         let text = find(&both, disk_4k(409_600), "number=1 sector=512").unwrap_err();
         assert!(text.contains("the table is empty"), "{text}");
     }

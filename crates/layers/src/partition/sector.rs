@@ -53,17 +53,13 @@ pub(super) fn read_parts(
     }
     let others = [SECTOR, MAX_BLOCK].into_iter().filter(|sector| *sector != disk.block);
     let all = std::iter::once(disk.block).chain(others);
-    if disk.block == SECTOR
-        && let Ok(parts) = gpt::read_parts(below, disk)
-    {
-        // What the kernel would take; another one may be left of what the disk was before.
-        return Ok(parts);
-    }
     let tables = all.map(|sector| gpt::read_parts(below, &by(sector)).map(|parts| (sector, parts)));
     let (found, failed): (Vec<_>, Vec<_>) = tables.partition(Result::is_ok);
     let mut found = found.into_iter().flatten();
     match (found.next(), found.next()) {
         (Some((_, parts)), None) => Ok(parts),
+        // What the kernel would take; another one may be left of what the disk was before.
+        (Some((SECTOR, parts)), _) if disk.block == SECTOR => Ok(parts),
         (Some((one, _)), Some((other, _))) => {
             let reason = format!("there is one in sectors of {one} bytes, and one in {other}");
             Err(Error::invalid("GPT", reason).next(format!("say sector={one}, or sector={other}")))
